@@ -1,0 +1,38 @@
+# make run   draws a picture          make test  runs the tests
+# make check ruff and mypy            make demo  executes the notebook
+PYTHON ?= python3
+PROMPT ?= a cat stretching on the floor
+# On Linux without a GPU, TORCH_INDEX=<PyTorch's CPU index, see pytorch.org> spares gigabytes of CUDA.
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: run test check demo clean
+
+run: .venv/ready
+	@.venv/bin/reifusion generate "$(PROMPT)"
+
+test: .venv/ready-dev
+	.venv/bin/python -m pytest
+
+check: .venv/ready-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy reifusion tests
+
+demo: .venv/ready-dev
+	.venv/bin/python -m nbclient.cli demo.ipynb --inplace
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/ready: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing what reifusion needs into .venv (once, a minute or so)"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	@echo "installing what its tests need"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,18 @@
+"""Stable Diffusion from scratch, to be read. `load()` and `generate()` are all you need to draw."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model.pipeline import generate, load
+
+__all__ = ["__version__", "generate", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Both are imported when first asked for: PyTorch takes seconds, and `reifusion --help` does not need it."""
+    if name in ("generate", "load"):
+        from .model import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

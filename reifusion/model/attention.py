@@ -1,0 +1,87 @@
+"""Attention: every token looks at every other, or at the words (Vaswani et al. 2017).
+
+Two forms of the same equation stand side by side. `softmax_attention` is the one to read and
+to record; `attention` calls PyTorch's fused kernel, which never stores the L × S weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# The one seam for observers: called with the attention weights (B, heads, L, S) of a layer.
+Hook = Callable[[Tensor], None]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """The written-out form. q (B, h, L, d), k and v (B, h, S, d) -> output (B, h, L, d), weights (B, h, L, S).
+
+    Source: Vaswani et al. 2017, Eq. 1.
+    """
+    # Eq. 1, Vaswani et al. 2017: Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])  # (B, h, L, S)
+    if causal:  # token i sees tokens 0 … i only
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    weights = scores.float().softmax(dim=-1).to(v.dtype)  # softmax in float32: bf16 has 8 bits
+    return weights @ v, weights
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """The same, without ever storing the weights. q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d)."""
+    if q.requires_grad and q.device.type == "cpu":
+        # On a CPU the fused kernel's backward is several times slower than the written-out one.
+        return softmax_attention(q, k, v, causal)[0]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, h·d) -> (B, h, L, d)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, h, L, d) -> (B, L, h·d)"""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class SelfAttention(nn.Module):
+    """Tokens (pixels, words) attend to tokens of the same sequence."""
+
+    def __init__(self, heads: int, width: int, bias: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.hook: Hook | None = None
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """x (B, L, width) -> (B, L, width). `causal`: no token sees a later one."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        if self.hook is not None:  # beside the fused path, so that recording changes nothing
+            self.hook(softmax_attention(q, k, v, causal)[1])
+        return self.out(merge_heads(attention(q, k, v, causal)))
+
+
+class CrossAttention(nn.Module):
+    """Pixels (x) attend to words (y): the place where the prompt enters the picture."""
+
+    def __init__(self, heads: int, width: int, context_width: int, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.hook: Hook | None = None
+        self.q = nn.Linear(width, width, bias=bias)
+        self.kv = nn.Linear(context_width, 2 * width, bias=bias)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (B, L, width), y (B, S, context_width) -> (B, L, width)."""
+        q = split_heads(self.q(x), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.kv(y).chunk(2, dim=-1))
+        if self.hook is not None:
+            self.hook(softmax_attention(q, k, v)[1])
+        return self.out(merge_heads(attention(q, k, v)))

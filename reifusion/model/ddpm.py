@@ -1,0 +1,225 @@
+"""The forward process (adding noise), and DDPM's way back from noise to a picture.
+
+Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239. In its symbols:
+βₜ is the variance of the noise added at step t, αₜ = 1 - βₜ the part that is kept, ᾱₜ the product
+of all α up to t, and ε the noise that the network learns to see in xₜ.
+
+`Sampler` holds what all samplers share: the schedule, the choice of timesteps, `add_noise`. `DDPMSampler`
+below it adds the one step that is its own; the other samplers, in `samplers.py`, do the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
+
+
+def randn(shape: Sequence[int], generator: Generators = None) -> Tensor:
+    """Standard normal noise, float32 on the CPU, drawn image by image.
+
+    shape: (B, …). generator: one CPU generator per image of the batch, or a single one that all images
+    share in turn, or None for torch's own. With one per image, an image's noise depends neither on
+    the device nor on its neighbours in the batch: a seed gives the same picture in any position.
+    Raises ValueError if there are not as many generators as images.
+    """
+    count, *image = shape
+    generators = generator if isinstance(generator, Sequence) else [generator] * count
+    if len(generators) != count:
+        raise ValueError(f"{count} images need {count} generators, one for each, not {len(generators)}")
+    return torch.stack([torch.randn(image, generator=g, dtype=torch.float32) for g in generators])
+
+
+class Sampler:
+    """The noise schedule, and the methods that every sampler has. Subclasses add `_step`.
+
+    generator: see `randn`. num_training_steps, beta_start, beta_end and beta_schedule ("scaled_linear",
+    Stable Diffusion's, or "linear", DDPM's) describe the forward process that the network was trained
+    on; prediction_type says what its output means: the noise ("epsilon") or the velocity
+    ("v_prediction"). The defaults are Stable Diffusion 1.5's. Raises ValueError for other names.
+
+    A new sampler has all num_training_steps timesteps; `set_inference_timesteps` picks fewer.
+    Steps are computed in float32, or float64 for float64 latents, and returned in the latents' dtype.
+    """
+
+    def __init__(
+        self,
+        generator: Generators = None,
+        num_training_steps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.0120,
+        *,
+        beta_schedule: str = "scaled_linear",
+        prediction_type: str = "epsilon",
+    ) -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', not {prediction_type!r}")
+        if beta_schedule == "linear":  # Ho et al. 2020, §4
+            self.betas = torch.linspace(beta_start, beta_end, num_training_steps, dtype=torch.float64)
+        elif beta_schedule == "scaled_linear":  # Rombach et al. 2022's code: linear in √β
+            root = torch.linspace(beta_start**0.5, beta_end**0.5, num_training_steps, dtype=torch.float64)
+            self.betas = root**2
+        else:
+            raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', not {beta_schedule!r}")
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # ᾱₜ = α₀ α₁ … αₜ, from almost 1 to almost 0
+        self.generator = generator
+        self.num_training_steps = num_training_steps
+        self.prediction_type = prediction_type
+        self.set_inference_timesteps(num_training_steps)
+
+    # Which timesteps
+
+    def set_inference_timesteps(self, n: int) -> None:
+        """Spreads n steps over the training timesteps; `.timesteps` is then an int64 tensor, noisiest first.
+
+        Any n from 1 to num_training_steps, else ValueError. (n,), but longer for samplers that call the
+        network more than once in a step (heun: 2n - 1, pndm: n + 1). Forgets any `set_strength`.
+        """
+        if not 1 <= n <= self.num_training_steps:
+            raise ValueError(f"the number of steps must be between 1 and {self.num_training_steps}, not {n}")
+        self.num_inference_steps = n
+        self._schedule = self._spaced(n)
+        self._start(self._schedule)
+
+    def set_strength(self, strength: float) -> None:
+        """For image-to-image: keeps only the last strength·n of the n steps, rounded down, but at least one.
+
+        strength in (0, 1], else ValueError; 1 keeps all. Then `add_noise(latents, timesteps[0])` is where
+        sampling starts. Always counts from the full n steps, so calling it twice is not half of half.
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
+        keep = max(1, int(self.num_inference_steps * strength))
+        self._start(self._schedule[-keep:])
+
+    def _spaced(self, n: int) -> Tensor:
+        """`leading` spacing with an offset of 1, Stable Diffusion's: 1, 1 + N/n, 1 + 2N/n, … reversed.
+
+        N/n is rounded down, so an n that does not divide N starts below N - 1, in the reference too. When
+        n = N the offset would lead to t = N, which was never trained (the reference crashes, CompVis #342):
+        there is no room for it, and the timesteps are N - 1 … 0.
+        """
+        offset = 1 if n < self.num_training_steps else 0
+        return torch.arange(n).flip(0) * (self.num_training_steps // n) + offset
+
+    def _start(self, timesteps: Tensor) -> None:
+        """Begins anew with these timesteps. Samplers that remember earlier steps forget them here."""
+        self.timesteps = timesteps
+        self._due = 0  # the index into self.timesteps of the step that comes next
+
+    def _index(self, t: int | Tensor) -> int:
+        """Where t stands in `timesteps`. Some samplers visit a timestep twice: then the visit that is due."""
+        if self._due < len(self.timesteps) and int(self.timesteps[self._due]) == int(t):
+            return self._due
+        found = (self.timesteps == int(t)).nonzero()
+        if len(found) == 0:
+            raise ValueError(f"timestep {int(t)} is not one of this sampler's .timesteps")
+        return int(found[0])
+
+    # The forward process
+
+    def _signal_and_noise(self, t: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱₜ and √(1 - ᾱₜ), shaped to broadcast over x (B, …), in x's dtype and on its device."""
+        t = torch.as_tensor(t, device=x.device).long().reshape(-1, *[1] * (x.ndim - 1))
+        signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        return signal.to(x.dtype).to(x.device)[t], noise.to(x.dtype).to(x.device)[t]
+
+    def add_noise(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draws xₜ ~ q(xₜ | x₀): the clean latents x0 (B, …) as they would be at timestep t.
+
+        t: an int, or a tensor of shape () or (B,), on any device and of any dtype, each in
+        [0, num_training_steps). noise: ε, like x0; drawn with the sampler's generator if None.
+        Returns a new tensor of x0's shape and dtype.
+        """
+        noise = randn(x0.shape, self.generator) if noise is None else noise
+        x, eps = _exact(x0), noise.to(x0.device)
+        signal, sigma = self._signal_and_noise(t, x)
+        # Eq. 4, Ho et al. 2020: q(xₜ | x₀) = N(xₜ; √ᾱₜ x₀, (1 - ᾱₜ) I)
+        return (signal * x + sigma * eps).to(x0.dtype)
+
+    def velocity(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """What a v_prediction network is trained to output, for the arguments of `add_noise`."""
+        x, eps = _exact(x0), noise.to(x0.device)
+        signal, sigma = self._signal_and_noise(t, x)
+        # §4, Salimans & Ho 2022: v = αₜ ε - σₜ x₀, with αₜ = √ᾱₜ and σₜ = √(1 - ᾱₜ)
+        return (signal * eps - sigma * x).to(x0.dtype)
+
+    # The way back
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What to multiply standard normal noise by, to start from."""
+        return 1.0
+
+    def scale_model_input(self, x: Tensor, t: int | Tensor) -> Tensor:
+        """The latents as the network wants to see them at timestep t: of variance 1."""
+        return x
+
+    def predict(self, t: int | Tensor, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+        """(x₀, ε): the clean latents and the noise that, by the network's output, `latents` are made of.
+
+        Both have the latents' shape and dtype. latents are in the sampler's own scaling, as in `step`.
+        Call it before `step`, which moves on.
+        """
+        x, output = _exact(self.scale_model_input(_exact(latents), t)), _exact(model_output)
+        signal, sigma = self._signal_and_noise(t, x)
+        if self.prediction_type == "epsilon":
+            # Eq. 15, Ho et al. 2020: x₀ ≈ (xₜ - √(1 - ᾱₜ) ε(xₜ)) / √ᾱₜ
+            x0, eps = (x - sigma * output) / signal, output
+        else:
+            # App. D, Salimans & Ho 2022: x₀ = αₜ xₜ - σₜ v and ε = αₜ v + σₜ xₜ
+            x0, eps = signal * x - sigma * output, signal * output + sigma * x
+        return x0.to(latents.dtype), eps.to(latents.dtype)
+
+    def step(self, t: int | Tensor, latents: Tensor, model_output: Tensor) -> Tensor:
+        """One step towards the picture: the latents at the timestep that follows t.
+
+        t: one of `.timesteps`, in order. latents and model_output: (B, …), the network's output after any
+        guidance. Returns a new tensor like latents. Raises ValueError if t is not in `.timesteps`.
+        """
+        i = self._index(t)
+        x = self._step(i, _exact(latents), _exact(model_output))
+        self._due = i + 1
+        return x.to(latents.dtype)
+
+    def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _noise(self, x: Tensor) -> Tensor:
+        return randn(x.shape, self.generator).to(x.dtype).to(x.device)
+
+
+class DDPMSampler(Sampler):
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2), on any subset of the timesteps."""
+
+    def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
+        t = int(self.timesteps[i])
+        last = i == len(self.timesteps) - 1
+        alpha_bar = self.alphas_cumprod[t].item()
+        alpha_bar_prev = 1.0 if last else self.alphas_cumprod[self.timesteps[i + 1]].item()
+        # All timesteps between t and the next one are crossed in one step, so α here is their product.
+        alpha = alpha_bar / alpha_bar_prev
+        beta = 1 - alpha
+        x0, _ = self.predict(t, x, model_output)
+        # Eq. 7, Ho et al. 2020: μ̃ₜ = √ᾱₜ₋₁ βₜ / (1 - ᾱₜ) x₀ + √αₜ (1 - ᾱₜ₋₁) / (1 - ᾱₜ) xₜ
+        # With Eq. 15 for x₀ this is Eq. 11: μ = (xₜ - βₜ / √(1 - ᾱₜ) ε) / √αₜ, the form most often quoted.
+        mean = (
+            math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * x0
+            + math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * x
+        )
+        if last:
+            return mean  # Algorithm 2: no noise after the last step
+        # Eq. 7: β̃ₜ = (1 - ᾱₜ₋₁) / (1 - ᾱₜ) βₜ
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+        return mean + math.sqrt(variance) * self._noise(x)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is that: half precision is too coarse for a sum of many small steps."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

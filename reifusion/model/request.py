@@ -1,0 +1,119 @@
+"""What may be asked of the pipeline, and the opening of pictures that it is asked with."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .samplers import SAMPLERS
+
+Picture = Image.Image | np.ndarray | str | os.PathLike  # arrays: uint8, (H, W), (H, W, 3) or (H, W, 4)
+
+
+@dataclass
+class Request:
+    """Everything that decides what is drawn: the arguments of `generate` and `denoise`, checked.
+
+    Raises ValueError, in one sentence, for what cannot be drawn.
+    """
+
+    prompt: str | Sequence[str]  # one picture for each; may be empty
+    uncond_prompt: str | Sequence[str] | None = None  # what to keep away from: one for all, or one for each
+    input_image: Picture | None = None  # img2img: begin with this picture instead of with noise
+    strength: float = 0.8  # of img2img, in (0, 1]: how much noise it gets, how much it may change
+    do_cfg: bool = True  # classifier-free guidance; without it, uncond_prompt is not used
+    cfg_scale: float = 7.5  # s in the guidance equation; 1 is the same as none, and twice as fast
+    sampler_name: str = "ddpm"  # one of SAMPLERS
+    n_inference_steps: int = 50  # 1 … 1000
+    seed: int | None = (
+        None  # picture k is drawn from seed + k; None: a new one, found in picture.info["seed"]
+    )
+    _: KW_ONLY
+    height: int | None = None  # a multiple of 8; see `StableDiffusion.size` for None
+    width: int | None = None
+    num_images: int = 1  # for each prompt
+    mask: Picture | None = None  # inpainting: white is redrawn, black is kept; the size of input_image
+    clip_skip: int = 0  # layers of the text encoder to leave out, from the end
+
+    def __post_init__(self) -> None:
+        prompts = _texts(self.prompt)
+        negatives = _texts("" if self.uncond_prompt is None else self.uncond_prompt)
+        if len(negatives) == 1:
+            negatives = negatives * len(prompts)
+        if len(negatives) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts need as many negative prompts, or one, not {len(negatives)}"
+            )
+        if self.sampler_name not in SAMPLERS:
+            raise ValueError(f"there is no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
+        if not 0 < _number(self.strength, "strength") <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
+        if not math.isfinite(_number(self.cfg_scale, "cfg_scale")):
+            raise ValueError(f"cfg_scale must be a finite number, not {self.cfg_scale}")
+        self.seed = (
+            secrets.randbelow(2**32) if self.seed is None else _whole(self.seed, "the seed", 0, 2**63 - 1)
+        )
+        self.n_inference_steps = _whole(self.n_inference_steps, "the number of steps", 1, 1000)
+        self.num_images = _whole(self.num_images, "the number of images", 1)
+        self.clip_skip = _whole(self.clip_skip, "clip_skip", 0)
+        if self.mask is not None and self.input_image is None:
+            raise ValueError("a mask needs an input image to keep the rest of")
+        self.picture = None if self.input_image is None else open_picture(self.input_image)
+        self.redraw = None if self.mask is None else open_picture(self.mask).convert("L")
+        if self.picture is not None and self.redraw is not None and self.redraw.size != self.picture.size:
+            (w, h), (mask_w, mask_h) = self.picture.size, self.redraw.size
+            raise ValueError(f"the mask must be as large as the input image, {w}×{h}, not {mask_w}×{mask_h}")
+        # One of each per picture: all of the first prompt's, then all of the second's, …
+        self.prompts = [text for text in prompts for _ in range(self.num_images)]
+        self.negatives = [text for text in negatives for _ in range(self.num_images)]
+        self.seeds = [self.seed + k for k in range(len(self.prompts))]
+
+
+def _texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a prompt is a text, or a list with at least one text, not {value!r}")
+    return texts
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, not {value!r}") from None
+
+
+def _whole(value: Any, name: str, low: int, high: float = math.inf) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+    if not low <= number <= high:
+        limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {limits}, not {number}")
+    return number
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Any picture -> 8-bit RGB, upright; what is transparent becomes white."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8:
+            raise ValueError(f"a picture's array must hold uint8, not {picture.dtype}")
+        picture = Image.fromarray(picture)
+    elif not isinstance(picture, Image.Image):
+        picture = Image.open(picture)
+    picture = ImageOps.exif_transpose(picture)  # cameras write sideways and say so
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")

@@ -1,0 +1,503 @@
+"""The pipeline, on a tiny model with random weights: its pictures mean nothing, its promises hold."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from reifusion.model.clip import CLIP
+from torch import nn
+
+from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.decoder import Decoder
+from reifusion.model.diffusion import UNet
+from reifusion.model.encoder import Encoder
+from reifusion.model.pipeline import StableDiffusion, generate, to_picture, to_tensor
+from reifusion.model.request import Request, open_picture
+from reifusion.model.samplers import SAMPLERS
+
+TINY = ModelConfig(
+    name="tiny",
+    size=64,
+    clip=CLIPConfig(vocab_size=256, context_length=8, width=16, layers=2, heads=2),
+    vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
+    unet=UNetConfig(
+        channels=(16, 32), attention=(True, False), layers=1, heads=2, context_width=16, groups=8
+    ),
+)
+
+
+class Bytes:
+    """A tokenizer: UTF-8, cut and padded."""
+
+    def encode(self, text: str) -> list[int]:
+        return (list(text.encode()) + 8 * [0])[:8]
+
+
+def tiny(config: ModelConfig = TINY) -> StableDiffusion:
+    torch.manual_seed(0)
+    models: dict[str, nn.Module] = {
+        "clip": CLIP(config.clip),
+        "encoder": Encoder(config.vae),
+        "decoder": Decoder(config.vae),
+        "diffusion": UNet(config.unet),
+    }
+    for network in models.values():
+        network.eval()
+        for parameter in network.parameters():  # fresh CLIP embeddings are too alike to tell prompts apart
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return StableDiffusion(config, Bytes(), models)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusion:
+    return tiny()
+
+
+QUICK = {"sampler_name": "ddim", "n_inference_steps": 3, "progress": False}
+
+
+def draw(pipe: StableDiffusion, *args, **kwargs) -> np.ndarray:
+    """The picture, or pictures, as an array of ints."""
+    drawn = pipe.generate(*args, **QUICK | kwargs)
+    return np.stack(drawn).astype(int) if isinstance(drawn, list) else np.array(drawn).astype(int)
+
+
+def latents(pipe: StableDiffusion, *args, **kwargs) -> torch.Tensor:
+    kwargs = QUICK | kwargs
+    del kwargs["progress"]
+    return list(pipe.denoise(*args, **kwargs))[-1].latents
+
+
+def photo(width: int = 64, height: int = 64) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height))
+
+
+# What is asked, is drawn
+
+
+def test_same_seed_gives_same_picture_in_any_batch_position(pipe):
+    prompts = ["a cat", "a dog", "a hat"]
+    together = draw(pipe, prompts, seed=5, sampler_name="ddpm")
+    alone = [draw(pipe, prompt, seed=5 + k, sampler_name="ddpm") for k, prompt in enumerate(prompts)]
+    assert np.abs(together - np.stack(alone)).max() <= 1
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+def test_several_images_of_one_prompt_have_seeds_that_count_up(pipe):
+    drawn = pipe.generate("a cat", num_images=3, seed=7, **QUICK)
+    assert [picture.info["seed"] for picture in drawn] == [7, 8, 9]
+    assert np.abs(np.array(drawn[2]).astype(int) - draw(pipe, "a cat", seed=9)).max() <= 1
+
+
+def test_prompts_and_images_multiply_prompt_by_prompt(pipe):
+    drawn = pipe.generate(["a cat", "a dog"], num_images=2, seed=1, **QUICK)
+    assert [picture.info["prompt"] for picture in drawn] == ["a cat", "a cat", "a dog", "a dog"]
+
+
+def test_a_list_of_one_prompt_gives_a_list(pipe):
+    assert isinstance(pipe.generate(["a cat"], **QUICK), list)
+    assert isinstance(pipe.generate("a cat", **QUICK), Image.Image)
+
+
+def test_no_seed_means_a_new_one_that_the_picture_carries(pipe):
+    first, second = (pipe.generate("a cat", **QUICK) for _ in range(2))
+    assert first.info["seed"] != second.info["seed"]
+    assert np.array_equal(np.array(first), draw(pipe, "a cat", seed=first.info["seed"]))
+
+
+def test_guidance_of_1_is_no_guidance(pipe):
+    one = draw(pipe, "a cat", "ugly", cfg_scale=1, seed=0)
+    assert np.array_equal(one, draw(pipe, "a cat", "beautiful", do_cfg=False, seed=0))
+    assert not np.array_equal(one, draw(pipe, "a cat", "ugly", cfg_scale=7, seed=0))
+
+
+def test_guidance_is_one_pass_of_twice_the_batch_and_none_is_one_of_once(pipe, monkeypatch):
+    seen = []
+    unet = pipe.models["diffusion"]
+    forward = unet.forward
+    monkeypatch.setattr(
+        unet, "forward", lambda x, context, t: (seen.append(len(x)), forward(x, context, t))[1]
+    )
+    draw(pipe, ["a", "b"], seed=0)
+    draw(pipe, ["a", "b"], seed=0, cfg_scale=1)
+    assert seen == [4, 4, 4, 2, 2, 2]
+
+
+def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
+    for step in pipe.denoise("a cat", "a dog", cfg_scale=5.0, seed=0, n_inference_steps=2):
+        expected = step.eps_uncond + 5.0 * (step.eps_cond - step.eps_uncond)
+        torch.testing.assert_close(step.eps, expected)
+    swapped = next(iter(pipe.denoise("a dog", "a cat", cfg_scale=5.0, seed=0, n_inference_steps=2)))
+    first = next(iter(pipe.denoise("a cat", "a dog", cfg_scale=5.0, seed=0, n_inference_steps=2)))
+    torch.testing.assert_close(swapped.eps_cond, first.eps_uncond)
+
+
+def test_no_negative_prompt_is_an_empty_one(pipe):
+    assert np.array_equal(draw(pipe, "a cat", None, seed=0), draw(pipe, "a cat", "", seed=0))
+    assert not np.array_equal(draw(pipe, "a cat", "a dog", seed=0), draw(pipe, "a cat", "", seed=0))
+
+
+def test_each_prompt_can_have_its_own_negative(pipe):
+    both = draw(pipe, ["a cat", "a cat"], ["a dog", "a hat"], seed=0)
+    assert np.abs(both[0] - draw(pipe, "a cat", "a dog", seed=0)).max() <= 1
+    assert np.abs(both[1] - draw(pipe, "a cat", "a hat", seed=1)).max() <= 1
+
+
+def test_an_empty_prompt_is_drawn(pipe):
+    assert draw(pipe, "", seed=0).shape == (64, 64, 3)
+
+
+def test_clip_skip_changes_the_picture(pipe):
+    assert not np.array_equal(draw(pipe, "a cat", clip_skip=1, seed=0), draw(pipe, "a cat", seed=0))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_draws_with_any_number_of_steps(pipe, name):
+    for n in (1, 2, 5):
+        assert draw(pipe, "a cat", sampler_name=name, n_inference_steps=n, seed=0).shape == (64, 64, 3)
+        kwargs = {"input_image": photo(), "mask": Image.new("L", (64, 64), 255), "strength": 0.5}
+        assert (
+            latents(pipe, "a cat", sampler_name=name, n_inference_steps=n, seed=0, **kwargs).isfinite().all()
+        )
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (8, 8), (72, 40), (136, 56)])
+def test_the_picture_has_the_size_asked_for(pipe, width, height):
+    assert pipe.generate("a cat", width=width, height=height, **QUICK).size == (width, height)
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn"),
+    [((64, 64), (64, 64)), ((640, 480), (88, 64)), ((30, 50), (64, 104)), ((1000, 10), (128, 64))],
+)
+def test_an_input_image_keeps_its_shape_at_the_models_size(pipe, given, drawn):
+    assert pipe.generate("a cat", input_image=photo(*given), **QUICK).size == drawn
+
+
+# From a picture
+
+
+def test_more_strength_changes_more(pipe):
+    original = pipe.encode_image(to_tensor(photo()))
+    distances = []
+    for strength in (0.05, 0.2, 0.4, 0.6, 0.8):
+        last = latents(
+            pipe, "a cat", input_image=photo(), strength=strength, n_inference_steps=20, cfg_scale=1, seed=0
+        )
+        distances.append((last - original).square().mean().item())
+    assert distances == sorted(distances)
+
+
+def test_the_mask_keeps_every_pixel_under_black_and_redraws_under_white(pipe):
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[20:50, 10:30] = 255
+    drawn = draw(pipe, "a cat", input_image=photo(), mask=mask, seed=0, strength=1)
+    original = np.array(photo()).astype(int)
+    assert np.array_equal(drawn[mask == 0], original[mask == 0])
+    assert np.abs(drawn[mask == 255] - original[mask == 255]).mean() > 5
+
+
+def test_the_masks_surroundings_are_known_at_every_step(pipe):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    steps = list(
+        pipe.denoise("a cat", input_image=photo(), mask=mask, strength=1, seed=0, **without_progress())
+    )
+    original = pipe.encode_image(to_tensor(photo()))
+    torch.testing.assert_close(steps[-1].latents[..., 4:], original[..., 4:])
+    assert (steps[-1].latents[..., :4] - original[..., :4]).abs().mean() > 0.05
+
+
+def without_progress() -> dict:
+    return {name: value for name, value in QUICK.items() if name != "progress"}
+
+
+def test_a_nine_channel_unet_sees_the_mask_and_what_is_kept(monkeypatch):
+    pipe = tiny(replace(TINY, unet=replace(TINY.unet, in_channels=9)))
+    seen = []
+    unet = pipe.models["diffusion"]
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda x, context, t: (seen.append(x), forward(x, context, t))[1])
+    mask = Image.new("1", (64, 64))
+    mask.paste(1, (0, 0, 32, 64))
+    pipe.generate("a cat", input_image=photo(), mask=mask, **QUICK)
+    pixels = to_tensor(photo())
+    pixels[..., :32] = 0
+    kept = pipe.encode_image(pixels)
+    assert torch.equal(seen[0][:1, 4], torch.tensor(4 * [1.0] + 4 * [0.0]).expand(1, 8, 8))
+    torch.testing.assert_close(seen[0][:1, 5:], kept)
+    assert pipe.generate("a cat", **QUICK).size == (64, 64)  # without a picture all is redrawn
+    assert (seen[-1][:, 4] == 1).all()
+
+
+# Pictures of every kind
+
+
+@given(
+    mode=st.sampled_from(
+        [
+            "1",
+            "L",
+            "LA",
+            "La",
+            "P",
+            "PA",
+            "RGB",
+            "RGBA",
+            "RGBa",
+            "RGBX",
+            "CMYK",
+            "YCbCr",
+            "HSV",
+            "I;16",
+            "I",
+            "F",
+        ]
+    ),
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+)
+@settings(max_examples=80, deadline=None)
+def test_a_picture_of_any_mode_and_size_becomes_rgb(mode, width, height):
+    picture = open_picture(Image.new(mode, (width, height)))
+    assert picture.mode == "RGB"
+    assert picture.size == (width, height)
+
+
+def test_what_is_transparent_becomes_white():
+    for mode in ("RGBA", "LA"):
+        assert open_picture(Image.new("RGBA", (1, 1), (0, 0, 0, 0)).convert(mode)).getpixel((0, 0)) == (
+            255,
+            255,
+            255,
+        )
+    palette = Image.new("P", (1, 1))
+    palette.info["transparency"] = 0
+    assert open_picture(palette).getpixel((0, 0)) == (255, 255, 255)
+    assert open_picture(Image.new("RGBA", (1, 1), (255, 0, 0, 128))).getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
+    grey = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert [open_picture(tmp_path / "grey.png").getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+@given(orientation=st.integers(1, 8))
+def test_a_sideways_photo_is_turned_upright(orientation):
+    upright = photo(24, 16)
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that the camera did, by orientation
+    sideways = upright if orientation == 1 else upright.transpose(Image.Transpose(turns[orientation]))
+    sideways.getexif()[0x0112] = orientation
+    assert np.array_equal(np.array(open_picture(sideways)), np.array(upright))
+
+
+def test_pixels_are_rounded_to_the_nearest_level():
+    levels = torch.tensor([-1.2, -1, -1 + 0.6 / 127.5, -1 + 0.4 / 127.5, 1 - 0.4 / 127.5, 1, 3.0])
+    row = np.array(to_picture(levels.expand(3, 1, 7)))[0, :, 0]
+    assert row.tolist() == [0, 0, 1, 0, 255, 255, 255]
+
+
+def test_a_picture_can_be_an_array_or_a_path(pipe, tmp_path):
+    photo().save(tmp_path / "photo.png")
+    drawn = [
+        draw(pipe, "a cat", input_image=given, seed=0)
+        for given in (photo(), np.array(photo()), tmp_path / "photo.png")
+    ]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0], drawn[2])
+
+
+# Watching
+
+
+def test_the_loop_yields_what_generate_decodes(pipe):
+    steps = list(pipe.denoise("a cat", seed=3, **without_progress()))
+    assert [step.index for step in steps] == [0, 1, 2]
+    assert all(step.total == 3 for step in steps)
+    assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
+    for step, following in itertools.pairwise(steps):
+        assert torch.equal(step.latents, following.x_t)
+    assert np.array_equal(np.array(pipe.decode(steps[-1].latents)[0]), draw(pipe, "a cat", seed=3))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_step_is_signal_plus_noise(prediction_type):
+    pipe = tiny(replace(TINY, schedule=replace(TINY.schedule, prediction_type=prediction_type)))
+    alpha_bar = SAMPLERS["ddim"]().alphas_cumprod.float()
+    for step in pipe.denoise("a cat", seed=0, n_inference_steps=4):
+        again = alpha_bar[step.t].sqrt() * step.x0 + (1 - alpha_bar[step.t]).sqrt() * step.eps
+        torch.testing.assert_close(again, step.x_t, atol=1e-4, rtol=1e-4)
+
+
+def test_the_callback_sees_every_step(pipe):
+    seen = []
+    draw(pipe, "a cat", callback=seen.append)
+    assert [step.index for step in seen] == [0, 1, 2]
+
+
+def test_a_callback_that_returns_false_ends_early_with_what_is_seen_by_then(pipe):
+    seen = []
+    drawn = draw(pipe, "a cat", callback=lambda step: (seen.append(step), step.index < 1)[1])
+    assert len(seen) == 2
+    assert np.array_equal(drawn, np.array(pipe.decode(seen[-1].x0)[0]))
+
+
+def test_a_callback_that_raises_ends_all(pipe):
+    def stop(step):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        draw(pipe, "a cat", callback=stop)
+
+
+def test_the_caller_of_the_loop_is_not_in_inference_mode(pipe):
+    for _ in pipe.denoise("a cat", n_inference_steps=2):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.ones(1, requires_grad=True).mul(2).requires_grad
+
+
+# Machines
+
+
+def test_networks_are_on_the_device_only_while_in_use(monkeypatch):
+    pipe = tiny()
+    pipe.idle_device = torch.device("cpu", 0)
+    moves = []
+    for name, network in pipe.models.items():
+        to = network.to
+        monkeypatch.setattr(network, "to", lambda *a, _n=name, _to=to: (moves.append((_n, a[0])), _to(*a))[1])
+    draw(pipe, "a cat", input_image=photo())
+    order = ["clip", "encoder", "diffusion", "decoder"]
+    assert moves == [(name, device) for name in order for device in (pipe.device, pipe.idle_device)]
+    moves.clear()
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, "a cat", callback=lambda step: 1 / 0)
+    assert moves[-1] == ("diffusion", pipe.idle_device)
+
+
+def test_nothing_of_the_callers_is_changed(pipe):
+    before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in pipe.models.items()}
+    picture, mask = np.array(photo()), np.full((64, 64), 255, dtype=np.uint8)
+    first = picture.copy()
+    random = torch.get_rng_state()
+    draw(pipe, "a cat", input_image=picture, mask=mask)
+    assert np.array_equal(picture, first)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, network in pipe.models.items():
+        assert all(torch.equal(v, before[name][k]) for k, v in network.state_dict().items())
+    step = next(iter(pipe.denoise("a cat")))
+    z = step.latents.clone()
+    assert np.array_equal(np.array(pipe.decode(z)[0]), np.array(pipe.decode(z)[0]))
+    assert torch.equal(z, step.latents)
+
+
+def test_bf16_draws_about_the_same_picture(pipe):
+    half = tiny()
+    for network in half.models.values():
+        network.to(torch.bfloat16)
+    assert np.abs(draw(half, "a cat", seed=0) - draw(pipe, "a cat", seed=0)).mean() < 5
+
+
+def test_a_vae_that_overflows_decodes_again_in_float32():
+    class Overflowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, dtype=torch.float16))
+
+        def forward(self, z):
+            assert z.dtype == self.weight.dtype
+            return z[:, :3] * (float("inf") if z.dtype == torch.float16 else 0)
+
+    pipe = tiny()
+    pipe.models["decoder"] = Overflowing()
+    with pytest.warns(UserWarning, match="float32"):
+        picture = draw(pipe, "a cat")
+    assert (picture == 128).all()
+    assert pipe.models["decoder"].weight.dtype == torch.float16
+
+
+def test_latents_that_are_not_numbers_are_an_error_and_not_a_black_picture(pipe):
+    with pytest.raises(FloatingPointError, match="float32"):
+        pipe.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+# The seed's function
+
+
+def test_generate_takes_the_seeds_call(pipe):
+    drawn = generate(
+        "a cat",
+        "a dog",
+        None,
+        0.8,
+        True,
+        7.5,
+        "ddim",
+        3,
+        pipe.models,
+        4,
+        "cpu",
+        "cpu",
+        Bytes(),
+        height=64,
+        width=64,
+    )
+    assert np.array_equal(np.array(drawn), draw(pipe, "a cat", "a dog", seed=4, width=64, height=64))
+
+
+# What cannot be drawn
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"prompt": []}, "at least one"),
+        ({"prompt": None}, "text"),
+        ({"prompt": 3}, "text"),
+        ({"prompt": ["a", None]}, "text"),
+        ({"prompt": ["a", "b", "c"], "uncond_prompt": ["d", "e"]}, "3 prompts"),
+        ({"sampler_name": "magic"}, "ddpm, ddim"),
+        ({"strength": 0}, "strength"),
+        ({"strength": 2}, "strength"),
+        ({"strength": "much"}, "strength"),
+        ({"cfg_scale": float("nan")}, "finite"),
+        ({"cfg_scale": float("inf")}, "finite"),
+        ({"n_inference_steps": 0}, "between 1 and 1000"),
+        ({"n_inference_steps": 1001}, "between 1 and 1000"),
+        ({"n_inference_steps": 2.5}, "whole"),
+        ({"num_images": 0}, "number of images"),
+        ({"seed": -1}, "seed"),
+        ({"seed": "x"}, "seed"),
+        ({"clip_skip": -1}, "clip_skip"),
+        ({"clip_skip": 2}, "clip_skip"),
+        ({"height": 100}, "height must be a multiple of 8"),
+        ({"width": 0}, "width"),
+        ({"width": -8}, "width"),
+        ({"mask": photo()}, "input image"),
+        ({"mask": photo(32, 64), "input_image": photo()}, "32×64"),
+        ({"input_image": np.zeros((8, 8), dtype=np.float32)}, "uint8"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(pipe, wrong, says):
+    asked = {"prompt": "a cat", **QUICK, **wrong}
+    with pytest.raises(ValueError, match=says) as caught:
+        pipe.generate(**asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_request_is_checked_once_and_can_be_drawn_again(pipe):
+    request = Request("a cat", sampler_name="ddim", n_inference_steps=2)
+    drawn = [np.array(pipe.generate(request, progress=False)) for _ in range(2)]
+    assert np.array_equal(*drawn)

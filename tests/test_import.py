@@ -1,0 +1,65 @@
+"""What `import reifusion` promises."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import reifusion
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_is_cheap():
+    heavy = "torch", "numpy", "PIL", "transformers", "diffusers", "typer"
+    assert python(f"import sys, reifusion; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
+
+
+def test_the_command_line_does_not_import_torch_to_print_help():
+    code = "import sys; from reifusion.cli import main; main(['generate', '--help']); assert 'torch' not in sys.modules"
+    assert "--sampler" in python(code)
+
+
+def test_the_package_offers_two_functions_and_a_version():
+    assert sorted(reifusion.__all__) == ["__version__", "generate", "load"]
+    assert reifusion.__version__.count(".") == 2
+
+
+def test_generate_has_the_seeds_signature():
+    parameters = inspect.signature(reifusion.generate).parameters
+    seeds = {
+        "prompt": inspect.Parameter.empty,
+        "uncond_prompt": None,
+        "input_image": None,
+        "strength": 0.8,
+        "do_cfg": True,
+        "cfg_scale": 7.5,
+        "sampler_name": "ddpm",
+        "n_inference_steps": 50,
+        "models": None,
+        "seed": None,
+        "device": None,
+        "idle_device": None,
+        "tokenizer": None,
+    }
+    positional = {n: p.default for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert positional == seeds
+    assert list(positional) == list(seeds)
+    keyword_only = {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert {"height", "width", "num_images", "mask", "callback"} <= keyword_only
+
+
+def test_load_has_its_signature():
+    parameters = inspect.signature(reifusion.load).parameters
+    assert [(n, p.default) for n, p in parameters.items()] == [
+        ("source", "mini"),
+        ("device", None),
+        ("dtype", None),
+    ]
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    assert not hasattr(reifusion, "nothing")
