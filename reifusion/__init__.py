@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Both are imported when first asked for: PyTorch takes seconds, and `reifusion --help` does not need it."""
+    """Imports the two when first asked for: PyTorch takes seconds, and `--help` does not need it."""
     if name in ("generate", "load"):
         from .model import pipeline
 

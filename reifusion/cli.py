@@ -1,8 +1,8 @@
 """The command line. Whatever can be wrong with the user's input is found before the work starts.
 
-Exit codes: 0 done, 1 the work failed, 2 the input was wrong, 130 stopped by Ctrl-C. An error is one sentence on
-stderr; REIFUSION_DEBUG=1 shows the traceback as well. PyTorch is imported by the commands, not here, so that
-`--help` answers at once.
+Exit codes: 0 done, 1 the work failed, 2 the input was wrong, 130 stopped by Ctrl-C. An error is one sentence
+on stderr; REIFUSION_DEBUG=1 shows the traceback as well. PyTorch is imported by the commands, not here, so
+that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def generate(
     file = _png_path(out)
     with _writable(file.parent if file else Path(out)):
         pipe = load(settings["model"], device, settings.get("dtype"))
-        settings["size"] = pipe.size(request)
+        settings["size"] = request.size(pipe.config)
         settings["dtype"] = str(pipe.dtype).removeprefix("torch.")
         settings["model_name"] = pipe.config.name
         for name in ("model", "init_image", "mask"):
@@ -197,9 +197,9 @@ def info(
             "parameters": f"{sum(numbers.values()):,}",
             **{f"  {name}": f"{number:,}" for name, number in numbers.items()},
             "text": f"{config.clip.layers} layers of {config.clip.width}, {config.clip.vocab_size:,} tokens",
-            "vae": f"{config.vae.factor}x{config.vae.factor} pixels become {config.vae.latent_channels} numbers",
+            "vae": f"1/{config.vae.factor} of each side, {config.vae.latent_channels} channels",
             "unet": f"channels {' '.join(map(str, config.unet.channels))}",
-            "schedule": f"{schedule.num_training_steps} steps, {schedule.beta_schedule}, {schedule.prediction_type}",
+            "schedule": f"{schedule.beta_schedule}, {schedule.prediction_type}",
             **found.metadata,
         }
     for name, value in facts.items():

@@ -19,7 +19,8 @@ def test_importing_is_cheap():
 
 
 def test_the_command_line_does_not_import_torch_to_print_help():
-    code = "import sys; from reifusion.cli import main; main(['generate', '--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from reifusion.cli import main; main(['generate', '--help'])"
+    code += "; assert 'torch' not in sys.modules"
     assert "--sampler" in python(code)
 
 

@@ -10,15 +10,17 @@ A whole model in one dictionary: ours has "clip.…", "encoder.…", "decoder.�
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from .config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from .diffusion import plan
 
 FORMATS = ("native", "compvis", "diffusers")
@@ -100,44 +102,107 @@ conv                    conv                                conv
 
 
 def blocks(config: ModelConfig) -> Iterator[tuple[str, str, str, str]]:
-    """Every block of a model: its kind (a section of `TABLE`) and its name, ours, CompVis's and diffusers's."""
-    text = "cond_stage_model.transformer.text_model", "text_encoder.text_model"
-    yield "clip", "clip", *text
+    """Every block of a model: its kind (a section of `TABLE`) and its name: ours, CompVis's, diffusers's."""
+    cv, df = "cond_stage_model.transformer.text_model", "text_encoder.text_model"
+    yield "clip", "clip", cv, df
     for i in range(config.clip.layers):
-        yield "clip layer", f"clip.layers.{i}", f"{text[0]}.encoder.layers.{i}", f"{text[1]}.encoder.layers.{i}"
+        yield "clip layer", f"clip.layers.{i}", f"{cv}.encoder.layers.{i}", f"{df}.encoder.layers.{i}"
 
     levels, layers = len(config.vae.channels), config.vae.layers
-    for half in ("encoder", "decoder"):
-        theirs = f"first_stage_model.{half}", f"vae.{half}"
-        yield "vae", half, *theirs
-        yield "vae res", f"{half}.middle.0", f"{theirs[0]}.mid.block_1", f"{theirs[1]}.mid_block.resnets.0"
-        yield "vae attention", f"{half}.middle.1", f"{theirs[0]}.mid.attn_1", f"{theirs[1]}.mid_block.attentions.0"
-        yield "vae res", f"{half}.middle.2", f"{theirs[0]}.mid.block_2", f"{theirs[1]}.mid_block.resnets.1"
-        side, number = ("down", layers) if half == "encoder" else ("up", layers + 1)
+    for half, side, number in ("encoder", "down", layers), ("decoder", "up", layers + 1):
+        cv, df = f"first_stage_model.{half}", f"vae.{half}"
+        yield "vae", half, cv, df
+        yield "vae res", f"{half}.middle.0", f"{cv}.mid.block_1", f"{df}.mid_block.resnets.0"
+        yield "vae attention", f"{half}.middle.1", f"{cv}.mid.attn_1", f"{df}.mid_block.attentions.0"
+        yield "vae res", f"{half}.middle.2", f"{cv}.mid.block_2", f"{df}.mid_block.resnets.1"
         for i in range(levels):
-            # CompVis counts the decoder's levels from the picture; we and diffusers from the latents.
-            level = i if half == "encoder" else levels - 1 - i
-            cv, df = f"{theirs[0]}.{side}.{level}", f"{theirs[1]}.{side}_blocks.{i}"
+            # CompVis counts the decoder's levels from the picture's side; we and diffusers, as they are run.
+            cv_level = f"{cv}.{side}.{i if half == 'encoder' else levels - 1 - i}"
+            df_level = f"{df}.{side}_blocks.{i}"
             for k in range(number):
-                yield "vae res", f"{half}.{side}.{i}.{k}", f"{cv}.block.{k}", f"{df}.resnets.{k}"
-            yield "up", f"{half}.{side}.{i}.{number}", f"{cv}.{side}sample", f"{df}.{side}samplers.0"
+                yield "vae res", f"{half}.{side}.{i}.{k}", f"{cv_level}.block.{k}", f"{df_level}.resnets.{k}"
+            yield "up", f"{half}.{side}.{i}.{number}", f"{cv_level}.{side}sample", f"{df_level}.{side}samplers.0"
     yield "conv", "encoder.quant", "first_stage_model.quant_conv", "vae.quant_conv"
     yield "conv", "decoder.post_quant", "first_stage_model.post_quant_conv", "vae.post_quant_conv"
 
-    yield "unet", "diffusion", "model.diffusion_model", "unet"
+    cv = "model.diffusion_model"
+    yield "unet", "diffusion", cv, "unet"
     down, middle, up = plan(config.unet)
-    for side, blocks_, rows in ("down", "input_blocks", down), ("up", "output_blocks", up):
-        for row, row_layers in enumerate(rows):
-            # Rows are counted through; diffusers counts within a level. Row 0 of the way down is before all levels.
-            level, k = divmod(row - (side == "down"), config.unet.layers + 1)
-            for j, (kind, *_) in enumerate(row_layers):
-                where = {"res": f"resnets.{k}", "attention": f"attentions.{k}"}.get(kind, f"{kind}samplers.0")
-                df = "unet.conv_in" if kind == "conv" else f"unet.{side}_blocks.{level}.{where}"
-                yield kind, f"diffusion.{side}.{row}.{j}", f"model.diffusion_model.{blocks_}.{row}.{j}", df
-    for j, where in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        cv, df = f"model.diffusion_model.middle_block.{j}", f"unet.mid_block.{where}"
-        yield middle[j][0], f"diffusion.middle.{j}", cv, df
+    for side, theirs, rows in ("down", "input_blocks", down), ("up", "output_blocks", up):
+        for i, row in enumerate(rows):
+            # We and CompVis count all rows; diffusers counts in each level, and row 0 of the way down in none.
+            level, k = divmod(i - (side == "down"), config.unet.layers + 1)
+            for j, (kind, *_) in enumerate(row):
+                place = {"res": f"resnets.{k}", "attention": f"attentions.{k}"}.get(kind, f"{kind}samplers.0")
+                df = "unet.conv_in" if kind == "conv" else f"unet.{side}_blocks.{level}.{place}"
+                yield kind, f"diffusion.{side}.{i}.{j}", f"{cv}.{theirs}.{i}.{j}", df
+    for j, place in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+        yield middle[j][0], f"diffusion.middle.{j}", f"{cv}.middle_block.{j}", f"unet.mid_block.{place}"
 
+
+# Our configs and the `config.json`s of diffusers: our field, their key, and what its absence means.
+# An equals sign in place of a field: here it has always that value, and a file with another is refused.
+CONFIGS = """
+ours                their key                 absent
+
+[text_encoder]
+vocab_size          vocab_size
+context_length      max_position_embeddings   77
+width               hidden_size
+layers              num_hidden_layers
+heads               num_attention_heads
+activation          hidden_act                "quick_gelu"
+=                   layer_norm_eps            1e-05
+
+[vae]
+in_channels         in_channels
+latent_channels     latent_channels
+channels            block_out_channels
+layers              layers_per_block
+groups              norm_num_groups           32
+scale_factor        scaling_factor            0.18215
+=                   act_fn                    "silu"
+=                   mid_block_add_attention   true
+=                   shift_factor              null
+=                   use_post_quant_conv       true
+=                   use_quant_conv            true
+
+[unet]
+in_channels         in_channels
+out_channels        out_channels
+channels            block_out_channels
+layers              layers_per_block
+heads               attention_head_dim        8
+context_width       cross_attention_dim
+groups              norm_num_groups           32
+linear_projection   use_linear_projection     false
+=                   act_fn                    "silu"
+=                   addition_embed_type       null
+=                   center_input_sample       false
+=                   class_embed_type          null
+=                   downsample_padding        1
+=                   dual_cross_attention      false
+=                   encoder_hid_dim           null
+=                   flip_sin_to_cos           true
+=                   freq_shift                0
+=                   mid_block_scale_factor    1
+=                   norm_eps                  1e-05
+=                   num_attention_heads       null
+=                   num_class_embeds          null
+=                   only_cross_attention      false
+=                   resnet_time_scale_shift   "default"
+=                   time_cond_proj_dim        null
+=                   transformer_layers_per_block  1
+
+[scheduler]
+num_training_steps  num_train_timesteps
+beta_start          beta_start
+beta_end            beta_end
+beta_schedule       beta_schedule
+prediction_type     prediction_type           "epsilon"
+=                   rescale_betas_zero_snr    false
+=                   trained_betas             null
+"""
 
 # In the files, and of no use here: the schedule's constants, moving averages of the weights, what was needed
 # in training only, the safety checker, and the parts of CLIP that Stable Diffusion leaves out.
@@ -150,7 +215,7 @@ HARMLESS = re.compile(
 # Other spellings of the same names, found in the wild.
 ALIASES = (
     # transformers 5 saves a CLIPTextModel without `text_model.`
-    (r"(cond_stage_model\.transformer|text_encoder)\.(embeddings|encoder|final_layer_norm)\.", r"\1.text_model.\2."),
+    (r"(cond_stage_model\.transformer|text_encoder)\.(?=embeddings|encoder|final_layer)", r"\1.text_model."),
     # diffusers before 0.15, in the VAE's attention
     (r"(vae\.\w+\.mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
     (r"(vae\.\w+\.mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
@@ -164,6 +229,17 @@ MARKS = {
     "compvis": r"cond_stage_model\.|first_stage_model\.|model\.diffusion_model\.",
     "diffusers": r"text_encoder\.|vae\.|unet\.",
 }
+
+# What is counted in the names of a checkpoint to know how many blocks it has. #: any number.
+COUNTS = """
+what         ours                        CompVis                                           diffusers
+clip_layers  clip.layers.#               cond_stage_model.transformer.text_model.encoder.layers.#  text_encoder.text_model.encoder.layers.#
+vae_levels   encoder.down.#              first_stage_model.encoder.down.#                  vae.encoder.down_blocks.#
+vae_layers   encoder.down.0.#.norm_1     first_stage_model.encoder.down.0.block.#          vae.encoder.down_blocks.0.resnets.#
+halvings     diffusion.down.#.0.conv.    model.diffusion_model.input_blocks.#.0.op         unet.down_blocks.#.downsamplers
+unet_layers  diffusion.down.#.0.conv_1   model.diffusion_model.input_blocks.#.0.in_layers  unet.down_blocks.#.resnets.#
+attention    diffusion.down.#.1.         model.diffusion_model.input_blocks.#.1.           unet.down_blocks.#.attentions
+"""
 
 
 class ModelError(ValueError):
@@ -193,20 +269,17 @@ class Rule:
         return [part.clone() for part in tensor.chunk(len(self.theirs))]  # a file must not hold views
 
 
-def _table() -> dict[str, list[list[str]]]:
-    sections: dict[str, list[list[str]]] = {}
-    for section in TABLE.split("[")[1:]:
-        kind, rows = section.split("]")
-        sections[kind] = [row.split() for row in rows.splitlines() if row.strip()]
-    return sections
+def _sections(table: str) -> dict[str, list[list[str]]]:
+    sections = (section.split("]") for section in table.split("\n[")[1:])
+    return {kind: [row.split() for row in rows.splitlines() if row] for kind, rows in sections}
 
 
 def rules(config: ModelConfig, format: str) -> list[Rule]:
-    """Every renaming rule between our names and those of a format. Of the config only the structure counts."""
+    """Every renaming rule between our names and a format's. Of the config, only the structure counts."""
     if format not in FORMATS:
         raise ModelError(f"there is no format {format!r}; the formats are {', '.join(FORMATS)}")
     column = FORMATS.index(format)
-    table, found = _table(), []
+    table, found = _sections(TABLE), []
     for kind, *names in blocks(config):
         for row in table[kind]:
             ours, theirs = (f"{names[c]}.{row[c]}".removesuffix(".-") for c in (0, column))
@@ -232,47 +305,24 @@ def detect(names: Collection[str]) -> str:
 
 def structure(names: Collection[str], format: str) -> ModelConfig:
     """How many blocks of what kind a model has, counted from its names; the sizes in it mean nothing."""
-
-    def found(*patterns: str) -> set[str]:  # the distinct places of a block; one pattern per format
-        pattern = re.compile(patterns[FORMATS.index(format)])
-        return {m[1] for name in names if (m := pattern.match(name))}
-
-    unet = r"model\.diffusion_model\.input_blocks"
-    text_layers = found(
-        r"clip\.layers\.(\d+)\.", r"cond_stage_model\..*\.layers\.(\d+)\.", r"text_encoder\..*\.layers\.(\d+)\."
-    )
-    vae_levels = found(
-        r"encoder\.down\.(\d+)\.", r"first_stage_model\.encoder\.down\.(\d+)\.", r"vae\.encoder\.down_blocks\.(\d+)\."
-    )
-    vae_layers = found(
-        r"encoder\.down\.0\.(\d+)\.norm_1\.",
-        r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\.",
-        r"vae\.encoder\.down_blocks\.0\.resnets\.(\d+)\.",
-    )
-    halvings = found(
-        r"diffusion\.down\.(\d+)\.0\.conv\.", rf"{unet}\.(\d+)\.0\.op\.", r"unet\.down_blocks\.(\d+)\.downsamplers\."
-    )
-    res = found(
-        r"diffusion\.down\.(\d+)\.0\.conv_1\.",
-        rf"{unet}\.(\d+)\.0\.in_layers\.",
-        r"unet\.down_blocks\.(\d+\.resnets\.\d+)\.",
-    )
-    attention = found(
-        r"diffusion\.down\.(\d+)\.1\.", rf"{unet}\.(\d+)\.1\.", r"unet\.down_blocks\.(\d+)\.attentions\."
-    )
-    levels = len(halvings) + 1
-    layers = len(res) // levels
-    at = {int(x) if format == "diffusers" else (int(x) - 1) // (layers + 1) for x in attention}
-    base = ModelConfig()
+    numbers: dict[str, set[tuple[str, ...]]] = {}  # what is counted -> the different numbers found at its #
+    for what, *patterns in (row.split() for row in COUNTS.strip().splitlines()[1:]):
+        pattern = re.compile(patterns[FORMATS.index(format)].replace("#", r"(\d+)"))
+        numbers[what] = {m.groups() for name in names if (m := pattern.match(name))}
+    levels = len(numbers["halvings"]) + 1
+    layers = len(numbers["unet_layers"]) // levels
+    # Here a row is given by its number, except in diffusers, where the level is.
+    attention = {int(i) if format == "diffusers" else (int(i) - 1) // (layers + 1) for (i,) in numbers["attention"]}
+    config = ModelConfig()
     return replace(
-        base,
-        clip=replace(base.clip, layers=len(text_layers)),
-        vae=replace(base.vae, channels=(0,) * len(vae_levels), layers=len(vae_layers)),
+        config,
+        clip=replace(config.clip, layers=len(numbers["clip_layers"])),
+        vae=replace(config.vae, channels=(0,) * len(numbers["vae_levels"]), layers=len(numbers["vae_layers"])),
         unet=replace(
-            base.unet,
+            config.unet,
             channels=(0,) * levels,
+            attention=tuple(level in attention for level in range(levels)),
             layers=layers,
-            attention=tuple(level in at for level in range(levels)),
         ),
     )
 
@@ -292,8 +342,9 @@ def match(names: Collection[str], config: ModelConfig | None = None) -> tuple[st
     matched, used = [], set()
     for rule in rules(config or structure(spelling, format), format):
         there = [part for part in rule.theirs if part in spelling]
-        if 0 < len(there) < len(rule.theirs):
-            raise ModelError(f"tensor {next(p for p in rule.theirs if p not in there)} is missing beside {there[0]}")
+        missing = [part for part in rule.theirs if part not in spelling]
+        if there and missing:
+            raise ModelError(f"tensor {missing[0]} is missing, though {there[0]} is there")
         if there:
             matched.append(replace(rule, theirs=tuple(spelling[part] for part in there)))
             used.update(there)
@@ -311,19 +362,92 @@ def convert(
     """
     _, matched, unknown = match(state_dict, config)
     if unknown:
-        raise ModelError(f"tensor {unknown[0]} has no place in this model (and {len(unknown) - 1} more like it)")
+        raise ModelError(f"{len(unknown)} tensors have no place in the model, first {unknown[0]}")
     native = {rule.ours: rule.merge([state_dict[name] for name in rule.theirs]) for rule in matched}
     if to == "native":
         return native
     theirs: dict[str, Tensor] = {}
     for rule in rules(config or structure(native, "native"), to):
         if rule.ours in native:
-            theirs.update(zip(rule.theirs, rule.split(native[rule.ours], to)))
+            theirs |= zip(rule.theirs, rule.split(native[rule.ours], to), strict=True)
     return theirs
 
 
-def load_from_standard_weights(path: str | Path, device: str | torch.device = "cpu") -> dict[str, dict[str, Tensor]]:
+def load_from_standard_weights(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> dict[str, dict[str, Tensor]]:
     """A checkpoint in any format -> the state dicts of "clip", "encoder", "decoder" and "diffusion"."""
     from . import model_loader  # it stands on this file
 
     return model_loader.read_states(path, device)
+
+
+def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "diffusers") -> ModelConfig:
+    """The contents of the `config.json`s in the folders text_encoder, vae, unet and scheduler -> our config."""
+    fields: dict[str, dict[str, Any]] = {}
+    for part, rows in _sections(CONFIGS).items():
+        fields[part] = {}
+        for field, key, *absent in rows:
+            if key not in jsons[part] and not absent:
+                raise ModelError(f"the config of its {part} lacks {key}")
+            value = jsons[part].get(key, json.loads(absent[0]) if absent else None)
+            if field != "=":
+                fields[part][field] = tuple(value) if isinstance(value, list) else value
+            elif value != json.loads(absent[0]):
+                raise ModelError(f"its {part} has {key} = {value!r}, which is not built in")
+    unet = fields["unet"]
+    unet["attention"] = tuple("CrossAttn" in kind for kind in jsons["unet"]["down_block_types"])
+    if isinstance(unet["heads"], tuple):  # of each level; SD 2.x, where the heads' width is the same in all
+        widths = {c // heads for c, heads in zip(unet["channels"], unet["heads"], strict=True)}
+        if len(widths) > 1:
+            raise ModelError("its unet has attention heads of several widths, which is not built in")
+        unet["heads"], unet["head_width"] = UNetConfig.heads, widths.pop()
+    vae = VAEConfig(**fields["vae"])
+    return ModelConfig(
+        name=name,
+        size=(jsons["unet"].get("sample_size") or 64) * vae.factor,
+        clip=CLIPConfig(**fields["text_encoder"]),
+        vae=vae,
+        unet=UNetConfig(**unet),
+        schedule=ScheduleConfig(**fields["scheduler"]),
+    )
+
+
+def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Our config -> the contents of the `config.json`s of diffusers, by folder."""
+    ours = {"text_encoder": config.clip, "vae": config.vae, "unet": config.unet, "scheduler": config.schedule}
+    jsons: dict[str, dict[str, Any]] = {
+        part: {key: json.loads(a[0]) if field == "=" else getattr(ours[part], field) for field, key, *a in rows}
+        for part, rows in _sections(CONFIGS).items()
+    }
+    attention, levels = config.unet.attention, len(config.vae.channels)
+    jsons["text_encoder"] |= {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "intermediate_size": 4 * config.clip.width,
+        "bos_token_id": config.clip.vocab_size - 2,
+        "eos_token_id": config.clip.vocab_size - 1,
+        "pad_token_id": config.clip.vocab_size - 1,
+    }
+    jsons["vae"] |= {
+        "_class_name": "AutoencoderKL",
+        "out_channels": config.vae.in_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": config.size,
+    }
+    jsons["unet"] |= {
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+        "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+        "sample_size": config.size // config.vae.factor,
+    }
+    if config.unet.head_width is not None:
+        jsons["unet"]["attention_head_dim"] = [config.unet.heads_at(c) for c in config.unet.channels]
+    jsons["scheduler"] |= {  # SD 1.x's own sampler; a pipeline can be given another
+        "_class_name": "PNDMScheduler",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+    }
+    return jsons

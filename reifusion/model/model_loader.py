@@ -16,7 +16,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -236,6 +236,12 @@ def _open(source: str | Path, config: ModelConfig | None = None) -> _Checkpoint:
     if config is None:
         config = _config_from_shapes(path, {rule.ours: _shape(rule, where) for rule in rules})
     return _Checkpoint(path, format, config, rules, unknown, where, metadata)
+
+
+def _shape(rule: Rule, where: Mapping[str, tuple[_File, str]]) -> torch.Size:
+    """The shape that our tensor will have."""
+    parts = [file.shapes[name] for file, name in map(where.__getitem__, rule.theirs)]
+    return torch.Size((sum(part[0] for part in parts), *parts[0][1:])) if parts[0] else parts[0]
 
 
 def _find(source: str | Path) -> Path:

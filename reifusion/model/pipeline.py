@@ -98,7 +98,7 @@ class StableDiffusion:
     ) -> Generator[Step, None, None]:
         """The loop of `generate`, one `Step` at a time; the arguments are the fields of `Request`."""
         request = prompt if isinstance(prompt, Request) else Request(prompt, *args, **settings)
-        width, height = self.size(request)
+        width, height = request.size(self.config)
         guided = request.do_cfg and request.cfg_scale != 1
 
         # 1. Text encoding: B prompts -> (B, 77, 768); with guidance (2B, 77, 768), the negative prompts last
@@ -110,8 +110,9 @@ class StableDiffusion:
         channels, factor = self.config.vae.latent_channels, self.config.vae.factor
         noise = randn((len(generators), channels, height // factor, width // factor), generators)
         noise = noise.to(self.device)
+        original = mask = None
         if request.picture is None:
-            latents, original, mask = noise * sampler.init_noise_sigma, None, None
+            latents = noise * sampler.init_noise_sigma
         else:  # the picture, under as much noise as strength asks for
             original, mask = self._encode_input(request, width, height)
             sampler.set_strength(request.strength)
@@ -134,7 +135,7 @@ class StableDiffusion:
                 eps_cond = sampler.predict(t, latents, cond)[1]
                 eps_uncond = None if uncond is None else sampler.predict(t, latents, uncond)[1]
                 after = sampler.step(t, latents, output)
-                if mask is not None and extra is None:
+                if original is not None and mask is not None and extra is None:
                     # Eq. 8, Lugmayr et al. 2022: what is known stays, only as noisy as all the rest
                     later = sampler.timesteps[index + 1 : index + 2]
                     known = sampler.add_noise(original, later, noise) if len(later) else original
@@ -143,30 +144,6 @@ class StableDiffusion:
                     index, len(sampler.timesteps), int(t), latents, x0, eps, eps_cond, eps_uncond, after
                 )
                 latents = after
-
-    def size(self, request: Request) -> tuple[int, int]:
-        """The width and height to draw.
-
-        As asked. What was left open is the size that the model was trained on, or, for an input image, its
-        own shape with that as the shorter side, and at most twice as long as wide.
-        """
-        native, factor = self.config.size, self.config.vae.factor
-        default = [native, native]
-        if request.picture is not None:
-            short = min(request.picture.size)
-            default = [
-                min(round(side * native / short / factor) * factor, 2 * native)
-                for side in request.picture.size
-            ]
-        sides = []
-        for asked, side, name in zip(
-            (request.width, request.height), default, ("width", "height"), strict=True
-        ):
-            side = side if asked is None else _whole(asked, f"the {name}", factor)
-            if side % factor:
-                raise ValueError(f"the {name} must be a multiple of {factor}, not {side}")
-            sides.append(side)
-        return sides[0], sides[1]
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""What may be asked of the pipeline, and the opening of pictures that it is asked with."""
+"""What can be asked of the pipeline, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .config import ModelConfig
 from .samplers import SAMPLERS
 
 Picture = Image.Image | np.ndarray | str | os.PathLike  # arrays: uint8, (H, W), (H, W, 3) or (H, W, 4)
@@ -20,27 +21,25 @@ Picture = Image.Image | np.ndarray | str | os.PathLike  # arrays: uint8, (H, W),
 
 @dataclass
 class Request:
-    """Everything that decides what is drawn: the arguments of `generate` and `denoise`, checked.
+    """Everything that decides what is drawn: the arguments of `generate` and `denoise`.
 
     Raises ValueError, in one sentence, for what cannot be drawn.
     """
 
     prompt: str | Sequence[str]  # one picture for each; may be empty
     uncond_prompt: str | Sequence[str] | None = None  # what to keep away from: one for all, or one for each
-    input_image: Picture | None = None  # img2img: begin with this picture instead of with noise
-    strength: float = 0.8  # of img2img, in (0, 1]: how much noise it gets, how much it may change
+    input_image: Picture | None = None  # img2img: begin with this picture, not with noise alone
+    strength: float = 0.8  # of img2img, in (0, 1]: how much noise the picture gets
     do_cfg: bool = True  # classifier-free guidance; without it, uncond_prompt is not used
     cfg_scale: float = 7.5  # s in the guidance equation; 1 is the same as none, and twice as fast
     sampler_name: str = "ddpm"  # one of SAMPLERS
     n_inference_steps: int = 50  # 1 … 1000
-    seed: int | None = (
-        None  # picture k is drawn from seed + k; None: a new one, found in picture.info["seed"]
-    )
+    seed: int | None = None  # picture k is drawn from seed + k; None: a new one, see picture.info["seed"]
     _: KW_ONLY
-    height: int | None = None  # a multiple of 8; see `StableDiffusion.size` for None
+    height: int | None = None  # a multiple of 8; for None see `size`
     width: int | None = None
     num_images: int = 1  # for each prompt
-    mask: Picture | None = None  # inpainting: white is redrawn, black is kept; the size of input_image
+    mask: Picture | None = None  # inpainting: white is redrawn, black is kept; as large as input_image
     clip_skip: int = 0  # layers of the text encoder to leave out, from the end
 
     def __post_init__(self) -> None:
@@ -50,7 +49,7 @@ class Request:
             negatives = negatives * len(prompts)
         if len(negatives) != len(prompts):
             raise ValueError(
-                f"{len(prompts)} prompts need as many negative prompts, or one, not {len(negatives)}"
+                f"{len(prompts)} prompts need as many negative ones, or one, not {len(negatives)}"
             )
         if self.sampler_name not in SAMPLERS:
             raise ValueError(f"there is no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
@@ -58,9 +57,9 @@ class Request:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
         if not math.isfinite(_number(self.cfg_scale, "cfg_scale")):
             raise ValueError(f"cfg_scale must be a finite number, not {self.cfg_scale}")
-        self.seed = (
-            secrets.randbelow(2**32) if self.seed is None else _whole(self.seed, "the seed", 0, 2**63 - 1)
-        )
+        if self.seed is None:
+            self.seed = secrets.randbelow(2**32)
+        self.seed = _whole(self.seed, "the seed", 0, 2**63 - 1)
         self.n_inference_steps = _whole(self.n_inference_steps, "the number of steps", 1, 1000)
         self.num_images = _whole(self.num_images, "the number of images", 1)
         self.clip_skip = _whole(self.clip_skip, "clip_skip", 0)
@@ -69,12 +68,33 @@ class Request:
         self.picture = None if self.input_image is None else open_picture(self.input_image)
         self.redraw = None if self.mask is None else open_picture(self.mask).convert("L")
         if self.picture is not None and self.redraw is not None and self.redraw.size != self.picture.size:
-            (w, h), (mask_w, mask_h) = self.picture.size, self.redraw.size
-            raise ValueError(f"the mask must be as large as the input image, {w}×{h}, not {mask_w}×{mask_h}")
-        # One of each per picture: all of the first prompt's, then all of the second's, …
+            sizes = [f"{width}×{height}" for width, height in (self.picture.size, self.redraw.size)]
+            raise ValueError(f"the mask must be as large as the input image, {sizes[0]}, not {sizes[1]}")
+        # One of each for every picture: all of the first prompt, then all of the second, …
         self.prompts = [text for text in prompts for _ in range(self.num_images)]
         self.negatives = [text for text in negatives for _ in range(self.num_images)]
         self.seeds = [self.seed + k for k in range(len(self.prompts))]
+
+    def size(self, config: ModelConfig) -> tuple[int, int]:
+        """The width and height that the model is to draw.
+
+        As asked. What was left open is the size that it was trained on, or, for an input image, the
+        image's shape with that as the shorter side, and at most twice as long as wide.
+        """
+        width, height = (1, 1) if self.picture is None else self.picture.size
+        scale, factor = config.size / min(width, height), config.vae.factor
+        return (
+            self._side("width", self.width, min(width * scale, 2 * config.size), factor),
+            self._side("height", self.height, min(height * scale, 2 * config.size), factor),
+        )
+
+    def _side(self, name: str, asked: int | None, otherwise: float, factor: int) -> int:
+        if asked is None:
+            return round(otherwise / factor) * factor
+        side = _whole(asked, f"the {name}", factor)
+        if side % factor:
+            raise ValueError(f"the {name} must be a multiple of {factor}, not {side}")
+        return side
 
 
 def _texts(value: Any) -> list[str]:
@@ -112,8 +132,11 @@ def open_picture(picture: Picture) -> Image.Image:
         picture = Image.open(picture)
     picture = ImageOps.exif_transpose(picture)  # cameras write sideways and say so
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+        levels = np.asarray(picture).clip(0, 65535) / 257
+        picture = Image.fromarray(levels.round().astype(np.uint8))
+    if picture.mode == "La":  # the one mode that does not convert by itself
+        picture = picture.convert("LA")
     if picture.has_transparency_data:
-        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")

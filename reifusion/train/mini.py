@@ -1,0 +1,154 @@
+"""The mini, from nothing: pictures from npm, then the VAE, then the U-Net with its text encoder.
+
+Every stage leaves a file in `folder` and is skipped when that file is there; a stage that was stopped
+goes on where its last checkpoint was. `reifusion train mini --help` lists what can be changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..model.clip import Tokenizer
+from ..model.config import MINI
+from ..model.model_loader import MINI_PATH, save
+from ..model.pipeline import StableDiffusion
+from .bpe import train_bpe
+from .data import DataError, captions, compose, pictures
+from .loop import LoopConfig, TrainingError, save_atomically
+from .text2image import TextToImage, TextToImageTraining, train_text2image
+from .vae import VAE, VAETraining, train_vae
+
+# Hours are for 2 cores of a server CPU with bf16 instructions.
+VAE_RECIPE = VAETraining(  # half an hour; expect a PSNR of 20 dB on the training's hard crops after a third of it
+    loop=LoopConfig(steps=4_500, lr=1e-3, decay=0.4, ema=0.998), batch=16, crop=64, whole_from=0.9
+)
+TEXT2IMAGE_RECIPE = TextToImageTraining(  # two hours for 12,000 steps of 32; longer is better
+    loop=LoopConfig(steps=12_000, lr=7e-4, warmup=500, decay=0.25, ema=0.9995), batch=32
+)
+SCENES = 40_000  # composed pictures in the bank
+SHEET = (  # what the contact sheets of a run show
+    "a cat", "a red apple", "a rocket", "an octopus", "a house", "a tree", "a dog", "a car",
+    "a flat drawing of a pizza", "a 3d elephant", "a purple cat", "a banana on a blue background",
+    "a small fish", "a dog next to a tree", "a smiling face", "a sunflower",
+)  # fmt: skip
+
+
+def make_vae(sprites: Tensor, folder: Path, training: VAETraining) -> VAE:
+    """The trained VAE, from `folder/vae.pt` or by training it."""
+    path, vae = folder / "vae.pt", VAE(MINI.vae)
+    if not path.exists():
+        save_atomically(train_vae(sprites, MINI.vae, training, folder / "vae").state_dict(), path)
+    vae.load_state_dict(torch.load(path, weights_only=True))
+    return vae.eval().to(memory_format=torch.channels_last)
+
+
+def make_tokenizer(folder: Path) -> Tokenizer:
+    """A vocabulary of the captions' own words, from `folder/vocabulary.txt` or learned from all captions."""
+    path = folder / "vocabulary.txt"
+    merges = MINI.clip.vocab_size - 2 * 256 - 2  # bytes, bytes that end a word, start and end of text
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("\n".join(" ".join(pair) for pair in train_bpe(captions(), merges)), encoding="utf-8")
+        os.replace(temporary, path)
+    return Tokenizer.from_file(path, context_length=MINI.clip.context_length)
+
+
+@torch.inference_mode()
+def make_bank(vae: VAE, tokenizer: Tokenizer, count: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """Scenes 0 … count−1 as latents (count, 4, 16, 16) bf16 and tokens (count, L) int16, from `folder/bank.safetensors`."""
+    path = folder / "bank.safetensors"
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("latents"), file.get_tensor("tokens")
+    latents, tokens = [], []
+    for start in range(0, count, 64):
+        scenes = [compose(seed) for seed in range(start, min(start + 64, count))]
+        x = torch.stack([torch.from_numpy(scene.image) for scene in scenes]).permute(0, 3, 1, 2)  # (64, 3, 128, 128)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(vae.encoder(x.float() / 127.5 - 1).bfloat16())
+        tokens += [tokenizer.encode(scene.caption) for scene in scenes]
+        if start % 6400 == 0:
+            print(f"{start} of {count} scenes composed and encoded", flush=True)
+    bank = {"latents": torch.cat(latents), "tokens": torch.tensor(tokens, dtype=torch.int16)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(bank, temporary)
+    os.replace(temporary, path)
+    return bank["latents"], bank["tokens"]
+
+
+def as_pipeline(vae: VAE, model: TextToImage, tokenizer: Tokenizer) -> StableDiffusion:
+    """The parts in training, ready to draw."""
+    models: dict[str, nn.Module] = {"encoder": vae.encoder, "decoder": vae.decoder}
+    models |= {"clip": model.clip, "diffusion": model.diffusion}
+    return StableDiffusion(MINI, tokenizer, models)
+
+
+def contact_sheet(pipe: StableDiffusion, prompts: tuple[str, ...] = SHEET, columns: int = 8, seeds: int = 1) -> Image.Image:
+    """One picture of each prompt and seed, in rows; the first seeds, not picked ones."""
+    drawn = [
+        pipe.generate(list(prompts), seed=1000 * k, cfg_scale=4.0, sampler_name="ddim", n_inference_steps=20, progress=False)
+        for k in range(seeds)
+    ]
+    tiles = [row[i] for i in range(len(prompts)) for row in drawn]  # type: ignore[index]
+    side = MINI.size
+    sheet = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * side, i // columns * side))
+    return sheet
+
+
+def train_mini(folder: Path, vae_recipe: VAETraining, recipe: TextToImageTraining, scenes: int, out: Path) -> None:
+    """All stages; the model ends up in the file `out`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sprites = torch.from_numpy(pictures()[0]).permute(0, 3, 1, 2).contiguous()  # (N, 4, 128, 128)
+    vae = make_vae(sprites, folder, vae_recipe)
+    tokenizer = make_tokenizer(folder)
+    latents, tokens = make_bank(vae, tokenizer, scenes, folder)
+    empty = torch.tensor(tokenizer.encode(""))
+    shown = TextToImage(MINI).eval().to(memory_format=torch.channels_last)
+
+    def watch(step: int, average: dict[str, Tensor]) -> None:
+        shown.load_state_dict(average)
+        generator_state = torch.get_rng_state()
+        contact_sheet(as_pipeline(vae, shown, tokenizer)).save(folder / f"sheet-{step:06d}.png")
+        torch.set_rng_state(generator_state)
+
+    model = train_text2image(latents, tokens.long(), empty, MINI, recipe, folder / "text2image", every_checkpoint=watch)
+    pipe = as_pipeline(vae, model, tokenizer)
+    half = {name: network.to(torch.bfloat16) for name, network in pipe.models.items()}
+    save(MINI, half, out, tokenizer=tokenizer)
+    print(f"the model is in {out}; the last contact sheet is in {folder}")
+
+
+def main(arguments: list[str]) -> int:
+    """`reifusion train mini …`; returns the exit code."""
+    parser = argparse.ArgumentParser("reifusion train mini", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="where everything is kept (%(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=VAE_RECIPE.loop.steps, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=TEXT2IMAGE_RECIPE.loop.steps, help="of the U-Net (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="pictures in the bank (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the model's file (FOLDER/mini.safetensors)")
+    given = parser.parse_args(arguments)
+    for name in ("vae_steps", "steps", "scenes", "threads"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    torch.set_num_threads(given.threads)
+    vae_recipe = replace(VAE_RECIPE, loop=replace(VAE_RECIPE.loop, steps=given.vae_steps))
+    recipe = replace(TEXT2IMAGE_RECIPE, loop=replace(TEXT2IMAGE_RECIPE.loop, steps=given.steps))
+    try:
+        train_mini(given.folder, vae_recipe, recipe, given.scenes, given.out or given.folder / "mini.safetensors")
+    except (DataError, TrainingError, OSError) as error:
+        print(f"reifusion: {error}", file=sys.stderr)
+        return 1
+    return 0
