@@ -273,13 +273,13 @@ def _open(path: str | None) -> Image.Image | None:
     from PIL import Image
 
     try:
-        picture = Image.open(path)
-        picture.load()
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
     except FileNotFoundError:
         raise InputError(f"there is no picture at {path}") from None
     except Exception as error:  # Pillow raises anything from OSError to SyntaxError for broken files
         raise InputError(f"{path} cannot be read as a picture: {error}") from error
-    return picture
 
 
 def _read_settings(path: str) -> dict[str, Any]:
@@ -290,13 +290,13 @@ def _read_settings(path: str) -> dict[str, Any]:
     except (KeyError, json.JSONDecodeError, AttributeError):
         raise InputError(f"{path} carries no settings of reifusion's") from None
     for name, value in settings.items():
-        if not isinstance(value, REMEMBERED[name]):
+        if not isinstance(value, REMEMBERED[name]) or (name == "size" and len(value) != 2):
             raise InputError(f"{path} carries settings, but its {name} is {value!r}")
     return settings
 
 
 def _hash(name: str, source: str) -> str:
-    """The first ten digits of the SHA-256 of a file, as other programs show it, or of all weights in a folder."""
+    """The first ten digits of the SHA-256 of a file, as others show it, or of all weights in a folder."""
     path = Path(source)
     if name == "model":
         from .model.model_loader import info
@@ -313,7 +313,7 @@ def _hash(name: str, source: str) -> str:
 def _warn_if_changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     if before.get(f"{name}_hash") != now[f"{name}_hash"]:
         what = name.replace("_", " ")
-        warnings.warn(f"the {what} {now[name]} is not what it was, so the picture will differ", stacklevel=2)
+        warnings.warn(f"the {what} {now[name]} is not what it was, so the picture will differ", stacklevel=1)
 
 
 # What they write
@@ -340,12 +340,12 @@ def _writable(folder: Path) -> Iterator[None]:
 def _png_path(out: str) -> Path | None:
     """The file that `out` names, or None if it names a folder."""
     path = Path(out)
+    if any(len(part.encode()) > 240 for part in path.parts):
+        raise InputError(f"the name {out[:20]}… is too long")
     if path.suffix == "" or path.is_dir() or out.endswith(("/", os.sep)):
         return None
     if path.suffix.lower() != ".png":
         raise InputError(f"pictures are written as .png, not as {path.suffix}")
-    if len(path.name.encode()) > 240:
-        raise InputError(f"the name {path.name[:20]}… is too long for a file")
     return path
 
 
@@ -412,9 +412,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("REIFUSION_DEBUG") == "1"
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"reifusion: {message}", file=sys.stderr)  # type: ignore[assignment]
+        if not debug:  # only our own, and only what they say
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module="reifusion")
+            warnings.showwarning = lambda message, *_: print(f"reifusion: {message}", file=sys.stderr)
         try:
-            return app(arguments or ["--help"], prog_name="reifusion", standalone_mode=False) or 0
+            code = app(arguments or ["--help"], prog_name="reifusion", standalone_mode=False) or 0
+            return _fail("stopped", 130, False) if code == 130 else code
         except (KeyboardInterrupt, typer.Abort):
             return _fail("stopped", 130, False)
         except _UsageError as error:
@@ -422,7 +426,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             return _fail(str(error), 2, debug)
         except Exception as error:
-            return _fail(str(error) or type(error).__name__, 1, debug)
+            memory = isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error))
+            message = "out of memory; try a smaller --size" if memory else str(error)
+            return _fail(message or type(error).__name__, 1, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -87,7 +87,7 @@ SD15 = ModelConfig()
 MINI = ModelConfig(
     name="mini",
     size=128,
-    clip=CLIPConfig(vocab_size=1024, context_length=32, width=192, layers=4, heads=6),
+    clip=CLIPConfig(vocab_size=2048, context_length=32, width=192, layers=4, heads=6),
     vae=VAEConfig(channels=(32, 64, 128, 128), layers=1, groups=8, scale_factor=1.0),
     unet=UNetConfig(
         channels=(128, 192, 256),

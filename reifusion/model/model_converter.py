@@ -121,7 +121,8 @@ def blocks(config: ModelConfig) -> Iterator[tuple[str, str, str, str]]:
             df_level = f"{df}.{side}_blocks.{i}"
             for k in range(number):
                 yield "vae res", f"{half}.{side}.{i}.{k}", f"{cv_level}.block.{k}", f"{df_level}.resnets.{k}"
-            yield "up", f"{half}.{side}.{i}.{number}", f"{cv_level}.{side}sample", f"{df_level}.{side}samplers.0"
+            resample = f"{cv_level}.{side}sample", f"{df_level}.{side}samplers.0"
+            yield "up", f"{half}.{side}.{i}.{number}", *resample
     yield "conv", "encoder.quant", "first_stage_model.quant_conv", "vae.quant_conv"
     yield "conv", "decoder.post_quant", "first_stage_model.post_quant_conv", "vae.post_quant_conv"
 
@@ -130,10 +131,11 @@ def blocks(config: ModelConfig) -> Iterator[tuple[str, str, str, str]]:
     down, middle, up = plan(config.unet)
     for side, theirs, rows in ("down", "input_blocks", down), ("up", "output_blocks", up):
         for i, row in enumerate(rows):
-            # We and CompVis count all rows; diffusers counts in each level, and row 0 of the way down in none.
+            # We and CompVis count all rows; diffusers counts in each level, row 0 of the way down in none.
             level, k = divmod(i - (side == "down"), config.unet.layers + 1)
             for j, (kind, *_) in enumerate(row):
-                place = {"res": f"resnets.{k}", "attention": f"attentions.{k}"}.get(kind, f"{kind}samplers.0")
+                places = {"res": f"resnets.{k}", "attention": f"attentions.{k}"}
+                place = places.get(kind, f"{kind}samplers.0")
                 df = "unet.conv_in" if kind == "conv" else f"unet.{side}_blocks.{level}.{place}"
                 yield kind, f"diffusion.{side}.{i}.{j}", f"{cv}.{theirs}.{i}.{j}", df
     for j, place in enumerate(("resnets.0", "attentions.0", "resnets.1")):
@@ -230,15 +232,15 @@ MARKS = {
     "diffusers": r"text_encoder\.|vae\.|unet\.",
 }
 
-# What is counted in the names of a checkpoint to know how many blocks it has. #: any number.
+# What is counted in the names of a checkpoint to know how many blocks it has. #: any number, *: anything.
 COUNTS = """
-what         ours                        CompVis                                           diffusers
-clip_layers  clip.layers.#               cond_stage_model.transformer.text_model.encoder.layers.#  text_encoder.text_model.encoder.layers.#
-vae_levels   encoder.down.#              first_stage_model.encoder.down.#                  vae.encoder.down_blocks.#
-vae_layers   encoder.down.0.#.norm_1     first_stage_model.encoder.down.0.block.#          vae.encoder.down_blocks.0.resnets.#
-halvings     diffusion.down.#.0.conv.    model.diffusion_model.input_blocks.#.0.op         unet.down_blocks.#.downsamplers
-unet_layers  diffusion.down.#.0.conv_1   model.diffusion_model.input_blocks.#.0.in_layers  unet.down_blocks.#.resnets.#
-attention    diffusion.down.#.1.         model.diffusion_model.input_blocks.#.1.           unet.down_blocks.#.attentions
+what         ours                      CompVis                             diffusers
+clip_layers  clip.layers.#             *.text_model.encoder.layers.#       *.text_model.encoder.layers.#
+vae_levels   encoder.down.#            *_model.encoder.down.#              vae.encoder.down_blocks.#
+vae_layers   encoder.down.0.#.norm_1   *_model.encoder.down.0.block.#      vae.encoder.down_blocks.0.resnets.#
+halvings     diffusion.down.#.0.conv.  *_model.input_blocks.#.0.op         unet.down_blocks.#.downsamplers
+unet_layers  diffusion.down.#.0.conv_1 *_model.input_blocks.#.0.in_layers  unet.down_blocks.#.resnets.#
+attention    diffusion.down.#.1.       *_model.input_blocks.#.1.           unet.down_blocks.#.attentions
 """
 
 
@@ -257,7 +259,7 @@ class Rule:
     def merge(self, parts: list[Tensor]) -> Tensor:
         """Theirs -> ours."""
         if self.pointwise:
-            parts = [part.flatten(1) if part.ndim == 4 else part for part in parts]  # (C, C, 1, 1) -> (C, C)
+            parts = [x.flatten(1) if x.ndim == 4 else x for x in parts]  # (C, C, 1, 1) -> (C, C)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def split(self, tensor: Tensor, format: str) -> list[Tensor]:
@@ -307,17 +309,19 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
     """How many blocks of what kind a model has, counted from its names; the sizes in it mean nothing."""
     numbers: dict[str, set[tuple[str, ...]]] = {}  # what is counted -> the different numbers found at its #
     for what, *patterns in (row.split() for row in COUNTS.strip().splitlines()[1:]):
-        pattern = re.compile(patterns[FORMATS.index(format)].replace("#", r"(\d+)"))
+        escaped = re.escape(patterns[FORMATS.index(format)])
+        pattern = re.compile(escaped.replace(r"\#", r"(\d+)").replace(r"\*", ".*"))
         numbers[what] = {m.groups() for name in names if (m := pattern.match(name))}
-    levels = len(numbers["halvings"]) + 1
+    levels, vae_levels = len(numbers["halvings"]) + 1, len(numbers["vae_levels"])
     layers = len(numbers["unet_layers"]) // levels
-    # Here a row is given by its number, except in diffusers, where the level is.
-    attention = {int(i) if format == "diffusers" else (int(i) - 1) // (layers + 1) for (i,) in numbers["attention"]}
+    # A row's number tells its level, as in `blocks`; diffusers's names have the level itself.
+    per_row = 1 if format == "diffusers" else layers + 1
+    attention = {(int(i) - (format != "diffusers")) // per_row for (i,) in numbers["attention"]}
     config = ModelConfig()
     return replace(
         config,
         clip=replace(config.clip, layers=len(numbers["clip_layers"])),
-        vae=replace(config.vae, channels=(0,) * len(numbers["vae_levels"]), layers=len(numbers["vae_layers"])),
+        vae=replace(config.vae, channels=(0,) * vae_levels, layers=len(numbers["vae_layers"])),
         unet=replace(
             config.unet,
             channels=(0,) * levels,
@@ -383,7 +387,7 @@ def load_from_standard_weights(
 
 
 def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "diffusers") -> ModelConfig:
-    """The contents of the `config.json`s in the folders text_encoder, vae, unet and scheduler -> our config."""
+    """The contents of the `config.json`s in text_encoder/, vae/, unet/ and scheduler/ -> our config."""
     fields: dict[str, dict[str, Any]] = {}
     for part, rows in _sections(CONFIGS).items():
         fields[part] = {}
@@ -416,10 +420,10 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
 def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Our config -> the contents of the `config.json`s of diffusers, by folder."""
     ours = {"text_encoder": config.clip, "vae": config.vae, "unet": config.unet, "scheduler": config.schedule}
-    jsons: dict[str, dict[str, Any]] = {
-        part: {key: json.loads(a[0]) if field == "=" else getattr(ours[part], field) for field, key, *a in rows}
-        for part, rows in _sections(CONFIGS).items()
-    }
+    jsons: dict[str, dict[str, Any]] = {part: {} for part in ours}
+    for part, rows in _sections(CONFIGS).items():
+        for field, key, *value in rows:
+            jsons[part][key] = json.loads(value[0]) if field == "=" else getattr(ours[part], field)
     attention, levels = config.unet.attention, len(config.vae.channels)
     jsons["text_encoder"] |= {
         "architectures": ["CLIPTextModel"],

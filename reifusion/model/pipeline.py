@@ -140,9 +140,8 @@ class StableDiffusion:
                     later = sampler.timesteps[index + 1 : index + 2]
                     known = sampler.add_noise(original, later, noise) if len(later) else original
                     after = mask * after + (1 - mask) * known
-                yield Step(
-                    index, len(sampler.timesteps), int(t), latents, x0, eps, eps_cond, eps_uncond, after
-                )
+                total = len(sampler.timesteps)
+                yield Step(index, total, int(t), latents, x0, eps, eps_cond, eps_uncond, after)
                 latents = after
 
     @torch.inference_mode()
@@ -158,32 +157,28 @@ class StableDiffusion:
 
     @torch.inference_mode()
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32. The mean: its noise would be far below ours."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32: the mean; its noise is far below ours."""
         with self._borrow("encoder") as encoder:
             return encoder(pixels.to(self.device, _dtype(encoder))).float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """(B, 4, H/8, W/8) -> B pictures, one after the other: at full size, memory is what runs out first."""
-        if not latents.isfinite().all():
-            raise FloatingPointError(
-                "the latents overflowed to infinity or NaN; try float32, or less guidance"
-            )
+        """(B, 4, H/8, W/8) -> B pictures, one by one: at full size, memory is what runs out first."""
         pictures = []
         with self._borrow("decoder") as decoder:
-            for z in latents.split(1):
-                pixels = decoder(z.to(self.device, dtype := _dtype(decoder)))
-                if not pixels.isfinite().all():
-                    warnings.warn(
-                        f"the VAE overflowed in {dtype}, so it decodes again in float32", stacklevel=2
-                    )
-                    pixels = decoder.float()(z.to(self.device, torch.float32))
+            for z in latents.to(self.device).split(1):
+                pixels = decoder(z.to(dtype := _dtype(decoder)))
+                if not pixels.isfinite().all() and z.isfinite().all():  # half precision ends at 65504
+                    warnings.warn(f"the VAE overflowed in {dtype}: decoded again in float32", stacklevel=1)
+                    pixels = decoder.float()(z.float())
                     decoder.to(dtype)
+                if not pixels.isfinite().all():
+                    raise FloatingPointError("the latents overflowed; try float32, or less guidance")
                 pictures.append(to_picture(pixels[0]))
         return pictures
 
     def _encode_input(self, request: Request, width: int, height: int) -> tuple[Tensor, Tensor | None]:
-        """The input image's latents (1, 4, H/8, W/8), and the mask (1, 1, H/8, W/8) where it is 1 to redraw."""
+        """The input image's latents (1, 4, H/8, W/8), and its mask (1, 1, H/8, W/8): 1 is redrawn."""
         assert request.picture is not None
         original = self.encode_image(to_tensor(fit(request.picture, width, height)))
         if request.redraw is None:
@@ -193,7 +188,7 @@ class StableDiffusion:
         return original, F.max_pool2d(redraw, self.config.vae.factor).to(self.device)
 
     def _extra_channels(self, request: Request, width: int, height: int) -> Tensor | None:
-        """What a U-Net made for inpainting sees beside x: the mask and the rest of the picture, (1, 5, H/8, W/8)."""
+        """What a U-Net made for inpainting sees beside x, (1, 5, H/8, W/8): mask, picture without it."""
         vae = self.config.vae
         if self.config.unet.in_channels == vae.latent_channels:
             return None
@@ -243,9 +238,9 @@ def load(
 ) -> StableDiffusion:
     """A model, ready to draw.
 
-    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device: None
-    for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for what suits the device.
-    Raises ValueError, in one sentence, for what is not a model (`ModelError`), not a device or not a dtype.
+    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device:
+    None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for what suits the
+    device. Raises ValueError, in one sentence, for what is no model (`ModelError`), device or dtype.
     """
     from .model_loader import load as load_networks
 
@@ -312,9 +307,9 @@ def generate(
 ) -> Image.Image | list[Image.Image]:
     """Draws, with the seed's call: `StableDiffusion.generate` without a `StableDiffusion`.
 
-    models: the seed's dict of networks (clip, encoder, decoder, diffusion), a `StableDiffusion`, or None, the
-    mini. device: None for where they are. idle_device: where networks wait while not in use. tokenizer: None
-    for the models' own, which for a dict is CLIP's. For all else see `Request` and `StableDiffusion.generate`.
+    models: the seed's dict of networks (clip, encoder, decoder, diffusion), a `StableDiffusion`, or None,
+    the mini. device: None for where they are. idle_device: where networks wait while not in use. tokenizer:
+    None for the models' own, which for a dict is CLIP's. The rest is that of `StableDiffusion.generate`.
     """
     if models is None:
         pipe = _mini(device)
@@ -351,7 +346,7 @@ def generate(
 
 
 def _from_networks(models: Mapping[str, Any], tokenizer: Any) -> StableDiffusion:
-    """Networks know their sizes, but not their schedule or size of picture: those are of the model they match."""
+    """Networks know their sizes; their schedule and size of picture are those of the preset they match."""
     clip, vae, unet = (models[name].config for name in ("clip", "decoder", "diffusion"))
     preset = next((known for known in (SD15, MINI) if (known.clip, known.unet) == (clip, unet)), SD15)
     if tokenizer is None and clip.vocab_size != SD15.clip.vocab_size:
@@ -376,6 +371,6 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W), about [-1, 1] -> RGB. To the nearest of 256 levels: cutting off would darken by half a level."""
+    """(3, H, W), about [-1, 1] -> RGB, rounded: cutting off would darken everything by half a level."""
     levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
