@@ -126,7 +126,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) -> (B, L, width)"""
-        # Eq. 6, Shazeer 2020: GEGLU(x) = (xW + b) ⊗ GELU(xV + c), with the exact GELU
+        # Eq. 5, Shazeer 2020: GEGLU(x) = (xW + b) ⊗ GELU(xV + c), with the exact GELU
         value, gate = self.linear_1(x).chunk(2, dim=-1)
         return self.linear_2(value * F.gelu(gate))
 

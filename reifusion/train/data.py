@@ -32,7 +32,7 @@ SIDE, BOX = 128, 112  # pixels: a sprite, and the square inside it that its subj
 PACKAGES = {
     "@lobehub/fluent-emoji-3d@1.1.0": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     "@iconify-json/noto@1.2.9": "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-    "@iconify-json/fluent-emoji-flat@1.2.6": "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    "@iconify-json/fluent-emoji-flat@1.2.6": "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",  # noqa: E501
     "@iconify-json/fluent-emoji@1.2.7": "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
     "emojibase-data@17.0.0": "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 }
@@ -235,7 +235,7 @@ ODD_LABELS = _list("""backhand index pointing up; leaf fluttering in wind; cooki
     without snow; tennis; bowling; ping pong; badminton; ice hockey; performing arts; magnifying glass
     tilted left; speaker high volume; page facing up; closed mailbox with raised flag; locked; unlocked;
     warning; radioactive; cyclone; desert island; pick; custard; cross mark; running shirt; memo; sun
-    behind cloud; nesting dolls; dollar banknote""")
+    behind cloud; nesting dolls; dollar banknote; star-struck""")
 COLOUR_WORDS = _list(
     "red; orange; yellow; green; blue; purple; pink; black; white; grey; brown; gold; silver; bronze"
 )
@@ -481,7 +481,7 @@ class Sprites:
         for i, picture in enumerate(records):
             self.index.setdefault(picture.subject, {})[picture.style] = i
         self.subjects = list(self.index)
-        self.dyeable = [s for s in self.subjects if can_be_dyed(s, self.synonyms[s])]
+        self.dyeable = list(dict.fromkeys(p.subject for p in records if can_be_dyed(p)))
 
     def get(self, subject: str, style: str) -> np.ndarray:
         return self.pixels[self.index[subject][style]]
@@ -502,7 +502,7 @@ SEVERAL_OR_STUFF = _list("""grapes; cherries; blueberries; peanuts; beans; peas;
     confetti; mount fuji; santa; santa claus; skull and crossbones; wood; meat on bone; paper and
     pencil; planet earth; fork and knife; yarn""")
 BARE = PAIRS | SEVERAL_OR_STUFF
-THE = _list("sun; moon; earth; statue of liberty; milky way; sun behind a cloud")
+THE = _list("sun; moon; earth; statue of liberty; milky way; sun behind a cloud; sun with a face")
 # Mirrored, these would show mirrored writing, or another thing.
 NO_MIRROR = _list("""question mark; musical note; musical notes; calendar; gold medal; silver medal;
     bronze medal; eight ball; dice; hospital; school; bank; hotel; money face; dollar bill; money bag;
@@ -552,15 +552,15 @@ PAIRINGS = (  # {0} is on the left
 )
 
 
-def can_be_dyed(subject: str, synonyms: tuple[str, ...]) -> bool:
-    """A "black cat" or an "orange" has its colour in its name."""
-    return subject not in NO_DYE and not any(
-        COLOUR_WORDS & set(name.split()) for name in (subject, *synonyms)
-    )
+def can_be_dyed(picture: Picture) -> bool:
+    """Not a "black cat" or an "orange", which have a colour in their names; nor people and their hands."""
+    names = " ".join((picture.subject, *picture.synonyms))
+    coloured = picture.subject in NO_DYE or bool(COLOUR_WORDS & set(names.split()))
+    return not coloured and not picture.category.startswith(("person", "hand"))
 
 
 def noun_phrase(rng: np.random.Generator, noun: str, *adjectives: str) -> str:
-    """ "a small purple cat", "grapes", "the sun", "a pair of blue gloves"."""
+    """With its article: "a small purple cat", "grapes", "the sun", "a pair of blue gloves"."""
     words = " ".join([*filter(None, adjectives), noun])
     if noun in PAIRS and rng.random() < 0.3:
         return f"a pair of {words}"
@@ -622,7 +622,7 @@ def dye(sprite: np.ndarray, colour: str) -> np.ndarray:
     middle = np.average(lightness, weights=change * alpha + 1e-6)
     new_hue = np.arctan2(ab[1], ab[0]) + 0.15 * turn.clip(-1, 1)
     new_chroma = np.hypot(*ab) * strength
-    new_lightness = lightness + 0.8 * (light - middle)
+    new_lightness = lightness + 0.9 * (light - middle)
     new = np.stack([new_lightness, new_chroma * np.cos(new_hue), new_chroma * np.sin(new_hue)], 1)
     dyed = sprite.copy()
     dyed[solid, :3] = from_oklab(lab + change[:, None] * (new - lab))

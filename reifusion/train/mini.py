@@ -12,18 +12,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..model.clip import Tokenizer
 from ..model.config import MINI
 from ..model.model_loader import MINI_PATH, save
 from ..model.pipeline import StableDiffusion
 from .bpe import train_bpe
-from .data import DataError, captions, compose, pictures
+from .data import DataError, build_bank, load_bank, pictures
 from .loop import LoopConfig, TrainingError, save_atomically
 from .text2image import TextToImage, TextToImageTraining, train_text2image
 from .vae import VAE, VAETraining, train_vae
@@ -32,8 +32,8 @@ from .vae import VAE, VAETraining, train_vae
 VAE_RECIPE = VAETraining(  # half an hour; expect a PSNR of 20 dB on the training's hard crops after a third of it
     loop=LoopConfig(steps=4_500, lr=1e-3, decay=0.4, ema=0.998), batch=16, crop=64, whole_from=0.9
 )
-TEXT2IMAGE_RECIPE = TextToImageTraining(  # two hours for 12,000 steps of 32; longer is better
-    loop=LoopConfig(steps=12_000, lr=7e-4, warmup=500, decay=0.25, ema=0.9995), batch=32
+TEXT2IMAGE_RECIPE = TextToImageTraining(  # two hours for 11,000 steps of 32; longer is better
+    loop=LoopConfig(steps=11_000, lr=6e-4, warmup=400, decay=0.25, ema=0.9993), batch=32
 )
 SCENES = 40_000  # composed pictures in the bank
 SHEET = (  # what the contact sheets of a run show
@@ -52,38 +52,29 @@ def make_vae(sprites: Tensor, folder: Path, training: VAETraining) -> VAE:
     return vae.eval().to(memory_format=torch.channels_last)
 
 
-def make_tokenizer(folder: Path) -> Tokenizer:
-    """A vocabulary of the captions' own words, from `folder/vocabulary.txt` or learned from all captions."""
+def make_tokenizer(captions: list[str], folder: Path) -> Tokenizer:
+    """A vocabulary of the captions' own words, from `folder/vocabulary.txt` or learned from them."""
     path = folder / "vocabulary.txt"
     merges = MINI.clip.vocab_size - 2 * 256 - 2  # bytes, bytes that end a word, start and end of text
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("\n".join(" ".join(pair) for pair in train_bpe(captions(), merges)), encoding="utf-8")
+        temporary.write_text("\n".join(" ".join(pair) for pair in train_bpe(captions, merges)), encoding="utf-8")
         os.replace(temporary, path)
     return Tokenizer.from_file(path, context_length=MINI.clip.context_length)
 
 
 @torch.inference_mode()
-def make_bank(vae: VAE, tokenizer: Tokenizer, count: int, folder: Path) -> tuple[Tensor, Tensor]:
-    """Scenes 0 … count−1 as latents (count, 4, 16, 16) bf16 and tokens (count, L) int16, from `folder/bank.safetensors`."""
-    path = folder / "bank.safetensors"
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("latents"), file.get_tensor("tokens")
-    latents, tokens = [], []
-    for start in range(0, count, 64):
-        scenes = [compose(seed) for seed in range(start, min(start + 64, count))]
-        x = torch.stack([torch.from_numpy(scene.image) for scene in scenes]).permute(0, 3, 1, 2)  # (64, 3, 128, 128)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(vae.encoder(x.float() / 127.5 - 1).bfloat16())
-        tokens += [tokenizer.encode(scene.caption) for scene in scenes]
-        if start % 6400 == 0:
-            print(f"{start} of {count} scenes composed and encoded", flush=True)
-    bank = {"latents": torch.cat(latents), "tokens": torch.tensor(tokens, dtype=torch.int16)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(bank, temporary)
-    os.replace(temporary, path)
-    return bank["latents"], bank["tokens"]
+def encode_bank(vae: VAE, images: np.ndarray, folder: Path) -> Tensor:
+    """Scenes (N, 128, 128, 3) uint8 as latents (N, 4, 16, 16) bf16, from `folder/latents.pt` or by encoding them."""
+    path = folder / "latents.pt"
+    if not path.exists():
+        latents = []
+        for start in tqdm(range(0, len(images), 64), desc="encoding", unit="64 scenes"):
+            x = torch.from_numpy(images[start : start + 64].copy()).permute(0, 3, 1, 2)  # (64, 3, 128, 128)
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(vae.encoder(x.float() / 127.5 - 1).bfloat16())
+        save_atomically(torch.cat(latents), path)
+    return torch.load(path, weights_only=True)
 
 
 def as_pipeline(vae: VAE, model: TextToImage, tokenizer: Tokenizer) -> StableDiffusion:
@@ -112,9 +103,13 @@ def train_mini(folder: Path, vae_recipe: VAETraining, recipe: TextToImageTrainin
     folder.mkdir(parents=True, exist_ok=True)
     sprites = torch.from_numpy(pictures()[0]).permute(0, 3, 1, 2).contiguous()  # (N, 4, 128, 128)
     vae = make_vae(sprites, folder, vae_recipe)
-    tokenizer = make_tokenizer(folder)
-    latents, tokens = make_bank(vae, tokenizer, scenes, folder)
+    if not (folder / "bank" / "scenes.json").exists():
+        build_bank(scenes, seed=1, out=folder / "bank")
+    images, captions = load_bank(folder / "bank")
+    tokenizer = make_tokenizer(captions, folder)
+    tokens = torch.tensor([tokenizer.encode(caption) for caption in captions])  # (N, 32)
     empty = torch.tensor(tokenizer.encode(""))
+    latents = encode_bank(vae, images, folder)
     shown = TextToImage(MINI).eval().to(memory_format=torch.channels_last)
 
     def watch(step: int, average: dict[str, Tensor]) -> None:
@@ -123,7 +118,7 @@ def train_mini(folder: Path, vae_recipe: VAETraining, recipe: TextToImageTrainin
         contact_sheet(as_pipeline(vae, shown, tokenizer)).save(folder / f"sheet-{step:06d}.png")
         torch.set_rng_state(generator_state)
 
-    model = train_text2image(latents, tokens.long(), empty, MINI, recipe, folder / "text2image", every_checkpoint=watch)
+    model = train_text2image(latents, tokens, empty, MINI, recipe, folder / "text2image", every_checkpoint=watch)
     pipe = as_pipeline(vae, model, tokenizer)
     half = {name: network.to(torch.bfloat16) for name, network in pipe.models.items()}
     save(MINI, half, out, tokenizer=tokenizer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,8 +110,6 @@ def test_weights_are_converted_while_loading(native, models, dtype):
 
 
 def build_like(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    import copy
-
     return copy.deepcopy(module).to(dtype)
 
 
@@ -208,7 +207,7 @@ def test_code_in_a_file_is_not_run(tmp_path, models, zipped):
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     fails(path, r"holds code \(.*\) beside its tensors and was not opened")
     path.write_bytes(pickle.dumps(Attack(victim)))
-    fails(path, "")
+    fails(path, "was not opened|is not a checkpoint")
     assert not victim.exists()
 
 
@@ -299,7 +298,7 @@ def test_missing_mini(tmp_path, monkeypatch):
         (b"PK\x03\x04" + bytes(100), "is cut off or damaged"),
         (struct.pack("<Q", 10**9) + b'{"a": 1}', "is cut off or damaged"),
         (struct.pack("<Q", 8) + b'{"a": 1}', "is cut off or damaged"),
-        (pickle.dumps([1, 2, 3]), ""),
+        (pickle.dumps([1, 2, 3], protocol=2), "is not a checkpoint"),
     ],
 )
 def test_not_a_checkpoint(tmp_path, content, match):
@@ -405,7 +404,7 @@ def test_a_config_that_makes_no_model(tmp_path, native):
         config = json.loads(file.metadata()["config"])
     config["vae"]["groups"] = 7
     save_file(load_file(native), tmp_path / "x.safetensors", {"config": json.dumps(config)})
-    fails(tmp_path / "x.safetensors", "makes no model: num_channels must be divisible by num_groups")
+    fails(tmp_path / "x.safetensors", r"makes no model: num_channels \(4\\) must be divisible by num_groups")
 
 
 def test_unusual_shapes_need_a_config(tmp_path, native, models):
@@ -434,24 +433,18 @@ def test_relatives_are_recognised(tmp_path, name, match):
 # Folders of diffusers
 
 
-def copy(folder: Path, target: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(folder, target))
-
-
 def test_a_folder_of_something_else(tmp_path):
     fails(tmp_path, "is not a folder of diffusers: it has no model_index.json")
 
 
 def test_a_folder_without_its_vae(tmp_path, folder):
-    path = copy(folder, tmp_path / "x")
+    path = shutil.copytree(folder, tmp_path / "x")
     (path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     fails(path, "has not all files with the weights of its vae")
 
 
 def test_a_folder_without_a_shard(tmp_path, folder):
-    path = copy(folder, tmp_path / "x")
+    path = shutil.copytree(folder, tmp_path / "x")
     whole = path / "unet" / "diffusion_pytorch_model.safetensors"
     whole.rename(whole.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
     fails(path, "has not all files with the weights of its unet")
@@ -459,26 +452,26 @@ def test_a_folder_without_a_shard(tmp_path, folder):
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_folder_with_broken_json(tmp_path, folder, content):
-    path = copy(folder, tmp_path / "x")
+    path = shutil.copytree(folder, tmp_path / "x")
     (path / "unet" / "config.json").write_text(content)
     fails(path, "config.json is missing or is not JSON")
 
 
 def test_a_folder_that_draws_otherwise(tmp_path, folder):
-    path = copy(folder, tmp_path / "x")
+    path = shutil.copytree(folder, tmp_path / "x")
     config = json.loads((path / "unet" / "config.json").read_text())
     (path / "unet" / "config.json").write_text(json.dumps(config | {"class_embed_type": "timestep"}))
     fails(path, "its unet has class_embed_type = 'timestep', which is not built in")
 
 
 def test_a_folder_of_sdxl(tmp_path, folder):
-    path = copy(folder, tmp_path / "x")
+    path = shutil.copytree(folder, tmp_path / "x")
     (path / "model_index.json").write_text(json.dumps({"text_encoder_2": ["transformers", "x"]}))
     fails(path, "is Stable Diffusion XL")
 
 
 def test_prediction_type_and_noise_come_from_the_scheduler(tmp_path, folder):
-    path = copy(folder, tmp_path / "x")
+    path = shutil.copytree(folder, tmp_path / "x")
     file = path / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction", "beta_end": 0.02}))
     schedule = info(path).config.schedule
@@ -577,7 +570,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, native, models, monkeypatch
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path, folder, models, monkeypatch):
-    path = copy(folder, tmp_path / "x")
+    path = shutil.copytree(folder, tmp_path / "x")
     monkeypatch.setattr(model_loader, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save(TINY, models, path, to="diffusers")
@@ -587,7 +580,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, folder, models, monkeypat
 
 
 def test_saving_again_replaces(tmp_path, folder):
-    path, other = copy(folder, tmp_path / "x"), random_models(TINY, torch.float16)
+    path, other = shutil.copytree(folder, tmp_path / "x"), random_models(TINY, torch.float16)
     save(TINY, other, path, to="diffusers")
     assert_same_models(load(path)[1], other)
     assert len(list(tmp_path.iterdir())) == 1
@@ -611,7 +604,7 @@ def test_networks_that_do_not_fit_their_config_are_not_saved(tmp_path, models):
 
 def test_saving_reordered_weights(tmp_path, models):
     """channels_last is a matter of speed; in a file there is one order."""
-    fast = OrderedDict((name, build_like(module, torch.float32)) for name, module in models.items())
+    fast = {name: build_like(module, torch.float32) for name, module in models.items()}
     for module in fast.values():
         module.to(memory_format=torch.channels_last)
     save(TINY, fast, tmp_path / "x.safetensors")

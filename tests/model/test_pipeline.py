@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reifusion.model.clip import CLIP
 from torch import nn
 
+from reifusion.model.clip import CLIP
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
 from reifusion.model.encoder import Encoder
-from reifusion.model.pipeline import StableDiffusion, generate, to_picture, to_tensor
+from reifusion.model.pipeline import StableDiffusion, Step, generate, to_picture, to_tensor
 from reifusion.model.request import Request, open_picture
 from reifusion.model.samplers import SAMPLERS
 
@@ -60,13 +62,12 @@ def pipe() -> StableDiffusion:
     return tiny()
 
 
-QUICK = {"sampler_name": "ddim", "n_inference_steps": 3, "progress": False}
+QUICK: dict[str, Any] = {"sampler_name": "ddim", "n_inference_steps": 3, "progress": False}
 
 
 def draw(pipe: StableDiffusion, *args, **kwargs) -> np.ndarray:
     """The picture, or pictures, as an array of ints."""
-    drawn = pipe.generate(*args, **QUICK | kwargs)
-    return np.stack(drawn).astype(int) if isinstance(drawn, list) else np.array(drawn).astype(int)
+    return np.array(pipe.generate(*args, **QUICK | kwargs)).astype(int)
 
 
 def latents(pipe: StableDiffusion, *args, **kwargs) -> torch.Tensor:
@@ -119,16 +120,24 @@ def test_guidance_of_1_is_no_guidance(pipe):
     assert not np.array_equal(one, draw(pipe, "a cat", "ugly", cfg_scale=7, seed=0))
 
 
+def inputs(pipe: StableDiffusion, monkeypatch) -> list[torch.Tensor]:
+    """What the U-Net will have been given."""
+    seen: list[torch.Tensor] = []
+    forward = pipe.models["diffusion"].forward
+
+    def spy(x, context, t):
+        seen.append(x)
+        return forward(x, context, t)
+
+    monkeypatch.setattr(pipe.models["diffusion"], "forward", spy)
+    return seen
+
+
 def test_guidance_is_one_pass_of_twice_the_batch_and_none_is_one_of_once(pipe, monkeypatch):
-    seen = []
-    unet = pipe.models["diffusion"]
-    forward = unet.forward
-    monkeypatch.setattr(
-        unet, "forward", lambda x, context, t: (seen.append(len(x)), forward(x, context, t))[1]
-    )
+    seen = inputs(pipe, monkeypatch)
     draw(pipe, ["a", "b"], seed=0)
     draw(pipe, ["a", "b"], seed=0, cfg_scale=1)
-    assert seen == [4, 4, 4, 2, 2, 2]
+    assert [len(x) for x in seen] == [4, 4, 4, 2, 2, 2]
 
 
 def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
@@ -225,19 +234,16 @@ def without_progress() -> dict:
 
 def test_a_nine_channel_unet_sees_the_mask_and_what_is_kept(monkeypatch):
     pipe = tiny(replace(TINY, unet=replace(TINY.unet, in_channels=9)))
-    seen = []
-    unet = pipe.models["diffusion"]
-    forward = unet.forward
-    monkeypatch.setattr(unet, "forward", lambda x, context, t: (seen.append(x), forward(x, context, t))[1])
+    seen = inputs(pipe, monkeypatch)
     mask = Image.new("1", (64, 64))
     mask.paste(1, (0, 0, 32, 64))
-    pipe.generate("a cat", input_image=photo(), mask=mask, **QUICK)
+    draw(pipe, "a cat", input_image=photo(), mask=mask)
     pixels = to_tensor(photo())
     pixels[..., :32] = 0
     kept = pipe.encode_image(pixels)
     assert torch.equal(seen[0][:1, 4], torch.tensor(4 * [1.0] + 4 * [0.0]).expand(1, 8, 8))
     torch.testing.assert_close(seen[0][:1, 5:], kept)
-    assert pipe.generate("a cat", **QUICK).size == (64, 64)  # without a picture all is redrawn
+    draw(pipe, "a cat")  # without a picture all is redrawn
     assert (seen[-1][:, 4] == 1).all()
 
 
@@ -291,7 +297,7 @@ def test_what_is_transparent_becomes_white():
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
     grey = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert [open_picture(tmp_path / "grey.png").getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+    assert np.array(open_picture(tmp_path / "grey.png"))[0, :, 0].tolist() == [0, 100, 255]
 
 
 @given(orientation=st.integers(1, 8))
@@ -342,14 +348,19 @@ def test_a_step_is_signal_plus_noise(prediction_type):
 
 
 def test_the_callback_sees_every_step(pipe):
-    seen = []
+    seen: list[Step] = []
     draw(pipe, "a cat", callback=seen.append)
     assert [step.index for step in seen] == [0, 1, 2]
 
 
 def test_a_callback_that_returns_false_ends_early_with_what_is_seen_by_then(pipe):
     seen = []
-    drawn = draw(pipe, "a cat", callback=lambda step: (seen.append(step), step.index < 1)[1])
+
+    def stop_at_1(step: Step) -> bool:
+        seen.append(step)
+        return step.index < 1
+
+    drawn = draw(pipe, "a cat", callback=stop_at_1)
     assert len(seen) == 2
     assert np.array_equal(drawn, np.array(pipe.decode(seen[-1].x0)[0]))
 
@@ -374,10 +385,17 @@ def test_the_caller_of_the_loop_is_not_in_inference_mode(pipe):
 def test_networks_are_on_the_device_only_while_in_use(monkeypatch):
     pipe = tiny()
     pipe.idle_device = torch.device("cpu", 0)
-    moves = []
+    moves: list[tuple[str, Any]] = []
+
+    def spy(name: str, to: Callable) -> Callable:
+        def spied(*args):
+            moves.append((name, args[0]))
+            return to(*args)
+
+        return spied
+
     for name, network in pipe.models.items():
-        to = network.to
-        monkeypatch.setattr(network, "to", lambda *a, _n=name, _to=to: (moves.append((_n, a[0])), _to(*a))[1])
+        monkeypatch.setattr(network, "to", spy(name, network.to))
     draw(pipe, "a cat", input_image=photo())
     order = ["clip", "encoder", "diffusion", "decoder"]
     assert moves == [(name, device) for name in order for device in (pipe.device, pipe.idle_device)]
@@ -499,5 +517,5 @@ def test_what_cannot_be_drawn_is_one_sentence(pipe, wrong, says):
 
 def test_a_request_is_checked_once_and_can_be_drawn_again(pipe):
     request = Request("a cat", sampler_name="ddim", n_inference_steps=2)
-    drawn = [np.array(pipe.generate(request, progress=False)) for _ in range(2)]
-    assert np.array_equal(*drawn)
+    first, second = (np.array(pipe.generate(request, progress=False)) for _ in range(2))
+    assert np.array_equal(first, second)

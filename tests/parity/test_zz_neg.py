@@ -1,0 +1,153 @@
+"""The whole pipeline beside diffusers': same weights, prompt and noise, so the same picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reifusion.model import model_loader
+from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.ddpm import randn
+from reifusion.model.decoder import Decoder
+from reifusion.model.diffusion import UNet
+from reifusion.model.encoder import Encoder
+from reifusion.model.pipeline import StableDiffusion, load
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = ModelConfig(
+    name="tiny",
+    size=64,
+    clip=CLIPConfig(width=32, layers=2, heads=2),
+    vae=VAEConfig(channels=(16, 16, 32, 32), layers=1, groups=8),
+    unet=UNetConfig(
+        channels=(32, 64, 64), attention=(True, True, False), layers=2, heads=4, context_width=32, groups=16
+    ),
+)
+# Our name: its class in diffusers, and what of its configuration is not SD 1.5's
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "dpmpp_2m_karras": (
+        "DPMSolverMultistepScheduler",
+        {"timestep_spacing": "linspace", "use_karras_sigmas": True},
+    ),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+}
+PROMPTS = ["a photo of a cat", "The Große dog, it's 25 years old"]
+NEGATIVES = ["blurry", ""]
+SEED, STEPS, SCALE = 11, 10, 7.5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder of diffusers, with random weights."""
+    torch.manual_seed(0)
+    models = {
+        "clip": CLIP(TINY.clip),
+        "encoder": Encoder(TINY.vae),
+        "decoder": Decoder(TINY.vae),
+        "diffusion": UNet(TINY.unet),
+    }
+    for network in models.values():
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("diffusers") / "tiny"
+    model_loader.save(TINY, models, path, "diffusers", Tokenizer())
+    if not (path / "tokenizer").exists():
+        Tokenizer().save_folder(path / "tokenizer")
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> StableDiffusion:
+    return load(folder, "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def reference(theirs, sampler: str, width: int, height: int, **settings) -> np.ndarray:
+    name, config = SCHEDULERS[sampler]
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs.scheduler = getattr(diffusers, name)(**schedule, **config)
+    generators = [torch.Generator().manual_seed(SEED + k) for k in range(len(PROMPTS))]
+    noise = randn((len(PROMPTS), 4, height // 8, width // 8), generators)
+    drawn = theirs(
+        PROMPTS,
+        negative_prompt=NEGATIVES,
+        latents=noise,
+        width=width,
+        height=height,
+        num_inference_steps=STEPS,
+        output_type="np",
+        **{"guidance_scale": SCALE, **settings},
+    ).images
+    return (drawn * 255).round().astype(int)
+
+
+def assert_same(pictures: list, expected: np.ndarray) -> None:
+    drawn = np.stack([np.array(picture) for picture in pictures]).astype(int)
+    assert drawn.shape == expected.shape
+    assert expected.std() > 5  # there is something to see
+    assert (np.abs(drawn - expected) <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 40)])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_the_picture_is_that_of_diffusers(ours, theirs, sampler, width, height):
+    pictures = ours.generate(
+        PROMPTS,
+        NEGATIVES,
+        cfg_scale=SCALE,
+        sampler_name=sampler,
+        n_inference_steps=STEPS,
+        seed=SEED,
+        width=width,
+        height=height,
+        progress=False,
+    )
+    assert_same(pictures, reference(theirs, sampler, width, height))
+
+
+def test_without_guidance_too(ours, theirs):
+    pictures = ours.generate(
+        PROMPTS, do_cfg=False, sampler_name="ddim", n_inference_steps=STEPS, seed=SEED, progress=False
+    )
+    assert_same(pictures, reference(theirs, "ddim", 64, 64, guidance_scale=1.0))
+
+
+def test_clip_skip_1_is_that_of_diffusers(ours, theirs, monkeypatch):
+    # diffusers 0.42 looks for the final norm where transformers 5 no longer has it
+    monkeypatch.setitem(theirs.text_encoder.__dict__, "text_model", theirs.text_encoder)
+    pictures = ours.generate(
+        PROMPTS,
+        NEGATIVES,
+        cfg_scale=SCALE,
+        sampler_name="ddim",
+        n_inference_steps=STEPS,
+        seed=SEED,
+        clip_skip=1,
+        progress=False,
+    )
+    assert_same(pictures, reference(theirs, "ddim", 64, 64, clip_skip=1))
+
+
+def test_neg(ours, theirs):
+    ref = reference(theirs, "ddim", 64, 64)
+    for kw in [{}, {"cfg_scale": 7.4}, {"seed": SEED+1}, {"n_inference_steps": 9}, {"sampler_name": "dpmpp_2m"}]:
+        a = dict(cfg_scale=SCALE, sampler_name="ddim", n_inference_steps=STEPS, seed=SEED, progress=False) | kw
+        d = np.stack([np.array(p) for p in ours.generate(PROMPTS, NEGATIVES, **a)]).astype(int)
+        e = np.abs(d-ref); print(kw, "max", e.max(), "within1", (e<=1).mean(), "exact", (e==0).mean(), ref.std())
+    d = np.stack([np.array(p) for p in ours.generate(["a photo of a dog", PROMPTS[1]], NEGATIVES, cfg_scale=SCALE, sampler_name="ddim", n_inference_steps=STEPS, seed=SEED, progress=False)]).astype(int)
+    e = np.abs(d-ref)[0]; print("other prompt", e.max(), (e<=1).mean())
