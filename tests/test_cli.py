@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import reifusion
 from reifusion import cli
 from reifusion.model import model_loader, pipeline, samplers
 from reifusion.model.clip import CLIP, Tokenizer
@@ -376,41 +377,52 @@ def test_no_memory_is_said_in_plain_words(run, model, monkeypatch):
 # As a program
 
 
-def program(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "reifusion", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "reifusion", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},  # installed or not
+    )
+
+
+def program(*arguments: str) -> tuple[int, str, str]:
+    """Runs it as a process of its own -> exit code, stdout, stderr."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
 
 
 def test_the_program_draws(model):
-    done = program("generate", "a cat", "--model", model, "--steps", "1", "--seed", "1", "--quiet")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "images/a-cat-1.png\n", "")
+    arguments = ["generate", "a cat", "--model", model, "--steps", "1", "--seed", "1"]
+    assert program(*arguments) == (0, "images/a-cat-1.png\n", "")
+    assert program(*arguments, "--quiet") == (0, "images/a-cat-1-2.png\n", "")
 
 
 def test_the_program_refuses_with_exit_code_2():
-    done = program("generate", "a cat", "--model", "missing.ckpt")
-    assert done.returncode == 2
-    assert re.fullmatch(r"reifusion: [^\n]*missing\.ckpt[^\n]*\n", done.stderr)
+    code, out, err = program("generate", "a cat", "--model", "missing.ckpt")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"reifusion: [^\n]*missing\.ckpt[^\n]*\n", err)
 
 
 def test_ctrl_c_is_exit_code_130_without_a_traceback(model):
-    command = [sys.executable, "-m", "reifusion", "generate", "a cat", "--model", model, "--steps", "1000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = start("generate", "a cat", "--model", model, "--steps", "1000")
     while not Path("images").exists():  # it has begun
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    assert process.communicate(timeout=120) == ("", "reifusion: stopped\n")
     assert process.returncode == 130
-    assert err == "reifusion: stopped\n"
     assert not Path("images").exists()
 
 
 def test_version_and_help():
-    assert program("--version").stdout.startswith("reifusion 0.")
+    assert program("--version") == (0, f"reifusion {reifusion.__version__}\n", "")
     for arguments in ([], ["--help"]):
-        done = program(*arguments)
-        assert done.returncode == 0
-        assert "generate" in done.stdout
+        code, out, err = program(*arguments)
+        assert (code, err) == (0, "")
+        assert "generate" in out
 
 
 def test_the_command_line_knows_every_sampler():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import reifusion
 
 
 def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    """Runs it in an interpreter of its own -> stdout."""
+    env = os.environ | {"PYTHONPATH": str(Path(reifusion.__file__).parents[1])}  # installed or not
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
 
 
 def test_importing_is_cheap():

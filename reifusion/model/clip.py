@@ -253,7 +253,7 @@ class Tokenizer:
         return [i for _, ids in self._words(text) for i in ids]
 
     def pieces(self, text: str) -> list[Piece]:
-        """`tokenize`, with each token's text and word. Piece k stands at position k + 1 of `encode`'s list."""
+        """`tokenize`, with each token's text and word. Piece k stands at position k + 1 in `encode`."""
         return [
             Piece(i, _text(self._tokens[i].removesuffix(END_OF_WORD)), word, index)
             for index, (word, ids) in enumerate(self._words(text))
@@ -270,7 +270,7 @@ class Tokenizer:
 
     @lru_cache(maxsize=2**15)  # noqa: B019 (on the class, so that a tokenizer can be pickled)
     def _merge(self, word: str) -> tuple[int, ...]:
-        # §3.2, Sennrich et al. 2016: of the pairs in the word, merge the one learned first, until none is known.
+        # §3.2, Sennrich et al. 2016: of the pairs in a word, merge the one learned first, until none is known.
         parts = as_bytes(word)
         while len(parts) > 1:
             best = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, math.inf))

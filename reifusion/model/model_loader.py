@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .clip import CLIP, Tokenizer
+from .clip import CLIP, END, Tokenizer
 from .config import MINI, SD15, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from .decoder import Decoder
 from .diffusion import UNet
@@ -43,6 +43,9 @@ from .model_converter import (
 
 MINI_PATH = Path(__file__).parent.parent / "data" / "mini.safetensors"
 PRESETS = (SD15, MINI)  # what shapes cannot tell is taken from the one with the same shapes
+
+# What `save` writes in a header; the rest of it is the user's.
+_OWN_KEYS = ("format", "config", "tokenizer", "pad", "vocabulary")
 
 # Relatives that are recognised, to say so.
 OTHERS = (
@@ -111,7 +114,7 @@ def info(source: str | Path) -> Info:
             dtypes[file.dtypes[name]] += file.shapes[name].numel()
     size = sum(path.stat().st_size for path in {file.path for file, _ in checkpoint.where.values()})
     dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
-    metadata = {k: v for k, v in checkpoint.metadata.items() if k not in ("format", "config", "tokenizer")}
+    metadata = {k: v for k, v in checkpoint.metadata.items() if k not in _OWN_KEYS}
     return Info(checkpoint.path, checkpoint.format, checkpoint.config, parameters, dtype, size, metadata)
 
 
@@ -138,14 +141,16 @@ def save(
     for name, x in _state(build(config)).items():  # a file that could not be loaded again must not be written
         if name not in native or native[name].shape != x.shape:
             raise ModelError(f"the networks do not have the sizes of their config, at {name}")
+    tokenizer = tokenizer or Tokenizer(context_length=config.clip.context_length)
+    if tokenizer.vocab_size > config.clip.vocab_size:
+        raise ModelError("the text encoder has fewer tokens than the tokenizer")
     tensors = {key: x.detach().cpu().contiguous() for key, x in convert(native, to, config).items()}
     header = {**(metadata or {}), "format": "reifusion" if to == "native" else "pt"}
-    header["config"] = json.dumps(asdict(config))
-    if tokenizer is not None and not tokenizer.is_standard:
-        header["tokenizer"] = tokenizer.merges_text
+    header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer)}
     with _replacing(path) as temporary:
         if to == "diffusers":
-            _write_folder(temporary, config, tensors, tokenizer or Tokenizer())
+            _write_folder(temporary, config, tensors)
+            tokenizer.save_folder(temporary / "tokenizer")
         else:
             save_file(tensors, temporary, header)
 
@@ -450,10 +455,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_folder(
-    folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
-) -> None:
-    """A folder that `diffusers.StableDiffusionPipeline.from_pretrained` opens."""
+def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """All but the tokenizer of what `diffusers.StableDiffusionPipeline.from_pretrained` opens."""
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",
@@ -551,7 +554,27 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
 
 def _tokenizer(checkpoint: _Checkpoint) -> Tokenizer:
     """The tokenizer that the model was trained with."""
-    length = checkpoint.config.clip.context_length
-    if checkpoint.path.is_dir():
-        return Tokenizer.from_folder(checkpoint.path / "tokenizer", context_length=length)
-    return Tokenizer(checkpoint.metadata.get("tokenizer"), context_length=length)
+    path, header, clip = checkpoint.path, checkpoint.metadata, checkpoint.config.clip
+    try:
+        if path.is_dir():
+            tokenizer = Tokenizer.from_folder(path / "tokenizer", clip.context_length)
+        else:
+            vocabulary = json.loads(header.get("vocabulary", "null"))
+            pad = header.get("pad", END)
+            tokenizer = Tokenizer(header.get("tokenizer"), clip.context_length, vocabulary=vocabulary, pad=pad)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"the tokenizer of {path} cannot be read: {error}") from None
+    if tokenizer.vocab_size > clip.vocab_size:
+        counts = f"{tokenizer.vocab_size} tokens, but its text encoder {clip.vocab_size}"
+        raise ModelError(f"the tokenizer of {path} knows {counts}")
+    return tokenizer
+
+
+def _tokenizer_header(tokenizer: Tokenizer) -> dict[str, str]:
+    """What a file's header must say about its tokenizer; nothing, if it is CLIP's own."""
+    if tokenizer.is_standard:
+        return {}
+    header = {"tokenizer": tokenizer.merges_text, "pad": tokenizer._tokens[tokenizer.pad]}
+    if Tokenizer(tokenizer.merges_text)._ids != tokenizer._ids:
+        header["vocabulary"] = json.dumps(tokenizer._ids)
+    return header

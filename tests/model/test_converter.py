@@ -100,7 +100,9 @@ def test_every_dtype_survives(format, dtype):
     assert_same(convert(convert(native, format)), native)
 
 
-@pytest.mark.parametrize("config", [SD15, replace(MINI, clip=replace(MINI.clip, vocab_size=8192))], ids=["sd15", "mini"])
+@pytest.mark.parametrize(
+    "config", [SD15, replace(MINI, clip=replace(MINI.clip, vocab_size=8192))], ids=["sd15", "mini"]
+)
 @pytest.mark.parametrize("format", ["compvis", "diffusers"])
 def test_real_sizes_survive(format, config):
     """On shapes alone: the numbers are the same code at any size."""
@@ -217,7 +219,12 @@ def test_text_model_prefix_may_be_missing(format):
 def test_old_names_of_the_vae_attention_are_understood(shape):
     native = random_state(TINY)
     old = convert(native, "diffusers")
-    for new_name, old_name in ("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"):
+    for new_name, old_name in (
+        ("to_q", "query"),
+        ("to_k", "key"),
+        ("to_v", "value"),
+        ("to_out.0", "proj_attn"),
+    ):
         for half in "encoder", "decoder":
             for kind in "weight", "bias":
                 place = f"vae.{half}.mid_block.attentions.0."
@@ -232,7 +239,10 @@ def test_compvis_has_convolutions_in_the_vae_attention_and_linear_layers_are_und
     theirs = convert(native, "compvis")
     name = "first_stage_model.encoder.mid.attn_1.q.weight"
     assert theirs[name].shape == (12, 12, 1, 1)
-    assert_same(convert({k: x.flatten(1) if ".attn_1." in k and x.ndim == 4 else x for k, x in theirs.items()}), native)
+    assert_same(
+        convert({k: x.flatten(1) if ".attn_1." in k and x.ndim == 4 else x for k, x in theirs.items()}),
+        native,
+    )
 
 
 HARMLESS_NAMES = {
@@ -313,7 +323,9 @@ def test_other_formats_are_refused():
 @given(config=configs())
 def test_any_config_survives_diffusers(config):
     jsons = json.loads(json.dumps(config_to_diffusers(config)))
-    assert config_from_diffusers(jsons, config.name) == replace(config, size=config.size // config.vae.factor * config.vae.factor)
+    assert config_from_diffusers(jsons, config.name) == replace(
+        config, size=config.size // config.vae.factor * config.vae.factor
+    )
 
 
 def test_heads_of_one_width_survive_diffusers():

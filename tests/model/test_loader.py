@@ -129,7 +129,49 @@ def test_an_own_vocabulary_is_kept(tmp_path):
         loaded_config, _, loaded = load(tmp_path / name)
         assert loaded_config.clip == config.clip
         assert loaded.vocab_size == tokenizer.vocab_size
+        assert loaded.end == tokenizer.end and loaded.pad == tokenizer.pad
         assert loaded.encode("abc cab") == Tokenizer("a b\nab c</w>\n", context_length=16).encode("abc cab")
+
+
+def test_another_padding_and_order_of_the_vocabulary_are_kept(tmp_path):
+    """SD 2.x pads with "!"; and a vocabulary's ids need not be in the order of its merges."""
+    ids = {token: 511 - i for i, token in enumerate(Tokenizer("")._ids)}
+    tokenizer = Tokenizer("", 16, vocabulary=ids, pad="!")
+    config = replace(TINY, clip=replace(TINY.clip, vocab_size=600, context_length=16))
+    for to, name in ("native", "a.safetensors"), ("compvis", "b.safetensors"), ("diffusers", "folder"):
+        save(config, random_models(config), tmp_path / name, to, tokenizer)
+        assert load(tmp_path / name)[2].encode("a cat!") == tokenizer.encode("a cat!")
+
+
+@pytest.mark.parametrize(
+    "header", [{"tokenizer": "a b\nc"}, {"pad": "?!?"}, {"vocabulary": "{"}, {"vocabulary": "3"}]
+)
+def test_a_tokenizer_that_cannot_be_read(tmp_path, native, header):
+    with safe_open(native, "pt") as file:
+        save_file(load_file(native), tmp_path / "x.safetensors", file.metadata() | header)
+    fails(tmp_path / "x.safetensors", "the tokenizer of .* cannot be read")
+
+
+def test_a_folder_without_its_tokenizer(tmp_path, folder):
+    path = shutil.copytree(folder, tmp_path / "x")
+    shutil.rmtree(path / "tokenizer")
+    fails(
+        path,
+        "the tokenizer of .* cannot be read: .* has neither vocab.json and merges.txt nor tokenizer.json",
+    )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_text_encoder(tmp_path):
+    config = replace(TINY, clip=replace(TINY.clip, vocab_size=600))
+    models, path = random_models(config), tmp_path / "x.safetensors"
+    with pytest.raises(ModelError, match="the text encoder has fewer tokens than the tokenizer"):
+        save(config, models, path)
+    save(config, models, path, tokenizer=Tokenizer(""))
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    del header["tokenizer"]
+    save_file(load_file(path), path, header)
+    fails(path, "the tokenizer of .* knows 49408 tokens, but its text encoder 600")
 
 
 def test_the_header_says_what_it_is(tmp_path, models):
@@ -147,7 +189,12 @@ def test_info_reads_no_weights(native, folder, models, monkeypatch):
     numbers = {name: sum(p.numel() for p in module.parameters()) for name, module in models.items()}
     for path, format in (native, "native"), (folder, "diffusers"):
         found = info(path)
-        assert (found.format, found.config, found.dtype, found.parameters) == (format, TINY, "float32", numbers)
+        assert (found.format, found.config, found.dtype, found.parameters) == (
+            format,
+            TINY,
+            "float32",
+            numbers,
+        )
         assert found.size > 4 * sum(numbers.values())
 
 
@@ -177,7 +224,10 @@ def lightning_objects() -> dict[str, object]:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_lightning_checkpoints(tmp_path, models, zipped):
     path = tmp_path / "model.ckpt"
-    state = convert(native_state(models), "compvis") | {"betas": torch.ones(1000), "model_ema.decay": torch.ones(())}
+    state = convert(native_state(models), "compvis") | {
+        "betas": torch.ones(1000),
+        "model_ema.decay": torch.ones(()),
+    }
     torch.save({"state_dict": state, "global_step": 1}, path, _use_new_zipfile_serialization=zipped)
     assert_same_models(load(path, config=TINY)[1], models)
 
@@ -249,10 +299,14 @@ def test_loading_sd1_needs_little_more_memory_than_its_weights(tmp_path, stored)
 def test_loading_a_pickle_needs_little_more_memory_than_its_weights(tmp_path):
     path = tmp_path / "sd.ckpt"
     config = replace(SD15, unet=replace(SD15.unet, channels=(320, 640), attention=(True, False)))
-    native = {f"{net}.{k}": torch.zeros(x.shape) for net, m in build(config).items() for k, x in m.state_dict().items()}
+    native = {
+        f"{net}.{k}": torch.zeros(x.shape)
+        for net, m in build(config).items()
+        for k, x in m.state_dict().items()
+    }
     size = sum(x.numel() for x in native.values())
     torch.save({"state_dict": convert(native, "compvis")}, path)
-    config_code = f"replace(SD15, unet=replace(SD15.unet, channels=(320, 640), attention=(True, False)))"
+    config_code = "replace(SD15, unet=replace(SD15.unet, channels=(320, 640), attention=(True, False)))"
     assert 2 * size > 500e6
     assert peak_memory(path, "torch.float16", config_code) < 1.3 * 2 * size
 
@@ -293,7 +347,10 @@ def test_missing_mini(tmp_path, monkeypatch):
     [
         (b"", "is empty"),
         (b"<!DOCTYPE html><html>Not found</html>", "is not a checkpoint"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n", "is a Git LFS pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n",
+            "is a Git LFS pointer",
+        ),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "is not a checkpoint"),
         (b"PK\x03\x04" + bytes(100), "is cut off or damaged"),
         (struct.pack("<Q", 10**9) + b'{"a": 1}', "is cut off or damaged"),
@@ -404,7 +461,7 @@ def test_a_config_that_makes_no_model(tmp_path, native):
         config = json.loads(file.metadata()["config"])
     config["vae"]["groups"] = 7
     save_file(load_file(native), tmp_path / "x.safetensors", {"config": json.dumps(config)})
-    fails(tmp_path / "x.safetensors", r"makes no model: num_channels \(4\\) must be divisible by num_groups")
+    fails(tmp_path / "x.safetensors", r"makes no model: num_channels \(4\) must be divisible by num_groups")
 
 
 def test_unusual_shapes_need_a_config(tmp_path, native, models):
@@ -473,7 +530,9 @@ def test_a_folder_of_sdxl(tmp_path, folder):
 def test_prediction_type_and_noise_come_from_the_scheduler(tmp_path, folder):
     path = shutil.copytree(folder, tmp_path / "x")
     file = path / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction", "beta_end": 0.02}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction", "beta_end": 0.02})
+    )
     schedule = info(path).config.schedule
     assert (schedule.prediction_type, schedule.beta_end) == ("v_prediction", 0.02)
 
@@ -485,7 +544,11 @@ def test_prediction_type_and_noise_come_from_the_scheduler(tmp_path, folder):
         (["model.fp16.safetensors", "pytorch_model.bin"], ["model.fp16.safetensors"]),
         (["pytorch_model.bin", "pytorch_model.fp16.bin"], ["pytorch_model.bin"]),
         (
-            ["model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+            [
+                "model-00002-of-00002.safetensors",
+                "model-00001-of-00002.safetensors",
+                "model.safetensors.index.json",
+            ],
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
         ),
         (["model.fp16-00001-of-00001.safetensors"], ["model.fp16-00001-of-00001.safetensors"]),
@@ -509,7 +572,9 @@ class Hub:
     def list_repo_files(self, repository: str) -> list[str]:
         if self.folder is None or self.cached:
             raise ConnectionError("no network")
-        return [x.relative_to(self.folder).as_posix() for x in self.folder.rglob("*")] + ["unet/model.fp16.safetensors"]
+        return [x.relative_to(self.folder).as_posix() for x in self.folder.rglob("*")] + [
+            "unet/model.fp16.safetensors"
+        ]
 
     def snapshot_download(self, repository: str, allow_patterns=None, local_files_only=False) -> str:
         if self.folder is None or (self.cached and not local_files_only):
@@ -596,8 +661,10 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path, models):
 
 
 def test_networks_that_do_not_fit_their_config_are_not_saved(tmp_path, models):
-    wrong = replace(TINY, clip=replace(TINY.clip, vocab_size=0))
-    with pytest.raises(ModelError, match=r"not have the sizes of their config, at clip\.embedding\.token\.weight"):
+    wrong = replace(TINY, clip=replace(TINY.clip, vocab_size=0))  # as the mini's is before its training
+    with pytest.raises(
+        ModelError, match=r"not have the sizes of their config, at clip\.embedding\.token\.weight"
+    ):
         save(wrong, models, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 

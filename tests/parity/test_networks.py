@@ -28,7 +28,12 @@ TINY_UNETS = {
         channels=(32, 64, 96), attention=(True, True, False), layers=1, heads=4, context_width=24, groups=8
     ),
     "linear, attention in other places": UNetConfig(
-        channels=(64, 64), attention=(False, True), layers=2, head_width=32, context_width=40, linear_projection=True
+        channels=(64, 64),
+        attention=(False, True),
+        layers=2,
+        head_width=32,
+        context_width=40,
+        linear_projection=True,
     ),
     "nine channels in, one level": UNetConfig(
         in_channels=9, channels=(32,), attention=(True,), layers=2, heads=2, context_width=16
@@ -77,7 +82,9 @@ def unet_pair(config: UNetConfig) -> tuple[nn.Module, nn.Module]:
             use_linear_projection=config.linear_projection,
         )
     randomize(ours)
-    state = convert({f"diffusion.{k}": v for k, v in ours.state_dict().items()}, "diffusers", ModelConfig(unet=config))
+    state = convert(
+        {f"diffusion.{k}": v for k, v in ours.state_dict().items()}, "diffusers", ModelConfig(unet=config)
+    )
     theirs.load_state_dict({k.removeprefix("unet."): v for k, v in state.items()}, assign=True)
     return ours, theirs.requires_grad_(False).eval()
 
@@ -112,7 +119,11 @@ def vae_pair(config: VAEConfig) -> tuple[Encoder, Decoder, nn.Module]:
 def test_unet_agrees_at_any_size_with_a_batch_of_different_timesteps(name, height, width):
     config = TINY_UNETS[name]
     ours, theirs = unet_pair(config)
-    x, context, t = normal(2, config.in_channels, height, width), normal(2, 7, config.context_width), torch.tensor([3, 871])
+    x, context, t = (
+        normal(2, config.in_channels, height, width),
+        normal(2, 7, config.context_width),
+        torch.tensor([3, 871]),
+    )
     assert_close(ours(x, context, t), theirs(x, t, context).sample, TOLERANCE)
 
 
@@ -121,7 +132,11 @@ def test_unet_agrees_at_any_size_with_a_batch_of_different_timesteps(name, heigh
 def test_unet_agrees_in_bfloat16(name):
     config = TINY_UNETS[name]
     ours, theirs = unet_pair(config)
-    x, context, t = normal(2, config.in_channels, 16, 24), normal(2, 7, config.context_width), torch.tensor([0, 999])
+    x, context, t = (
+        normal(2, config.in_channels, 16, 24),
+        normal(2, 7, config.context_width),
+        torch.tensor([0, 999]),
+    )
     exact = ours(x, context, t)
     ours, theirs = ours.bfloat16(), theirs.bfloat16()
     result = ours(x.bfloat16(), context.bfloat16(), t)
@@ -148,7 +163,9 @@ def test_unet_gives_a_picture_the_same_alone_and_in_a_batch():
     x, context, t = normal(3, 4, 8, 12), normal(3, 7, 24), torch.tensor([1, 500, 999])
     together = unet(x, context, t)
     for i in range(3):
-        torch.testing.assert_close(unet(x[i : i + 1], context[i : i + 1], t[i : i + 1]), together[i : i + 1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            unet(x[i : i + 1], context[i : i + 1], t[i : i + 1]), together[i : i + 1], rtol=1e-4, atol=1e-5
+        )
 
 
 # The VAE
@@ -269,7 +286,9 @@ def test_encoder_says_which_sizes_it_takes():
 
 def test_time_is_cosines_then_sines():
     t = torch.tensor([0, 1, 500, 999])
-    theirs = diffusers.models.embeddings.get_timestep_embedding(t, 320, flip_sin_to_cos=True, downscale_freq_shift=0)
+    theirs = diffusers.models.embeddings.get_timestep_embedding(
+        t, 320, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
     torch.testing.assert_close(sinusoids(t, 320), theirs, rtol=1e-5, atol=1e-5)
     assert sinusoids(t[:1], 320)[0].tolist() == [1.0] * 160 + [0.0] * 160
 
@@ -282,7 +301,9 @@ def test_unet_takes_times_of_any_dtype(dtype, time_dtype):
     with torch.device("meta"):
         unet = UNet(config)
     randomize(unet).to(dtype)
-    out = unet(normal(2, 4, 8, 8).to(dtype), normal(2, 5, 24).to(dtype), torch.tensor([7, 901]).to(time_dtype))
+    out = unet(
+        normal(2, 4, 8, 8).to(dtype), normal(2, 5, 24).to(dtype), torch.tensor([7, 901]).to(time_dtype)
+    )
     assert out.dtype == dtype and out.isfinite().all()
 
 
