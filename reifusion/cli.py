@@ -374,8 +374,9 @@ def _metadata(settings: dict[str, Any]) -> Any:
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_text("parameters", _parameters(settings))
-    chunks.add_text("reifusion", json.dumps({"version": __version__, **settings}, ensure_ascii=False))
+    # A prompt that was not UTF-8 on the command line must not fail here, when the work is done.
+    chunks.add_text("parameters", _parameters(settings).encode("utf-8", "replace").decode("utf-8"))
+    chunks.add_text("reifusion", json.dumps({"version": __version__, **settings}))
     return chunks
 
 
@@ -434,5 +435,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"reifusion: {message.strip().splitlines()[0]}", file=sys.stderr)
+    first, *_ = message.strip().splitlines() or ["failed"]
+    print(f"reifusion: {first}", file=sys.stderr)
     return code

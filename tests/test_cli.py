@@ -125,6 +125,12 @@ def test_any_prompt_makes_a_file_name(draw):
         assert draw(prompt, "--seed", seed) == [Path(f"images/{name}-{seed}.png")]
 
 
+def test_a_prompt_that_is_not_utf_8_is_drawn(draw, run):
+    (path,) = draw("caf\udce9", "--seed", 0)
+    assert path.name == "caf-0.png"
+    assert run("generate", "--like", path)[0] == 0
+
+
 def test_size_sampler_and_the_rest_reach_the_picture(draw):
     flags = ["--negative", "dog", "--sampler", "euler_a", "--cfg", 3, "--size", "72x40", "--clip-skip", 1]
     (path,) = draw("a cat", "--seed", 5, *flags, "--dtype", "fp32")
@@ -222,6 +228,18 @@ def test_a_converted_model_draws_the_same_picture(draw, run, model, to, name):
     (first,) = draw("a cat", "--seed", 1)
     (second,) = draw("a cat", "--seed", 1, "--model", name)
     assert np.array_equal(pixels(first), pixels(second))
+
+
+def test_train_passes_everything_on(run, monkeypatch):
+    seen = []
+
+    def train(arguments: list[str]) -> int:
+        seen.append(arguments)
+        return 1
+
+    monkeypatch.setattr("reifusion.train.__main__.main", train)
+    assert run("train", "mini", "--help", "--steps", 3, "-x")[0] == 1
+    assert seen == [["mini", "--help", "--steps", "3", "-x"]]
 
 
 # Wrong input

@@ -270,7 +270,7 @@ class Tokenizer:
 
     @lru_cache(maxsize=2**15)  # noqa: B019 (on the class, so that a tokenizer can be pickled)
     def _merge(self, word: str) -> tuple[int, ...]:
-        # §3.2, Sennrich et al. 2016: of the pairs in a word, merge the one learned first, until none is known.
+        # §3.2, Sennrich et al. 2016: of a word's pairs, merge the one learned first, until none is known.
         parts = as_bytes(word)
         while len(parts) > 1:
             best = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, math.inf))

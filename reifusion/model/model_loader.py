@@ -14,7 +14,7 @@ import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -49,7 +49,7 @@ _OWN_KEYS = ("format", "config", "tokenizer", "pad", "vocabulary")
 
 # Relatives that are recognised, to say so.
 OTHERS = (
-    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x, whose text encoder (OpenCLIP) is not built in"),
+    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x in one file; only its folder of diffusers can be loaded"),
     (r"conditioner\.", "Stable Diffusion XL, which is not built in"),
     (r".*(joint_blocks|double_blocks|single_transformer_blocks)\.", "a diffusion transformer, not a U-Net"),
     (r"lora_|.*\.lora[_.]", "a LoRA, which changes a model and is none by itself"),
@@ -212,7 +212,7 @@ def _open(source: str | Path, config: ModelConfig | None = None) -> _Checkpoint:
         if config is None and path.is_dir():
             config = _config_from_folder(path)
         elif config is None and "config" in metadata:
-            config = _config_from_header(metadata["config"])
+            config = _config_from_header(metadata)
         format, rules, unknown = match(where, config)
         networks = {rule.ours.split(".")[0] for rule in rules}
         for network in NETWORKS:
@@ -253,6 +253,8 @@ def _networks(checkpoint: _Checkpoint) -> dict[str, nn.Module]:
             shape = tuple(file.shapes[inner])
             if shape != need and not (rule.pointwise and shape == (*need, 1, 1)):
                 raise ModelError(f"tensor {inner} in {file.path} has shape {shape}, but needs {need}")
+            if not file.dtypes[inner].is_floating_point:
+                raise ModelError(f"tensor {inner} in {file.path} holds no floating-point numbers")
     return models
 
 
@@ -274,8 +276,9 @@ def _state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def _find(source: str | Path) -> Path:
     """What `load` was given -> a path that exists."""
     path = MINI_PATH if source == "mini" else Path(source).expanduser()
-    if path.exists():
-        return path
+    with suppress(OSError, ValueError):  # what cannot be a path
+        if path.exists():
+            return path
     if source == "mini":
         raise ModelError(f"the mini's weights are not part of this installation: there is no {path}")
     is_file = path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")
@@ -339,7 +342,7 @@ class _File:
         if self._get is None or self._mapped > self._size // 32:
             self._get, self._mapped = None, 0
             self._get = self._reopen()
-        tensor = self._get(name)
+        tensor = self._get(name).detach()
         self._mapped += tensor.nbytes
         return tensor.to(device, dtype or tensor.dtype, copy=True)
 
@@ -492,16 +495,18 @@ def _config_from_folder(folder: Path) -> ModelConfig:
     return config_from_diffusers(jsons, folder.resolve().name)
 
 
-def _config_from_header(text: str) -> ModelConfig:
-    """The config that `save` wrote."""
+def _config_from_header(header: Mapping[str, str]) -> ModelConfig | None:
+    """The config that `save` wrote; None for a config of some other program."""
     parts = {"clip": CLIPConfig, "vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
     try:
-        given = json.loads(text)
+        given = json.loads(header["config"])
         for name, part in parts.items():
             fields = {key: tuple(x) if isinstance(x, list) else x for key, x in given[name].items()}
             given[name] = part(**fields)
         return ModelConfig(**given)
     except (ValueError, TypeError, KeyError, AttributeError):
+        if header.get("format") != "reifusion":
+            return None
         raise ModelError("its header has a config that this version does not understand") from None
 
 
@@ -561,12 +566,13 @@ def _tokenizer(checkpoint: _Checkpoint) -> Tokenizer:
         else:
             vocabulary = json.loads(header.get("vocabulary", "null"))
             pad = header.get("pad", END)
-            tokenizer = Tokenizer(header.get("tokenizer"), clip.context_length, vocabulary=vocabulary, pad=pad)
+            merges = header.get("tokenizer")
+            tokenizer = Tokenizer(merges, clip.context_length, vocabulary=vocabulary, pad=pad)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"the tokenizer of {path} cannot be read: {error}") from None
-    if tokenizer.vocab_size > clip.vocab_size:
-        counts = f"{tokenizer.vocab_size} tokens, but its text encoder {clip.vocab_size}"
-        raise ModelError(f"the tokenizer of {path} knows {counts}")
+    known = tokenizer.vocab_size
+    if known > clip.vocab_size:
+        raise ModelError(f"the tokenizer of {path} knows {known} tokens, its text encoder {clip.vocab_size}")
     return tokenizer
 
 

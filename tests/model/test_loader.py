@@ -1,4 +1,4 @@
-"""Files: what was saved is loaded again, in any format, and what is wrong with a file is said in one sentence."""
+"""Files: what was saved is loaded again, in any format, and what is wrong with one is said in a sentence."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder(tmp_path):
         header = file.metadata()
     del header["tokenizer"]
     save_file(load_file(path), path, header)
-    fails(path, "the tokenizer of .* knows 49408 tokens, but its text encoder 600")
+    fails(path, "the tokenizer of .* knows 49408 tokens, its text encoder 600")
 
 
 def test_the_header_says_what_it_is(tmp_path, models):
@@ -272,7 +272,7 @@ def test_sd1_is_recognised_by_its_shapes(tmp_path, in_channels):
 
 
 def sparse_sd1(path: Path, dtype: str, in_channels: int = 4) -> Path:
-    """A file with the names and shapes of the published checkpoint; its gigabytes of zeros take no room on disk."""
+    """A file with a published checkpoint's names and shapes; its gigabytes of zeros take no room on disk."""
     width = {"F16": 2, "F32": 4}[dtype]
     header, end = {}, 0
     manifest = json.loads(Path(__file__).with_name("sd-v1-manifest.json").read_text())
@@ -452,8 +452,36 @@ def test_a_config_of_the_future(tmp_path, native):
     with safe_open(native, "pt") as file:
         config = json.loads(file.metadata()["config"])
     for text in (json.dumps(config | {"third_eye": True}), "{", "[]", json.dumps(config | {"vae": None})):
-        save_file(load_file(native), tmp_path / "x.safetensors", {"config": text})
+        header = {"format": "reifusion", "config": text}
+        save_file(load_file(native), tmp_path / "x.safetensors", header)
         fails(tmp_path / "x.safetensors", "a config that this version does not understand")
+
+
+def test_a_config_of_some_other_program_does_not_count(tmp_path, native, models):
+    save_file(load_file(native), tmp_path / "x.safetensors", {"config": '{"lr": 1e-4}'})
+    fails(tmp_path / "x.safetensors", "it has the shapes of no known model")
+
+
+def test_whole_numbers_are_no_weights(tmp_path, native):
+    name = "diffusion.conv_out.bias"
+    path = changed(native, tmp_path / "x.safetensors", lambda x: x.update({name: torch.ones(4).int()}))
+    fails(path, f"tensor {name} in .* holds no floating-point numbers")
+
+
+@pytest.mark.parametrize("source", ["", "a\0b", "x" * 5000, "a/b/c", "../a", "a/b.ckpt", "https://x.y/z"])
+def test_nothing_of_that_name(source, monkeypatch):
+    monkeypatch.setattr(model_loader, "_download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    with pytest.raises(ModelError):
+        load(source)
+
+
+def test_parameters_in_a_pickle(tmp_path, models):
+    """`state_dict(keep_vars=True)`: some save parameters, which carry their gradients' history."""
+    state = {f"{net}.{k}": x for net, m in models.items() for k, x in m.state_dict(keep_vars=True).items()}
+    torch.save(state, tmp_path / "x.pt")
+    _, loaded, _ = load(tmp_path / "x.pt", config=TINY)
+    assert_same_models(loaded, models)
+    assert all(p.is_leaf for module in loaded.values() for p in module.parameters())
 
 
 def test_a_config_that_makes_no_model(tmp_path, native):

@@ -16,11 +16,19 @@ from PIL import Image
 from torch import nn
 
 from reifusion.model.clip import CLIP
-from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
 from reifusion.model.encoder import Encoder
-from reifusion.model.pipeline import StableDiffusion, Step, generate, to_picture, to_tensor
+from reifusion.model.pipeline import (
+    StableDiffusion,
+    Step,
+    _from_networks,
+    _parse_dtype,
+    generate,
+    to_picture,
+    to_tensor,
+)
 from reifusion.model.request import Request, open_picture
 from reifusion.model.samplers import SAMPLERS
 
@@ -473,6 +481,32 @@ def test_generate_takes_the_seeds_call(pipe):
         width=64,
     )
     assert np.array_equal(np.array(drawn), draw(pipe, "a cat", "a dog", seed=4, width=64, height=64))
+
+
+def test_generate_takes_a_loaded_model_as_well(pipe):
+    drawn = generate("a cat", models=pipe, seed=4, **QUICK)
+    assert np.array_equal(np.array(drawn), draw(pipe, "a cat", seed=4))
+
+
+def test_networks_with_the_shapes_of_the_mini_get_its_schedule_and_size():
+    with torch.device("meta"):
+        models = {"clip": CLIP(MINI.clip), "decoder": Decoder(MINI.vae), "diffusion": UNet(MINI.unet)}
+    assert _from_networks(models, Bytes()).config == MINI
+    with pytest.raises(ValueError, match="tokenizer"):
+        _from_networks(models, None)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
+def test_a_dtype_has_many_names(dtype):
+    assert _parse_dtype(dtype, torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_dtype_suits_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert _parse_dtype(None, torch.device("cpu")) == torch.float32
+    assert _parse_dtype(None, torch.device("cuda")) == torch.float16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert _parse_dtype(None, torch.device("cpu")) == torch.bfloat16
 
 
 # What cannot be drawn
