@@ -1,4 +1,4 @@
-"""The README tells the truth: its links lead somewhere, its equations stand where it says, its commands exist."""
+"""The README tells the truth: links lead somewhere, equations stand where it says, commands exist."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\|.+\| (?P<source>[^|\n]+) \| \[[^]]+\]\((?P<path>[^#)]+)#L(?P<line>\d+)\) \|$", README, re.M)
+ROWS = re.findall(
+    r"^\|.+\| (?P<source>[^|\n]+) \| \[[^]]+\]\((?P<path>[^#)]+)#L(?P<line>\d+)\) \|$", README, re.M
+)
 
 
 def test_there_are_equations():
@@ -34,5 +36,10 @@ def test_make_targets_of_the_readme_exist():
 
 def test_flags_of_the_readme_exist():
     source = (ROOT / "reifusion" / "cli.py").read_text()
-    flags = {flag for line in README.splitlines() if line.startswith("reifusion g") for flag in re.findall(r" --([a-z-]+)", line)}
+    flags = {
+        flag
+        for line in README.splitlines()
+        if line.startswith("reifusion g")
+        for flag in re.findall(r" --([a-z-]+)", line)
+    }
     assert flags and [flag for flag in flags if f"{flag.replace('-', '_')}:" not in source] == []

@@ -32,7 +32,9 @@ class Decoder(nn.Module):
         self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.conv_in = nn.Conv2d(config.latent_channels, before, 3, padding=1)
         self.middle = nn.Sequential(
-            ResidualBlock(before, before, groups), AttentionBlock(before, groups), ResidualBlock(before, before, groups)
+            ResidualBlock(before, before, groups),
+            AttentionBlock(before, groups),
+            ResidualBlock(before, before, groups),
         )
         self.up = nn.ModuleList()
         for level, now in enumerate(reversed(channels)):

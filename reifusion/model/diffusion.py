@@ -75,7 +75,9 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     """
     half = width // 2
     # §3.5, Vaswani et al. 2017: ω_i = 10000^(−i / half), i = 0 … half−1
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t.float()[:, None] * frequencies  # (B,) -> (B, half)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
@@ -238,7 +240,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, context: Tensor, t: Tensor) -> Tensor:
-        """latents (B, 4, h, w) of any size, context (B, S, context_width), t (B,) in [0, 1000) -> (B, 4, h, w)."""
+        """latents (B, 4, h, w) of any size, context (B, S, context_width), t (B,) in [0, 1000) -> like latents."""
         time = self.time_embedding(t)  # (B,) -> (B, 1280)
         x, pile = latents, []
         for block in self.down:
@@ -246,7 +248,9 @@ class UNet(nn.Module):
             pile.append(x)
         x = self.middle(x, context, time)
         for block in self.up:
-            x = torch.cat([x, pile.pop()], dim=1)  # the skip: (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)
+            x = torch.cat(
+                [x, pile.pop()], dim=1
+            )  # the skip: (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)
             x = block(x, context, time, size=pile[-1].shape[-2:] if pile else None)
         return self.conv_out(F.silu(self.norm(x)))
 

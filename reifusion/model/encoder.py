@@ -92,21 +92,25 @@ class Encoder(nn.Module):
             self.down.append(nn.Sequential(*blocks))
             before = now
         self.middle = nn.Sequential(
-            ResidualBlock(before, before, groups), AttentionBlock(before, groups), ResidualBlock(before, before, groups)
+            ResidualBlock(before, before, groups),
+            AttentionBlock(before, groups),
+            ResidualBlock(before, before, groups),
         )
         self.norm = nn.GroupNorm(groups, before, eps=EPS)
         self.conv_out = nn.Conv2d(before, 2 * config.latent_channels, 3, padding=1)
         self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The distribution q(z|x): image (B, 3, H, W) in [-1, 1] -> mean, log-variance, each (B, 4, H/8, W/8).
+        """q(z|x): image (B, 3, H, W) in [-1, 1] -> its mean and log-variance, each (B, 4, H/8, W/8).
 
         These are the VAE's own numbers, not yet scaled. H and W must be multiples of `config.factor`.
         """
         factor = self.config.factor
         if image.shape[-1] % factor or image.shape[-2] % factor:
             height, width = image.shape[-2:]
-            raise ValueError(f"a picture's height and width must be multiples of {factor}, not {height}×{width}")
+            raise ValueError(
+                f"a picture's height and width must be multiples of {factor}, not {height}×{width}"
+            )
         x = self.conv_in(image)  # (B, 3, H, W) -> (B, 128, H, W)
         for level in self.down:
             x = level(x)  # (B, C, h, w) -> (B, C', h/2, w/2); the last keeps the size

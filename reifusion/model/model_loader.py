@@ -49,7 +49,7 @@ _OWN_KEYS = ("format", "config", "tokenizer", "pad", "vocabulary")
 
 # Relatives that are recognised, to say so.
 OTHERS = (
-    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x in one file; only its folder of diffusers can be loaded"),
+    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x in one file, which is read only from a folder"),
     (r"conditioner\.", "Stable Diffusion XL, which is not built in"),
     (r".*(joint_blocks|double_blocks|single_transformer_blocks)\.", "a diffusion transformer, not a U-Net"),
     (r"lora_|.*\.lora[_.]", "a LoRA, which changes a model and is none by itself"),

@@ -88,7 +88,12 @@ def train(
 
     def checkpoint(step: int) -> None:
         average = dict(zip(names, ema, strict=True))
-        state = {"model": model.state_dict(), "ema": average, "optimizer": optimizer.state_dict(), "step": step}
+        state = {
+            "model": model.state_dict(),
+            "ema": average,
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        }
         save_atomically(state, path)
         if every_checkpoint is not None:
             every_checkpoint(step, average)
@@ -102,16 +107,29 @@ def train(
                 group["lr"] = learning_rate(step, config)
             value, figures = loss(step, rng(config.seed, step))
             if not math.isfinite(value.item()):
-                raise TrainingError(f"the loss is {value.item()} at step {step}; the last good state is {path}")
+                raise TrainingError(
+                    f"the loss is {value.item()} at step {step}; the last good state is {path}"
+                )
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             # The average follows quickly at first: 0.1, 0.18, … up to config.ema.
-            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - min(config.ema, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(
+                ema, [p.detach() for p in parameters], 1 - min(config.ema, (1 + step) / (10 + step))
+            )
             if step % config.log_every == 0:
-                row = {"step": step, "loss": value.item(), "grad_norm": norm.item(), "time": time.time(), **figures}
-                print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}), file=log)
+                row = {
+                    "step": step,
+                    "loss": value.item(),
+                    "grad_norm": norm.item(),
+                    "time": time.time(),
+                    **figures,
+                }
+                print(
+                    json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}),
+                    file=log,
+                )
                 log.flush()
                 bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
             if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:

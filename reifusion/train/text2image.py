@@ -6,6 +6,7 @@ t and the words what was added. Source: Ho et al. 2020, Algorithm 1; Rombach et 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from .loop import LoopConfig, train
 
 @dataclass(frozen=True)
 class TextToImageTraining:
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=60_000, lr=7e-4, warmup=500, ema=0.9995))
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=60_000, lr=7e-4, warmup=500, ema=0.9995)
+    )
     batch: int = 32
     caption_dropout: float = 0.1  # share of empty captions: what classifier-free guidance needs
     # The loss is weighted as if no timestep's signal-to-noise ratio were above this (None: not at all).
@@ -41,7 +44,7 @@ class TextToImage(nn.Module):
 
 
 def _begin_as_identity(layer: nn.Module) -> None:
-    """The last layer of every residual branch starts at zero, so that a deep network starts as a shallow one."""
+    """The last layer of every residual branch starts at zero: a deep network starts as a shallow one."""
     if isinstance(layer, ResidualBlock):
         nn.init.zeros_(layer.conv_2.weight)
     elif isinstance(layer, AttentionBlock):
@@ -95,14 +98,15 @@ def train_text2image(
     training: TextToImageTraining,
     folder: Path,
     start_from: dict[str, Tensor] | None = None,
-    every_checkpoint=None,
+    every_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> TextToImage:
-    """latents (N, 4, h, w), tokens (N, L) of their captions, empty (L,) of the empty one -> the averaged weights.
+    """Trains on latents (N, 4, h, w) with captions' tokens (N, L); returns the averaged weights.
 
-    start_from: weights to begin with, instead of random ones. Raises TrainingError when the loss is not finite.
+    empty: the tokens (L,) of no caption. start_from: weights to begin with, instead of random ones.
+    Raises TrainingError when the loss is not finite.
     """
     torch.manual_seed(training.loop.seed)
-    model = TextToImage(config).to(memory_format=torch.channels_last)
+    model = TextToImage(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if start_from is not None:
         model.load_state_dict(start_from)
     schedule = config.schedule

@@ -78,11 +78,15 @@ def random_pictures(sprites: Tensor, count: int, size: int, generator: torch.Gen
     order = torch.stack([torch.randperm(3, generator=generator) for _ in range(count)])
     order = torch.where(uniform(count, 1) < 0.33, order, torch.arange(3))
     colour = torch.gather(colour, 1, order[:, :, None, None].expand_as(colour))
-    background = torch.where(uniform(count, 1, 1, 1) < 0.5, torch.ones(count, 3, 1, 1), uniform(count, 3, 1, 1))
+    background = torch.where(
+        uniform(count, 1, 1, 1) < 0.5, torch.ones(count, 3, 1, 1), uniform(count, 3, 1, 1)
+    )
     return (colour + (1 - alpha) * background) * 2 - 1
 
 
-def loss(vae: VAE, x: Tensor, generator: torch.Generator, training: VAETraining, edges: bool) -> tuple[Tensor, dict]:
+def loss(
+    vae: VAE, x: Tensor, generator: torch.Generator, training: VAETraining, edges: bool
+) -> tuple[Tensor, dict]:
     """Pictures x (B, 3, H, W) -> the loss, and its parts for the log."""
     config = vae.encoder.config
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,7 +98,9 @@ def loss(vae: VAE, x: Tensor, generator: torch.Generator, training: VAETraining,
     l1, mse, divergence = F.l1_loss(y, x), F.mse_loss(y, x), kl(mean, log_variance)
     total = l1 + mse + training.kl_weight * divergence
     if edges:
-        total = total + training.edges * sum(F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True))
+        total = total + training.edges * sum(
+            F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True)
+        )
     psnr = -10 * torch.log10(mse.detach() / 4)  # the range is 2, so the peak's square is 4
     return total, {"l1": l1.item(), "psnr": psnr.item(), "kl": divergence.item(), "std": mean.std().item()}
 
@@ -102,9 +108,9 @@ def loss(vae: VAE, x: Tensor, generator: torch.Generator, training: VAETraining,
 def train_vae(sprites: Tensor, config: VAEConfig, training: VAETraining, folder: Path) -> VAE:
     """sprites (N, 4, S, S) uint8 RGBA -> a trained VAE (its averaged weights), latents of unit variance."""
     torch.manual_seed(training.loop.seed)
-    vae = VAE(config).to(memory_format=torch.channels_last)
-    nn.init.zeros_(vae.encoder.quant.bias)
-    nn.init.constant_(vae.encoder.quant.bias[config.latent_channels :], -6.0)  # type: ignore[index]  # little noise at first
+    vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.no_grad():  # little noise at first: a log-variance of −6
+        vae.encoder.quant.bias.copy_(torch.tensor([0.0, -6.0]).repeat_interleave(config.latent_channels))
 
     def step_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
         done = step / training.loop.steps
@@ -121,7 +127,7 @@ def train_vae(sprites: Tensor, config: VAEConfig, training: VAETraining, folder:
 
 @torch.no_grad()
 def normalise_latents(vae: VAE, sprites: Tensor) -> None:
-    """Gives every latent channel mean 0 and variance 1 over the pictures, by folding the change into two 1×1 convolutions."""
+    """Gives every latent channel mean 0 and variance 1, by folding that into two 1×1 convolutions."""
     generator = torch.Generator().manual_seed(0)
     means = []
     for _ in range(16):
@@ -129,11 +135,11 @@ def normalise_latents(vae: VAE, sprites: Tensor) -> None:
         means.append(vae.encoder.moments(x)[0])
     z = torch.cat(means).transpose(0, 1).flatten(1)  # (4, B·h·w)
     centre, spread = z.mean(1), z.std(1)
-    quant, post = vae.encoder.quant, vae.decoder.post_quant
-    n = len(centre)
+    quant, post, n = vae.encoder.quant, vae.decoder.post_quant, len(centre)
+    assert quant.bias is not None and post.bias is not None
     # Encoder: μ' = (μ − centre) / spread and σ' = σ / spread. Decoder: the inverse, before its first layer.
     quant.weight[:n] /= spread[:, None, None, None]
-    quant.bias[:n] = (quant.bias[:n] - centre) / spread  # type: ignore[index]
-    quant.bias[n:] -= 2 * spread.log()  # type: ignore[index]
+    quant.bias[:n] = (quant.bias[:n] - centre) / spread
+    quant.bias[n:] -= 2 * spread.log()
     post.bias += post.weight[:, :, 0, 0] @ centre
     post.weight *= spread[None, :, None, None]

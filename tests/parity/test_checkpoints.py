@@ -1,4 +1,4 @@
-"""Files: what diffusers wrote is read here, what is written here is read by diffusers, with the same results."""
+"""Files: what diffusers wrote is read here, and the other way round, with the same results."""
 
 from __future__ import annotations
 

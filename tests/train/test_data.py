@@ -1,4 +1,4 @@
-"""The training pictures and scenes. No network: sprites are made up, and npm is a script."""
+"""The subjects and the training pictures. No network: sprites are made up, and npm is a script."""
 
 from __future__ import annotations
 
@@ -11,58 +11,24 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from reifusion.train import data
-from reifusion.train.data import COLOURS, DYES, STYLES, DataError, Scene, SceneConfig, Sprites, compose
-
-NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
-KINDS = {kind: SceneConfig(**{k: float(k == kind) for k in data.KINDS}, combine=0.0) for kind in data.KINDS}
-
-
-def disc(rgb: tuple[int, int, int]) -> np.ndarray:
-    """A disc of one colour with a soft shade -> (128, 128, 4) uint8."""
-    y, x = np.mgrid[-1:1:128j, -1:1:128j]
-    sprite = np.zeros((128, 128, 4), np.uint8)
-    sprite[..., :3] = (np.array(rgb) * (0.9 + 0.1 * x[..., None])).astype(np.uint8)
-    sprite[..., 3] = 255 * (x**2 + y**2 < 0.75)
-    return sprite
+from reifusion.train.data import STYLES, DataError
+from reifusion.train.scenes import DYES
+from reifusion.train.subjects import CHOSEN, noun_phrase, parse_choice
 
 
-def nearest(lab: np.ndarray, names: list[str]) -> str:
-    return min(names, key=lambda name: np.linalg.norm(lab - data.to_oklab(np.array(COLOURS[name], np.uint8))))
+@pytest.mark.parametrize(
+    "noun, adjective, phrase",
+    [("cat", "", "a cat"), ("owl", "", "an owl"), ("owl", "blue", "a blue owl"), ("ufo", "", "a ufo"),
+     ("cat", "orange", "an orange cat"), ("x-ray", "", "an x-ray"), ("grapes", "red", "red grapes")],
+)  # fmt: skip
+def test_articles(noun: str, adjective: str, phrase: str) -> None:
+    assert noun_phrase(np.random.default_rng(0), noun, adjective) == phrase
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose prepared file holds every style of every noun, held out or not."""
-    folder = tmp_path_factory.mktemp("cache")
+def test_pairs_and_the_sun() -> None:
     rng = np.random.default_rng(0)
-    common = {"category": "test", "keywords": [], "emoji": "", "licence": "MIT"}
-    pairs = [(noun, style) for noun in NOUNS for style in STYLES]
-    pictures = [{"subject": n, "style": s, "synonyms": [f"{n} two"], **common} for n, s in pairs]
-    pixels = np.stack([disc(tuple(rng.integers(40, 255, 3))) for _ in pictures])
-    save_file({"pictures": pixels}, data.prepared_path(folder), metadata={"pictures": json.dumps(pictures)})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sprites(cache: Path) -> Sprites:
-    return Sprites(*data.pictures(cache))
-
-
-def scene(sprites: Sprites, i: int, kind: str) -> Scene:
-    return compose(np.random.default_rng([7, i]), sprites, KINDS[kind])
-
-
-def test_scenes_never_show_a_held_out_pair(sprites: Sprites) -> None:
-    config = SceneConfig(plain=0.3, background=0, dyed=0.4, placed=0, two=0.3, combine=0.5)
-    shown = set()
-    for i in range(3000):
-        tags = compose(np.random.default_rng([0, i]), sprites, config).tags
-        for subject, colour in zip(tags["subjects"], tags["colours"], strict=True):
-            assert not data.held_out_style(subject, tags["style"])
-            assert not (colour and data.held_out_colour(subject, colour))
-            shown |= {(subject, tags["style"]), (subject, colour)}
-    styles = {(noun, style) for noun in NOUNS for style in STYLES if data.held_out_style(noun, style)}
-    assert styles and len(shown) > 400  # there was something to hold out, and enough was drawn to find it
+    assert {noun_phrase(rng, "jeans", "blue") for _ in range(50)} == {"blue jeans", "a pair of blue jeans"}
+    assert {noun_phrase(rng, "sun") for _ in range(50)} == {"the sun", "a sun"}
 
 
 def test_about_four_percent_of_pairs_are_held_out_and_always_the_same() -> None:
@@ -74,127 +40,16 @@ def test_about_four_percent_of_pairs_are_held_out_and_always_the_same() -> None:
     assert not any(data.held_out_style(name, "3d") for name in names)
 
 
-def test_held_out_pictures_are_the_rest(cache: Path) -> None:
-    (pixels, records), (others, held_out) = data.pictures(cache), data.held_out_pictures(cache)
+def test_held_out_pictures_are_the_rest(tmp_path: Path) -> None:
+    common = {"synonyms": [], "category": "test", "keywords": [], "emoji": "", "licence": "MIT"}
+    everything = [{"subject": f"thing {i}", "style": s, **common} for i in range(60) for s in STYLES]
+    pixels = np.zeros((len(everything), 128, 128, 4), np.uint8)
+    metadata = {"pictures": json.dumps(everything)}
+    save_file({"pictures": pixels}, data.prepared_path(tmp_path), metadata=metadata)
+    (pixels, records), (others, held_out) = data.pictures(tmp_path), data.held_out_pictures(tmp_path)
     assert len(pixels) == len(records) and len(others) == len(held_out) > 0
-    assert len(records) + len(held_out) == len(NOUNS) * len(STYLES)
+    assert len(records) + len(held_out) == len(everything)
     assert all(data.held_out_style(p.subject, p.style) for p in held_out)
-
-
-def test_a_bank_depends_on_seed_and_index_alone(sprites: Sprites, tmp_path: Path) -> None:
-    short, captions = data.load_bank(data.build_bank(4, 3, tmp_path / "short", sprites))
-    long, more = data.load_bank(data.build_bank(9, 3, tmp_path / "long", sprites))
-    other, _ = data.load_bank(data.build_bank(4, 4, tmp_path / "other", sprites))
-    assert np.array_equal(short, long[:4]) and captions == more[:4]
-    assert long.shape == (9, 128, 128, 3) and long.dtype == np.uint8
-    assert not np.array_equal(short, other)
-
-
-def test_plain_scenes_show_the_whole_sprite_on_white(sprites: Sprites) -> None:
-    for i in range(50):
-        image = scene(sprites, i, "plain").image
-        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-        assert (border == 255).all() and (image < 255).any()
-
-
-def test_the_background_has_the_colour_the_caption_names(sprites: Sprites) -> None:
-    seen = set()
-    for i in range(200):
-        drawn = scene(sprites, i, "background")
-        name = drawn.tags["background"]
-        if name != "white":
-            seen.add(name)
-            assert name in drawn.caption.split() or name in drawn.caption.replace(",", "").split()
-            corner = data.to_oklab(drawn.image[0, 0])
-            nearest = min(
-                COLOURS, key=lambda c: np.linalg.norm(corner - data.to_oklab(np.array(COLOURS[c], np.uint8)))
-            )
-            assert nearest == name
-    assert seen == set(COLOURS)
-
-
-def test_the_left_subject_is_on_the_left(sprites: Sprites) -> None:
-    for i in range(50):
-        drawn = scene(sprites, i, "two")
-        for subject, half in zip(
-            drawn.tags["subjects"], (drawn.image[:, :64], drawn.image[:, 64:]), strict=True
-        ):
-            inked = half[(half < 255).any(-1)].mean(0)
-            sprite = sprites.get(subject, drawn.tags["style"])
-            assert np.abs(inked - sprite[sprite[..., 3] > 0][:, :3].mean(0)).max() < 25
-
-
-def test_a_subject_is_where_the_caption_says(sprites: Sprites) -> None:
-    for i in range(200):
-        drawn = scene(sprites, i, "placed")
-        y, x = np.nonzero((drawn.image < 255).any(-1))
-        right, down = data.POSITIONS.get(drawn.tags["position"], ((0, 0),))[0]
-        for centre, direction in ((x.mean(), right), (y.mean(), down)):
-            assert abs(centre - 63.5) < 3 if direction == 0 else (centre - 63.5) * direction > 10
-        if drawn.tags["position"] in data.POSITIONS:
-            assert set(drawn.tags["position"].split()) <= set(drawn.caption.replace(",", "").split())
-
-
-@pytest.mark.parametrize("colour", DYES)
-@pytest.mark.parametrize("rgb", [(235, 235, 240), (120, 120, 125), (180, 110, 60), (60, 160, 60)])
-def test_a_dyed_subject_takes_the_colour_and_keeps_its_shape(rgb: tuple[int, int, int], colour: str) -> None:
-    sprite = disc(rgb)
-    dyed = data.dye(sprite, colour)
-    assert np.array_equal(dyed[..., 3], sprite[..., 3])
-    lab = data.to_oklab(dyed[sprite[..., 3] > 0][:, :3]).mean(0)
-    assert nearest(lab, DYES) == colour
-
-
-def test_dyeing_leaves_white_eyes_white() -> None:
-    sprite = disc((180, 110, 60))
-    sprite[50:60, 50:60, :3] = 255
-    assert (data.dye(sprite, "blue")[52:58, 52:58, :3] > 250).all()
-
-
-@pytest.mark.parametrize(
-    "subject, category, can",
-    [("cat", "animal-mammal", True), ("black cat", "animal-mammal", False), ("orange", "food-fruit", False),
-     ("girl", "person", False), ("rainbow", "sky-weather", False)],
-)  # fmt: skip
-def test_what_can_be_dyed(subject: str, category: str, can: bool) -> None:
-    assert data.can_be_dyed(data.Picture(subject, "3d", category, (), (), "", "MIT")) == can
-
-
-def test_oklab_round_trip_is_exact() -> None:
-    rgb = np.random.default_rng(0).integers(0, 256, (1000, 3)).astype(np.uint8)
-    assert np.array_equal(data.from_oklab(data.to_oklab(rgb)), rgb)
-    white = data.to_oklab(np.array([255, 255, 255], np.uint8))
-    assert np.allclose(white, [1, 0, 0], atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "noun, adjective, phrase",
-    [("cat", "", "a cat"), ("owl", "", "an owl"), ("owl", "blue", "a blue owl"), ("ufo", "", "a ufo"),
-     ("cat", "orange", "an orange cat"), ("x-ray", "", "an x-ray"), ("grapes", "red", "red grapes")],
-)  # fmt: skip
-def test_articles(noun: str, adjective: str, phrase: str) -> None:
-    assert data.noun_phrase(np.random.default_rng(0), noun, adjective) == phrase
-
-
-def test_pairs_and_the_sun() -> None:
-    rng = np.random.default_rng(0)
-    assert {data.noun_phrase(rng, "jeans", "blue") for _ in range(50)} == {
-        "blue jeans",
-        "a pair of blue jeans",
-    }
-    assert {data.noun_phrase(rng, "sun") for _ in range(50)} == {"the sun", "a sun"}
-
-
-def test_an_unnamed_style_is_mostly_3d(sprites: Sprites) -> None:
-    tags = [compose(np.random.default_rng([1, i]), sprites).tags for i in range(1500)]
-    unnamed = [t["style"] for t in tags if not t["says_style"]]
-    assert 0.6 < np.mean([style == "3d" for style in unnamed]) < 0.8
-
-
-def test_the_caption_names_the_style_where_the_tags_say_so(sprites: Sprites) -> None:
-    for i in range(300):
-        drawn = compose(np.random.default_rng([2, i]), sprites)
-        assert (drawn.tags["style"] in drawn.caption.replace(",", "").split()) == drawn.tags["says_style"]
 
 
 def test_a_sprite_is_centred_and_fills_the_box() -> None:
@@ -214,9 +69,7 @@ def test_soft_edges_have_no_dark_rim() -> None:
 
 
 def test_no_two_subjects_share_a_name() -> None:
-    names = [
-        chosen[0] for text in data.CHOSEN.values() for chosen in data.parse_choice(text)[2].values() if chosen
-    ]
+    names = [chosen[0] for text in CHOSEN.values() for chosen in parse_choice(text)[2].values() if chosen]
     assert len(names) == len(set(names))
     if data.prepared_path(data.default_cache()).exists():
         _, records = data.pictures()

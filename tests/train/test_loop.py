@@ -24,9 +24,7 @@ TINY = ModelConfig(
     size=16,
     clip=CLIPConfig(vocab_size=20, context_length=6, width=16, layers=1, heads=2),
     vae=VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0),
-    unet=UNetConfig(
-        channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=4
-    ),
+    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=4),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 
@@ -87,7 +85,9 @@ def test_vae_learns_and_its_latents_have_unit_variance(sprites, tmp_path):
     # The same pictures that `normalise_latents` measured, so this is exact but for rounding.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        z = torch.cat([vae.encoder.moments(random_pictures(sprites, 32, 16, generator))[0] for _ in range(16)])
+        z = torch.cat(
+            [vae.encoder.moments(random_pictures(sprites, 32, 16, generator))[0] for _ in range(16)]
+        )
     assert z.mean((0, 2, 3)).abs().max() < 1e-3
     assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
 
@@ -161,8 +161,12 @@ def test_every_parameter_of_both_networks_is_trained(tmp_path):
     torch.manual_seed(0)
     before = TextToImage(TINY).state_dict()
     latents, tokens = torch.randn(4, 4, 8, 8), torch.randint(0, 18, (4, 6))
-    training = TextToImageTraining(loop=LoopConfig(steps=12, lr=1e-2, warmup=1, ema=0.5, weight_decay=0.0), batch=4)
+    training = TextToImageTraining(
+        loop=LoopConfig(steps=12, lr=1e-2, warmup=1, ema=0.5, weight_decay=0.0), batch=4
+    )
     training = replace(training, caption_dropout=0.0)
-    after = train_text2image(latents, tokens, tokens[0], TINY, training, tmp_path, start_from=before).state_dict()
+    after = train_text2image(
+        latents, tokens, tokens[0], TINY, training, tmp_path, start_from=before
+    ).state_dict()
     frozen = [name for name in before if torch.equal(before[name], after[name])]
     assert frozen == []

@@ -1,0 +1,342 @@
+"""Captioned scenes, composed from the pictures: what the text-to-image model learns from.
+
+`compose` places one or two sprites, some of them dyed, on a background, and `caption` says in words what
+is there. `build_bank` does that many times and keeps the scenes in a folder; to see some, run
+`python -m reifusion.train.scenes --sheet scenes.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .data import BOX, SIDE, STYLES, Picture, held_out_colour, pictures
+from .subjects import COLOUR_WORDS, NO_DYE, NO_MIRROR, noun_phrase
+
+# Colours as a person names them: all for backgrounds, all but black for dyeing subjects.
+COLOURS = {
+    "red": (222, 40, 44),
+    "orange": (247, 138, 30),
+    "yellow": (252, 214, 48),
+    "green": (58, 164, 72),
+    "blue": (48, 112, 228),
+    "purple": (140, 72, 200),
+    "pink": (250, 130, 180),
+    "black": (28, 28, 32),
+}
+DYES = [name for name in COLOURS if name != "black"]
+MEDIA = {  # style -> what such a picture is called
+    "3d": ("picture", "render", "icon"),
+    "cartoon": ("picture", "drawing"),
+    "flat": ("picture", "drawing", "icon"),
+    "glossy": ("picture", "icon"),
+}
+SIZES = {"small": ("small", "little", "tiny"), "big": ("big", "large", "huge")}
+POSITIONS = {  # name -> direction from the middle (right, down), and how people say it
+    "left": ((-1, 0), ("on the left", "on the left side")),
+    "right": ((1, 0), ("on the right", "on the right side")),
+    "top": ((0, -1), ("at the top",)),
+    "bottom": ((0, 1), ("at the bottom",)),
+    "top left": ((-1, -1), ("in the top left corner", "at the top left")),
+    "top right": ((1, -1), ("in the top right corner", "at the top right")),
+    "bottom left": ((-1, 1), ("in the bottom left corner", "at the bottom left")),
+    "bottom right": ((1, 1), ("in the bottom right corner", "at the bottom right")),
+}
+PAIRINGS = (  # {0} is on the left
+    "{0} next to {1}",
+    "{0} and {1}",
+    "{0} beside {1}",
+    "{0} to the left of {1}",
+    "{1} to the right of {0}",
+    "{0} on the left and {1} on the right",
+)
+
+
+class Sprites:
+    """The pictures, found by subject and style."""
+
+    def __init__(self, pixels: np.ndarray, records: list[Picture]):
+        self.pixels = pixels  # (N, SIDE, SIDE, 4) uint8
+        self.index: dict[str, dict[str, int]] = {}  # subject -> style -> place in pixels
+        self.synonyms = {picture.subject: picture.synonyms for picture in records}
+        for i, picture in enumerate(records):
+            self.index.setdefault(picture.subject, {})[picture.style] = i
+        self.subjects = list(self.index)
+        self.dyeable = list(dict.fromkeys(p.subject for p in records if can_be_dyed(p)))
+
+    def get(self, subject: str, style: str) -> np.ndarray:
+        return self.pixels[self.index[subject][style]]
+
+
+def can_be_dyed(picture: Picture) -> bool:
+    """Not a "black cat" or an "orange", which have a colour in their names; nor people and their hands."""
+    names = " ".join((picture.subject, *picture.synonyms))
+    coloured = picture.subject in NO_DYE or bool(COLOUR_WORDS & set(names.split()))
+    return not coloured and not picture.category.startswith(("person", "hand"))
+
+
+# ---- colours ----------------------------------------------------------------------------------------------
+
+# Oklab: equal distances look equal, so a colour can be turned without changing how light it looks.
+# Source: Björn Ottosson, "A perceptual color space for image processing", 2020.
+_LMS = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+                 [0.0883024619, 0.2817188376, 0.6299787005]], np.float32)  # fmt: skip
+_LAB = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+                 [0.0259040371, 0.7827717662, -0.8086757660]], np.float32)  # fmt: skip
+_LMS_INVERSE, _LAB_INVERSE = np.linalg.inv(_LMS), np.linalg.inv(_LAB)
+_levels = np.arange(256, dtype=np.float32) / 255
+_LINEAR = np.where(_levels <= 0.04045, _levels / 12.92, ((_levels + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def to_oklab(rgb: np.ndarray) -> np.ndarray:
+    """(..., 3) uint8 sRGB -> (..., 3) lightness in [0, 1], a (red), b (yellow)."""
+    return np.cbrt(_LINEAR[rgb] @ _LMS.T) @ _LAB.T
+
+
+def from_oklab(lab: np.ndarray) -> np.ndarray:
+    linear = ((lab @ _LAB_INVERSE.T) ** 3 @ _LMS_INVERSE.T).clip(0, 1)
+    rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return (255 * rgb).round().astype(np.uint8)
+
+
+def _ramp(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    return ((x - low) / (high - low)).clip(0, 1)
+
+
+def dye(sprite: np.ndarray, colour: str) -> np.ndarray:
+    """Turns the sprite's main colour into the named one; shading, outlines, eyes and small parts stay."""
+    solid = sprite[..., 3] > 0
+    lab = to_oklab(sprite[solid][:, :3])  # (P, 3)
+    lightness, chroma, hue = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2]), np.arctan2(lab[:, 2], lab[:, 1])
+    light, *ab = to_oklab(np.array(COLOURS[colour], np.uint8))
+    alpha = sprite[solid][:, 3] / 255
+    coloured = _ramp(chroma, 0.03, 0.07)
+    # A grey or white subject (many greys are a little blue) takes the colour on all but its blacks.
+    if np.average(_ramp(chroma, 0.05, 0.1), weights=alpha) < 0.4:
+        change, strength, turn = _ramp(lightness, 0.15, 0.35), np.ones_like(chroma), np.zeros_like(hue)
+    else:
+        # The main hue has the most colour within 60° of it.
+        bins = np.bincount(((hue / np.pi + 1) * 18).astype(int) % 36, chroma * coloured * alpha, minlength=36)
+        main = (np.argmax(sum(np.roll(bins, k) for k in range(-6, 7))) + 0.5) / 18 * np.pi - np.pi
+        turn = (hue - main + np.pi) % (2 * np.pi) - np.pi
+        near = coloured * _ramp(-np.abs(turn), -1.9, -1.2)
+        change = near if (near * alpha).sum() > 0.5 * (coloured * alpha).sum() else coloured
+        strength = (chroma / np.average(chroma, weights=change * alpha + 1e-6)).clip(0, 1.5) ** 0.5
+    middle = np.average(lightness, weights=change * alpha + 1e-6)
+    new_hue = np.arctan2(ab[1], ab[0]) + 0.15 * turn.clip(-1, 1)
+    new_chroma = np.hypot(*ab) * strength
+    new_lightness = lightness + 0.9 * (light - middle)
+    new = np.stack([new_lightness, new_chroma * np.cos(new_hue), new_chroma * np.sin(new_hue)], 1)
+    dyed = sprite.copy()
+    dyed[solid, :3] = from_oklab(lab + change[:, None] * (new - lab))
+    return dyed
+
+
+def background_colour(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
+    """A shade of the named colour."""
+    lightness, a, b = to_oklab(np.array(COLOURS[name], np.uint8))
+    turn = complex(a, b) * np.exp(1j * rng.uniform(-0.08, 0.08)) * rng.uniform(0.85, 1.05)
+    r, g, b = from_oklab(np.array([lightness + rng.uniform(-0.03, 0.03), turn.real, turn.imag])).tolist()
+    return r, g, b
+
+
+def stands_out(sprite: np.ndarray, name: str) -> bool:
+    """Whether the sprite can be seen on a background of this colour."""
+    sample = sprite[::8, ::8].reshape(-1, 4)
+    lab = to_oklab(sample[sample[:, 3] > 128][:, :3])
+    away = np.linalg.norm(lab - to_oklab(np.array(COLOURS[name], np.uint8)), axis=-1) > 0.15
+    return bool(away.size == 0 or away.mean() > 0.6)
+
+
+# ---- scenes -----------------------------------------------------------------------------------------------
+
+KINDS = ("plain", "background", "dyed", "placed", "two")
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    # Shares of the KINDS of scenes; they add up to 1.
+    plain: float = 0.55
+    background: float = 0.15  # "a cat on a blue background"
+    dyed: float = 0.10  # "a purple cat"
+    placed: float = 0.10  # "a small cat on the left"
+    two: float = 0.10  # "a dog next to a tree"
+    combine: float = 0.06  # chance of a background, and of a dye, in a scene of another kind
+    name_style: float = 0.4  # how often the caption says the style
+    prefer_3d: float = 0.6  # how often the style is 3d where the caption does not say it
+    synonym: float = 0.25  # how often another name stands in for the subject's own
+
+
+@dataclass(frozen=True)
+class Scene:
+    image: np.ndarray  # (SIDE, SIDE, 3) uint8
+    caption: str
+    tags: dict[str, Any]  # what is shown, for evaluation
+
+
+def _pick(rng: np.random.Generator, options: Any) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def compose(rng: np.random.Generator, sprites: Sprites, config: SceneConfig = SceneConfig()) -> Scene:
+    """Draws one scene at random, and says what it shows."""
+    shares = np.cumsum([getattr(config, kind) for kind in KINDS])
+    kind = KINDS[int(np.searchsorted(shares[:-1], rng.random(), "right"))]
+    subjects = [_pick(rng, sprites.dyeable if kind == "dyed" else sprites.subjects)]
+    while kind == "two" and len(subjects) < 2:
+        other = _pick(rng, sprites.subjects)
+        subjects += [other] if other != subjects[0] else []
+
+    styles = [s for s in STYLES if all(s in sprites.index[subject] for subject in subjects)]
+    says_style = bool(rng.random() < config.name_style)
+    style = _pick(rng, styles)
+    if not says_style and rng.random() < config.prefer_3d:
+        style = "3d"  # which every subject has
+
+    shown = [sprites.get(subject, style) for subject in subjects]
+    colours = [""] * len(subjects)
+    if kind == "dyed" or rng.random() < config.combine:
+        which = int(rng.integers(len(subjects)))  # in scenes of two, one stays as it is
+        allowed = [c for c in DYES if not held_out_colour(subjects[which], c)]
+        if subjects[which] in sprites.dyeable and allowed:
+            colours[which] = _pick(rng, allowed)
+            shown[which] = dye(shown[which], colours[which])
+    for i, subject in enumerate(subjects):
+        if subject not in NO_MIRROR and rng.random() < 0.5:
+            shown[i] = shown[i][:, ::-1]
+
+    background = "white"
+    if kind == "background" or rng.random() < config.combine:
+        visible = [c for c in COLOURS if c not in colours and all(stands_out(s, c) for s in shown)]
+        background = _pick(rng, visible) if visible else "white"
+    paint = background_colour(rng, background) if background in COLOURS else (255, 255, 255)
+    canvas = Image.new("RGB", (SIDE, SIDE), paint)
+
+    size, position = "full", "middle"
+    if kind == "two":
+        size, position = "half", "side by side"
+        for sprite, side in zip(shown, (-1, 1), strict=True):
+            _paste(canvas, sprite, rng.uniform(0.46, 0.52), side * rng.uniform(29, 33), rng.uniform(-8, 8))
+    elif kind == "placed":
+        size = _pick(rng, ("small", "small", "big", "medium", "medium", "medium"))
+        scale = rng.uniform(*{"small": (0.34, 0.46), "medium": (0.5, 0.6), "big": (1.08, 1.13)}[size])
+        right, down = 0, 0
+        if size == "medium" or (size == "small" and rng.random() < 0.5):
+            position = _pick(rng, ("left", "right") if rng.random() < 0.5 else tuple(POSITIONS))
+            right, down = POSITIONS[position][0]
+        reach = (SIDE - BOX * scale) / 2 * rng.uniform(0.75, 0.93) if position != "middle" else 0.0
+        _paste(canvas, shown[0], scale, right * reach, down * reach)
+    else:
+        scale = rng.uniform(0.96, 1.04) if rng.random() < 0.5 else 1.0  # as drawn, half the time: sharpest
+        _paste(canvas, shown[0], scale, rng.uniform(-5, 5), rng.uniform(-5, 5))
+
+    tags = {"kind": kind, "subjects": subjects, "style": style, "says_style": says_style, "colours": colours,
+            "background": background, "size": size, "position": position}  # fmt: skip
+    return Scene(np.asarray(canvas), caption(rng, sprites, tags, config), tags)
+
+
+def _paste(canvas: Image.Image, sprite: np.ndarray, scale: float, right: float, down: float) -> None:
+    """Puts the sprite's middle `right` and `down` of the canvas's middle."""
+    image = Image.fromarray(np.ascontiguousarray(sprite))
+    side = round(scale * SIDE)
+    if side != SIDE:
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    canvas.paste(image, (round((SIDE - side) / 2 + right), round((SIDE - side) / 2 + down)), image)
+
+
+def caption(rng: np.random.Generator, sprites: Sprites, tags: dict[str, Any], config: SceneConfig) -> str:
+    """One of the many ways to ask for the scene."""
+    style, draw = tags["style"], rng.random()
+    adjective_style = style if tags["says_style"] and draw < 0.45 and len(tags["subjects"]) == 1 else ""
+    size = _pick(rng, SIZES[tags["size"]]) if tags["size"] in SIZES else ""
+    things = []
+    for subject, colour in zip(tags["subjects"], tags["colours"], strict=True):
+        synonyms = sprites.synonyms[subject]
+        noun = _pick(rng, synonyms) if synonyms and rng.random() < config.synonym else subject
+        things.append(noun_phrase(rng, noun, size, adjective_style, colour))
+    text = things[0]
+    if len(things) == 2:
+        text = _pick(rng, PAIRINGS).format(*things)
+    if tags["position"] in POSITIONS:
+        text += " " + _pick(rng, POSITIONS[tags["position"]][1])
+    background = tags["background"]
+    if background != "white" or rng.random() < 0.04:
+        ground = f"{'an' if background == 'orange' else 'a'} {background} background"
+        text += " " + _pick(rng, (f"on {ground}", f"on {ground}", f"with {ground}", f"on {background}"))
+    if tags["says_style"] and not adjective_style:
+        of = f"a {style} {_pick(rng, MEDIA[style])} of {text}"
+        return _pick(rng, (of, of, f"{text}, {style} style", f"{text} in {style} style"))
+    if not tags["says_style"] and draw < 0.2 and len(things) == 1:
+        return text.removeprefix("a ").removeprefix("an ")
+    if not tags["says_style"] and draw < 0.4:
+        return _pick(rng, ("a picture of ", "a picture of ", "an image of ", "an icon of ")) + text
+    return text
+
+
+# ---- banks of scenes --------------------------------------------------------------------------------------
+
+
+def build_bank(
+    n: int, seed: int, out: Path, sprites: Sprites | None = None, config: SceneConfig = SceneConfig()
+) -> Path:
+    """Composes n scenes: out/images.npy, (n, 128, 128, 3) uint8, and out/scenes.json, captions and tags.
+
+    Scene i depends on (seed, i) alone, so a longer bank begins with the shorter one.
+    """
+    sprites = sprites or Sprites(*pictures())
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".images.{os.getpid()}"
+    images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, SIDE, SIDE, 3))
+    (out / "scenes.json").unlink(missing_ok=True)  # written last, so a bank that has it is whole
+    scenes = []
+    for i in range(n):
+        scene = compose(np.random.default_rng([seed, i]), sprites, config)
+        images[i] = scene.image
+        scenes.append({"caption": scene.caption, **scene.tags})
+    images.flush()
+    os.replace(temporary, out / "images.npy")
+    (out / "scenes.json").write_text(json.dumps(scenes))
+    return out
+
+
+def load_bank(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """A bank's images, memory-mapped, and its captions."""
+    scenes = json.loads((folder / "scenes.json").read_text())
+    return np.load(folder / "images.npy", mmap_mode="r"), [scene["caption"] for scene in scenes]
+
+
+def sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
+    """A contact sheet: every scene above its caption."""
+    cell, text = SIDE + 8, 36
+    page = Image.new("RGB", (columns * cell, -(-len(scenes) // columns) * (cell + text)), "gainsboro")
+    draw = ImageDraw.Draw(page)
+    for i, scene in enumerate(scenes):
+        x, y = i % columns * cell + 4, i // columns * (cell + text) + 4
+        page.paste(Image.fromarray(scene.image), (x, y))
+        draw.text((x, y + SIDE), "\n".join(textwrap.wrap(scene.caption, 22)), fill="black")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m reifusion.train.scenes", description="Shows training scenes.")
+    parser.add_argument("--sheet", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--kind", choices=KINDS, help="only this kind")
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    shares = {kind: float(kind == args.kind) for kind in KINDS} if args.kind else {}
+    sprites, config = Sprites(*pictures()), SceneConfig(**shares)
+    scenes = [compose(np.random.default_rng([args.seed, i]), sprites, config) for i in range(args.count)]
+    sheet(scenes).save(args.sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A contact sheet: many prompts, the first seeds, nothing picked. It tells more than a loss.
+
+`python -m reifusion.train.sheet --out images/contact-sheet.png` redraws the one in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..model.pipeline import StableDiffusion, load
+
+PROMPTS = (
+    "a red apple", "a cat", "a rocket", "an octopus", "a house", "a dog", "a tree", "a car",
+    "a pizza", "a banana", "a sunflower", "an elephant", "a guitar", "a castle", "a fish", "a smiling face",
+    "a flat drawing of a penguin", "a cartoon sailboat", "a purple cat", "a strawberry on a blue background",
+    "a small bird", "a butterfly on the left", "a dog next to a tree", "a cat stretching on the floor",
+)  # fmt: skip
+LABEL = 30  # pixels of text under each prompt's pictures
+
+
+def contact_sheet(
+    pipe: StableDiffusion,
+    prompts: Sequence[str] = PROMPTS,
+    seeds: int = 2,
+    columns: int = 8,
+    sampler_name: str = "ddim",
+    n_inference_steps: int = 25,
+    cfg_scale: float = 4.0,
+) -> Image.Image:
+    """`seeds` pictures of each prompt above one another, the prompt below; `columns` prompts in a row."""
+    tiles = [
+        pipe.generate(
+            list(prompts),
+            seed=k * len(prompts),  # the first, then the next: picture i of a list has seed + i
+            sampler_name=sampler_name,
+            n_inference_steps=n_inference_steps,
+            cfg_scale=cfg_scale,
+            progress=False,
+        )
+        for k in range(seeds)
+    ]
+    width, height = tiles[0][0].size  # type: ignore[index]
+    cell = seeds * height + LABEL
+    sheet = Image.new("RGB", (columns * width, -(-len(prompts) // columns) * cell), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, prompt in enumerate(prompts):
+        x, y = i % columns * width, i // columns * cell
+        for k in range(seeds):
+            sheet.paste(tiles[k][i], (x, y + k * height))  # type: ignore[index]
+        text = "\n".join(textwrap.wrap(prompt, width // 6)[:2])
+        draw.multiline_text((x + 4, y + seeds * height), text, fill="black", font=font, spacing=1)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m reifusion.train.sheet", description=__doc__)
+    parser.add_argument("--model", default="mini", help="as in reifusion generate (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt (%(default)s)")
+    given = parser.parse_args()
+    contact_sheet(load(given.model), seeds=given.seeds).save(given.out)
+
+
+if __name__ == "__main__":
+    main()
