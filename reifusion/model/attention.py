@@ -18,7 +18,7 @@ Hook = Callable[[Tensor], None]
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """The written-out form. q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d), and the weights (B, h, L, S)."""
+    """Written out. q (B, h, L, d), k, v (B, h, S, d) -> (B, h, L, d) and the weights (B, h, L, S)."""
     # Eq. 1, Vaswani et al. 2017: Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])  # (B, h, L, S)
     if causal:  # token i sees tokens 0 … i only

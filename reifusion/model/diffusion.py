@@ -240,7 +240,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, context: Tensor, t: Tensor) -> Tensor:
-        """latents (B, 4, h, w) of any size, context (B, S, context_width), t (B,) in [0, 1000) -> like latents."""
+        """latents (B, 4, h, w) of any size, context (B, S, width), t (B,) in [0, 1000) -> (B, 4, h, w)"""
         time = self.time_embedding(t)  # (B,) -> (B, 1280)
         x, pile = latents, []
         for block in self.down:

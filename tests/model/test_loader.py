@@ -217,7 +217,7 @@ def lightning_objects() -> dict[str, object]:
     module.ModelCheckpoint = made  # type: ignore[attr-defined]
     sys.modules["pytorch_lightning"] = module
     callback = made()
-    callback.monitor = "val/loss"  # type: ignore[attr-defined]
+    callback.monitor = "val/loss"
     return {"epoch": 3, "global_step": 470000, "callbacks": {made: {"best": 1.0}}, "object": callback}
 
 
@@ -595,7 +595,8 @@ class Hub:
     """Stands in for the hub: a repository with both sizes of weights, or no network."""
 
     def __init__(self, folder: Path | None, cached: bool = False):
-        self.folder, self.cached, self.fetched = folder, cached, []
+        self.folder, self.cached = folder, cached
+        self.fetched: list[tuple] = []
 
     def list_repo_files(self, repository: str) -> list[str]:
         if self.folder is None or self.cached:

@@ -194,7 +194,7 @@ def test_any_number_of_steps_gives_decreasing_timesteps_in_range(name: str) -> N
         assert 0 <= timesteps.min() <= timesteps.max() <= 999
         if name == "dpmpp_2m_karras":  # rounded, so some come twice; what decreases is σ
             assert (timesteps.diff() <= 0).all()
-            assert (torch.tensor(sampler.sigmas).diff() < 0).all()
+            assert (torch.as_tensor(vars(sampler)["sigmas"]).diff() < 0).all()
             assert len(timesteps) == n
         else:
             steps = timesteps.unique_consecutive()
@@ -238,7 +238,7 @@ def test_works_for_any_number_of_training_steps(name: str, num_training_steps: i
 def test_a_timestep_that_is_not_in_the_schedule_is_refused(name: str) -> None:
     sampler, x = SAMPLERS[name](seeded(1)), noise_like_latents(1)
     sampler.set_inference_timesteps(10)
-    with pytest.raises(ValueError, match="timestep 998 is not one of this sampler's .timesteps"):
+    with pytest.raises(ValueError, match="timestep 998 is not one of this sampler's"):
         sampler.step(998, x, x)
 
 
@@ -485,7 +485,7 @@ def test_four_times_the_steps_are_much_nearer_to_the_truth(name: str) -> None:
 
 
 def test_samplers_have_the_names_that_users_type() -> None:
-    assert NAMES == [
+    assert [
         *("ddpm", "ddim", "pndm", "lms", "euler", "euler_a", "heun"),
         *("dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "lcm"),
-    ]
+    ] == NAMES

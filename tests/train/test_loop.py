@@ -128,6 +128,8 @@ def test_timesteps_cover_all_the_range_evenly():
     t = spread_timesteps(10, 1000, torch.Generator().manual_seed(0))
     assert [int(x) // 100 for x in t] == list(range(10))
     assert spread_timesteps(1, 1000, torch.Generator().manual_seed(0)).max() < 1000
+    noisy = spread_timesteps(1000, 1000, torch.Generator().manual_seed(0), power=0.5)
+    assert abs((noisy < 500).float().mean() - 0.25) < 0.01  # P(√u < ½) = ¼
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
