@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .data import BOX, SIDE, STYLES, Picture, held_out_colour, pictures
+from .data import SIDE, STYLES, Picture, held_out_colour, pictures
 from .subjects import COLOUR_WORDS, NO_DYE, NO_MIRROR, noun_phrase
 
 # Colours as a person names them: all for backgrounds, all but black for dyeing subjects.
@@ -220,23 +220,24 @@ def compose(rng: np.random.Generator, sprites: Sprites, config: SceneConfig = Sc
     paint = background_colour(rng, background) if background in COLOURS else (255, 255, 255)
     canvas = Image.new("RGB", (SIDE, SIDE), paint)
 
+    # Sizes and places are multiples of 8 pixels, so that a thing moved elsewhere is the same latents moved.
+    # Moved by less, every latent changes, and the U-Net would have to learn each shift as another picture.
     size, position = "full", "middle"
     if kind == "two":
         size, position = "half", "side by side"
         for sprite, side in zip(shown, (-1, 1), strict=True):
-            _paste(canvas, sprite, rng.uniform(0.46, 0.52), side * rng.uniform(29, 33), rng.uniform(-8, 8))
+            _paste(canvas, sprite, 0.5, side * 32, _pick(rng, (-8, 0, 0, 8)))
     elif kind == "placed":
         size = _pick(rng, ("small", "small", "big", "medium", "medium", "medium"))
-        scale = rng.uniform(*{"small": (0.34, 0.46), "medium": (0.5, 0.6), "big": (1.08, 1.13)}[size])
+        scale = {"small": 0.375, "medium": 0.5, "big": 1.125}[size]
         right, down = 0, 0
         if size == "medium" or (size == "small" and rng.random() < 0.5):
             position = _pick(rng, ("left", "right") if rng.random() < 0.5 else tuple(POSITIONS))
             right, down = POSITIONS[position][0]
-        reach = (SIDE - BOX * scale) / 2 * rng.uniform(0.75, 0.93) if position != "middle" else 0.0
+        reach = {"small": 32, "medium": 24, "big": 0}[size]
         _paste(canvas, shown[0], scale, right * reach, down * reach)
     else:
-        scale = rng.uniform(0.96, 1.04) if rng.random() < 0.5 else 1.0  # as drawn, half the time: sharpest
-        _paste(canvas, shown[0], scale, rng.uniform(-5, 5), rng.uniform(-5, 5))
+        _paste(canvas, shown[0], 1.0, 0, 0)
 
     tags = {"kind": kind, "subjects": subjects, "style": style, "says_style": says_style, "colours": colours,
             "background": background, "size": size, "position": position}  # fmt: skip
