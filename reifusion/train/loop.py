@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,21 @@ def save_atomically(value: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a question to ask between steps, where nothing is half done."""
+    asked: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # signals come to no other
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(
     model: nn.Module,
     loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
@@ -71,7 +89,8 @@ def train(
 ) -> dict[str, Tensor]:
     """Minimises `loss(step, generator)` over the model's parameters; returns their moving average.
 
-    Goes on from `folder/checkpoint.pt` where there is one. Raises TrainingError when the loss is not finite.
+    Goes on from `folder/checkpoint.pt` where there is one. Ctrl-C or SIGTERM writes it and raises
+    KeyboardInterrupt. Raises TrainingError when the loss is not finite.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -101,7 +120,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     saved_at = time.monotonic()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=10)
-    with open(folder / "training.jsonl", "a") as log:
+    with open(folder / "training.jsonl", "a") as log, stop_asked() as stop:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
@@ -132,8 +151,10 @@ def train(
                 )
                 log.flush()
                 bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
-            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+            if stop() or time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
                 checkpoint(step + 1)
                 saved_at = time.monotonic()
+            if stop():
+                raise KeyboardInterrupt
     checkpoint(config.steps)
     return dict(zip(names, ema, strict=True))

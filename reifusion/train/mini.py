@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..model.clip import Tokenizer
 from ..model.config import MINI
-from ..model.model_loader import save
+from ..model.model_loader import ModelError, load, save
 from ..model.pipeline import StableDiffusion
 from .bpe import train_bpe
 from .data import DataError, pictures
@@ -33,8 +33,10 @@ from .vae import VAE, VAETraining, train_vae
 VAE_RECIPE = VAETraining(  # half an hour; 28 dB on whole pictures after 2,700 steps, 29.5 dB at the end
     loop=LoopConfig(steps=4_500, lr=1e-3, decay=0.4, ema=0.998), batch=16, crop=64, whole_from=0.9
 )
-TEXT2IMAGE_RECIPE = TextToImageTraining(  # two hours for 11,000 steps of 32; longer is better
-    loop=LoopConfig(steps=11_000, lr=6e-4, warmup=400, decay=0.25, ema=0.9993), batch=32
+TEXT2IMAGE_RECIPE = TextToImageTraining(  # two hours for 8,000 steps of 32; the longer, the better
+    loop=LoopConfig(steps=8_000, lr=6e-4, warmup=400, decay=0.6, ema=0.9993, checkpoint_minutes=10),
+    batch=32,
+    timestep_power=0.5,
 )
 SCENES = 60_000  # composed pictures in the bank
 
@@ -83,16 +85,32 @@ def as_pipeline(vae: VAE, model: TextToImage, tokenizer: Tokenizer) -> StableDif
 
 
 def train_mini(
-    folder: Path, vae_recipe: VAETraining, recipe: TextToImageTraining, scenes: int, out: Path
+    folder: Path,
+    vae_recipe: VAETraining,
+    recipe: TextToImageTraining,
+    scenes: int,
+    out: Path,
+    start: str | None = None,
 ) -> None:
-    """All stages; the model ends up in the file `out`."""
+    """All stages; the model ends up in `out`. start: a mini to go on from, whose VAE stays as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    sprites = torch.from_numpy(pictures()[0]).permute(0, 3, 1, 2).contiguous()  # (N, 4, 128, 128)
-    vae = make_vae(sprites, folder, vae_recipe)
     if not (folder / "bank" / "scenes.json").exists():
         build_bank(scenes, seed=1, out=folder / "bank")
     images, captions = load_bank(folder / "bank")
-    tokenizer = make_tokenizer(captions, folder)
+    weights = None
+    if start is None:
+        sprites = torch.from_numpy(pictures()[0]).permute(0, 3, 1, 2).contiguous()  # (N, 4, 128, 128)
+        vae, tokenizer = make_vae(sprites, folder, vae_recipe), make_tokenizer(captions, folder)
+    else:
+        config, models, tokenizer = load(start, dtype=torch.float32)
+        if config != MINI:
+            raise ModelError(f"{start} has not the sizes of the mini, so its training cannot go on here")
+        vae, text2image = VAE(MINI.vae).eval(), TextToImage(MINI)
+        vae.encoder.load_state_dict(models["encoder"].state_dict())
+        vae.decoder.load_state_dict(models["decoder"].state_dict())
+        text2image.clip.load_state_dict(models["clip"].state_dict())
+        text2image.diffusion.load_state_dict(models["diffusion"].state_dict())
+        weights = text2image.state_dict()
     tokens = torch.tensor([tokenizer.encode(caption) for caption in captions])  # (N, 32)
     empty = torch.tensor(tokenizer.encode(""))
     latents = encode_bank(vae, images, folder)
@@ -100,12 +118,10 @@ def train_mini(
 
     def watch(step: int, average: dict[str, Tensor]) -> None:
         shown.load_state_dict(average)
-        generator_state = torch.get_rng_state()
         contact_sheet(as_pipeline(vae, shown, tokenizer), seeds=1).save(folder / f"sheet-{step:06d}.png")
-        torch.set_rng_state(generator_state)
 
     model = train_text2image(
-        latents, tokens, empty, MINI, recipe, folder / "text2image", every_checkpoint=watch
+        latents, tokens, empty, MINI, recipe, folder / "text2image", weights, every_checkpoint=watch
     )
     pipe = as_pipeline(vae, model, tokenizer)
     half = {name: network.to(torch.bfloat16) for name, network in pipe.models.items()}
@@ -117,29 +133,36 @@ def main(arguments: list[str]) -> int:
     """`reifusion train mini …`; returns the exit code."""
     parser = argparse.ArgumentParser("reifusion train mini", description=__doc__)
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/mini"), help="where everything is kept (%(default)s)"
+        "--folder", type=Path, default=Path("runs/mini"), help="where all is kept (%(default)s)"
     )
+    parser.add_argument("--start", help="a mini to go on from (a file, or mini), instead of from nothing")
     parser.add_argument("--vae-steps", type=int, default=VAE_RECIPE.loop.steps, help="(%(default)s)")
+    steps, lr = TEXT2IMAGE_RECIPE.loop.steps, TEXT2IMAGE_RECIPE.loop.lr
+    parser.add_argument("--steps", type=int, default=steps, help="of the U-Net (%(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=TEXT2IMAGE_RECIPE.loop.steps, help="of the U-Net (%(default)s)"
+        "--lr", type=float, default=lr, help="highest learning rate of the U-Net (%(default)s)"
     )
     parser.add_argument("--scenes", type=int, default=SCENES, help="pictures in the bank (%(default)s)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
-    )
+    threads = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, default=threads, help="CPU threads (%(default)s)")
     parser.add_argument("--out", type=Path, help="the model's file (FOLDER/mini.safetensors)")
     given = parser.parse_args(arguments)
-    for name in ("vae_steps", "steps", "scenes", "threads"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("vae_steps", "steps", "scenes", "threads", "lr"):
+        if not 0 < getattr(given, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
     torch.set_num_threads(given.threads)
     vae_recipe = replace(VAE_RECIPE, loop=replace(VAE_RECIPE.loop, steps=given.vae_steps))
-    recipe = replace(TEXT2IMAGE_RECIPE, loop=replace(TEXT2IMAGE_RECIPE.loop, steps=given.steps))
+    recipe = replace(TEXT2IMAGE_RECIPE, loop=replace(TEXT2IMAGE_RECIPE.loop, steps=given.steps, lr=given.lr))
+    out = given.out or given.folder / "mini.safetensors"
     try:
-        train_mini(
-            given.folder, vae_recipe, recipe, given.scenes, given.out or given.folder / "mini.safetensors"
-        )
+        train_mini(given.folder, vae_recipe, recipe, given.scenes, out, given.start)
+    except ModelError as error:
+        print(f"reifusion: {error}", file=sys.stderr)
+        return 2
     except (DataError, TrainingError, OSError) as error:
         print(f"reifusion: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("reifusion: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0

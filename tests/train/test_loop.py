@@ -1,6 +1,8 @@
 """The training loop's promises, on models small enough to train in a second."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -54,6 +56,22 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(tmp_path):
         run(tmp_path / "cut", die_at=5)
     resumed = run(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_asked_to_stop_finishes_the_step_and_saves_it(tmp_path, number):
+    model = nn.Linear(2, 1)
+
+    def loss(step, generator):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return model(torch.ones(1, 2)).sum(), {}
+
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, loss, LoopConfig(steps=9), tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert signal.getsignal(number) == handler
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
