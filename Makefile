@@ -19,7 +19,7 @@ check: .venv/ready-dev
 	.venv/bin/mypy reifusion tests
 
 demo: .venv/ready-dev
-	.venv/bin/python -m nbclient.cli demo.ipynb --inplace
+	.venv/bin/jupyter-execute --inplace demo.ipynb
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
