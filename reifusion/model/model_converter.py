@@ -452,6 +452,7 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         "_class_name": "PNDMScheduler",
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
+        "clip_sample": False,  # for the samplers that would, by default, clip x̂₀ to [−1, 1]
         "steps_offset": 1,
     }
     return jsons

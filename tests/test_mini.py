@@ -1,0 +1,82 @@
+"""The built-in model: it is there, it is small, it is a real one."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageDraw
+
+import reifusion
+from reifusion.model.config import MINI
+from reifusion.model.model_loader import MINI_PATH
+from reifusion.model.pipeline import StableDiffusion, to_picture, to_tensor
+
+
+@cache
+def mini() -> StableDiffusion:
+    return reifusion.load()
+
+
+def draw(prompts: list[str], **settings) -> list[np.ndarray]:
+    settings = {"sampler_name": "euler_a", "n_inference_steps": 15, "cfg_scale": 3.0, "seed": 0} | settings
+    pictures = mini().generate(prompts, progress=False, **settings)
+    return [np.asarray(picture, dtype=float) for picture in pictures]
+
+
+def edge_colour(picture: np.ndarray) -> np.ndarray:
+    """The median colour of the outermost 4 pixels, (3,) in 0 … 255."""
+    rim = np.ones(picture.shape[:2], bool)
+    rim[4:-4, 4:-4] = False
+    return np.median(picture[rim], axis=0)
+
+
+def test_it_ships_with_the_package_in_at_most_60_mb():
+    assert MINI_PATH.stat().st_size <= 60e6
+    assert mini().config == MINI
+
+
+def test_generate_without_a_model_draws_with_it():
+    settings = {"n_inference_steps": 3, "seed": 5, "progress": False}
+    one = reifusion.generate("a cat", **settings)
+    two = mini().generate("a cat", **settings)
+    assert isinstance(one, Image.Image) and one.size == (128, 128)
+    assert ImageChops.difference(one, two).getbbox() is None
+
+
+def test_backgrounds_have_the_colour_that_was_asked_for():
+    names = {"red": (220, 50, 40), "green": (60, 160, 70), "blue": (40, 110, 220), "yellow": (240, 210, 60)}
+    prompts = [f"a cat on a {name} background" for name in names]
+    for name, picture in zip(names, draw(prompts), strict=True):
+        distance = {other: np.abs(edge_colour(picture) - colour).sum() for other, colour in names.items()}
+        assert min(distance, key=distance.__getitem__) == name
+
+
+def test_a_plain_prompt_stands_on_white_and_a_red_apple_is_red():
+    (apple,) = draw(["a red apple"])
+    assert edge_colour(apple).min() > 235
+    red, green, blue = apple[32:96, 32:96].reshape(-1, 3).mean(0)
+    assert red > green + 60 and red > blue + 60
+
+
+def test_the_prompt_decides_more_than_the_seed():
+    apples, trees = draw(["a red apple"] * 3), draw(["a tree"] * 3)
+    same = np.mean([np.abs(apples[i] - apples[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))])
+    other = np.mean([np.abs(a - b).mean() for a in apples for b in trees])
+    assert other > 1.3 * same
+
+
+@pytest.mark.parametrize("background", ["white", "steelblue"])
+def test_vae_gives_back_what_it_is_given(background):
+    picture = Image.new("RGB", (128, 128), background)
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((24, 24, 104, 104), fill="gold")
+    pen.rectangle((48, 48, 80, 112), fill="darkgreen")
+    pipe = mini()
+    with torch.inference_mode():
+        latents = pipe.encode_image(to_tensor(picture))
+    assert latents.shape == (1, 4, 16, 16)
+    back = pipe.decode(latents)[0]
+    error = np.mean((np.asarray(back, float) - np.asarray(picture, float)) ** 2)
+    assert 10 * np.log10(255**2 / error) > 26  # dB
+    assert to_picture(to_tensor(picture)[0]).tobytes() == picture.tobytes()
