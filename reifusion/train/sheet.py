@@ -28,7 +28,7 @@ def contact_sheet(
     prompts: Sequence[str] = PROMPTS,
     seeds: int = 2,
     columns: int = 8,
-    sampler_name: str = "ddim",
+    sampler_name: str = "euler_a",
     n_inference_steps: int = 25,
     cfg_scale: float = 4.0,
 ) -> Image.Image:
