@@ -1,6 +1,7 @@
 """The built-in model: it is there, it is small, it is a real one."""
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,15 @@ def mini() -> StableDiffusion:
     return reifusion.load()
 
 
-def draw(prompts: list[str], **settings) -> list[np.ndarray]:
-    settings = {"sampler_name": "euler_a", "n_inference_steps": 15, "cfg_scale": 3.0, "seed": 0} | settings
+def draw(prompts: list[str]) -> list[np.ndarray]:
+    settings: dict[str, Any] = {
+        "sampler_name": "euler_a",
+        "n_inference_steps": 15,
+        "cfg_scale": 3.0,
+        "seed": 0,
+    }
     pictures = mini().generate(prompts, progress=False, **settings)
+    assert isinstance(pictures, list)
     return [np.asarray(picture, dtype=float) for picture in pictures]
 
 
@@ -37,10 +44,10 @@ def test_it_ships_with_the_package_in_at_most_60_mb():
 
 
 def test_generate_without_a_model_draws_with_it():
-    settings = {"n_inference_steps": 3, "seed": 5, "progress": False}
+    settings: dict[str, Any] = {"n_inference_steps": 3, "seed": 5, "progress": False}
     one = reifusion.generate("a cat", **settings)
     two = mini().generate("a cat", **settings)
-    assert isinstance(one, Image.Image) and one.size == (128, 128)
+    assert isinstance(one, Image.Image) and isinstance(two, Image.Image) and one.size == (128, 128)
     assert ImageChops.difference(one, two).getbbox() is None
 
 
