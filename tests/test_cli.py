@@ -431,8 +431,8 @@ def test_ctrl_c_is_exit_code_130_without_a_traceback(model):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) == ("", "reifusion: stopped\n")
-    # If the signal met Python within an exec of a string (in an import, say), Python itself ends by that signal
-    # even though the interrupt was caught; a shell shows 130 for it all the same.
+    # If the signal met Python within an exec of a string (in an import, say), Python itself ends by that
+    # signal even though the interrupt was caught; a shell shows 130 for it all the same.
     assert process.returncode in (130, -signal.SIGINT)
     assert not Path("images").exists()
 
