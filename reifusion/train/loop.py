@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import muon
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -31,6 +33,7 @@ class LoopConfig:
     decay: float = 0.2  # share of the steps, at the end, in which it falls to 0
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
+    muon: bool = False  # Muon for the matrices; otherwise AdamW for all
     max_grad_norm: float = 1.0
     ema: float = 0.999  # decay of the moving average of the weights; the average is what ships
     seed: int = 0
@@ -92,9 +95,14 @@ def train(
     Goes on from `folder/checkpoint.pt` where there is one. Ctrl-C or SIGTERM writes it and raises
     KeyboardInterrupt. Raises TrainingError when the loss is not finite.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    if config.muon:
+        optimizers = muon.optimizers(model, config.lr, config.weight_decay, config.betas)
+    else:
+        optimizers = [
+            torch.optim.AdamW(
+                model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            )
+        ]
     parameters = list(model.parameters())
     ema = [p.detach().clone() for p in parameters]
     names = [name for name, _ in model.named_parameters()]
@@ -102,7 +110,8 @@ def train(
     if path.exists():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         ema, start = [saved["ema"][name] for name in names], saved["step"]
 
     def checkpoint(step: int) -> None:
@@ -110,7 +119,7 @@ def train(
         state = {
             "model": model.state_dict(),
             "ema": average,
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
         }
         save_atomically(state, path)
@@ -122,17 +131,19 @@ def train(
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=10)
     with open(folder / "training.jsonl", "a") as log, stop_asked() as stop:
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, config)
             value, figures = loss(step, rng(config.seed, step))
             if not math.isfinite(value.item()):
                 raise TrainingError(
                     f"the loss is {value.item()} at step {step}; the last good state is {path}"
                 )
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             value.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             # The average follows quickly at first: 0.1, 0.18, … up to config.ema.
             torch._foreach_lerp_(
                 ema, [p.detach() for p in parameters], 1 - min(config.ema, (1 + step) / (10 + step))
