@@ -1,0 +1,37 @@
+"""Pictures and plots that chapters make while the book is built, as HTML with the picture inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def strip(pictures: Sequence[Image.Image], labels: Sequence[str] = (), side: int = 128) -> Image.Image:
+    """Pictures side by side, each above its label."""
+    below = 22 if labels else 0
+    page = Image.new("RGB", (len(pictures) * (side + 4) - 4, side + below), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    for i, picture in enumerate(pictures):
+        page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (i * (side + 4), 0))
+        if labels:
+            draw.text((i * (side + 4) + side / 2, side + 3), labels[i], "black", font, anchor="ma")
+    return page
+
+
+def show(picture: Any, alt: str, caption: str = "") -> str:
+    """A PIL picture or a matplotlib figure as HTML, to print. alt says what is to be seen, for who cannot see it."""
+    file = io.BytesIO()
+    if isinstance(picture, Image.Image):
+        picture.save(file, "PNG")
+        kind = "png"
+    else:
+        picture.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+        kind = "svg+xml"
+    data = base64.b64encode(file.getvalue()).decode()
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{text}</figure>')
