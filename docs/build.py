@@ -88,7 +88,8 @@ def _find(name: str) -> tuple[str, int, str]:
             continue
         for part in parts[split:]:
             thing = getattr(thing, part)
-        lines, first = inspect.getsourcelines(thing.fget if isinstance(thing, property) else thing)
+        thing = inspect.unwrap(thing.fget if isinstance(thing, property) else thing)  # past decorators
+        lines, first = inspect.getsourcelines(thing)
         path = Path(inspect.getsourcefile(thing) or "").relative_to(ROOT).as_posix()
         return path, max(1, first), textwrap.dedent("".join(lines)).rstrip()
     raise PluginError(f"there is no {name} to quote")

@@ -34,4 +34,4 @@ def show(picture: Any, alt: str, caption: str = "") -> str:
         kind = "svg+xml"
     data = base64.b64encode(file.getvalue()).decode()
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{text}</figure>')
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{text}</figure>'
