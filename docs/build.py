@@ -5,6 +5,7 @@ Loaded by MkDocs as a hook. In a chapter,
     $$ x_t = … \tag{forward} $$        is equation `forward`: numbered, rendered as MathML (no script needed),
                                        with links to the line that computes it and the test that checks it
     {{ source reifusion.model.ddpm.Sampler.add_noise }}     is that function's code as it is today, with a link
+    {{ value reifusion.model.model_converter.TABLE }}       is the text of that constant
     [[reifusion/model/ddpm.py:forward]]  is a link to the line of equation `forward`; without `:…`, to the file
 """
 
@@ -74,6 +75,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         text = f"{path.removeprefix('reifusion/')}:{line}" if target else path.removeprefix("reifusion/")
         return f"[`{text}`]({up}source/{path}.html{f'#L{line}' if line else ''})"
 
+    markdown = re.sub(r"^\{\{ value ([\w.]+) \}\}$", lambda m: f"```\n{_value(m[1])}\n```\n", markdown, flags=re.M)
     markdown = re.sub(r"^\{\{ source ([\w.]+) \}\}$", excerpt, markdown, flags=re.M)
     return re.sub(r"\[\[([\w/.]+\.py(?::[\w-]+)?)\]\]", link, markdown)
 
@@ -93,6 +95,11 @@ def _find(name: str) -> tuple[str, int, str]:
         path = Path(inspect.getsourcefile(thing) or "").relative_to(ROOT).as_posix()
         return path, max(1, first), textwrap.dedent("".join(lines)).rstrip()
     raise PluginError(f"there is no {name} to quote")
+
+
+def _value(name: str) -> str:
+    module, _, constant = name.rpartition(".")
+    return str(getattr(importlib.import_module(module), constant)).strip()
 
 
 def _equation(id: str, page: Any) -> Equation:
