@@ -1,0 +1,214 @@
+"""Experiments: one thing is varied, all else is kept, and the pictures stand side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..model.ddpm import randn
+from ..model.pipeline import StableDiffusion
+from ..model.request import Request
+from ..model.samplers import samplers_for
+from .figures import Exhibit, picture_grid, plain
+from .guide import GUIDE, one_line
+from .steer import rewritten
+from .trajectory import describe
+
+
+def draw(pipe: StableDiffusion, request: Request) -> Image.Image:
+    return cast(Image.Image, pipe.generate(request, progress=False))
+
+
+def draw_all(pipe: StableDiffusion, requests: Iterable[Request]) -> list[Image.Image]:
+    """One after the other, so that no picture depends on its neighbours; with a bar on a terminal."""
+    return [
+        draw(pipe, request) for request in tqdm(list(requests), unit="picture", disable=None, leave=False)
+    ]
+
+
+def distance(one: Image.Image, other: Image.Image) -> float:
+    """Root mean square of the difference of two pictures, in levels of 0 … 255."""
+    difference = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
+    return float(np.sqrt(np.mean(difference**2)))
+
+
+def saturation(picture: Image.Image) -> float:
+    """How colourful a picture is on average: 0 grey … 1 pure colours."""
+    return float(np.asarray(picture.convert("HSV"))[..., 1].mean() / 255)
+
+
+# ---- guidance, steps, samplers ----------------------------------------------------------------------------
+
+
+def cfg(
+    pipe: StableDiffusion, request: Request, scales: Sequence[float] = (1, 2, 4, 7.5, 12, 20), seeds: int = 2
+) -> Exhibit:
+    """A row for each of so many seeds, a column for each guidance scale."""
+    first = request.seeds[0]
+    rows = [
+        draw_all(pipe, (replace(request, seed=first + k, cfg_scale=scale) for scale in scales))
+        for k in range(seeds)
+    ]
+    saturations = [[saturation(picture) for picture in row] for row in rows]
+    figure = picture_grid(
+        rows,
+        "How much the words decide",
+        describe(request, "cfg"),
+        columns=[f"s = {scale:g}" for scale in scales],
+        rows=[f"seed {first + k}" for k in range(seeds)],
+        captions=[[f"saturation {value:.2f}" for value in row] for row in saturations],
+    )
+    listed = ", ".join(f"{scale:g}" for scale in scales)
+    alt = (
+        f"“{request.prompts[0]}” drawn from {seeds} seeds, with guidance scales {listed} from left to right."
+    )
+    numbers = {"scales": list(scales), "saturation": saturations}
+    return Exhibit(figure, "How much the words decide", alt, GUIDE["cfg"], numbers)
+
+
+def steps(
+    pipe: StableDiffusion,
+    request: Request,
+    counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    samplers: Sequence[str] | None = None,
+) -> Exhibit:
+    """A row for each sampler, a column for each number of steps; None: three that differ, if they suit."""
+    suitable = suiting(pipe)
+    samplers = samplers or [name for name in ("ddim", "dpmpp_2m", "euler_a") if name in suitable] or suitable
+    rows = [
+        draw_all(pipe, (replace(request, sampler_name=name, n_inference_steps=count) for count in counts))
+        for name in samplers
+    ]
+    away = [[distance(picture, row[-1]) for picture in row] for row in rows]
+    figure = picture_grid(
+        rows,
+        "How many steps are enough",
+        describe(request, "steps", "sampler"),
+        columns=[f"{count} step" + "s" * (count > 1) for count in counts],
+        rows=samplers,
+        captions=[[f"{value:.0f} away" for value in row[:-1]] for row in away],
+    )
+    alt = one_line(f"""
+        “{request.prompts[0]}” drawn from one noise with {", ".join(map(str, counts))} steps from left to
+        right, a row each for {", ".join(samplers)}.""")
+    numbers = {"samplers": list(samplers), "steps": list(counts), "distance_to_last": away}
+    return Exhibit(figure, "How many steps are enough", alt, GUIDE["steps"], numbers)
+
+
+def suiting(pipe: StableDiffusion) -> list[str]:
+    """The samplers that suit the model; lcm is for networks that were distilled for it."""
+    return [name for name in samplers_for(pipe.config.schedule.prediction_type) if name != "lcm"]
+
+
+def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:
+    """Every sampler, with the same noise and number of steps; None: all that suit the model."""
+    names = names or suiting(pipe)
+    pictures, calls = [], []
+    for name in tqdm(names, unit="picture", disable=None, leave=False):
+        turns = list(pipe.denoise(replace(request, sampler_name=name)))
+        pictures += pipe.decode(turns[-1].latents)
+        calls.append(len(turns))
+    captions = [f"{name}\n{count} calls" for name, count in zip(names, calls)]
+    lines = [slice(i, i + 6) for i in range(0, len(names), 6)]
+    figure = picture_grid(
+        [pictures[line] for line in lines],
+        "Every way back from the same noise",
+        describe(request, "sampler"),
+        captions=[captions[line] for line in lines],
+    )
+    alt = f"“{request.prompts[0]}” drawn from one noise by {len(names)} samplers: {', '.join(names)}."
+    return Exhibit(
+        figure, "Every way back from the same noise", alt, GUIDE["samplers"], dict(zip(names, calls))
+    )
+
+
+# ---- walks ------------------------------------------------------------------------------------------------
+
+
+def slerp(one: Tensor, other: Tensor, u: float) -> Tensor:
+    """The point at u of the way, 0 to 1, along the great circle from one to the other; any shape."""
+    cosine = (one * other).sum() / (one.norm() * other.norm())
+    angle = math.acos(cosine.clamp(-1, 1).item())
+    if math.sin(angle) < 1e-6:  # the same direction, or the opposite one: no circle, or too many
+        return lerp(one, other, u)
+    # Shoemake 1985, §3.3: Slerp(q₁, q₂; u) = sin((1 - u) θ) / sin θ q₁ + sin(u θ) / sin θ q₂
+    return (math.sin((1 - u) * angle) * one + math.sin(u * angle) * other) / math.sin(angle)
+
+
+def lerp(one: Tensor, other: Tensor, u: float) -> Tensor:
+    return (1 - u) * one + u * other
+
+
+def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> Exhibit:
+    """From the noise of the request's seed to that of another: on the sphere, and straight through.
+
+    Source: Shoemake 1985, "Animating rotation with quaternion curves". Raises ValueError for the same seed.
+    """
+    begin = request.seeds[0]
+    if to == begin:
+        raise ValueError(f"a walk needs two seeds, not {begin} twice")
+    width, height = request.size(pipe.config)
+    shape = (
+        1,
+        pipe.config.vae.latent_channels,
+        height // pipe.config.vae.factor,
+        width // pipe.config.vae.factor,
+    )
+    one, other = (randn(shape, torch.Generator().manual_seed(seed)) for seed in (begin, to))
+    way = [k / (stops - 1) for k in range(stops)]
+    noises = [[walk(one, other, u) for u in way] for walk in (slerp, lerp)]
+    lengths = [[noise.square().mean().sqrt().item() for noise in row] for row in noises]
+    rows = [draw_all(pipe, (replace(request, noise=noise) for noise in row)) for row in noises]
+    figure = picture_grid(
+        rows,
+        f"From seed {begin} to seed {to}",
+        describe(request, "seed"),
+        columns=[f"seed {begin}", *(f"{u:.0%}" for u in way[1:-1]), f"seed {to}"],
+        rows=["on the\nsphere", "straight"],
+        captions=[[f"length {value:.2f}" for value in row] for row in lengths],
+    )
+    alt = one_line(f"""
+        Two rows of {stops} pictures of “{request.prompts[0]}”, which go from seed {begin} to seed {to}.
+        Above, the noise is turned; below, it is mixed.""")
+    return Exhibit(
+        figure, f"From seed {begin} to seed {to}", alt, GUIDE["seeds"], {"at": way, "lengths": lengths}
+    )
+
+
+def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, seeds: int = 2) -> Exhibit:
+    """From the vectors of the request's prompt to those of another; a row for each of so many seeds."""
+    begin = request.prompts[0]
+    context = pipe.encode_text([begin, to], request.clip_skip).float()  # (2, S, width)
+    way = [k / (stops - 1) for k in range(stops)]
+    rows = []
+    for k in range(seeds):
+        row = []
+        for u in tqdm(way, unit="picture", disable=None, leave=False):
+            steered = rewritten(pipe, _replacing_prompt(lerp(context[:1], context[1:], u)))
+            row.append(draw(steered, replace(request, seed=request.seeds[0] + k)))
+        rows.append(row)
+    title = "From one prompt to another"
+    figure = picture_grid(
+        rows,
+        title,
+        f"from “{begin}” to “{to}” · " + describe(request, "prompt", "seed"),
+        columns=[plain(begin, 22), *(f"{u:.0%}" for u in way[1:-1]), plain(to, 22)],
+        rows=[f"seed {request.seeds[0] + k}" for k in range(seeds)],
+    )
+    alt = f"{seeds} rows of {stops} pictures, which go from “{begin}” on the left to “{to}” on the right."
+    changes = [[distance(one, other) for one, other in pairwise(row)] for row in rows]
+    return Exhibit(figure, title, alt, GUIDE["prompts"], {"at": way, "changes": changes})
+
+
+def _replacing_prompt(vectors: Tensor) -> Callable[[Tensor], Tensor]:
+    """For `rewritten`: these vectors (1, S, width) for the prompt's; the negative prompt's stay."""
+    return lambda context: torch.cat([vectors.to(context.dtype), context[1:]])

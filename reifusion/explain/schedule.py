@@ -1,0 +1,96 @@
+"""The noise schedule: how much picture and how much noise there is at each timestep, and who looks when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..model.ddpm import Sampler, randn
+from ..model.pipeline import StableDiffusion, to_tensor
+from ..model.request import Request
+from .experiments import suiting
+from .figures import GAP, GREY, MARGIN, Exhibit, axes_at, place, resized, sheet, styled, write
+from .guide import GUIDE, one_line
+from .latents import test_card
+
+WIDTH = 1160
+
+
+def signal_and_noise(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """t, and by how much picture and noise are multiplied at each: three tensors of one length, float64."""
+    t = torch.arange(sampler.num_training_steps)
+    one, none = torch.ones(len(t), 1, dtype=torch.float64), torch.zeros(len(t), 1, dtype=torch.float64)
+    return t, sampler.add_noise(one, t, none)[:, 0], sampler.add_noise(none, t, one)[:, 0]
+
+
+def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:
+    """Curves, a test card under growing noise, and the timesteps of the samplers; None: of all but lcm."""
+    names = names or suiting(pipe)
+    facts, flow = pipe.config.schedule, pipe.config.schedule.prediction_type == "flow"
+    sampler = pipe._sampler(replace(request, sampler_name=suiting(pipe)[0]), [torch.Generator()])
+    t, signal, noise = signal_and_noise(sampler)
+    snr = (signal / noise).square()  # SNR(t) = ᾱₜ / (1 - ᾱₜ), §2, Kingma et al. 2021
+    crossing = int((snr < 1).int().argmax())
+
+    path = f"{facts.beta_schedule.replace('_', ' ')} β from {facts.beta_start:g} to {facts.beta_end:g}"
+    if flow:
+        path = "straight lines between picture and noise"
+    elif facts.zero_terminal_snr:
+        path += ", to noise alone"
+    target = facts.prediction_type.removesuffix("_prediction")
+    subtitle = (
+        f"{pipe.config.name} · {path} · the network predicts {target} · {request.n_inference_steps} steps"
+    )
+    _, top = sheet(WIDTH, 100, "The noise schedule", subtitle)
+    shown = torch.linspace(0, len(t) - 1, 8).round().long().tolist()
+    cell = (WIDTH - 2 * MARGIN - 7 * GAP) // 8
+    pictures_at, ticks_at = top + 340, top + 340 + cell + 90
+    height = ticks_at + 20 * len(names) + 70
+    figure, _ = sheet(WIDTH, height, "The noise schedule", subtitle)
+
+    with styled():
+        left = axes_at(figure, MARGIN + 40, top + 34, 480, 220)
+        left.set(title="What $x_t$ is made of", xlabel="timestep t", xlim=(0, len(t)), ylim=(0, 1.02))
+        left.plot(t, signal, label="picture, " + (r"$1-\sigma$" if flow else r"$\sqrt{\bar\alpha_t}$"))
+        left.plot(t, noise, label="noise, " + (r"$\sigma$" if flow else r"$\sqrt{1-\bar\alpha_t}$"))
+        left.axvline(crossing, color=GREY, linewidth=1, linestyle=":")
+        left.legend()
+        right = axes_at(figure, 620, top + 34, WIDTH - 620 - MARGIN, 220)
+        right.set(title="Signal to noise", xlabel="timestep t", xlim=(0, len(t)), yscale="log")
+        right.plot(t, snr.clamp(1e-6, 1e6), label="SNR")
+        right.axhline(1, color=GREY, linewidth=1, linestyle=":")
+        right.text(crossing, 1.5, f" SNR = 1 at t = {crossing}", color=GREY)
+
+    write(figure, MARGIN, pictures_at - 16, "A picture under that much noise", size=11, weight="bold")
+    z = pipe.encode_image(to_tensor(test_card(pipe.config.size))).cpu()
+    eps = randn(z.shape, torch.Generator().manual_seed(request.seeds[0]))
+    for k, at in enumerate(shown):
+        picture = pipe.decode(sampler.add_noise(z, at, eps))[0]
+        x = MARGIN + k * (cell + GAP)
+        place(figure, resized(picture, (cell, cell)), x, pictures_at)
+        label = f"t = {at}\nSNR {snr[at]:.3g}"
+        write(figure, x + cell / 2, pictures_at + cell + 22, label, size=9, ha="center", color=GREY)
+
+    timesteps: dict[str, list[float]] = {}
+    for name in names:
+        one = pipe._sampler(replace(request, sampler_name=name), [torch.Generator()])
+        timesteps[name] = one.timesteps.tolist()
+    with styled():
+        axes = axes_at(figure, MARGIN + 130, ticks_at + 20, WIDTH - 2 * MARGIN - 130, 20 * len(names))
+        axes.set(
+            title="Where the samplers look", xlabel="timestep t, from noise to picture", xlim=(len(t), -10)
+        )
+        axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        for row, steps in enumerate(timesteps.values()):
+            axes.plot(steps, [row] * len(steps), "|", markersize=11, markeredgewidth=1.4)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+
+    alt = one_line(f"""
+        Above, two curves over {len(t)} timesteps: the picture's share falls from 1, the noise's rises, and
+        they cross at t = {crossing}. In the middle a test card under more and more noise. Below, the
+        timesteps that each of {len(names)} samplers uses in {request.n_inference_steps} steps.""")
+    numbers = {"crossing": crossing, "snr": {int(i): snr[i].item() for i in shown}, "timesteps": timesteps}
+    return Exhibit(figure, "The noise schedule", alt, GUIDE["schedule"], numbers)

@@ -1,0 +1,339 @@
+"""Which word made which pixel: cross-attention, recorded while a picture is drawn.
+
+In a cross-attention layer every place of the picture spreads its attention, 1 in all, over the prompt's
+tokens. `watch` keeps that for every layer, head and step, beside the drawing and without changing a bit of
+it. An `Attention` then says where a word was looked at (`heat`), and shows it. Source: Tang et al. 2022,
+"What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.attention import CrossAttention, Hook, SelfAttention
+from ..model.config import UNetConfig
+from ..model.diffusion import plan
+from ..model.pipeline import StableDiffusion
+from ..model.request import Request
+from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
+from .files import whole, write_json
+from .guide import GUIDE, one_line
+from .trajectory import describe, settings
+
+# Self-attention has L × L weights for every head: beyond this grid they would not fit into memory.
+LARGEST_SELF_GRID = 32 * 32
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    tokens: tuple[int, ...]  # which of `Attention.tokens` are its pieces
+
+
+@dataclass
+class Attention:
+    """Who looked at what while one picture was drawn: N steps, T tokens. All tensors on the CPU, float16."""
+
+    request: Request
+    size: tuple[int, int]  # the picture's width and height
+    tokens: list[str]  # what each says: start, the prompt's, end, and all the padding as one
+    words: list[Word]  # the prompt's
+    special: list[Word]  # start, end and padding
+    pixel: tuple[int, int] | None = None  # the place that `looks` belongs to
+    maps: dict[str, Tensor] = field(default_factory=dict)  # layer -> (N, heads, T, h, w), sums to 1 over T
+    looks: dict[str, Tensor] = field(default_factory=dict)  # layer -> (N, heads, h, w), sums to 1 over h, w
+
+    def heat(
+        self,
+        word: Word,
+        steps: slice = slice(None),
+        layers: Sequence[str] | None = None,
+        heads: slice = slice(None),
+    ) -> Tensor:
+        """Where the word was looked at: (H, W), float32, the share of each pixel's attention, 0 to 1."""
+        chosen = [self.maps[name] for name in layers or self.maps]
+        return self._heat([maps[steps, heads][:, :, list(word.tokens)].float().sum(2) for maps in chosen])
+
+    def look(self, layers: Sequence[str] | None = None) -> Tensor:
+        """Where the chosen pixel looked: (H, W), relative to looking everywhere alike, which is 1."""
+        chosen = [self.looks[name] for name in layers or self.looks]
+        return self._heat([looks.float() * looks[0, 0].numel() for looks in chosen])
+
+    def _heat(self, maps: list[Tensor]) -> Tensor:
+        """The mean of maps, each (n, heads, h, w) and of any grid, at the picture's size: (H, W)."""
+        # §2.2, Tang et al. 2022: D_k[x, y] = Σᵢⱼₗ F⁽ⁱ⁾ⱼₖₗ[x, y], over layers i, steps j, heads l; F is a
+        # head's map of the k-th word, scaled up bicubically. That is linear, so the sums come first here.
+        # Divided by the number of maps, D is a share of attention, and relative to its maximum the same.
+        total, number = torch.zeros(1, 1, *self.size[::-1]), 0
+        for _, alike in groupby(sorted(maps, key=_grid), key=_grid):
+            stack = torch.cat([part.flatten(0, 1) for part in alike])  # (n, h, w)
+            total += F.interpolate(stack.sum(0)[None, None], self.size[::-1], mode="bicubic")
+            number += len(stack)
+        return (total[0, 0] / number).clamp(min=0)  # bicubic curves undershoot
+
+    def share(self, word: Word) -> float:
+        """How much of all attention the word got, 0 to 1."""
+        return self.heat(word).mean().item()
+
+    def telling(self, most: int) -> list[Word]:
+        """The words whose maps have the most contrast, at most so many, in the prompt's order."""
+
+        def contrast(word: Word) -> float:
+            heat = self.heat(word)
+            return (heat.std() / heat.mean()).item()
+
+        best = sorted(self.words, key=contrast, reverse=True)[:most]
+        return [word for word in self.words if word in best]
+
+    def find(self, text: str) -> Word:
+        """The prompt's first word of that text. Raises ValueError, naming the words, if there is none."""
+        for word in self.words:
+            if word.text == text.strip().lower():
+                return word
+        known = ", ".join(dict.fromkeys(word.text for word in self.words)) or "none"
+        raise ValueError(f"the prompt has no word {text!r}; its words are {known}")
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes words.safetensors (each layer's maps, each word's heat) and words.json (what of)."""
+        tensors = {f"maps.{name}": maps for name, maps in self.maps.items()}
+        tensors |= {f"looks.{name}": looks for name, looks in self.looks.items()}
+        words = [*self.words, *self.special]
+        tensors["heat"] = torch.stack([self.heat(word) for word in words])  # (W, H, W)
+        with whole(os.path.join(folder, "words.safetensors")) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        facts = {
+            "settings": settings(self.request),
+            "tokens": self.tokens,
+            "words": [{"text": w.text, "tokens": w.tokens, "share": self.share(w)} for w in words],
+            "layers": {name: dict(zip(_AXES, maps.shape)) for name, maps in self.maps.items()},
+            "pixel": self.pixel,
+        }
+        write_json(os.path.join(folder, "words.json"), facts)
+
+    # Pictures
+
+    def by_word(self, picture: Image.Image, special: bool = False) -> Exhibit:
+        """The picture, and over it each word's heat, over all layers, heads and steps."""
+        words = [*self.words, *(self.special if special or not self.words else [])]
+        cells = [picture, *(overlay(picture, relative(self.heat(word))) for word in words)]
+        captions = ["", *(f"{plain(word.text, 24)}\n{self.share(word):.1%}" for word in words)]
+        rows = [slice(i, i + 7) for i in range(0, len(cells), 7)]
+        figure = picture_grid(
+            [cells[row] for row in rows],
+            "Which word made which pixel",
+            describe(self.request),
+            captions=[captions[row] for row in rows],
+        )
+        shares = ", ".join(f"{word.text} {self.share(word):.1%}" for word in words)
+        alt = one_line(f"""
+            The picture of “{self.request.prompts[0]}”, then once more for each word, with the places marked
+            in red that looked at it: {shares}.""")
+        numbers = {"shares": [[word.text, self.share(word)] for word in words]}
+        return Exhibit(figure, "Which word made which pixel", alt, GUIDE["words"], numbers)
+
+    def by_step(self, picture: Image.Image, words: Sequence[Word], most: int = 8) -> Exhibit:
+        """A row for each word: the mean over groups of steps, from noise to picture."""
+        steps = len(next(iter(self.maps.values())))
+        edges = np.linspace(0, steps, min(most, steps) + 1).round().astype(int)
+        spans = [slice(int(a), int(b)) for a, b in pairwise(edges)]
+        labels = [f"step {s.start + 1}" + f"–{s.stop}" * (s.stop > s.start + 1) for s in spans]
+        heats = [[self.heat(word, steps=span) for span in spans] for word in words]
+        return self._overlays(picture, words, heats, labels, "Words, step by step", "words-by-step")
+
+    def by_layer(self, picture: Image.Image, words: Sequence[Word]) -> Exhibit:
+        """A row for each word: one layer after the other, down and up the U."""
+        heats = [[self.heat(word, layers=[name]) for name in self.maps] for word in words]
+        grids = [f"{maps.shape[-1]}×{maps.shape[-2]}" for maps in self.maps.values()]
+        labels = [f"{label(name)}\n{grid}" for name, grid in zip(self.maps, grids)]
+        return self._overlays(picture, words, heats, labels, "Words, layer by layer", "words-by-layer")
+
+    def by_head(self, picture: Image.Image, word: Word) -> Exhibit:
+        """A row for each layer: one head after the other, all for one word."""
+        heats = [
+            [self.heat(word, layers=[name], heads=slice(k, k + 1)) for k in range(maps.shape[1])]
+            for name, maps in self.maps.items()
+        ]
+        labels = [f"head {k}" for k in range(max(map(len, heats)))]
+        rows = [label(name) for name in self.maps]
+        title = f"“{word.text}”, head by head"
+        return self._overlays(picture, rows, heats, labels, title, "words-by-head")
+
+    def of_pixel(self, picture: Image.Image) -> Exhibit:
+        """Where the chosen pixel looked: in all layers, then at each resolution."""
+        if self.pixel is None or not self.looks:
+            raise ValueError("no pixel was chosen when the picture was drawn")
+        grids = dict.fromkeys(tuple(looks.shape[-2:]) for looks in self.looks.values())
+        cells, labels = [overlay(picture, relative(self.look()))], ["all layers"]
+        for grid in grids:
+            alike = [name for name, looks in self.looks.items() if tuple(looks.shape[-2:]) == grid]
+            cells.append(overlay(picture, relative(self.look(alike))))
+            labels.append(f"{grid[1]}×{grid[0]}, {len(alike)} layer{'s' * (len(alike) > 1)}")
+        cells = [_crossed(cell, self.pixel) for cell in (picture, *cells)]
+        title = f"What the place ({self.pixel[0]}, {self.pixel[1]}) looks at"
+        figure = picture_grid([cells], title, describe(self.request), columns=["the picture", *labels])
+        alt = f"The picture with a cross at {self.pixel}, and in red where it looks: {', '.join(labels)}."
+        return Exhibit(figure, title, alt, GUIDE["pixel"], {"pixel": list(self.pixel)})
+
+    def _overlays(
+        self,
+        picture: Image.Image,
+        rows: Sequence[Word | str],
+        heats: list[list[Tensor]],
+        columns: list[str],
+        title: str,
+        guide: str,
+    ) -> Exhibit:
+        """Rows of overlays; each row is on one scale, so that its cells can be compared."""
+        names = [row if isinstance(row, str) else row.text for row in rows]
+        highest = [max(heat.max().item() for heat in row) for row in heats]
+        cells = [[overlay(picture, heat / most) for heat in row] for row, most in zip(heats, highest)]
+        captions = [[f"{heat.mean():.1%}" for heat in row] for row in heats]
+        figure = picture_grid(
+            cells,
+            title,
+            describe(self.request),
+            columns=columns,
+            rows=[plain(name, 24) for name in names],
+            captions=captions,
+        )
+        shown = [column.replace("\n", " ") for column in columns]
+        listed = f"Rows: {', '.join(names)}. Columns: {', '.join(shown)}."
+        alt = f"The picture of “{self.request.prompts[0]}” many times, with heat maps over it. {listed}"
+        means = [[heat.mean().item() for heat in row] for row in heats]
+        return Exhibit(figure, title, alt, GUIDE[guide], {"rows": names, "columns": shown, "shares": means})
+
+
+_AXES = ("steps", "heads", "tokens", "height", "width")
+
+
+@contextmanager
+def watch(
+    pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None = None
+) -> Iterator[Attention]:
+    """Records the attention of all that is drawn inside the `with`; complete when that ends.
+
+    pixel: (x, y) in the picture; its self-attention is kept too, in layers of up to 32 × 32 places. What is
+    kept belongs to the request's one picture, and with guidance to its prompt, not to the negative one.
+    Raises ValueError for a pixel outside the picture.
+    """
+    width, height = request.size(pipe.config)
+    if pixel is not None and not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
+        raise ValueError(f"the pixel {pixel[0]},{pixel[1]} is outside the picture of {width}x{height}")
+    attention = _expect(pipe, request, pixel)
+    grids = row_grids(pipe.config.unet, height // pipe.config.vae.factor, width // pipe.config.vae.factor)
+    maps: dict[str, list[Tensor]] = {}
+    looks: dict[str, list[Tensor]] = {}
+    before: list[tuple[CrossAttention | SelfAttention, Hook | None]] = []
+
+    def words_hook(name: str, h: int, w: int) -> Hook:
+        last = len(attention.tokens) - 1  # all from here on is padding
+
+        def hook(weights: Tensor) -> None:  # (B, heads, h·w, S)
+            mine = weights[0].float()  # with guidance, the prompt's half of the batch comes first
+            mine = torch.cat(
+                [mine[..., :last], mine[..., last:].sum(-1, keepdim=True)], -1
+            )  # (heads, h·w, T)
+            maps.setdefault(name, []).append(_kept(mine.transpose(1, 2), h, w))
+
+        return hook
+
+    def pixel_hook(name: str, h: int, w: int, x: int, y: int) -> Hook:
+        place = y * h // height * w + x * w // width
+
+        def hook(weights: Tensor) -> None:  # (B, heads, h·w, h·w)
+            looks.setdefault(name, []).append(_kept(weights[0, :, place], h, w))
+
+        return hook
+
+    try:
+        for name, layer in pipe.models["diffusion"].named_modules():
+            if not isinstance(layer, CrossAttention | SelfAttention):
+                continue
+            h, w = grids[_row(name)]
+            if isinstance(layer, CrossAttention):
+                hook = words_hook(name, h, w)
+            elif pixel is not None and h * w <= LARGEST_SELF_GRID:
+                hook = pixel_hook(name, h, w, *pixel)
+            else:
+                continue
+            before.append((layer, layer.hook))
+            layer.hook = hook
+        yield attention
+    finally:
+        for layer, earlier in before:
+            layer.hook = earlier
+    attention.maps = {name: torch.stack(parts) for name, parts in maps.items()}
+    attention.looks = {name: torch.stack(parts) for name, parts in looks.items()}
+
+
+def prompt_words(pipe: StableDiffusion, request: Request) -> list[Word]:
+    """The prompt's words, as far as there is room for them."""
+    pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
+    numbered = groupby(enumerate(pieces, 1), key=lambda entry: (entry[1].word_index, entry[1].word))
+    return [Word(text, tuple(place for place, _ in group)) for (_, text), group in numbered]
+
+
+def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None) -> Attention:
+    """An Attention without maps yet: what the columns of the weights stand for."""
+    pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
+    tokens = ["start", *(piece.text for piece in pieces), "end", "padding"]
+    special = [Word(tokens[k], (k,)) for k in (0, len(tokens) - 2, len(tokens) - 1)]
+    words = prompt_words(pipe, request)
+    return Attention(request, request.size(pipe.config), tokens, words, special, pixel)
+
+
+def row_grids(config: UNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """The rows of the U ("down.3", "middle", "up.0") -> the height and width at which each works."""
+    down, _, up = plan(config)
+    grid, grids, pile = (height, width), {}, []
+    for i, row in enumerate(down):
+        if row[0][0] == "down":
+            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+        grids[f"down.{i}"] = grid
+        pile.append(grid)
+    grids["middle"] = grid
+    return grids | {f"up.{i}": pile.pop() for i in range(len(up))}
+
+
+def _row(name: str) -> str:
+    """ "down.3.1.cross_attention" -> "down.3" """
+    first, second, *_ = name.split(".")
+    return first if first == "middle" else f"{first}.{second}"
+
+
+def label(name: str) -> str:
+    return _row(name).replace(".", " ")
+
+
+def _kept(weights: Tensor, h: int, w: int) -> Tensor:
+    """(…, h·w) -> (…, h, w), in half the room: 11 bits are plenty for a picture."""
+    return weights.to("cpu", torch.float16).unflatten(-1, (h, w))
+
+
+def _grid(maps: Tensor) -> tuple[int, int]:
+    return maps.shape[-2], maps.shape[-1]
+
+
+def relative(heat: Tensor) -> Tensor:
+    return heat / heat.max().clamp(min=1e-12)
+
+
+def _crossed(picture: Image.Image, pixel: tuple[int, int]) -> Image.Image:
+    """The picture with a cross at the pixel."""
+    picture, (x, y) = picture.copy(), pixel
+    pen, arm = ImageDraw.Draw(picture), max(3, picture.width // 24)
+    for colour, width in ((PAPER, 3), (INK, 1)):
+        pen.line((x - arm, y, x + arm, y), fill=colour, width=width)
+        pen.line((x, y - arm, x, y + arm), fill=colour, width=width)
+    return picture

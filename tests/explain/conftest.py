@@ -1,0 +1,61 @@
+"""A tiny model with random weights: its pictures mean nothing, its promises hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from reifusion.model import model_loader
+from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.decoder import Decoder
+from reifusion.model.diffusion import UNet
+from reifusion.model.encoder import Encoder
+from reifusion.model.pipeline import StableDiffusion
+
+TOKENIZER = Tokenizer("c a\nca t</w>\nd o\ndo g</w>\no n</w>\nr o\nc k\nro ck\ne t</w>", context_length=40)
+TINY = ModelConfig(
+    name="tiny",
+    size=64,
+    clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=40, width=16, layers=2, heads=2),
+    vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
+    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=8),
+)
+
+
+def tiny(config: ModelConfig = TINY) -> StableDiffusion:
+    torch.manual_seed(0)
+    models: dict[str, nn.Module] = {
+        "clip": CLIP(config.clip),
+        "encoder": Encoder(config.vae),
+        "decoder": Decoder(config.vae),
+        "diffusion": UNet(config.unet),
+    }
+    for network in models.values():
+        network.eval()
+        for parameter in network.parameters():  # fresh CLIP embeddings are too alike to tell prompts apart
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return StableDiffusion(config, TOKENIZER, models)
+
+
+@pytest.fixture(scope="session")
+def pipe() -> StableDiffusion:
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def velocity_pipe() -> StableDiffusion:
+    """One that predicts the velocity, as the mini does."""
+    return tiny(replace(TINY, schedule=replace(TINY.schedule, prediction_type="v_prediction")))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """The file of the tiny model."""
+    path: Path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    model_loader.save(TINY, tiny().models, path, tokenizer=TOKENIZER)
+    return str(path)

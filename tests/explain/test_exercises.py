@@ -1,0 +1,69 @@
+"""Exercises: ours is right, every usual mistake is named, and what cannot be checked is one sentence."""
+
+import inspect
+import textwrap
+
+import pytest
+import torch
+
+from reifusion.explain.exercises import EXERCISES, ExerciseError, check
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_our_own_answer_is_right(tmp_path, number):
+    answer = EXERCISES[number].answer
+    file = tmp_path / "mine.py"
+    file.write_text(f"from reifusion.explain.exercises import {answer.__name__}\n")
+    assert check(number, file) == (True, f"right: {EXERCISES[number].signature} agrees with reifusion's")
+
+
+@pytest.mark.parametrize(("number", "what"), [(n, what) for n, e in EXERCISES.items() for what in e.mistakes])
+def test_every_usual_mistake_is_wrong_and_named(tmp_path, number, what):
+    name = EXERCISES[number].answer.__name__
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from reifusion.explain.exercises import EXERCISES\n"
+        f"{name} = EXERCISES[{number}].mistakes[{what!r}]\n"
+    )
+    assert check(number, file) == (False, f"not yet: {what}")
+
+
+def write(tmp_path, code):
+    file = tmp_path / "mine.py"
+    file.write_text(textwrap.dedent(code))
+    return file
+
+
+def test_what_is_wrong_in_no_usual_way_is_measured(tmp_path):
+    guess = "def add_noise(x0, alpha_bar, noise): return {}"
+    assert "its shape is (4, 3, 3)" in check(1, write(tmp_path, guess.format("x0[0]")))[1]
+    assert "a tensor of shape" in check(1, write(tmp_path, guess.format("None")))[1]
+    twice = guess.format("2 * (alpha_bar**0.5 * x0 + (1 - alpha_bar)**0.5 * noise)")
+    assert check(1, write(tmp_path, twice)) == (False, "not yet: it is 2 times what it should be")
+    assert "off by up to" in check(1, write(tmp_path, guess.format("x0")))[1]
+
+
+def test_a_function_that_fails_or_changes_its_arguments_is_told_so(tmp_path):
+    file = write(tmp_path, "def add_noise(x0, alpha_bar, noise): return x0.nothing")
+    assert check(1, file)[1].startswith("add_noise fails: AttributeError")
+    file = write(tmp_path, "def add_noise(x0, alpha_bar, noise): return x0.mul_(alpha_bar**0.5)")
+    assert "changes the tensors" in check(1, file)[1]
+    assert "does not run: SyntaxError" in check(1, write(tmp_path, "def add_noise(:"))[1]
+
+
+def test_what_cannot_be_checked_is_one_sentence(tmp_path):
+    for number, file, says in (
+        (99, "mine.py", "there is no exercise 99"),
+        (1, "none.py", "there is no file"),
+        (2, "mine.py", "has no function predict_x0"),
+    ):
+        write(tmp_path, "add_noise = print")
+        with pytest.raises(ExerciseError, match=says):
+            check(number, tmp_path / file)
+
+
+def test_inputs_depend_on_their_seed_alone():
+    for exercise in EXERCISES.values():
+        one, other = (exercise.inputs(torch.Generator().manual_seed(1)) for _ in range(2))
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(one, other))
+        assert len(one) == len(inspect.signature(exercise.answer).parameters)
