@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 from ..model import attention, clip, ddpm, diffusion, encoder, pipeline, samplers
 from ..model.pipeline import StableDiffusion, to_tensor
+from ..model.request import Request
+from .figures import Exhibit, picture_grid, plain
+from .guide import GUIDE
 
 Patches = Iterator[Any]  # what `patch` returns, to be entered together
 
@@ -71,6 +74,30 @@ def _bug(
         return switch
 
     return register
+
+
+def gallery(pipe: StableDiffusion, request: Request, names: Sequence[str], across: int = 3) -> Exhibit:
+    """Each named bug's picture beside the right one, with the number that gives it away."""
+    pairs, captions, numbers = [], [], {}
+    for name in names:
+        bug = BUGS[name]
+        scale, steps, seed = request.cfg_scale, request.n_inference_steps, request.seeds[0]
+        pairs.append(bug.draw(pipe, request.prompts[0], seed, cfg_scale=scale, n_inference_steps=steps))
+        right = bug.measure(pipe)
+        with bug.switched_on(pipe):
+            wrong = bug.measure(pipe)
+        captions.append((f"{name}\nright: {right:.3g}", f"\nwith the bug: {wrong:.3g}"))
+        numbers[name] = {"title": bug.title, "number": bug.number, "right": right, "wrong": wrong}
+
+    def rows(cells: list[tuple]) -> list[list]:
+        return [[x for pair in cells[i : i + across] for x in pair] for i in range(0, len(cells), across)]
+
+    title = f"Famous bugs, on “{plain(request.prompts[0])}”"
+    figure = picture_grid(
+        rows(pairs), title, "each pair: as it should be, and with the mistake", captions=rows(captions)
+    )
+    alt = f"{len(names)} pairs of pictures of {request.prompts[0]}: right, and drawn with a known mistake"
+    return Exhibit(figure, title, alt, GUIDE["bugs"], numbers)
 
 
 # ---- what is measured -------------------------------------------------------------------------------------

@@ -98,6 +98,6 @@ _TEXTS = {
     "bugs": """
         Left the picture as it should be, right with the mistake, from the same words and seed. Some scream,
         some whisper: the quiet ones are those that stay in code for years. Below each is the number that
-        gives it away, first right, then wrong; `reifusion/explain/bugs.py` names the test that catches it.""",
+        gives it away, first right, then wrong. `reifusion/explain/bugs.py` names the test that finds it.""",
 }
 GUIDE = {name: one_line(text) for name, text in _TEXTS.items()}
