@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -53,6 +54,7 @@ SAMPLERS = {
     "dpmpp_sde": "DPM++ 2M SDE",
     "unipc": "UniPC",
     "lcm": "LCM",
+    "flow": "Flow Euler",
 }
 
 # What of it a picture carries for --like.
@@ -61,6 +63,8 @@ REMEMBERED: dict[str, Any] = {
     "negative": str,
     "model": str,
     "model_hash": str,
+    "lora": list,
+    "lora_hash": list,
     "sampler": str,
     "steps": int,
     "cfg": (int, float),
@@ -95,6 +99,9 @@ def generate(
         str | None,
         _option("A .safetensors or .ckpt file, a diffusers folder, or owner/name.", DEFAULTS["model"]),
     ] = None,
+    lora: Annotated[
+        list[str] | None, _option("A LoRA, as file or file:weight; can be given several times.")
+    ] = None,
     sampler: Annotated[str | None, _option(f"One of {', '.join(SAMPLERS)}.", DEFAULTS["sampler"])] = None,
     steps: Annotated[int | None, _option("1 to 1000.", DEFAULTS["steps"])] = None,
     cfg: Annotated[
@@ -122,6 +129,7 @@ def generate(
         "prompt": prompt,
         "negative": negative,
         "model": model,
+        "lora": [_parse_lora(one) for one in lora] if lora else None,
         "sampler": sampler,
         "steps": steps,
         "cfg": cfg,
@@ -139,6 +147,7 @@ def generate(
     if "prompt" not in settings:
         raise InputError('say what to draw, as in: reifusion generate "a cat"')
 
+    from .model.lora import apply, load_lora
     from .model.pipeline import Request, load
 
     width, height = settings.get("size", (None, None))
@@ -157,13 +166,19 @@ def generate(
         mask=_open(settings.get("mask")),
         clip_skip=settings["clip_skip"],
     )
+    loras = [(load_lora(name), weight) for name, weight in settings.get("lora", ())]
     file = _png_path(out)
     with _writable(file.parent if file else Path(out)):
         pipe = load(settings["model"], device, settings.get("dtype"))
+        for change, weight in loras:
+            apply(pipe, change, weight)
+        if "sampler" not in {**remembered, **given} and pipe.config.schedule.prediction_type == "flow":
+            request = replace(request, sampler_name="flow")  # the default one is for diffusion
+        settings["sampler"] = request.sampler(pipe.config)
         settings["size"] = request.size(pipe.config)
         settings["dtype"] = str(pipe.dtype).removeprefix("torch.")
         settings["model_name"] = pipe.config.name
-        for name in ("model", "init_image", "mask"):
+        for name in ("model", "lora", "init_image", "mask"):
             if name in settings:
                 settings[f"{name}_hash"] = _hash(name, settings[name])
                 if name in remembered and name not in given:
@@ -199,7 +214,9 @@ def info(
             "text": f"{config.clip.layers} layers of {config.clip.width}, {config.clip.vocab_size:,} tokens",
             "vae": f"1/{config.vae.factor} of each side, {config.vae.latent_channels} channels",
             "unet": f"channels {' '.join(map(str, config.unet.channels))}",
-            "schedule": f"{schedule.beta_schedule}, {schedule.prediction_type}",
+            "schedule": "flow"
+            if schedule.prediction_type == "flow"
+            else f"{schedule.beta_schedule}, {schedule.prediction_type}",
             **found.metadata,
         }
     for name, value in facts.items():
@@ -241,6 +258,32 @@ def train(context: typer.Context) -> None:
     raise typer.Exit(train_main(context.args) or 0)
 
 
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def explain(context: typer.Context) -> None:
+    """Shows how a picture comes about; `reifusion explain --help` says what there is."""
+    from .explain.cli import main as explain_main
+
+    raise typer.Exit(explain_main(context.args))
+
+
+@app.command()
+def check(
+    what: Annotated[str, typer.Argument(help="exercise", show_default=False)],
+    number: Annotated[int, typer.Argument(help="Which one; the book's last chapter has them.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The file with your function.", show_default=False)],
+) -> None:
+    """Tells whether your answer to an exercise of the book is right."""
+    if what != "exercise":
+        raise InputError(f"what can be checked is an exercise, as in: reifusion check exercise 1 mine.py, not {what!r}")
+    from .explain.exercises import check as check_exercise
+
+    right, sentence = check_exercise(number, file)
+    print(sentence)
+    raise typer.Exit(0 if right else 1)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"reifusion {__version__}")
@@ -264,6 +307,23 @@ def _parse_size(size: str) -> tuple[int, int]:
     if found is None:
         raise InputError(f"a size is width x height, like 512x768, not {size!r}")
     return int(found[1]), int(found[2])
+
+
+def _parse_lora(lora: str) -> tuple[str, float]:
+    """zork.safetensors:0.8 -> the file and its weight, which is 1 if it is not given"""
+    file, _, text = lora.rpartition(":")
+    if Path(lora).exists() or not Path(file).is_file():  # a colon can be the path's own
+        return lora, 1.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(weight := float(text)):
+            return file, weight
+    raise InputError(f"the weight of a LoRA is a number, as in {file}:0.8, not {text!r}")
+
+
+def _is_lora(value: Any) -> bool:
+    """Whether a picture's metadata can say so."""
+    kinds = [type(part) for part in value] if isinstance(value, list) else []
+    return kinds in ([str, float], [str, int])
 
 
 def _open(path: str | None) -> Image.Image | None:
@@ -290,13 +350,16 @@ def _read_settings(path: str) -> dict[str, Any]:
     except (KeyError, json.JSONDecodeError, AttributeError):
         raise InputError(f"{path} carries no settings of reifusion's") from None
     for name, value in settings.items():
-        if not isinstance(value, REMEMBERED[name]) or (name == "size" and len(value) != 2):
+        odd = not isinstance(value, REMEMBERED[name]) or (name == "size" and len(value) != 2)
+        if odd or (name == "lora" and not all(map(_is_lora, value))):
             raise InputError(f"{path} carries settings, but its {name} is {value!r}")
     return settings
 
 
-def _hash(name: str, source: str) -> str:
+def _hash(name: str, source: Any) -> Any:
     """The first ten digits of the SHA-256 of a file, as others show it, or of all weights in a folder."""
+    if name == "lora":
+        return [_hash("", file) for file, _ in source]
     path = Path(source)
     if name == "model":
         from .model.model_loader import info
@@ -312,8 +375,9 @@ def _hash(name: str, source: str) -> str:
 
 def _warn_if_changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     if before.get(f"{name}_hash") != now[f"{name}_hash"]:
-        what = name.replace("_", " ")
-        warnings.warn(f"the {what} {now[name]} is not what it was, so the picture will differ", stacklevel=1)
+        what = "LoRA" if name == "lora" else name.replace("_", " ")
+        which = " or ".join(file for file, _ in now[name]) if name == "lora" else now[name]
+        warnings.warn(f"the {what} {which} is not what it was, so the picture will differ", stacklevel=1)
 
 
 # What they write
@@ -383,6 +447,8 @@ def _metadata(settings: dict[str, Any]) -> Any:
 def _parameters(settings: dict[str, Any]) -> str:
     """In the form that AUTOMATIC1111's web UI established."""
     width, height = settings["size"]
+    loras = [(Path(file).stem, weight) for file, weight in settings.get("lora", ())]
+    hashes = [f"{name}: {digest}" for (name, _), digest in zip(loras, settings.get("lora_hash", ()))]
     facts = {
         "Steps": settings["steps"],
         "Sampler": SAMPLERS[settings["sampler"]],
@@ -391,11 +457,12 @@ def _parameters(settings: dict[str, Any]) -> str:
         "Size": f"{width}x{height}",
         "Model hash": settings["model_hash"],
         "Model": settings["model_name"],
+        "Lora hashes": f'"{", ".join(hashes)}"' if loras else None,
         "Denoising strength": settings["strength"] if settings.get("init_image") else None,
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # they count from 1
         "Version": f"reifusion {__version__}",
     }
-    lines = [settings["prompt"]]
+    lines = [" ".join([settings["prompt"], *(f"<lora:{name}:{weight:g}>" for name, weight in loras)])]
     if settings["negative"]:
         lines.append(f"Negative prompt: {settings['negative']}")
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))

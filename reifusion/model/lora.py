@@ -1,0 +1,280 @@
+"""LoRA: a small file that changes what a big model draws (Hu et al. 2021, arXiv:2106.09685).
+
+It holds, for some of the layers, two thin matrices whose product is added to the weight. `load_lora` reads a
+file, `apply` adds it to a model, `remove` takes it out again. Layers are found by the names that they have in
+checkpoints, so one table, in `model_converter.py`, serves both. How to make one is in `train/lora.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .model_converter import ModelError, rules
+from .model_loader import _File
+
+if TYPE_CHECKING:
+    from .pipeline import StableDiffusion
+
+# What a tensor's name ends in, in the files of kohya, of PEFT and diffusers, and of diffusers before 0.22.
+ENDINGS = {
+    "down": r"[._]lora(_down|_A|\.down|_linear_layer\.down)\.weight",
+    "up": r"[._]lora(_up|_B|\.up|_linear_layer\.up)\.weight",
+    "alpha": r"\.alpha",
+}
+
+# What else goes by the name of LoRA. To read one as if it were plain would draw something else.
+OTHERS = {
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"hada_": "LoHa",
+    r"lokr_": "LoKr",
+    r"lora_mid": "a LoCon in Tucker's form",
+    r"oft_|boft": "OFT",
+    r"on_input": "IA³",
+    r"\.diff(_b)?$": "a full difference of weights",
+    r"lora_B\.bias|lora_up\.bias": "a LoRA with biases",
+}
+
+# A layer's name in a file -> what all spellings have in common, but for dots and underscores.
+SPELLINGS = (
+    (r"^model\.diffusion_model\.", "unet."),  # CompVis's
+    (r"^cond_stage_model\.transformer\.", "text_encoder."),
+    (r"\.processor\.", "."),  # diffusers before 0.22, here and in the next two
+    (r"\.to_out$", ".to_out.0"),
+    (r"^text_encoder\.(.*self_attn)\.to_(q|k|v|out)(\.0)?$", r"text_encoder.\1.\2_proj"),
+    (r"^(?!unet\.|text_encoder|lora_)", "unet."),  # a U-Net's alone
+    (r"^lora_te_", "text_encoder."),  # kohya's
+    (r"^lora_unet_", "unet."),
+    (r"^text_encoder\.(?=encoder)", "text_encoder.text_model."),  # transformers 5
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to one layer: B A, scaled by α/r."""
+
+    down: Tensor  # A, (r, in), or (r, in, k, k) for a convolution
+    up: Tensor  # B, (out, r), or (out, r, 1, 1)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    def delta(self, device: torch.device | str = "cpu") -> Tensor:
+        """ΔW, (out, in) or (out, in·k·k), in float32."""
+        # A convolution and a 1×1 convolution after it are one convolution: the same product, pixel by pixel.
+        up, down = (x.flatten(1).to(device, torch.float32) for x in (self.up, self.down))
+        # Eq. 3, Hu et al. 2021: h = W₀x + ΔWx = W₀x + BAx; §4.1: ΔWx is scaled by α/r
+        return self.alpha / self.rank * (up @ down)  # (out, r) @ (r, in·k·k) -> (out, in·k·k)
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """A LoRA, by itself: which layers it changes, and how."""
+
+    updates: dict[str, Update]  # by the layer's name, as the file spells it
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: str = "the LoRA"  # for messages
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that a LoRA can change; of stacked projections (q, k and v in one matrix), one of them."""
+
+    network: str  # "clip" or "diffusion"
+    layer: str  # our name in there, "middle.1.self_attention.qkv"
+    part: int  # of `parts` equal slices of the rows
+    parts: int
+    diffusers: str  # its name there, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    compvis: str  # … and there, "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
+
+    @property
+    def name(self) -> str:
+        """Ours for a part too: "diffusion.middle.1.self_attention.q"."""
+        path = f"{self.network}.{self.layer}"
+        return path if self.parts == 1 else path[: -self.parts] + path[-self.parts :][self.part]
+
+
+def load_lora(file: str | Path) -> LoRA:
+    """Reads a LoRA of kohya's or PEFT's layout (also old ones of diffusers), `.safetensors` or a pickle.
+
+    No code in the file is run. A layer without its α has α = r. Raises ModelError, in one sentence, for what
+    is no LoRA, is one of another kind, or is damaged.
+    """
+    opened = _File(Path(file))
+    path, updates = opened.path, {}
+    for layer, parts in _read(opened).items():
+        if missing := sorted({"down", "up"} - parts.keys()):
+            raise ModelError(f"{path} is incomplete: {layer} lacks its {missing[0]} matrix")
+        down, up = parts["down"], parts["up"]
+        if min(down.ndim, up.ndim) < 2 or not up.shape[1] == len(down) > 0:
+            shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+            raise ModelError(f"{path} is damaged: the two matrices of {layer} do not fit together, {shapes}")
+        if "alpha" in parts and parts["alpha"].numel() != 1:
+            raise ModelError(f"{path} is damaged: {layer}.alpha is not one number")
+        alpha = parts["alpha"].item() if "alpha" in parts else _peft_alpha(opened, layer, len(down))
+        updates[layer] = Update(down, up, alpha)
+    if not updates:
+        raise ModelError(f"{path} is not a LoRA: it has no tensors")
+    return LoRA(updates, opened.metadata, str(path))
+
+
+def _read(file: _File) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer, by `ENDINGS`."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name in file.shapes:
+        for pattern, kind in OTHERS.items():
+            if re.search(pattern, name):
+                raise ModelError(
+                    f"{file.path} is no plain LoRA but {kind}, which is not built in: see {name}"
+                )
+        for part, ending in ENDINGS.items():
+            if found := re.fullmatch(f"(.+?){ending}", name):
+                tensor = file.read(name, "cpu", None)
+                if not tensor.float().isfinite().all():
+                    raise ModelError(f"{file.path} is damaged: {name} holds what is not a finite number")
+                layers.setdefault(found[1], {})[part] = tensor
+                break
+        else:
+            raise ModelError(f"{file.path} is not a LoRA: it has a tensor {name}")
+    return layers
+
+
+def _peft_alpha(file: _File, layer: str, rank: int) -> float:
+    """α by the config of PEFT that diffusers writes into the header; r without one."""
+    try:
+        config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+        network, _, inner = layer.partition(".")
+        if network not in ("unet", "text_encoder"):
+            network, inner = "", layer
+        given = {key.removeprefix(f"{network}."): value for key, value in config.items()}
+        alpha = float(given.get("lora_alpha", rank))
+        for pattern, other in (given.get("alpha_pattern") or {}).items():  # exceptions, by the layer's name
+            if re.fullmatch(rf"(.*\.)?({pattern})", inner):
+                alpha = float(other)
+                break
+        # Kalajdzievski 2023 scales by α/√r.
+        return alpha * math.sqrt(rank) if given.get("use_rslora") else alpha
+    except (ValueError, TypeError, AttributeError, re.error):
+        raise ModelError(f"{file.path} has a config of PEFT in its header that is not understood") from None
+
+
+def places(config: ModelConfig) -> list[Place]:
+    """Every weight of a model's U-Net and text encoder, by place."""
+    found = []
+    for one, other in zip(rules(config, "diffusers"), rules(config, "compvis")):
+        network, _, inner = one.ours.partition(".")
+        if network in ("clip", "diffusion") and inner.endswith(".weight"):
+            for part, names in enumerate(zip(one.theirs, other.theirs)):
+                theirs = (name.removesuffix(".weight") for name in names)
+                found.append(Place(network, inner.removesuffix(".weight"), part, len(one.theirs), *theirs))
+    return found
+
+
+def apply(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA, weight: float = 1.0) -> None:
+    """Adds weight · ΔW to the weights of a model, or of a dict with its "clip" and its "diffusion".
+
+    weight: 1 as it was made, less for less of it, below 0 for the opposite. Further LoRAs, or the same one
+    again, add up. Computed in float32, whatever the model's dtype, and rounded once. Before anything is
+    changed, raises ModelError for a LoRA that does not fit the model, ValueError for a weight of no number.
+    """
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of a LoRA must be a finite number, not {weight}")
+    models = _models(pipe)
+    changes = _find(lora, models)
+    for name in ("clip", "diffusion"):
+        own = {place: update for place, update in changes.items() if place.network == name}
+        if own:
+            merged = _merged(models[name])
+            merged.added.append((lora, weight, own))
+            _merge(models[name], merged)
+
+
+def remove(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA | None = None) -> None:
+    """Takes a LoRA, or all, out again; without any, the model is bit for bit what it was."""
+    for name in ("clip", "diffusion"):
+        network = _models(pipe)[name]
+        merged = _merged(network)
+        merged.added = [entry for entry in merged.added if lora is not None and entry[0] is not lora]
+        _merge(network, merged)
+
+
+@dataclass
+class _Merged:
+    """What a network remembers of the LoRAs in it."""
+
+    originals: dict[str, Tensor] = field(default_factory=dict)  # of the weights that are changed, by name
+    added: list[tuple[LoRA, float, dict[Place, Update]]] = field(default_factory=list)
+
+
+def _merged(network: nn.Module) -> _Merged:
+    return network.__dict__.setdefault("_merged_loras", _Merged())
+
+
+@torch.no_grad()
+def _merge(network: nn.Module, merged: _Merged) -> None:
+    """Sets the weights to the originals plus all that is added now."""
+    totals: dict[str, Tensor] = {}
+    for _, weight, updates in merged.added:
+        for place, update in updates.items():
+            name = f"{place.layer}.weight"
+            parameter = network.get_parameter(name)
+            if name not in merged.originals:
+                merged.originals[name] = parameter.detach().clone()
+            if name not in totals:
+                totals[name] = merged.originals[name].to(parameter.device, torch.float32, copy=True)
+            rows = totals[name].chunk(place.parts)[place.part]  # a view
+            rows += weight * update.delta(parameter.device).view(rows.shape)
+    for name in list(merged.originals):
+        if name in totals:
+            network.get_parameter(name).copy_(totals[name])
+        else:
+            network.get_parameter(name).copy_(merged.originals.pop(name))
+
+
+def _models(pipe: StableDiffusion | Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    return pipe if isinstance(pipe, Mapping) else pipe.models
+
+
+def _find(lora: LoRA, models: Mapping[str, Any]) -> dict[Place, Update]:
+    """Where each of its updates goes. Raises ModelError for one that has no place, or does not fit there."""
+    config = ModelConfig(clip=models["clip"].config, unet=models["diffusion"].config)
+    known = {_flat(name): place for place in places(config) for name in (place.diffusers, place.compvis)}
+    found: dict[Place, Update] = {}
+    for layer, update in lora.updates.items():
+        place = known.get(_flat(layer))
+        module = None if place is None else models[place.network].get_submodule(place.layer)
+        if place is None or not isinstance(module, nn.Linear | nn.Conv2d):
+            raise ModelError(f"{lora.path} does not fit this model, which has no layer for {layer}")
+        if place in found:
+            raise ModelError(f"{lora.path} changes the same layer twice, the second time as {layer}")
+        rows, *rest = _four(module.weight.shape)
+        change = (*_four(update.up.shape)[:1], *_four(update.down.shape)[1:])
+        weight = (rows // place.parts, *rest)
+        if change != weight or _four(update.up.shape)[2:] != (1, 1):
+            text = f"{layer} changes a weight of shape {change}, and the model's is {weight}"
+            raise ModelError(f"{lora.path} does not fit this model: {text}")
+        found[place] = update
+    return found
+
+
+def _flat(layer: str) -> str:
+    """A layer's name in any spelling -> the one that all have in common."""
+    for pattern, new in SPELLINGS:
+        layer = re.sub(pattern, new, layer)
+    return layer.replace(".", "_")
+
+
+def _four(shape: torch.Size) -> tuple[int, ...]:
+    """A linear layer and a 1×1 convolution are the same thing: (out, in) -> (out, in, 1, 1)"""
+    return (*shape, 1, 1)[:4]

@@ -1,0 +1,430 @@
+"""LoRAs: read in every layout, added to the right rows of the right weights, and taken out bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reifusion.model.clip import CLIP
+from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.diffusion import UNet
+from reifusion.model.lora import LoRA, Update, apply, load_lora, places, remove
+from reifusion.model.model_converter import ModelError
+
+TINY = ModelConfig(
+    name="tiny",
+    size=32,
+    clip=CLIPConfig(vocab_size=600, context_length=8, width=24, layers=2, heads=4),
+    vae=VAEConfig(channels=(16, 32), layers=1, groups=8),
+    unet=UNetConfig(
+        channels=(16, 32), attention=(True, False), layers=1, heads=4, context_width=24, groups=8
+    ),
+)
+R = 3  # the rank of the LoRAs made here
+
+# One layer, as it is called in the files of different programs.
+KEY = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+DOTTED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+TEXT = "text_model.encoder.layers.1.self_attn"
+U_NET = {
+    "kohya": (f"lora_unet_{KEY}.lora_down.weight", f"lora_unet_{KEY}.lora_up.weight"),
+    "kohya, of CompVis's U-Net": (
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_k.lora_down.weight",
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_k.lora_up.weight",
+    ),
+    "peft": (f"unet.{DOTTED}.to_k.lora_A.weight", f"unet.{DOTTED}.to_k.lora_B.weight"),
+    "diffusers 0.22": (f"unet.{DOTTED}.to_k.lora.down.weight", f"unet.{DOTTED}.to_k.lora.up.weight"),
+    "diffusers 0.17": (
+        f"unet.{DOTTED}.processor.to_k_lora.down.weight",
+        f"unet.{DOTTED}.processor.to_k_lora.up.weight",
+    ),
+    "diffusers 0.12": (
+        f"{DOTTED}.processor.to_k_lora.down.weight",
+        f"{DOTTED}.processor.to_k_lora.up.weight",
+    ),
+    "peft, a U-Net's alone": (f"{DOTTED}.to_k.lora_A.weight", f"{DOTTED}.to_k.lora_B.weight"),
+}
+ENCODER = {
+    "kohya": (
+        "lora_te_text_model_encoder_layers_1_self_attn_v_proj.lora_down.weight",
+        "lora_te_text_model_encoder_layers_1_self_attn_v_proj.lora_up.weight",
+    ),
+    "peft": (f"text_encoder.{TEXT}.v_proj.lora_A.weight", f"text_encoder.{TEXT}.v_proj.lora_B.weight"),
+    "peft, of transformers 5": (
+        "text_encoder.encoder.layers.1.self_attn.v_proj.lora_A.weight",
+        "text_encoder.encoder.layers.1.self_attn.v_proj.lora_B.weight",
+    ),
+    "diffusers 0.22": (
+        f"text_encoder.{TEXT}.v_proj.lora_linear_layer.down.weight",
+        f"text_encoder.{TEXT}.v_proj.lora_linear_layer.up.weight",
+    ),
+    "diffusers 0.17": (
+        f"text_encoder.{TEXT}.to_v_lora.down.weight",
+        f"text_encoder.{TEXT}.to_v_lora.up.weight",
+    ),
+}
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A text encoder and a U-Net, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    models: dict[str, nn.Module] = {"clip": CLIP(TINY.clip), "diffusion": UNet(TINY.unet)}
+    for module in models.values():
+        for x in module.parameters():
+            x.data.normal_(std=0.1, generator=generator)
+        module.to(dtype).eval()
+    return models
+
+
+def state(models: dict[str, Any]) -> dict[str, Tensor]:
+    return {f"{net}.{name}": x.clone() for net in models for name, x in models[net].state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def written(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    save_file(tensors, path, metadata)
+    return path
+
+
+# Reading
+
+
+@pytest.mark.parametrize("names", U_NET.values(), ids=U_NET)
+def test_every_layout_changes_the_same_rows_of_the_u_net(tmp_path, names):
+    models, down, up = tiny(), random(R, 16), random(16, R, seed=2)
+    before = state(models)
+    apply(models, load_lora(written(tmp_path / "x.safetensors", dict(zip(names, (down, up))))))
+    after = state(models)
+    name = "diffusion.down.1.1.self_attention.qkv.weight"
+    assert changed(before, after) == [name]
+    change = torch.cat([torch.zeros(16, 16), up @ down, torch.zeros(16, 16)])  # q, k, v
+    assert torch.equal(after[name], before[name] + change)
+
+
+@pytest.mark.parametrize("names", ENCODER.values(), ids=ENCODER)
+def test_every_layout_changes_the_same_rows_of_the_text_encoder(tmp_path, names):
+    models, down, up = tiny(), random(R, 24), random(24, R, seed=2)
+    before = state(models)
+    apply(models, load_lora(written(tmp_path / "x.safetensors", dict(zip(names, (down, up))))))
+    after = state(models)
+    name = "clip.layers.1.attention.qkv.weight"
+    assert changed(before, after) == [name]
+    assert torch.equal(after[name][:48], before[name][:48])
+    assert torch.equal(after[name][48:], before[name][48:] + up @ down)
+
+
+@pytest.mark.parametrize(
+    "name", ["unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora", "unet.mid_block."
+    "attentions.0.transformer_blocks.0.attn2.to_out.0.lora"]
+)  # fmt: skip
+def test_the_output_projection_is_found_by_its_old_name_too(tmp_path, name):
+    models, down, up = tiny(), random(R, 32), random(32, R, seed=2)
+    before = state(models)
+    tensors = {f"{name}.down.weight": down, f"{name}.up.weight": up}
+    apply(models, load_lora(written(tmp_path / "x.safetensors", tensors)))
+    assert changed(before, state(models)) == ["diffusion.middle.1.cross_attention.out.weight"]
+
+
+def test_pickles_are_read_and_code_in_them_is_not_run(tmp_path):
+    names, down, up = U_NET["kohya"], random(R, 16), random(16, R)
+    torch.save(dict(zip(names, (down, up))), tmp_path / "x.pt")
+    (update,) = load_lora(tmp_path / "x.pt").updates.values()
+    assert torch.equal(update.down, down) and torch.equal(update.up, up)
+    torch.save({names[0]: os.system}, tmp_path / "code.pt")
+    with pytest.raises(ModelError, match="holds code"):
+        load_lora(tmp_path / "code.pt")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [
+        (None, R),
+        (torch.tensor(1.5), 1.5),
+        (torch.tensor(4), 4),
+        (torch.tensor([2.0], dtype=torch.bfloat16), 2),
+    ],
+)
+def test_alpha_is_the_rank_where_it_is_missing(tmp_path, alpha, expected):
+    tensors = {
+        f"lora_unet_{KEY}.lora_down.weight": random(R, 16),
+        f"lora_unet_{KEY}.lora_up.weight": random(16, R),
+    }
+    if alpha is not None:
+        tensors[f"lora_unet_{KEY}.alpha"] = alpha
+    (update,) = load_lora(written(tmp_path / "x.safetensors", tensors)).updates.values()
+    assert (update.alpha, update.rank) == (expected, R)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, R),
+        ({"unet.lora_alpha": 6}, 6),
+        ({"text_encoder.lora_alpha": 6}, R),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"attn1.to_k": 2, "to_q": 4}}, 2),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"o_k": 2}}, 6),
+        ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 6 * math.sqrt(R)),
+    ],
+)
+def test_alpha_of_a_peft_layout_is_in_its_header(tmp_path, config, expected):
+    tensors = dict(zip(U_NET["peft"], (random(R, 16), random(16, R))))
+    header = {"lora_adapter_metadata": json.dumps(config)}
+    (update,) = load_lora(written(tmp_path / "x.safetensors", tensors, header)).updates.values()
+    assert update.alpha == expected
+
+
+def test_what_the_header_says_is_kept(tmp_path):
+    tensors = dict(zip(U_NET["kohya"], (random(R, 16), random(16, R))))
+    path = written(tmp_path / "x.safetensors", tensors, {"ss_output_name": "zork"})
+    assert load_lora(path).metadata["ss_output_name"] == "zork"
+
+
+# Adding
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 20), st.floats(0.1, 32), st.floats(-3, 3), st.integers(0, 2**31))
+def test_the_weight_becomes_w_plus_weight_times_alpha_over_rank_times_ba(rank, alpha, weight, seed):
+    models, down, up = tiny(), random(rank, 32, seed=seed), random(32, rank, seed=seed + 1)
+    layer = models["diffusion"].middle[1].cross_attention.out
+    before = layer.weight.detach().clone()
+    apply(
+        models,
+        LoRA({"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0": Update(down, up, alpha)}),
+        weight,
+    )
+    expected = before.double() + weight * alpha / rank * (up.double() @ down.double())
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_convolution_gets_the_two_convolutions_in_one(tmp_path):
+    models = tiny()
+    conv = models["diffusion"].down[1][0].conv_1
+    down, up = random(R, 16, 3, 3), random(16, R, 1, 1, seed=2)
+    x = random(2, 16, 5, 7, seed=3)
+    before = conv(x)
+    apply(models, LoRA({"lora_unet_down_blocks_0_resnets_0_conv1": Update(down, up, 6.0)}))
+    torch.testing.assert_close(
+        conv(x), before + 2 * F.conv2d(F.conv2d(x, down, padding=1), up), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_pointwise_convolution_and_a_linear_layer_are_the_same_thing():
+    down, up = random(R, 16), random(16, R, seed=2)
+    results = []
+    for shapes in ((down, up), (down[..., None, None], up[..., None, None])):
+        models = tiny()
+        apply(models, LoRA({"lora_unet_down_blocks_0_attentions_0_proj_in": Update(*shapes, 1.0)}))
+        results.append(state(models))
+    assert changed(*results) == []
+    assert changed(results[0], state(tiny())) == ["diffusion.down.1.1.proj_in.weight"]
+
+
+def test_there_is_a_place_for_every_row_of_every_weight():
+    models = tiny()
+    rows: dict[str, int] = {}
+    for place in places(TINY):
+        layer = models[place.network].get_submodule(place.layer)
+        if not isinstance(layer, nn.Identity):  # a skip connection without a convolution
+            name = f"{place.network}.{place.layer}.weight"
+            rows[name] = rows.get(name, 0) + len(layer.weight) // place.parts
+    assert rows == {name: len(x) for name, x in state(models).items() if name.endswith(".weight")}
+    names = [place.name for place in places(TINY)]
+    assert len(set(names)) == len(names)
+    assert {f"diffusion.middle.1.self_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
+    assert {f"diffusion.middle.1.cross_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
+
+
+OUT = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
+QUERY = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+CONV = "lora_unet_up_blocks_0_resnets_1_conv2"
+
+
+def some_loras() -> list[LoRA]:
+    return [
+        LoRA({OUT: Update(random(R, 32), random(32, R, seed=2), 1.0)}),
+        LoRA({OUT: Update(random(1, 32, seed=3), random(32, 1, seed=4), 1.0)}),
+        LoRA(
+            {
+                OUT: Update(random(2, 32, seed=5), random(32, 2, seed=6), 1.0),
+                QUERY: Update(random(2, 24, seed=7), random(24, 2, seed=8), 1.0),
+                CONV: Update(random(2, 32, 3, 3, seed=9), random(32, 2, 1, 1, seed=10), 1.0),
+            }
+        ),
+    ]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["apply", "remove"]), st.integers(0, 2), st.floats(-2, 2)), max_size=8
+    ),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_whatever_comes_and_goes_the_rest_is_as_if_it_had_never_been_there(steps, dtype):
+    loras, models = some_loras(), tiny(dtype)
+    there: list[tuple[int, float]] = []
+    for what, which, weight in steps:
+        if what == "apply":
+            apply(models, loras[which], weight)
+            there.append((which, weight))
+        else:
+            remove(models, loras[which])
+            there = [entry for entry in there if entry[0] != which]
+    fresh = tiny(dtype)
+    for which, weight in there:
+        apply(fresh, loras[which], weight)
+    assert changed(state(fresh), state(models)) == []
+    remove(models)
+    assert changed(state(tiny(dtype)), state(models)) == []
+
+
+def test_loras_add_up():
+    models = tiny()
+    before = state(models)
+    for lora, weight in zip(some_loras(), (1.0, -0.5, 2.0)):
+        apply(models, lora, weight)
+    total = sum(w * lora.updates[OUT].delta() for lora, w in zip(some_loras(), (1.0, -0.5, 2.0)))
+    name = "diffusion.middle.1.cross_attention.out.weight"
+    torch.testing.assert_close(state(models)[name], before[name] + total)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once_from_float32(dtype):
+    models, (one, two, _) = tiny(dtype), some_loras()
+    before = state(models)["diffusion.middle.1.cross_attention.out.weight"]
+    assert before.dtype == dtype
+    apply(models, one, 0.01)
+    apply(models, two, 0.01)
+    exact = before.float() + 0.01 * one.updates[OUT].delta() + 0.01 * two.updates[OUT].delta()
+    assert torch.equal(state(models)["diffusion.middle.1.cross_attention.out.weight"], exact.to(dtype))
+
+
+def test_a_network_stays_in_the_order_of_memory_it_was_in():
+    models = tiny()
+    models["diffusion"].to(memory_format=torch.channels_last)
+    conv, expected = models["diffusion"].up[1][0].conv_2, tiny()["diffusion"].up[1][0].conv_2
+    apply(models, some_loras()[2])
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        conv.weight.contiguous(), expected.weight + some_loras()[2].updates[CONV].delta().view(32, 32, 3, 3)
+    )
+    remove(models)
+    assert torch.equal(conv.weight, expected.weight)
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("layer", "update", "says"),
+    [
+        ("lora_unet_down_blocks_9_attentions_0_proj_in", ((R, 16), (16, R)), "no layer for lora_unet_down"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", ((R, 24), (96, R)), "no layer for lora_te1_"),
+        ("unet.conv_norm_out", ((R, 1), (16, R)), "no layer for unet.conv_norm_out"),
+        (OUT, ((R, 48), (32, R)), r"to_out.0 changes .* shape \(32, 48, 1, 1\), .* \(32, 32, 1, 1\)"),
+        (OUT, ((R, 32, 3, 3), (32, R, 1, 1)), r"\(32, 32, 3, 3\), and the model's is \(32, 32, 1, 1\)"),
+        (CONV, ((R, 32), (32, R)), r"\(32, 32, 1, 1\), and the model's is \(32, 32, 3, 3\)"),
+        (CONV, ((R, 32, 1, 1), (32, R, 3, 3)), "does not fit"),
+        (f"lora_unet_{KEY}", ((R, 16), (48, R)), r"\(48, 16, 1, 1\), and the model's is \(16, 16, 1, 1\)"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_and_nothing_is_changed(layer, update, says):
+    models = tiny()
+    before = state(models)
+    down, up = (random(*shape) for shape in update)
+    good = some_loras()[2].updates
+    with pytest.raises(ModelError, match=says) as error:
+        apply(models, LoRA(good | {layer: Update(down, up, 1.0)}, path="x.safetensors"))
+    assert str(error.value).startswith("x.safetensors ") and "\n" not in str(error.value)
+    assert changed(before, state(models)) == []
+
+
+def test_the_same_layer_under_two_names_is_refused():
+    update = Update(random(R, 16), random(16, R), 1.0)
+    with pytest.raises(ModelError, match="twice"):
+        apply(tiny(), LoRA({f"lora_unet_{KEY}": update, f"unet.{DOTTED}.to_k": update}))
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(ValueError, match="finite"):
+        apply(tiny(), some_loras()[0], weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (f"lora_unet_{KEY}.dora_scale", "DoRA"),
+        (f"unet.{DOTTED}.to_k.lora_magnitude_vector.weight", "DoRA"),
+        (f"lora_unet_{KEY}.hada_w1_a", "LoHa"),
+        (f"lora_unet_{KEY}.lokr_w1", "LoKr"),
+        (f"lora_unet_{KEY}.lora_mid.weight", "Tucker"),
+        (f"lora_unet_{KEY}.oft_blocks", "OFT"),
+        (f"lora_unet_{KEY}.diff", "difference"),
+        (f"unet.{DOTTED}.to_k.lora_B.bias", "biases"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path, name, kind):
+    tensors = dict(zip(U_NET["kohya"], (random(R, 16), random(16, R)))) | {name: random(4)}
+    with pytest.raises(ModelError, match=kind) as error:
+        load_lora(written(tmp_path / "x.safetensors", tensors))
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({U_NET["kohya"][0]: None}, "lacks its down matrix"),
+        ({U_NET["kohya"][1]: None}, "lacks its up matrix"),
+        ({U_NET["kohya"][0]: torch.full((R, 16), math.nan)}, "down.weight holds what is not a finite"),
+        ({U_NET["kohya"][0]: random(R + 1, 16)}, r"do not fit together, \(4, 16\) and \(16, 3\)"),
+        ({U_NET["kohya"][0]: random(16)}, "do not fit together"),
+        ({U_NET["kohya"][0]: random(0, 16), U_NET["kohya"][1]: random(16, 0)}, "do not fit together"),
+        ({f"lora_unet_{KEY}.alpha": torch.ones(2)}, "is not one number"),
+        ({"something.weight": torch.ones(2)}, "it has a tensor something.weight"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_refused(tmp_path, change, says):
+    tensors = dict(zip(U_NET["kohya"], (random(R, 16), random(16, R)))) | change
+    with pytest.raises(ModelError, match=says):
+        load_lora(written(tmp_path / "x.safetensors", {n: x for n, x in tensors.items() if x is not None}))
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": {"(": 1}}']
+)
+def test_a_header_that_is_not_understood_is_refused(tmp_path, config):
+    tensors = dict(zip(U_NET["peft"], (random(R, 16), random(16, R))))
+    with pytest.raises(ModelError, match="header"):
+        load_lora(written(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": config}))
+
+
+def test_what_is_no_lora_is_refused(tmp_path):
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "text.safetensors").write_text("hello")
+    save_file({}, tmp_path / "nothing.safetensors")
+    save_file(state(tiny()), tmp_path / "model.safetensors")
+    for name in ("missing", "empty", "text", "nothing", "model"):
+        with pytest.raises(ModelError, match=f"{name}.safetensors"):
+            load_lora(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ModelError):
+        load_lora(tmp_path)

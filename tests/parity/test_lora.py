@@ -1,0 +1,163 @@
+"""LoRAs made here do in diffusers what they do here, and those made by PEFT do here what they do there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reifusion.model.clip import Tokenizer
+from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.lora import apply, load_lora, remove
+from reifusion.model.model_loader import build, load, save
+from reifusion.train.lora import ATTENTION, LAYOUTS, TEXT_ENCODER, attach, detach, save_lora
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+TOKENIZER = Tokenizer("c a\nca t</w>\nd o\ndo g</w>\n", context_length=16)
+TINY = ModelConfig(
+    name="tiny",
+    size=32,
+    clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, width=24, layers=2, heads=4),
+    vae=VAEConfig(channels=(16, 32), layers=1, groups=8),
+    unet=UNetConfig(
+        channels=(32, 64), attention=(True, False), layers=1, heads=4, context_width=24, groups=16
+    ),
+)
+# As SD 2.x and the mini have it: heads of one width, and linear layers around the transformer.
+TINY_2 = replace(TINY, unet=replace(TINY.unet, head_width=16, linear_projection=True))
+
+TARGETS = {
+    "attention": (ATTENTION, TEXT_ENCODER),
+    "every layer": ("diffusion.*", "clip.*attention.*", "clip.*linear_*"),
+    "q and v": ("diffusion.*attention.[qv]",),  # diffusers reads no text encoder's of kohya without its `out`
+}
+
+
+@pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["as SD 1", "as SD 2"])
+def folder(request, tmp_path_factory) -> Path:
+    """A model with random weights, in diffusers's format."""
+    torch.manual_seed(0)
+    models = {name: module.to_empty(device="cpu").eval() for name, module in build(request.param).items()}
+    for module in models.values():
+        for name, x in module.named_parameters():
+            nn.init.normal_(x, float("norm" in name and name.endswith("weight")), x[0].numel() ** -0.5)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    save(request.param, models, path, "diffusers", TOKENIZER)
+    return path
+
+
+@pytest.fixture
+def ours(folder) -> dict[str, nn.Module]:
+    return load(folder)[1]
+
+
+@pytest.fixture
+def theirs(folder) -> Any:
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+@torch.no_grad()
+def outputs(models: Any) -> tuple[Tensor, Tensor]:
+    """Of the text encoder, (1, 16, 24), and of the U-Net, (2, 4, 6, 10): ours, or those of a pipeline."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 500, (1, 16), generator=generator)
+    latents, t = torch.randn(2, 4, 6, 10, generator=generator), torch.tensor([7, 801])
+    words = torch.randn(2, 16, 24, generator=generator)
+    if isinstance(models, dict):
+        return models["clip"](tokens), models["diffusion"](latents, words, t)
+    return models.text_encoder(tokens).last_hidden_state, models.unet(latents, t, words).sample
+
+
+def error(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
+    """The largest difference, as a share of the output's scale."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs))
+
+
+def bits(models: dict[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": x.clone() for name in models for key, x in models[name].state_dict().items()}
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_diffusers_reads_what_is_written_here(ours, theirs, tmp_path, layout, targets):
+    plain, untouched = outputs(ours), bits(ours)
+    model = nn.ModuleDict({"clip": ours["clip"], "diffusion": ours["diffusion"]})
+    generator = torch.Generator().manual_seed(2)
+    for matrix in attach(model, rank=4, alpha=1.0, targets=targets):
+        matrix.data.normal_(std=0.2, generator=generator)
+    save_lora(model, tmp_path / "x.safetensors", layout)
+    beside = outputs(ours)
+    detach(model)
+    apply(ours, load_lora(tmp_path / "x.safetensors"))
+    merged = outputs(ours)
+    theirs.load_lora_weights(tmp_path / "x.safetensors", local_files_only=True)
+    reference = outputs(theirs)
+    assert error(plain, reference) > 0.01
+    assert error(merged, reference) < 1e-5
+    assert error(beside, reference) < 1e-5
+    remove(ours)
+    assert all(torch.equal(x, untouched[name]) for name, x in bits(ours).items())
+
+
+@pytest.mark.parametrize(
+    ("modules", "more"),
+    [
+        (["to_q", "to_k", "to_v", "to_out.0"], {}),
+        (["to_q", "to_k"], {"alpha_pattern": {"attn2.to_k": 7}}),
+        (["to_k", "proj_in", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1"], {"use_rslora": True}),
+        (["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "downsamplers.0.conv"], {}),
+    ],
+    ids=["attention", "an alpha of its own", "linear, scaled by the root of the rank", "convolutions"],
+)
+def test_what_peft_made_is_read_here(ours, theirs, tmp_path, modules, more):
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(3)
+    random = {"init_lora_weights": False}
+    theirs.unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=modules, **random, **more))
+    theirs.text_encoder.add_adapter(
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "out_proj", "fc1"], **random)
+    )
+    parts = {"unet": theirs.unet, "text_encoder": theirs.text_encoder}
+    theirs.save_lora_weights(
+        tmp_path, *map(get_peft_model_state_dict, parts.values()), **_collate_lora_metadata(parts)
+    )
+    plain, reference = outputs(ours), outputs(theirs)
+    apply(ours, load_lora(tmp_path / "pytorch_lora_weights.safetensors"))
+    assert error(plain, reference) > 0.01
+    assert error(outputs(ours), reference) < 1e-5
+
+
+def test_a_u_net_s_alone_is_read_here(ours, theirs, tmp_path):
+    torch.manual_seed(3)
+    theirs.unet.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
+    theirs.unet.save_lora_adapter(tmp_path)
+    plain, reference = outputs(ours), outputs(theirs)
+    apply(ours, load_lora(tmp_path / "pytorch_lora_weights.safetensors"))
+    assert error(plain[1:], reference[1:]) > 0.01
+    assert error(outputs(ours), reference) < 1e-5
+
+
+def test_weights_and_several_at_once_are_as_in_diffusers(ours, theirs, tmp_path):
+    model = nn.ModuleDict({"clip": ours["clip"], "diffusion": ours["diffusion"]})
+    for seed, name in enumerate("ab"):
+        for matrix in attach(model, rank=2 + seed, targets=(ATTENTION, TEXT_ENCODER)):
+            matrix.data.normal_(std=0.2, generator=torch.Generator().manual_seed(seed))
+        save_lora(model, tmp_path / f"{name}.safetensors")
+        detach(model)
+        theirs.load_lora_weights(tmp_path / f"{name}.safetensors", adapter_name=name, local_files_only=True)
+    theirs.set_adapters(["a", "b"], [0.7, -0.4])
+    apply(ours, load_lora(tmp_path / "a.safetensors"), 0.7)
+    apply(ours, load_lora(tmp_path / "b.safetensors"), -0.4)
+    assert error(outputs(ours), outputs(theirs)) < 1e-5
