@@ -2,11 +2,11 @@
 
 Loaded by MkDocs as a hook. In a chapter,
 
-    $$ x_t = … \tag{forward} $$        is equation `forward`: numbered, rendered as MathML (no script needed),
-                                       with links to the line that computes it and the test that checks it
-    {{ source reifusion.model.ddpm.Sampler.add_noise }}     is that function's code as it is today, with a link
-    {{ value reifusion.model.model_converter.TABLE }}       is the text of that constant
-    [[reifusion/model/ddpm.py:forward]]  is a link to the line of equation `forward`; without `:…`, to the file
+    $$ x_t = … \tag{forward} $$     is equation `forward`: numbered, rendered as MathML (no script needed), with
+                                    links to the line that computes it and the test that checks it
+    {{ source reifusion.model.ddpm.Sampler.add_noise }}   is that function's code as it is today, with a link
+    {{ value reifusion.model.model_converter.TABLE }}     is the text of that constant
+    [[reifusion/model/ddpm.py:forward]]   links to the line of equation `forward`; without `:…`, to the file
 """
 
 from __future__ import annotations
@@ -37,20 +37,27 @@ _known: dict[str, Equation] = {}
 def on_files(files: Files, config: Any) -> Files:
     """Adds a page for every source file, each line with an anchor."""
     _known.update({equation.id: equation for equation in equations()})
-    for path in sorted([*ROOT.glob("reifusion/**/*.py"), *ROOT.glob("tests/equations/*.py")]):
+    for path in sorted(
+        p for part in ("reifusion/**", "bench", "tests/equations") for p in ROOT.glob(f"{part}/*.py")
+    ):
         name = path.relative_to(ROOT).as_posix()
-        files.append(File.generated(config, f"source/{name}.html", content=_source_page(name, path.read_text())))
+        files.append(
+            File.generated(config, f"source/{name}.html", content=_source_page(name, path.read_text()))
+        )
     return files
 
 
 def _source_page(name: str, code: str) -> str:
     """The file as a page that needs nothing else: highlighted, in dark mode too, its lines numbered."""
     light, dark = HtmlFormatter(style="default"), HtmlFormatter(style="github-dark")
-    body = highlight(code, PythonLexer(), HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True))
+    body = highlight(
+        code, PythonLexer(), HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True)
+    )
     body = re.sub(r'(id|name|href)="(#?)L-(\d+)"', r'\1="\2L\3"', body)  # L-12 -> L12, as elsewhere
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}</title><style>
-body {{ font-size: 15px; margin: 1rem; color-scheme: light dark }} pre {{ overflow-x: auto; line-height: 1.45 }}
+body {{ font-size: 15px; margin: 1rem; color-scheme: light dark }}
+pre {{ overflow-x: auto; line-height: 1.45 }}
 a {{ color: inherit; text-decoration: none }} h1 {{ font: 1.2rem sans-serif }} .linenos {{ opacity: .5 }}
 a:target + span, a:target {{ background: #fc08 }}
 {light.get_style_defs(".highlight")}
@@ -75,7 +82,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         text = f"{path.removeprefix('reifusion/')}:{line}" if target else path.removeprefix("reifusion/")
         return f"[`{text}`]({up}source/{path}.html{f'#L{line}' if line else ''})"
 
-    markdown = re.sub(r"^\{\{ value ([\w.]+) \}\}$", lambda m: f"```\n{_value(m[1])}\n```\n", markdown, flags=re.M)
+    markdown = re.sub(
+        r"^\{\{ value ([\w.]+) \}\}$", lambda m: f"```\n{_value(m[1])}\n```\n", markdown, flags=re.M
+    )
     markdown = re.sub(r"^\{\{ source ([\w.]+) \}\}$", excerpt, markdown, flags=re.M)
     return re.sub(r"\[\[([\w/.]+\.py(?::[\w-]+)?)\]\]", link, markdown)
 
@@ -109,7 +118,7 @@ def _equation(id: str, page: Any) -> Equation:
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
-    """Formulas to MathML; a numbered one gets its anchor, its number and the links to its line and its test."""
+    """Formulas to MathML; a numbered one gets its anchor, its number, and links to its line and its test."""
     up = "../" * page.file.src_uri.count("/")
 
     def inline(match: re.Match[str]) -> str:
@@ -122,8 +131,12 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
             return f'<div class="formula">{_mathml(latex, "block", page)}</div>'
         equation = _equation(tag[1], page)
         links = [
-            f'<a href="{up}source/{equation.path}.html#L{equation.line}">{equation.place}</a>' if equation.path else "",
-            f'<a href="{up}source/{equation.test_path}.html#L{equation.test_line}">test</a>' if equation.test_path else "",
+            f'<a href="{up}source/{equation.path}.html#L{equation.line}">{equation.place}</a>'
+            if equation.path
+            else "",
+            f'<a href="{up}source/{equation.test_path}.html#L{equation.test_line}">test</a>'
+            if equation.test_path
+            else "",
         ]
         return (
             f'<div class="formula" id="eq-{equation.id}">{_mathml(latex.replace(tag[0], ""), "block", page)}'

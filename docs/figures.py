@@ -24,7 +24,7 @@ def strip(pictures: Sequence[Image.Image], labels: Sequence[str] = (), side: int
 
 
 def show(picture: Any, alt: str, caption: str = "") -> str:
-    """A PIL picture or a matplotlib figure as HTML, to print. alt says what is to be seen, for who cannot see it."""
+    """A PIL picture or a matplotlib figure as HTML, to print. alt says what is to be seen."""
     file = io.BytesIO()
     if isinstance(picture, Image.Image):
         picture.save(file, "PNG")

@@ -271,12 +271,16 @@ def explain(context: typer.Context) -> None:
 @app.command()
 def check(
     what: Annotated[str, typer.Argument(help="exercise", show_default=False)],
-    number: Annotated[int, typer.Argument(help="Which one; the book's last chapter has them.", show_default=False)],
+    number: Annotated[
+        int, typer.Argument(help="Which one; the book's last chapter has them.", show_default=False)
+    ],
     file: Annotated[Path, typer.Argument(help="The file with your function.", show_default=False)],
 ) -> None:
     """Tells whether your answer to an exercise of the book is right."""
     if what != "exercise":
-        raise InputError(f"what can be checked is an exercise, as in: reifusion check exercise 1 mine.py, not {what!r}")
+        raise InputError(
+            f"what can be checked is an exercise, as in: reifusion check exercise 1 mine.py, not {what!r}"
+        )
     from .explain.exercises import check as check_exercise
 
     right, sentence = check_exercise(number, file)

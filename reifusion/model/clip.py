@@ -88,6 +88,7 @@ class CLIPEmbedding(nn.Module):
         length = tokens.shape[-1]
         if length > len(self.position):
             raise ValueError(f"{length} tokens are too many: this model has {len(self.position)} positions")
+        # [token-embedding] Eq. 2, Radford et al. 2018: h₀ = U Wₑ + W_p
         return self.token(tokens) + self.position[:length]
 
 
@@ -112,7 +113,7 @@ class CLIPLayer(nn.Module):
 
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI's CLIP was trained with this approximation, so the exact GELU in its place is wrong."""
-    # §2, Hendrycks & Gimpel 2016: GELU(x) ≈ x σ(1.702 x)
+    # [quick-gelu] §2, Hendrycks & Gimpel 2016: GELU(x) ≈ x σ(1.702 x)
     return x * torch.sigmoid(1.702 * x)
 
 

@@ -60,13 +60,19 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The forward process that the U-Net was trained to undo (Ho et al. 2020, §2)."""
+    """The forward process that the U-Net was trained to undo (Ho et al. 2020, §2).
+
+    For "flow", that is the straight line from picture to noise (Liu et al. 2022), and only the number of
+    steps counts: what the U-Net sees as the time is σ in [0, 1], times that number.
+    """
 
     num_training_steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     beta_schedule: str = "scaled_linear"  # or "linear"
-    prediction_type: str = "epsilon"  # what the U-Net's output means; or "v_prediction"
+    prediction_type: str = "epsilon"  # what the U-Net's output means; or "v_prediction"; "flow", see above
+    zero_terminal_snr: bool = False  # nothing but noise at the last step (Lin et al. 2023), for v_prediction
+    timestep_spacing: str | None = None  # the samplers' own, or "trailing": beginning at the last step
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,18 @@ class Sampler:
 
     generator: see `randn`. num_training_steps, beta_start, beta_end and beta_schedule ("scaled_linear",
     Stable Diffusion's, or "linear", DDPM's) describe the forward process that the network was trained
-    on; prediction_type says what its output means: the noise ("epsilon") or the velocity
-    ("v_prediction"). The defaults are Stable Diffusion 1.5's. Raises ValueError for other names.
+    on; with zero_terminal_snr it ends in noise alone. prediction_type says what the network's output means:
+    the noise ("epsilon") or the velocity ("v_prediction"); None is the first of `prediction_types`.
+    timestep_spacing "trailing" begins at the last timestep; None is the sampler's own choice, but for
+    zero_terminal_snr "trailing" too. These names are `ScheduleConfig`'s, and the defaults Stable Diffusion
+    1.5's. Raises ValueError for other names, and for zero_terminal_snr with "epsilon".
 
     A new sampler has all num_training_steps timesteps; `set_inference_timesteps` picks fewer.
     Steps are computed in float32, or float64 for float64 latents, and returned in the latents' dtype.
     """
+
+    prediction_types: tuple[str, ...] = ("epsilon", "v_prediction")
+    _least_alpha_bar = 0.0
 
     def __init__(
         self,
@@ -55,22 +61,42 @@ class Sampler:
         beta_end: float = 0.0120,
         *,
         beta_schedule: str = "scaled_linear",
-        prediction_type: str = "epsilon",
+        prediction_type: str | None = None,
+        zero_terminal_snr: bool = False,
+        timestep_spacing: str | None = None,
     ) -> None:
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', not {prediction_type!r}")
+        self.prediction_type = self.prediction_types[0] if prediction_type is None else prediction_type
+        if self.prediction_type not in self.prediction_types:
+            known = " or ".join(map(repr, self.prediction_types))
+            raise ValueError(f"prediction_type must be {known}, not {prediction_type!r}")
+        if timestep_spacing not in (None, "trailing"):
+            raise ValueError(f"timestep_spacing must be 'trailing' or None, not {timestep_spacing!r}")
+        if zero_terminal_snr and self.prediction_type != "v_prediction":
+            raise ValueError(
+                "zero_terminal_snr is for prediction_type 'v_prediction': where all is noise, 'epsilon' says "
+                "nothing of the picture, and 'flow' begins there anyway"
+            )
         if beta_schedule == "linear":  # Ho et al. 2020, §4
             self.betas = torch.linspace(beta_start, beta_end, num_training_steps, dtype=torch.float64)
-        elif beta_schedule == "scaled_linear":  # Rombach et al. 2022's code: linear in √β
+        elif beta_schedule == "scaled_linear":
+            # [betas] Rombach et al. 2022's code: linear in √β
             root = torch.linspace(beta_start**0.5, beta_end**0.5, num_training_steps, dtype=torch.float64)
             self.betas = root**2
         else:
             raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', not {beta_schedule!r}")
         self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # ᾱₜ = α₀ α₁ … αₜ, from almost 1 to almost 0
+        # [alphas-cumprod] §2, Ho et al. 2020: ᾱₜ = α₀ α₁ … αₜ, from almost 1 to almost 0
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        if zero_terminal_snr:
+            # [zero-snr] Algorithm 1, Lin et al. 2023: √ᾱₜ ← (√ᾱₜ - √ᾱ_T) √ᾱ₁ / (√ᾱ₁ - √ᾱ_T), as it was at 1
+            root = self.alphas_cumprod.sqrt()
+            self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+            self.alphas[1:] = self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]
+            self.betas = 1.0 - self.alphas
+            self.alphas_cumprod.clamp_(min=self._least_alpha_bar)
         self.generator = generator
         self.num_training_steps = num_training_steps
-        self.prediction_type = prediction_type
+        self._trailing = zero_terminal_snr or timestep_spacing == "trailing"
         self.set_inference_timesteps(num_training_steps)
 
     # Which timesteps
@@ -105,50 +131,66 @@ class Sampler:
         n = N the offset would lead to t = N, which was never trained (the reference crashes, CompVis #342):
         there is no room for it, and the timesteps are N - 1 … 0.
         """
+        if self._trailing:
+            return self._trailed(n)
         offset = 1 if n < self.num_training_steps else 0
         return torch.arange(n).flip(0) * (self.num_training_steps // n) + offset
+
+    def _trailed(self, n: int) -> Tensor:
+        """`trailing` spacing (Lin et al. 2023, Table 2): N, N - N/n, N - 2N/n, … rounded, and all less 1."""
+        back = torch.arange(n, dtype=torch.float64) * self.num_training_steps / n
+        return (self.num_training_steps - back).round().long() - 1
 
     def _start(self, timesteps: Tensor) -> None:
         """Begins anew with these timesteps. Samplers that remember earlier steps forget them here."""
         self.timesteps = timesteps
         self._due = 0  # the index into self.timesteps of the step that comes next
 
-    def _index(self, t: int | Tensor) -> int:
+    def _index(self, t: float | Tensor) -> int:
         """Where t stands in `timesteps`. Some samplers visit a timestep twice: then the visit that is due."""
-        if self._due < len(self.timesteps) and int(self.timesteps[self._due]) == int(t):
+        t = float(t)
+        at = (self.timesteps - t).abs() <= 1e-6 * t  # not ==, as a fraction may have been through float32
+        if self._due < len(at) and at[self._due]:
             return self._due
-        found = (self.timesteps == int(t)).nonzero()
+        found = at.nonzero()
         if len(found) == 0:
-            raise ValueError(f"timestep {int(t)} is not one of this sampler's .timesteps")
+            raise ValueError(f"timestep {t:g} is not one of this sampler's .timesteps")
         return int(found[0])
 
     # The forward process
 
-    def _signal_and_noise(self, t: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱₜ and √(1 - ᾱₜ), shaped to broadcast over x (B, …), in x's dtype and on its device."""
         t = torch.as_tensor(t, device=x.device).long().reshape(-1, *[1] * (x.ndim - 1))
         signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         return signal.to(x.dtype).to(x.device)[t], noise.to(x.dtype).to(x.device)[t]
 
-    def add_noise(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
+    def add_noise(self, x0: Tensor, t: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """Draws xₜ ~ q(xₜ | x₀): the clean latents x0 (B, …) as they would be at timestep t.
 
-        t: an int, or a tensor of shape () or (B,), on any device and of any dtype, each in
-        [0, num_training_steps). noise: ε, like x0; drawn with the sampler's generator if None.
+        t: a number, or a tensor of shape () or (B,), on any device and of any dtype; whole numbers in
+        [0, num_training_steps), but for `FlowSampler` any in [0, num_training_steps]. noise: ε, like x0;
+        drawn with the sampler's generator if None.
         Returns a new tensor of x0's shape and dtype.
         """
         noise = randn(x0.shape, self.generator) if noise is None else noise
         x, eps = _exact(x0), noise.to(x0.device)
         signal, sigma = self._signal_and_noise(t, x)
-        # Eq. 4, Ho et al. 2020: q(xₜ | x₀) = N(xₜ; √ᾱₜ x₀, (1 - ᾱₜ) I)
+        # [forward] Eq. 4, Ho et al. 2020: q(xₜ | x₀) = N(xₜ; √ᾱₜ x₀, (1 - ᾱₜ) I)
         return (signal * x + sigma * eps).to(x0.dtype)
 
-    def velocity(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+    def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
         """What a v_prediction network is trained to output, for the arguments of `add_noise`."""
         x, eps = _exact(x0), noise.to(x0.device)
         signal, sigma = self._signal_and_noise(t, x)
-        # §4, Salimans & Ho 2022: v = αₜ ε - σₜ x₀, with αₜ = √ᾱₜ and σₜ = √(1 - ᾱₜ)
+        # [velocity] §4, Salimans & Ho 2022: v = αₜ ε - σₜ x₀, with αₜ = √ᾱₜ and σₜ = √(1 - ᾱₜ)
         return (signal * eps - sigma * x).to(x0.dtype)
+
+    def target(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
+        """What the network is trained to output, for the arguments of `add_noise`: noise or velocity."""
+        if self.prediction_type == "epsilon":
+            return noise.to(x0.device, x0.dtype)
+        return self.velocity(x0, t, noise)
 
     # The way back
 
@@ -157,11 +199,11 @@ class Sampler:
         """What to multiply standard normal noise by, to start from."""
         return 1.0
 
-    def scale_model_input(self, x: Tensor, t: int | Tensor) -> Tensor:
+    def scale_model_input(self, x: Tensor, t: float | Tensor) -> Tensor:
         """The latents as the network wants to see them at timestep t: of variance 1."""
         return x
 
-    def predict(self, t: int | Tensor, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, t: float | Tensor, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
         """(x₀, ε): the clean latents and the noise that, by the network's output, `latents` are made of.
 
         Both have the latents' shape and dtype. latents are in the sampler's own scaling, as in `step`.
@@ -170,14 +212,14 @@ class Sampler:
         x, output = _exact(self.scale_model_input(_exact(latents), t)), _exact(model_output)
         signal, sigma = self._signal_and_noise(t, x)
         if self.prediction_type == "epsilon":
-            # Eq. 15, Ho et al. 2020: x₀ ≈ (xₜ - √(1 - ᾱₜ) ε(xₜ)) / √ᾱₜ
+            # [x0-from-eps] Eq. 15, Ho et al. 2020: x₀ ≈ (xₜ - √(1 - ᾱₜ) ε(xₜ)) / √ᾱₜ
             x0, eps = (x - sigma * output) / signal, output
         else:
-            # App. D, Salimans & Ho 2022: x₀ = αₜ xₜ - σₜ v and ε = αₜ v + σₜ xₜ
+            # [x0-from-v] App. D, Salimans & Ho 2022: x₀ = αₜ xₜ - σₜ v and ε = αₜ v + σₜ xₜ
             x0, eps = signal * x - sigma * output, signal * output + sigma * x
         return x0.to(latents.dtype), eps.to(latents.dtype)
 
-    def step(self, t: int | Tensor, latents: Tensor, model_output: Tensor) -> Tensor:
+    def step(self, t: float | Tensor, latents: Tensor, model_output: Tensor) -> Tensor:
         """One step towards the picture: the latents at the timestep that follows t.
 
         t: one of `.timesteps`, in order. latents and model_output: (B, …), the network's output after any
@@ -207,7 +249,7 @@ class DDPMSampler(Sampler):
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
         x0, _ = self.predict(t, x, model_output)
-        # Eq. 7, Ho et al. 2020: μ̃ₜ = √ᾱₜ₋₁ βₜ / (1 - ᾱₜ) x₀ + √αₜ (1 - ᾱₜ₋₁) / (1 - ᾱₜ) xₜ
+        # [posterior-mean] Eq. 7, Ho et al. 2020: μ̃ₜ = √ᾱₜ₋₁ βₜ / (1 - ᾱₜ) x₀ + √αₜ (1 - ᾱₜ₋₁) / (1 - ᾱₜ) xₜ
         # With Eq. 15 for x₀ this is Eq. 11: μ = (xₜ - βₜ / √(1 - ᾱₜ) ε) / √αₜ, the form most often quoted.
         mean = (
             math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * x0
@@ -215,8 +257,9 @@ class DDPMSampler(Sampler):
         )
         if last:
             return mean  # Algorithm 2: no noise after the last step
-        # Eq. 7: β̃ₜ = (1 - ᾱₜ₋₁) / (1 - ᾱₜ) βₜ
+        # [posterior-variance] Eq. 7, Ho et al. 2020: β̃ₜ = (1 - ᾱₜ₋₁) / (1 - ᾱₜ) βₜ
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+        # [reverse-step] Algorithm 2, line 4, Ho et al. 2020: xₜ₋₁ = μ + √β̃ₜ z
         return mean + math.sqrt(variance) * self._noise(x)
 
 

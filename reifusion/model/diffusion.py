@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import CrossAttention, SelfAttention
+from .attention import CrossAttention, SelfAttention, Words
 from .config import UNetConfig
+from .fast import Conv2d, Linear, geglu, upsampled
 
 Layer = tuple  # ("conv" | "res" | "attention" | "down" | "up", channels in, channels out)
 
@@ -74,12 +75,17 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     Source: Vaswani et al. 2017, §3.5.
     """
     half = width // 2
-    # §3.5, Vaswani et al. 2017: ω_i = 10000^(−i / half), i = 0 … half−1
+    # [time-embedding] §3.5, Vaswani et al. 2017: ω_i = 10000^(−i / half), i = 0 … half−1
     frequencies = torch.exp(
         -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     )
     angles = t.float()[:, None] * frequencies  # (B,) -> (B, half)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def as_many_as(many: Tensor | Words, x: Tensor) -> Tensor:
+    """The batch x, over again until it is as long as the other: (B, …) -> (B', …)"""
+    return x if len(x) == len(many) else torch.cat([x] * (len(many) // len(x)))
 
 
 class TimeEmbedding(nn.Module):
@@ -88,8 +94,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.linear_1 = nn.Linear(width, 4 * width)
-        self.linear_2 = nn.Linear(4 * width, 4 * width)
+        self.linear_1 = Linear(width, 4 * width)
+        self.linear_2 = Linear(4 * width, 4 * width)
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,), any dtype -> (B, 4·width)"""
@@ -103,18 +109,21 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_width: int, groups: int):
         super().__init__()
         self.norm_1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
-        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_width, out_channels)
+        self.conv_1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = Linear(time_width, out_channels)
         self.norm_2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
-        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_2 = Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, in, H, W), time (B, time_width) -> (B, out, H, W)"""
+        # [silu] §2, Hendrycks & Gimpel 2016: SiLU(x) = x σ(x)
         h = self.conv_1(F.silu(self.norm_1(x)))
-        h = h + self.time(F.silu(time))[:, :, None, None]  # one number per channel, the same at every pixel
+        shift = as_many_as(h, self.time(F.silu(time)))
+        h = h + shift[:, :, None, None]  # one number per channel, the same at every pixel
         h = self.conv_2(F.silu(self.norm_2(h)))
+        # [residual-block] Eq. 2, He et al. 2016: y = W_s x + f(x)
         return self.skip(x) + h
 
 
@@ -123,14 +132,13 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(width, 8 * width)
-        self.linear_2 = nn.Linear(4 * width, width)
+        self.linear_1 = Linear(width, 8 * width)
+        self.linear_2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) -> (B, L, width)"""
-        # Eq. 5, Shazeer 2020: GEGLU(x) = (xW + b) ⊗ GELU(xV + c), with the exact GELU
-        value, gate = self.linear_1(x).chunk(2, dim=-1)
-        return self.linear_2(value * F.gelu(gate))
+        # [geglu] Eq. 5, Shazeer 2020: GEGLU(x) = (xW + b) ⊗ GELU(xV + c), with the exact GELU
+        return self.linear_2(geglu(x, self.linear_1))  # width -> 4·width -> width
 
 
 class AttentionBlock(nn.Module):
@@ -151,10 +159,10 @@ class AttentionBlock(nn.Module):
         self.proj_out = self._projection(channels)
 
     def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
+        return Linear(channels, channels) if self.linear_projection else Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, H, W), context (B, S, context_width) -> (B, C, H, W)"""
+    def forward(self, x: Tensor, context: Tensor | Words) -> Tensor:
+        """x (B, C, H, W), context (B', S, context_width) -> (B', C, H, W); B' is a multiple of B"""
         height, width = x.shape[-2:]
         h = self.norm(x)
         if not self.linear_projection:
@@ -163,6 +171,7 @@ class AttentionBlock(nn.Module):
         if self.linear_projection:
             h = self.proj_in(h)
         h = h + self.self_attention(self.norm_1(h))
+        x, h = as_many_as(context, x), as_many_as(context, h)  # from here on, the halves of guidance differ
         h = h + self.cross_attention(self.norm_2(h), context)
         h = h + self.feed_forward(self.norm_3(h))
         if self.linear_projection:
@@ -178,7 +187,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉)"""
@@ -190,17 +199,19 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, C, h, w), size (H, W) -> (B, C, H, W)"""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return upsampled(x, self.conv, size)
 
 
 class SwitchSequential(nn.Sequential):
     """Layers one after the other; each gets, beside x, what its kind needs."""
 
-    def forward(self, x: Tensor, context: Tensor, time: Tensor, size: torch.Size | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | Words, time: Tensor, size: torch.Size | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResidualBlock):
                 x = layer(x, time)
@@ -223,7 +234,7 @@ class UNet(nn.Module):
 
         def build(row: list[Layer]) -> SwitchSequential:
             make = {
-                "conv": lambda i, o: nn.Conv2d(i, o, 3, padding=1),
+                "conv": lambda i, o: Conv2d(i, o, 3, padding=1),
                 "res": lambda i, o: ResidualBlock(i, o, time_width, config.groups),
                 "attention": lambda i, o: AttentionBlock(o, config),
                 "down": lambda i, o: Downsample(o),
@@ -237,10 +248,14 @@ class UNet(nn.Module):
         self.middle = build(middle)
         self.up = nn.ModuleList(build(row) for row in up)
         self.norm = nn.GroupNorm(config.groups, config.channels[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, context: Tensor, t: Tensor) -> Tensor:
-        """latents (B, 4, h, w) of any size, context (B, S, width), t (B,) in [0, 1000) -> (B, 4, h, w)"""
+    def forward(self, latents: Tensor, context: Tensor | Words, t: Tensor) -> Tensor:
+        """latents (B, 4, h, w) of any size, context (B', S, width), t (B,) or (1,), 0 … 1000 -> (B', 4, h, w)
+
+        B' is B, or a multiple: the same latents under other words, as guidance needs them, are computed once
+        until they meet the first of the words.
+        """
         time = self.time_embedding(t)  # (B,) -> (B, 1280)
         x, pile = latents, []
         for block in self.down:
@@ -248,9 +263,8 @@ class UNet(nn.Module):
             pile.append(x)
         x = self.middle(x, context, time)
         for block in self.up:
-            x = torch.cat(
-                [x, pile.pop()], dim=1
-            )  # the skip: (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)
+            skip = as_many_as(x, pile.pop())
+            x = torch.cat([x, skip], dim=1)  # (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)
             x = block(x, context, time, size=pile[-1].shape[-2:] if pile else None)
         return self.conv_out(F.silu(self.norm(x)))
 

@@ -18,6 +18,7 @@ EPS = 1e-6  # of the VAE's GroupNorms; PyTorch's default of 1e-5 shifts colours 
 
 def scale_latents(z: Tensor, config: VAEConfig) -> Tensor:
     """The VAE's own z -> the latents that everything outside it speaks of (unit variance)."""
+    # [scale-factor] App. G, Rombach et al. 2022: z ← z / σ̂, where the factor is 1 / σ̂
     return z * config.scale_factor
 
 
@@ -31,6 +32,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
+        # [group-norm] Eq. 1, 2 and 6, Wu & He 2018: γ (x - E[x]) / √(Var[x] + ε) + β, in each group
         self.norm_1 = nn.GroupNorm(groups, in_channels, eps=EPS)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm_2 = nn.GroupNorm(groups, out_channels, eps=EPS)
@@ -128,6 +130,6 @@ class Encoder(nn.Module):
         mean, log_variance = self.moments(image)
         if noise is None:
             return scale_latents(mean, self.config)
-        # Eq. 10, Kingma & Welling 2014: z = μ + σ ⊙ ε,  ε ~ N(0, I),  σ = exp(½ log σ²)
+        # [reparameterisation] Eq. 10, Kingma & Welling 2014: z = μ + σ ⊙ ε,  ε ~ N(0, I),  σ = exp(½ log σ²)
         z = mean + torch.exp(0.5 * log_variance) * noise
         return scale_latents(z, self.config)

@@ -202,9 +202,17 @@ beta_start          beta_start
 beta_end            beta_end
 beta_schedule       beta_schedule
 prediction_type     prediction_type           "epsilon"
-=                   rescale_betas_zero_snr    false
+zero_terminal_snr   rescale_betas_zero_snr    false
 =                   trained_betas             null
+
+[flow scheduler]
+num_training_steps  num_train_timesteps
+=                   invert_sigmas             false
+=                   shift                     1.0
+=                   shift_terminal            null
+=                   use_dynamic_shifting      false
 """
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # the one class there that has no β
 
 # In the files, and of no use here: the schedule's constants, moving averages of the weights, what was needed
 # in training only, the safety checker, and the parts of CLIP that Stable Diffusion leaves out.
@@ -386,10 +394,18 @@ def load_from_standard_weights(
     return model_loader.read_states(path, device)
 
 
+def _config_sections(flow: bool) -> dict[str, list[list[str]]]:
+    """`CONFIGS` with the schedule that is meant, either of β or of a flow."""
+    sections = _sections(CONFIGS)
+    of_flow = sections.pop("flow scheduler")
+    return sections | {"scheduler": of_flow} if flow else sections
+
+
 def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "diffusers") -> ModelConfig:
     """The contents of the `config.json`s in text_encoder/, vae/, unet/ and scheduler/ -> our config."""
     fields: dict[str, dict[str, Any]] = {}
-    for part, rows in _sections(CONFIGS).items():
+    flow = jsons["scheduler"].get("_class_name") == FLOW_SCHEDULER
+    for part, rows in _config_sections(flow).items():
         fields[part] = {}
         for field, key, *absent in rows:
             if key not in jsons[part] and not absent:
@@ -399,6 +415,11 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
                 fields[part][field] = tuple(value) if isinstance(value, list) else value
             elif value != json.loads(absent[0]):
                 raise ModelError(f"its {part} has {key} = {value!r}, which is not built in")
+    if flow:
+        fields["scheduler"]["prediction_type"] = "flow"
+    elif jsons["scheduler"].get("timestep_spacing") == "trailing":  # else it is the samplers' own here
+        implied = fields["scheduler"]["zero_terminal_snr"]
+        fields["scheduler"]["timestep_spacing"] = None if implied else "trailing"
     unet = fields["unet"]
     unet["attention"] = tuple("CrossAttn" in kind for kind in jsons["unet"]["down_block_types"])
     if isinstance(unet["heads"], tuple):  # of each level; SD 2.x, where the heads' width is the same in all
@@ -421,7 +442,8 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Our config -> the contents of the `config.json`s of diffusers, by folder."""
     ours = {"text_encoder": config.clip, "vae": config.vae, "unet": config.unet, "scheduler": config.schedule}
     jsons: dict[str, dict[str, Any]] = {part: {} for part in ours}
-    for part, rows in _sections(CONFIGS).items():
+    flow = config.schedule.prediction_type == "flow"
+    for part, rows in _config_sections(flow).items():
         for field, key, *value in rows:
             jsons[part][key] = json.loads(value[0]) if field == "=" else getattr(ours[part], field)
     attention, levels = config.unet.attention, len(config.vae.channels)
@@ -448,11 +470,16 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     }
     if config.unet.head_width is not None:
         jsons["unet"]["attention_head_dim"] = [config.unet.heads_at(c) for c in config.unet.channels]
+    if flow:
+        jsons["scheduler"]["_class_name"] = FLOW_SCHEDULER
+        return jsons
     jsons["scheduler"] |= {  # SD 1.x's own sampler; a pipeline can be given another
-        "_class_name": "PNDMScheduler",
+        "_class_name": "DDIMScheduler" if config.schedule.zero_terminal_snr else "PNDMScheduler",
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
         "clip_sample": False,  # for the samplers that would, by default, clip x̂₀ to [−1, 1]
         "steps_offset": 1,
     }
+    if config.schedule.zero_terminal_snr or config.schedule.timestep_spacing:
+        jsons["scheduler"]["timestep_spacing"] = "trailing"
     return jsons

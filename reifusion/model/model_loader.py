@@ -460,6 +460,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """All but the tokenizer of what `diffusers.StableDiffusionPipeline.from_pretrained` opens."""
+    configs = config_to_diffusers(config)
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.30.0",
@@ -467,7 +468,7 @@ def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
+        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -475,7 +476,7 @@ def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
     }
     folder.mkdir()
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    for part, values in config_to_diffusers(config).items():
+    for part, values in configs.items():
         (folder / part).mkdir()
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         (folder / part / name).write_text(json.dumps(values, indent=2))

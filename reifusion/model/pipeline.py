@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .attention import Words
 from .clip import Tokenizer
 from .config import MINI, SD15, ModelConfig
 from .ddpm import Sampler, randn
@@ -35,7 +36,7 @@ class Step:
 
     index: int  # 0 … total - 1
     total: int
-    t: int  # the timestep: how noisy x_t is, from 999 down
+    t: float  # the timestep: how noisy x_t is, from 999 down; an int, but for rectified flow
     x_t: Tensor  # the latents before the step
     x0: Tensor  # the clean latents that the network sees in them; `decode` shows them
     eps: Tensor  # the noise it sees, after guidance
@@ -99,16 +100,20 @@ class StableDiffusion:
         """The loop of `generate`, one `Step` at a time; the arguments are the fields of `Request`."""
         request = prompt if isinstance(prompt, Request) else Request(prompt, *args, **settings)
         width, height = request.size(self.config)
+        generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        sampler = self._sampler(request, generators)
         guided = request.do_cfg and request.cfg_scale != 1
 
         # 1. Text encoding: B prompts -> (B, 77, 768); with guidance (2B, 77, 768), the negative prompts last
         context = self.encode_text(request.prompts + request.negatives * guided, request.clip_skip)
 
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
-        generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-        sampler = self._sampler(request, generators)
         channels, factor = self.config.vae.latent_channels, self.config.vae.factor
         noise = randn((len(generators), channels, height // factor, width // factor), generators)
+        if request.noise is not None:  # the generators have gone on all the same: later noise is not this one
+            if request.noise.shape != noise.shape:
+                raise ValueError(f"noise must be {tuple(noise.shape)}, not {tuple(request.noise.shape)}")
+            noise = request.noise.float()
         noise = noise.to(self.device)
         original = mask = None
         if request.picture is None:
@@ -120,17 +125,19 @@ class StableDiffusion:
         extra = self._extra_channels(request, width, height)
 
         # 3. Denoising loop
+        words = Words(context)
         with self._borrow("diffusion") as unet:
             for index, t in enumerate(sampler.timesteps):
                 x = sampler.scale_model_input(latents, t)
                 if extra is not None:
                     x = torch.cat([x, extra.expand(len(x), -1, -1, -1)], dim=1)
-                x = x.repeat(1 + guided, 1, 1, 1)  # both halves of the guidance in one pass
-                output = unet(x.to(_dtype(unet)), context, t.repeat(len(x)).to(self.device)).float()
+                # x (B, …) under 2B prompts -> (2B, …): both halves of the guidance in one pass
+                output = unet(x.to(_dtype(unet)), words, t.float().reshape(1).to(self.device)).float()
                 cond, uncond = output.chunk(2) if guided else (output, None)
                 if uncond is not None:
-                    # Eq. 6, Ho & Salimans 2022, with s = 1 + w: ε = ε_uncond + s (ε_cond - ε_uncond)
+                    # [guidance] Eq. 6, Ho & Salimans 2022, s = 1 + w: ε = ε_uncond + s (ε_cond - ε_uncond)
                     output = uncond + request.cfg_scale * (cond - uncond)
+                    output = _rescaled(output, cond, request.guidance_rescale)
                 x0, eps = sampler.predict(t, latents, output)
                 eps_cond = sampler.predict(t, latents, cond)[1]
                 eps_uncond = None if uncond is None else sampler.predict(t, latents, uncond)[1]
@@ -141,7 +148,7 @@ class StableDiffusion:
                     known = sampler.add_noise(original, later, noise) if len(later) else original
                     after = mask * after + (1 - mask) * known
                 total = len(sampler.timesteps)
-                yield Step(index, total, int(t), latents, x0, eps, eps_cond, eps_uncond, after)
+                yield Step(index, total, t.item(), latents, x0, eps, eps_cond, eps_uncond, after)
                 latents = after
 
     @torch.inference_mode()
@@ -200,15 +207,7 @@ class StableDiffusion:
         return torch.cat([F.max_pool2d(redraw, vae.factor).to(self.device), rest], dim=1)
 
     def _sampler(self, request: Request, generators: list[torch.Generator]) -> Sampler:
-        schedule = self.config.schedule
-        sampler = SAMPLERS[request.sampler_name](
-            generators,
-            schedule.num_training_steps,
-            schedule.beta_start,
-            schedule.beta_end,
-            beta_schedule=schedule.beta_schedule,
-            prediction_type=schedule.prediction_type,
-        )
+        sampler = SAMPLERS[request.sampler(self.config)](generators, **asdict(self.config.schedule))
         sampler.set_inference_timesteps(request.n_inference_steps)
         return sampler
 
@@ -220,6 +219,17 @@ class StableDiffusion:
         finally:
             if self.idle_device is not None:
                 self.models[name].to(self.idle_device)
+
+
+def _rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """The guided prediction (B, …), its contrast brought nearer to that of cond, by φ in [0, 1]."""
+    if phi == 0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    # Eq. 15, Lin et al. 2023: x_rescaled = x_cfg σ_pos / σ_cfg, with each image's own σ
+    rescaled = guided * cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    # Eq. 16: x_final = φ x_rescaled + (1 - φ) x_cfg
+    return phi * rescaled + (1 - phi) * guided
 
 
 def _dtype(network: nn.Module) -> torch.dtype:
@@ -302,14 +312,16 @@ def generate(
     num_images: int = 1,
     mask: Picture | None = None,
     clip_skip: int = 0,
+    guidance_rescale: float = 0.0,
     callback: Callable[[Step], Any] | None = None,
     progress: bool = True,
 ) -> Image.Image | list[Image.Image]:
     """Draws, with the seed's call: `StableDiffusion.generate` without a `StableDiffusion`.
 
-    models: the seed's dict of networks (clip, encoder, decoder, diffusion), a `StableDiffusion`, or None,
-    the mini. device: None for where they are. idle_device: where networks wait while not in use. tokenizer:
-    None for the models' own, which for a dict is CLIP's. The rest is that of `StableDiffusion.generate`.
+    sampler_name: the default gives way to "flow" for a model trained for that. models: the seed's dict of
+    networks (clip, encoder, decoder, diffusion), a `StableDiffusion`, or None, the mini. device: None for
+    where they are. idle_device: where networks wait while not in use. tokenizer: None for the models' own,
+    which for a dict is CLIP's. The rest is that of `StableDiffusion.generate`.
     """
     if models is None:
         pipe = _mini(device)
@@ -332,7 +344,7 @@ def generate(
         strength,
         do_cfg,
         cfg_scale,
-        sampler_name,
+        None if sampler_name == "ddpm" else sampler_name,
         n_inference_steps,
         seed,
         height=height,
@@ -340,6 +352,7 @@ def generate(
         num_images=num_images,
         mask=mask,
         clip_skip=clip_skip,
+        guidance_rescale=guidance_rescale,
         callback=callback,
         progress=progress,
     )

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from .config import ModelConfig
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, samplers_for
 
 Picture = Image.Image | np.ndarray | str | os.PathLike  # arrays: uint8, (H, W), (H, W, 3) or (H, W, 4)
 
@@ -32,7 +33,7 @@ class Request:
     strength: float = 0.8  # of img2img, in (0, 1]: how much noise the picture gets
     do_cfg: bool = True  # classifier-free guidance; without it, uncond_prompt is not used
     cfg_scale: float = 7.5  # s in the guidance equation; 1 is the same as none, and twice as fast
-    sampler_name: str = "ddpm"  # one of SAMPLERS
+    sampler_name: str | None = None  # one of SAMPLERS; None: "ddpm", or "flow" for a model trained for that
     n_inference_steps: int = 50  # 1 … 1000
     seed: int | None = None  # picture k is drawn from seed + k; None: a new one, see picture.info["seed"]
     _: KW_ONLY
@@ -41,6 +42,8 @@ class Request:
     num_images: int = 1  # for each prompt
     mask: Picture | None = None  # inpainting: white is redrawn, black is kept; as large as input_image
     clip_skip: int = 0  # layers of the text encoder to leave out, from the end
+    noise: Tensor | None = None  # what to start from, (B, 4, H/8, W/8); None: drawn from the seeds
+    guidance_rescale: float = 0.0  # 0 … 1: how much of the contrast that guidance adds is taken back
 
     def __post_init__(self) -> None:
         prompts = _texts(self.prompt)
@@ -51,12 +54,14 @@ class Request:
             raise ValueError(
                 f"{len(prompts)} prompts need as many negative ones, or one, not {len(negatives)}"
             )
-        if self.sampler_name not in SAMPLERS:
+        if self.sampler_name not in (None, *SAMPLERS):
             raise ValueError(f"there is no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
         if not 0 < _number(self.strength, "strength") <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
         if not math.isfinite(_number(self.cfg_scale, "cfg_scale")):
             raise ValueError(f"cfg_scale must be a finite number, not {self.cfg_scale}")
+        if not 0 <= _number(self.guidance_rescale, "guidance_rescale") <= 1:
+            raise ValueError(f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}")
         if self.seed is None:
             self.seed = secrets.randbelow(2**32)
         self.seed = _whole(self.seed, "the seed", 0, 2**63 - 1)
@@ -74,6 +79,18 @@ class Request:
         self.prompts = [text for text in prompts for _ in range(self.num_images)]
         self.negatives = [text for text in negatives for _ in range(self.num_images)]
         self.seeds = [self.seed + k for k in range(len(self.prompts))]
+
+    def sampler(self, config: ModelConfig) -> str:
+        """The name of the sampler, as asked, or the first one that fits what the model was trained for."""
+        kind = config.schedule.prediction_type
+        names = samplers_for(kind)
+        name = self.sampler_name or next(iter(names), "ddpm")
+        if names and name not in names:
+            fitting = ", ".join(names)
+            raise ValueError(
+                f"the sampler {name} does not fit {config.name}, trained for {kind!r}; what fits: {fitting}"
+            )
+        return name
 
     def size(self, config: ModelConfig) -> tuple[int, int]:
         """The width and height that the model is to draw.

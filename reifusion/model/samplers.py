@@ -1,12 +1,14 @@
 """The other ways back from noise to a picture, behind the methods of `DDPMSampler`.
 
-Three families, by what they take the latents to be:
+Three families for diffusion, by what they take the latents to be:
 
 - x = √ᾱ x₀ + √(1 - ᾱ) ε, as in training: DDIM, PNDM, LCM.
 - x₀ + σ ε with σ = √((1 - ᾱ) / ᾱ), which is x / √ᾱ: Euler, Euler ancestral, Heun, LMS. In this scaling
   the ODE is as simple as it gets, dx/dσ = ε (Karras et al. 2022, arXiv:2206.00364, Eq. 1 with σ(t) = t).
 - x as in training, but with time measured in λ = log(√ᾱ / √(1 - ᾱ)) = -log σ, in which the ODE has an
   almost exact solution: DPM-Solver++, UniPC.
+
+And one for networks trained for rectified flow, where x = (1 - σ) x₀ + σ ε: Euler again.
 
 Each class is a schedule and one step. `SAMPLERS`, at the end, gives them their names.
 """
@@ -36,7 +38,7 @@ class DDIMSampler(Sampler):
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         x0, eps = self.predict(self.timesteps[i], x, model_output)
         alpha_bar = self._alpha_bar_after(i)
-        # Eq. 12, Song et al. 2021, σₜ = 0: xₜ₋₁ = √ᾱₜ₋₁ x₀ + √(1 - ᾱₜ₋₁) ε
+        # [ddim] Eq. 12, Song et al. 2021, σₜ = 0: xₜ₋₁ = √ᾱₜ₋₁ x₀ + √(1 - ᾱₜ₋₁) ε
         return math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps
 
 
@@ -61,7 +63,7 @@ class PNDMSampler(DDIMSampler):
         else:
             self._first_x = x if i == 0 else None
             self._outputs = [*self._outputs[-3:], model_output]
-            # Adams-Bashforth, of an order that grows to 4, which is Eq. 12, Liu et al. 2022. As in the
+            # [plms] Eq. 12, Liu et al. 2022: Adams-Bashforth, of an order that grows to 4. As in the
             # reference, the mean is of the outputs as they are, velocities too.
             weights = _ADAMS_BASHFORTH[len(self._outputs) - 1]
             terms = (w * output for w, output in zip(weights, reversed(self._outputs), strict=True))
@@ -104,12 +106,17 @@ class LCMSampler(Sampler):
 
 # The scaling x₀ + σ ε
 
+# With zero terminal SNR, σ = √((1 - ᾱ) / ᾱ) would begin at ∞. The reference has it begin at 4096.
+_LEAST_ALPHA_BAR = 2.0**-24
+
 
 class EulerSampler(Sampler):
     """Karras et al. 2022, arXiv:2206.00364, Algorithm 1's Euler step, without churn.
 
     `sigmas` has one more entry than `timesteps`: σ after the last step is 0.
     """
+
+    _least_alpha_bar = _LEAST_ALPHA_BAR
 
     def _start(self, timesteps: Tensor) -> None:
         super()._start(timesteps)
@@ -122,23 +129,25 @@ class EulerSampler(Sampler):
         """What to multiply standard normal noise by, to start from: 1 / √ᾱ = √(σ² + 1)."""
         return math.sqrt(self.sigmas[0] ** 2 + 1)
 
-    def scale_model_input(self, x: Tensor, t: int | Tensor) -> Tensor:
+    def scale_model_input(self, x: Tensor, t: float | Tensor) -> Tensor:
         """The latents as the network wants to see them at timestep t: √ᾱ x = x / √(σ² + 1)."""
         signal, _ = self._signal_and_noise(t, _exact(x))
         return (signal * _exact(x)).to(x.dtype)
 
-    def add_noise(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
+    def add_noise(self, x0: Tensor, t: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """x₀ + σₜ ε: `Sampler.add_noise` in this scaling."""
         signal, _ = self._signal_and_noise(t, _exact(x0))
         return (super().add_noise(_exact(x0), t, noise) / signal).to(x0.dtype)
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
-        _, d = self.predict(self.timesteps[i], x, model_output)  # dx/dσ = (x - x₀) / σ = ε
-        # Algorithm 1, line 5, Karras et al. 2022: xᵢ₊₁ = xᵢ + (tᵢ₊₁ - tᵢ) dᵢ
+        # [score] Eq. 1 and 3, Karras et al. 2022: dx/dσ = -σ ∇ log p(x) = (x - x₀) / σ, which is ε
+        _, d = self.predict(self.timesteps[i], x, model_output)
+        # [euler] Algorithm 1, line 5, Karras et al. 2022: xᵢ₊₁ = xᵢ + (tᵢ₊₁ - tᵢ) dᵢ
         return x + (self.sigmas[i + 1] - self.sigmas[i]) * d
 
 
 def _sigmas(alpha_bar: Tensor) -> list[float]:
+    # [sigma] §4.3, Song et al. 2021: σ = √(1 - ᾱ) / √ᾱ
     return [*((1 - alpha_bar) / alpha_bar).sqrt().tolist(), 0.0]
 
 
@@ -148,7 +157,7 @@ class EulerAncestralSampler(EulerSampler):
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         _, d = self.predict(self.timesteps[i], x, model_output)
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
-        # Eq. 16, Song et al. 2021 (DDIM), η = 1, in this scaling: σ_up² = σ'² (σ² - σ'²) / σ²
+        # [ancestral] Eq. 16, Song et al. 2021, η = 1, in this scaling: σ_up² = σ'² (σ² - σ'²) / σ²
         sigma_up = sigma_next * math.sqrt(sigma**2 - sigma_next**2) / sigma
         # so that the two noises together are σ'² = σ_down² + σ_up²
         sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
@@ -173,7 +182,7 @@ class HeunSampler(EulerSampler):
             # Algorithm 1, line 5: xᵢ₊₁ = xᵢ + (tᵢ₊₁ - tᵢ) dᵢ
             self._x, self._d = x, d
             return x + delta * d
-        # Algorithm 1, line 8: xᵢ₊₁ = xᵢ + (tᵢ₊₁ - tᵢ) (½ dᵢ + ½ dᵢ')
+        # [heun] Algorithm 1, line 8, Karras et al. 2022: xᵢ₊₁ = xᵢ + (tᵢ₊₁ - tᵢ) (½ dᵢ + ½ dᵢ')
         return self._x + delta * (self._d + d) / 2
 
 
@@ -191,7 +200,7 @@ class LMSSampler(EulerSampler):
         _, d = self.predict(self.timesteps[i], x, model_output)
         self._slopes = [d, *self._slopes[:3]]
         knots = self.sigmas[i - len(self._slopes) + 1 : i + 1][::-1]
-        # xᵢ₊₁ = xᵢ + Σⱼ dᵢ₋ⱼ ∫ ℓⱼ(σ) dσ, where ℓⱼ, a cubic, is 1 at its own knot and 0 at the others
+        # [lms] Crowson 2022: xᵢ₊₁ = xᵢ + Σⱼ dᵢ₋ⱼ ∫ ℓⱼ(σ) dσ; ℓⱼ, a cubic, is 1 at its knot, 0 at the others
         for j, slope in enumerate(self._slopes):
             x = x + _integral_of_lagrange(j, knots, self.sigmas[i], self.sigmas[i + 1]) * slope
         return x
@@ -216,9 +225,13 @@ class DPMPP2MSampler(Sampler):
     `sigmas` has one more entry than `timesteps`: σ after the last step is 0.
     """
 
+    _least_alpha_bar = _LEAST_ALPHA_BAR
+
     def _spaced(self, n: int) -> Tensor:
         # `linspace`: n + 1 even points on 0 … N - 1, without the 0. That leaves N - 1 timesteps to choose
         # from; for n = N, where the reference repeats one and divides by zero, the 0 is used as well.
+        if self._trailing:
+            return self._trailed(n)
         if n == self.num_training_steps:
             return torch.arange(n).flip(0)
         spacing = (self.num_training_steps - 1) / n
@@ -239,7 +252,7 @@ class DPMPP2MSampler(Sampler):
 
     def _advance(self, i: int, x: Tensor) -> Tensor:
         h = self._lambda(i + 1) - self._lambda(i)
-        # Algorithm 2, Lu et al. 2022: xᵢ = σᵢ / σᵢ₋₁ xᵢ₋₁ - αᵢ (e⁻ʰ - 1) Dᵢ
+        # [dpmpp-2m] Algorithm 2, Lu et al. 2022: xᵢ = σᵢ / σᵢ₋₁ xᵢ₋₁ - αᵢ (e⁻ʰ - 1) Dᵢ
         sigma_ratio = _sigma(self.sigmas[i + 1]) / _sigma(self.sigmas[i])
         return sigma_ratio * x - _alpha(self.sigmas[i + 1]) * math.expm1(-h) * self._direction(i, h)
 
@@ -271,7 +284,7 @@ class DPMPP2MKarrasSampler(DPMPP2MSampler):
     def _spaced(self, n: int) -> Tensor:
         table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
         rho, sigma_min, sigma_max = 7.0, table[0].item(), table[-1].item()
-        # Eq. 5, Karras et al. 2022: σᵢ = (σ_max^(1/ρ) + i / (n - 1) (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ
+        # [karras-sigmas] Eq. 5, Karras et al. 2022: σᵢ = (σ_max^(1/ρ) + i/(n-1)(σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ
         low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
         self._karras = (high + torch.linspace(0, 1, n, dtype=torch.float64) * (low - high)) ** rho
         # and back to timesteps: log σ between two neighbours is taken to be a line
@@ -282,7 +295,7 @@ class DPMPP2MKarrasSampler(DPMPP2MSampler):
         super()._start(timesteps)
         self.sigmas = [*self._karras[-len(timesteps) :].tolist(), 0.0]
 
-    def _signal_and_noise(self, t: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         # A step's σ is not quite that of its rounded timestep. Timesteps outside the schedule have their own.
         alpha_bar = [
             _alpha(self.sigmas[self._index(u)]) ** 2 if u in self.timesteps else self.alphas_cumprod[u].item()
@@ -301,7 +314,7 @@ class DPMPPSDESampler(DPMPP2MSampler):
     def _advance(self, i: int, x: Tensor) -> Tensor:
         h = self._lambda(i + 1) - self._lambda(i)
         alpha, sigma = _alpha(self.sigmas[i + 1]), _sigma(self.sigmas[i + 1])
-        # SDE-DPM-Solver++(2M), Lu et al. 2022:
+        # [dpmpp-sde] SDE-DPM-Solver++(2M), Lu et al. 2022:
         # xᵢ = σᵢ / σᵢ₋₁ e⁻ʰ xᵢ₋₁ + αᵢ (1 - e⁻²ʰ) Dᵢ + σᵢ √(1 - e⁻²ʰ) z
         mean = sigma / _sigma(self.sigmas[i]) * math.exp(-h) * x
         mean = mean - alpha * math.expm1(-2 * h) * self._direction(i, h)
@@ -344,6 +357,50 @@ class UniPCSampler(DPMPP2MSampler):
         return sigma_ratio * self._last_x - alpha * b * newest - alpha * b * correction
 
 
+# Rectified flow: x = (1 - σ) x₀ + σ ε
+
+
+class FlowSampler(Sampler):
+    """Liu et al. 2022, "Flow Straight and Fast", arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747.
+
+    Picture and noise are joined by a straight line, and the network is trained to say its direction.
+    Sampling follows that from σ = 1, all noise, to 0 with Euler's method, in n even steps. The timesteps,
+    t = Nσ in (0, N], are fractions, in float64; the βs play no part. `sigmas` has one more entry than
+    `timesteps`: σ after the last step is 0.
+    """
+
+    prediction_types = ("flow",)
+
+    def _spaced(self, n: int) -> Tensor:
+        return torch.arange(n, 0, -1, dtype=torch.float64) / n * self.num_training_steps
+
+    def _start(self, timesteps: Tensor) -> None:
+        super()._start(timesteps)
+        self.sigmas = [*(timesteps / self.num_training_steps).tolist(), 0.0]
+
+    def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.cpu().double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+        sigma = t.reshape(-1, *[1] * (x.ndim - 1)) / self.num_training_steps
+        # [flow-path] Eq. 1, Liu et al. 2022, with σ for 1 - t: x_σ = (1 - σ) x₀ + σ ε
+        return (1 - sigma).to(x.dtype).to(x.device), sigma.to(x.dtype).to(x.device)
+
+    def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
+        """What a flow network is trained to output: dx/dσ, the same at every t."""
+        # [flow-velocity] Eq. 1, Liu et al. 2022: v = dx/dσ = ε - x₀
+        return (noise.to(x0.device) - _exact(x0)).to(x0.dtype)
+
+    def predict(self, t: float | Tensor, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+        """(x₀, ε): the two ends of the line through `latents`. See `Sampler.predict`."""
+        x, v = _exact(latents), _exact(model_output)
+        signal, sigma = self._signal_and_noise(t, x)
+        # x = (1 - σ) x₀ + σ ε with v = ε - x₀, solved for both: x₀ = x - σ v and ε = x + (1 - σ) v
+        return (x - sigma * v).to(latents.dtype), (x + signal * v).to(latents.dtype)
+
+    def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
+        # [flow-euler] Algorithm 1, Liu et al. 2022: dx/dσ = v, in Euler's steps: x' = x + (σ' - σ) v
+        return x + (self.sigmas[i + 1] - self.sigmas[i]) * model_output
+
+
 SAMPLERS: dict[str, type[Sampler]] = {
     "ddpm": DDPMSampler,
     "ddim": DDIMSampler,
@@ -357,4 +414,10 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "dpmpp_sde": DPMPPSDESampler,
     "unipc": UniPCSampler,
     "lcm": LCMSampler,
+    "flow": FlowSampler,
 }
+
+
+def samplers_for(prediction_type: str) -> list[str]:
+    """The names of the samplers for networks with that output, the default one first."""
+    return [name for name, kind in SAMPLERS.items() if prediction_type in kind.prediction_types]

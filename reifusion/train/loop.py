@@ -2,27 +2,36 @@
 
 Everything random in a step is drawn from (seed, step), and a checkpoint holds weights, their moving
 average and the optimizer's state. So a run that was killed goes on as if nothing had happened.
+
+A step's batch can be cut in parts, for several processes or for little memory. What is random is drawn
+for the whole batch first and cut then, so the parts together give what the whole would have given.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import muon
+from .checkpoint import TrainingError, load_checkpoint, save_checkpoint
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,34 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     ema: float = 0.999  # decay of the moving average of the weights; the average is what ships
     seed: int = 0
+    accumulate: int = 1  # parts in which a process takes its share of the batch, one after the other
+    mixed_precision: str = "bf16"  # of the networks' arithmetic: bf16, fp16 or no; weights are fp32 always
+    explode: float = 10.0  # three losses in a row this many times the usual one end the run
     checkpoint_minutes: float = 5.0
     log_every: int = 20
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and the last checkpoint is still good."""
+@dataclass(frozen=True)
+class Part:
+    """The share of a step's batch that is computed in one go: part `index` of `count`, on a device."""
+
+    index: int = 0
+    count: int = 1
+    device: torch.device | str = "cpu"
+
+    def of(self, batch: Tensor) -> Tensor:
+        """(B, …) -> (B / count, …): every count-th sample, so that no part has all the low timesteps."""
+        if len(batch) % self.count:
+            raise TrainingError(
+                f"a batch of {len(batch)} cannot be cut into {self.count} equal parts"
+                " (processes times `accumulate`); choose another batch"
+            )
+        return batch[self.index :: self.count].to(self.device)
+
+
+# loss(network, step, rng(seed, step), part) -> the mean loss of the part's samples, and figures for the log;
+# the figure "samples" is their number. `network` is called as the model is, and may be spread over processes.
+Loss: TypeAlias = Callable[[Callable[..., Any], int, torch.Generator, Part], tuple[Tensor, dict[str, float]]]
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -55,17 +86,6 @@ def learning_rate(step: int, config: LoopConfig) -> float:
 def rng(seed: int, step: int) -> torch.Generator:
     """The randomness of one step."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
-def save_atomically(value: Any, path: Path) -> None:
-    """Writes beside the file, then renames: a full disk or a kill leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(value, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -83,89 +103,193 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def processes() -> Accelerator:
+    """The device, and the other processes where `accelerate launch` started several.
+
+    `with processes().main_process_first():` lets one process make files that the others then find.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # Others wait while the main process encodes a data set or draws a sheet, however long that takes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    # cpu: else, where there is no GPU, processes that were started together do not find one another.
+    # Mixed precision is ours: accelerate's fp16 divides gradients twice where there are two optimizers.
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[patience]
+    )
+
+
 def train(
     model: nn.Module,
-    loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
+    loss: Loss,
     config: LoopConfig,
     folder: Path,
-    every_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
+    every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
+    describe: Callable[[int], str] | None = None,
 ) -> dict[str, Tensor]:
-    """Minimises `loss(step, generator)` over the model's parameters; returns their moving average.
+    """Minimises `loss` over the model's parameters that require gradients; returns their moving average.
 
-    Goes on from `folder/checkpoint.pt` where there is one. Ctrl-C or SIGTERM writes it and raises
-    KeyboardInterrupt. Raises TrainingError when the loss is not finite.
+    Goes on from `folder/checkpoint.pt` where there is one. every_checkpoint(step, average) may return a
+    picture for TensorBoard. describe(step) names the step's samples, for error messages.
+    Ctrl-C or SIGTERM writes the checkpoint and raises KeyboardInterrupt. Raises TrainingError when the loss
+    is not finite or explodes, when the checkpoint is another model's, and when the disk is full.
     """
-    if config.muon:
-        optimizers = muon.optimizers(model, config.lr, config.weight_decay, config.betas)
-    else:
-        optimizers = [
-            torch.optim.AdamW(
-                model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
-            )
-        ]
-    parameters = list(model.parameters())
-    ema = [p.detach().clone() for p in parameters]
-    names = [name for name, _ in model.named_parameters()]
-    start, path = 0, folder / "checkpoint.pt"
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        ema, start = [saved["ema"][name] for name in names], saved["step"]
+    accelerator = processes()
+    wrapped = accelerator.prepare_model(model)
+    network = in_mixed_precision(wrapped, config, accelerator.device)
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in trained.items()}
+    path = folder / "checkpoint.pt"
+    start = load_checkpoint(path, model, ema, optimizers, scaler) if path.exists() else 0
+    health = _Health(config.explode)
+    saved_at = time.monotonic()
 
     def checkpoint(step: int) -> None:
-        average = dict(zip(names, ema, strict=True))
-        state = {
-            "model": model.state_dict(),
-            "ema": average,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-        }
-        save_atomically(state, path)
-        if every_checkpoint is not None:
-            every_checkpoint(step, average)
+        if not accelerator.is_main_process:
+            return
+        save_checkpoint(path, model, ema, optimizers, scaler, step)
+        picture = every_checkpoint(step, ema) if every_checkpoint is not None else None
+        if progress is not None and picture is not None:
+            progress.picture(step, picture)
 
     folder.mkdir(parents=True, exist_ok=True)
-    saved_at = time.monotonic()
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=10)
-    with open(folder / "training.jsonl", "a") as log, stop_asked() as stop:
-        for step in bar:
+    main = accelerator.is_main_process
+    seen = Progress(folder, start, config.steps, config.log_every) if main else nullcontext()
+    with seen as progress, stop_asked() as stop:
+        for step in range(start, config.steps):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            figures = gradients(network, wrapped, loss, step, config, accelerator, scaler)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            grads = [p.grad for p in trained.values() if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+            problem = health.problem(figures["loss"], norm.item(), scaler)
+            if problem:
+                names = f" ({describe(step)})" if describe is not None else ""
+                kept = f"the last good state is {path}" if path.exists() else "nothing had been saved yet"
+                raise TrainingError(f"{problem} at step {step}{names}; {_norms(model)}; {kept}")
+            # The loss has just shown that the weights are good, as they are before this step's update.
+            asked = bool(accelerator.gather(torch.tensor([float(stop())], device=accelerator.device)).any())
+            if health.good and (asked or time.monotonic() - saved_at > 60 * config.checkpoint_minutes):
+                checkpoint(step)
+                saved_at = time.monotonic()
+            if asked:
+                raise KeyboardInterrupt
+            nn.utils.clip_grads_with_norm_(trained.values(), config.max_grad_norm, norm)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, config)
-            value, figures = loss(step, rng(config.seed, step))
-            if not math.isfinite(value.item()):
-                raise TrainingError(
-                    f"the loss is {value.item()} at step {step}; the last good state is {path}"
-                )
-            model.zero_grad(set_to_none=True)
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
+                scaler.step(optimizer)
+            scaler.update()
+            # [ema] §2, Tarvainen & Valpola 2017: θ̄ ← γ θ̄ + (1 − γ) θ
             # The average follows quickly at first: 0.1, 0.18, … up to config.ema.
             torch._foreach_lerp_(
-                ema, [p.detach() for p in parameters], 1 - min(config.ema, (1 + step) / (10 + step))
+                list(ema.values()),
+                [p.detach() for p in trained.values()],
+                1 - min(config.ema, (1 + step) / (10 + step)),
             )
-            if step % config.log_every == 0:
-                row = {
-                    "step": step,
-                    "loss": value.item(),
-                    "grad_norm": norm.item(),
-                    "time": time.time(),
-                    **figures,
-                }
-                print(
-                    json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}),
-                    file=log,
-                )
-                log.flush()
-                bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
-            if stop() or time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
-                checkpoint(step + 1)
-                saved_at = time.monotonic()
-            if stop():
-                raise KeyboardInterrupt
-    checkpoint(config.steps)
-    return dict(zip(names, ema, strict=True))
+            if progress is not None:
+                samples = figures.pop("samples", 0.0)
+                more = {"grad_norm": norm.item(), "lr": learning_rate(step, config)}
+                progress.step(step, samples, {**figures, **more})
+        if not all(p.isfinite().all() for p in trained.values()):
+            raise TrainingError(f"the last step left weights that are not finite; {path} is from before")
+        checkpoint(config.steps)
+        accelerator.wait_for_everyone()
+    return ema
+
+
+def gradients(
+    network: Callable[..., Any],
+    wrapped: nn.Module,
+    loss: Loss,
+    step: int,
+    config: LoopConfig,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, float]:
+    """Leaves the gradients of a step's mean loss in the parameters; returns the loss and other figures."""
+    count = config.accumulate * accelerator.num_processes
+    rows = []
+    for i in range(config.accumulate):
+        part = Part(accelerator.process_index * config.accumulate + i, count, accelerator.device)
+        # For what draws from torch's own generator, as dropout does.
+        torch.manual_seed(rng(config.seed + 1 + part.index, step).initial_seed())
+        last = i == config.accumulate - 1  # only then do the processes exchange their gradients
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            value, figures = loss(network, step, rng(config.seed, step), part)
+            scaler.scale(value / config.accumulate).backward()
+        rows.append({"loss": value.item(), **figures})
+    names = list(rows[0])
+    table = torch.tensor([[row[name] for name in names] for row in rows], device=accelerator.device)
+    table = accelerator.gather(table)  # (parts, figures)
+    # A figure can be missing (NaN) in a part, as that of the low timesteps where there were none.
+    means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+    means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    if "samples" in means:
+        means["samples"] *= count
+    return means | {"loss": table[:, 0].mean().item()}
+
+
+def in_mixed_precision(network: nn.Module, config: LoopConfig, device: torch.device) -> Callable[..., Any]:
+    """The network, its products in the half precision that the config asks for. Raises TrainingError."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
+    if config.mixed_precision not in dtypes:
+        raise TrainingError(f"mixed_precision must be bf16, fp16 or no, not {config.mixed_precision!r}")
+    dtype = dtypes[config.mixed_precision]
+
+    def call(*inputs: Any, **more: Any) -> Any:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return network(*inputs, **more)
+
+    return call
+
+
+def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """For those parameters that require gradients."""
+    if config.muon:
+        return muon.optimizers(model, config.lr, config.weight_decay, config.betas)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)]
+
+
+class _Health:
+    """Watches the losses: are they finite, and near the usual one?"""
+
+    def __init__(self, explode: float):
+        self.explode = explode
+        self.recent: deque[float] = deque(maxlen=100)
+        self.streak = 0  # losses in a row that were far too high
+
+    @property
+    def good(self) -> bool:
+        return self.streak == 0
+
+    def problem(self, loss: float, norm: float, scaler: torch.amp.GradScaler) -> str | None:
+        """What is wrong with a step's loss and gradients, if anything."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        # fp16 overflows now and then; the scaler skips such a step and tries a smaller scale.
+        if not math.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+            return f"the gradient's norm is {norm}"
+        usual = statistics.median(self.recent) if len(self.recent) >= 20 else math.inf
+        self.streak = self.streak + 1 if loss > self.explode * usual > 0 else 0
+        self.recent.append(loss)
+        if self.streak == 3:
+            many = f"{self.explode:g} times the usual {usual:.4g}"
+            return f"the loss is {loss:.4g}, for the third time in a row more than {many},"
+        return None
+
+
+def _norms(model: nn.Module) -> str:
+    """The gradient's norm in each part of the model, as words."""
+    norms = []
+    for name, child in model.named_children():
+        grads = [p.grad for p in child.parameters() if p.grad is not None]
+        if grads:
+            norms.append(f"{name} {nn.utils.get_total_norm(grads).item():.3g}")
+    return f"the gradients' norms: {', '.join(norms)}"

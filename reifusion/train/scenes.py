@@ -171,7 +171,7 @@ class SceneConfig:
     two: float = 0.10  # "a dog next to a tree"
     combine: float = 0.06  # chance of a background, and of a dye, in a scene of another kind
     name_style: float = 0.4  # how often the caption says the style
-    # What a caption leaves open is nearly always the same: where a word stands for one picture and not for the
+    # What a caption leaves open is nearly always the same: where a word stands for one picture, not for the
     # mean of eight, a small model learns it many times faster.
     prefer_3d: float = 0.9  # how often the style is 3d where the caption does not say it
     mirror: float = 0.15  # how often a subject is shown mirrored

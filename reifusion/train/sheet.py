@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ..model.pipeline import StableDiffusion, load
+from ..model.samplers import samplers_for
 
 PROMPTS = (
     "a red apple", "a cat", "a rocket", "an octopus", "a house", "a dog", "a tree", "a car",
@@ -28,11 +29,17 @@ def contact_sheet(
     prompts: Sequence[str] = PROMPTS,
     seeds: int = 2,
     columns: int = 8,
-    sampler_name: str = "euler_a",
+    sampler_name: str | None = None,
     n_inference_steps: int = 25,
     cfg_scale: float = 4.0,
 ) -> Image.Image:
-    """`seeds` pictures of each prompt above one another, the prompt below; `columns` prompts in a row."""
+    """`seeds` pictures of each prompt above one another, the prompt below; `columns` prompts in a row.
+
+    sampler_name: None for "euler_a", or what fits a model that is not for it.
+    """
+    if sampler_name is None:
+        names = samplers_for(pipe.config.schedule.prediction_type)
+        sampler_name = "euler_a" if "euler_a" in names else names[0]
     tiles = [
         pipe.generate(
             list(prompts),

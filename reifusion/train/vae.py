@@ -6,23 +6,29 @@ Source: Kingma & Welling 2014, Eq. 7 and Appendix B; Rombach et al. 2022, §3.1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.config import VAEConfig
 from ..model.decoder import Decoder
 from ..model.encoder import Encoder, scale_latents
-from .loop import LoopConfig, train
+from .loop import LoopConfig, Loss, Part, rng, train
+
+# draw(generator, count, size) -> pictures (count, 3, size, size) in [-1, 1], decided by the generator alone
+Draw: TypeAlias = Callable[[torch.Generator, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class VAETraining:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=10_000, lr=1e-3))
-    batch: int = 16  # crops per step; whole pictures come four times fewer at a time
+    batch: int = 16  # crops per step; of whole pictures, half as many
     crop: int = 64
     whole_from: float = 0.8  # share of the steps after which whole pictures are shown
     # Per latent number. A weight w lets the latents' own noise cost about w / 2 of reconstruction
@@ -39,10 +45,17 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures x (B, 3, H, W) and ε (B, 4, H/8, W/8) -> x̂, like x, and q(z|x)'s mean and log-variance."""
+        mean, log_variance = (moment.to(x.dtype) for moment in self.encoder.moments(x))
+        # Eq. 10, Kingma & Welling 2014: z = μ + σ ⊙ ε
+        z = mean + (0.5 * log_variance).exp() * noise
+        return self.decoder(scale_latents(z, self.encoder.config)).to(x.dtype), mean, log_variance
+
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     """The average over all latent numbers of KL(N(μ, σ²) ‖ N(0, 1))."""
-    # Appendix B, Kingma & Welling 2014: −D_KL = ½ (1 + log σ² − μ² − σ²)
+    # [kl] Appendix B, Kingma & Welling 2014: −D_KL = ½ (1 + log σ² − μ² − σ²)
     return -0.5 * (1 + log_variance - mean.pow(2) - log_variance.exp()).mean()
 
 
@@ -51,7 +64,7 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def random_pictures(sprites: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
+def random_pictures(sprites: Tensor, generator: torch.Generator, count: int, size: int) -> Tensor:
     """Sprites (N, 4, S, S) uint8 -> pictures (count, 3, size, size) in [-1, 1], on random backgrounds.
 
     Half are crops at full resolution, half are whole sprites made smaller; when size is S, all are whole.
@@ -84,58 +97,101 @@ def random_pictures(sprites: Tensor, count: int, size: int, generator: torch.Gen
     return (colour + (1 - alpha) * background) * 2 - 1
 
 
+def terms(x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> dict[str, Tensor]:
+    """Each term of the loss, for pictures x, their reconstructions y and the moments of their latents."""
+    return {
+        "l1": F.l1_loss(y, x),
+        "mse": F.mse_loss(y, x),
+        "edges": sum(
+            (F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True)), x.new_zeros(())
+        ),
+        "kl": kl(mean, log_variance),
+    }
+
+
 def loss(
-    vae: VAE, x: Tensor, generator: torch.Generator, training: VAETraining, edges: bool
-) -> tuple[Tensor, dict]:
-    """Pictures x (B, 3, H, W) -> the loss, and its parts for the log."""
-    config = vae.encoder.config
-    with torch.autocast("cpu", torch.bfloat16):
-        mean, log_variance = vae.encoder.moments(x)
-        mean, log_variance = mean.float(), log_variance.float()
-        # Eq. 10, Kingma & Welling 2014: z = μ + σ ⊙ ε
-        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-        y = vae.decoder(scale_latents(z, config)).float()
-    l1, mse, divergence = F.l1_loss(y, x), F.mse_loss(y, x), kl(mean, log_variance)
-    total = l1 + mse + training.kl_weight * divergence
+    vae: Callable[..., Any], x: Tensor, noise: Tensor, training: VAETraining, edges: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """Pictures x (B, 3, H, W) and the latents' noise (B, 4, H/8, W/8) -> the loss, and its figures."""
+    y, mean, log_variance = vae(x, noise)
+    part = terms(x, y, mean, log_variance)
+    total = part["l1"] + part["mse"] + training.kl_weight * part["kl"]
     if edges:
-        total = total + training.edges * sum(
-            F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True)
-        )
-    psnr = -10 * torch.log10(mse.detach() / 4)  # the range is 2, so the peak's square is 4
-    return total, {"l1": l1.item(), "psnr": psnr.item(), "kl": divergence.item(), "std": mean.std().item()}
+        total = total + training.edges * part["edges"]
+    psnr = -10 * torch.log10(part["mse"] / 4)  # the range is 2, so the peak's square is 4
+    figures = {**part, "psnr": psnr, "std": mean.std()}
+    return total, {"samples": float(len(x)), **{name: value.item() for name, value in figures.items()}}
 
 
-def train_vae(sprites: Tensor, config: VAEConfig, training: VAETraining, folder: Path) -> VAE:
-    """sprites (N, 4, S, S) uint8 RGBA -> a trained VAE (its averaged weights), latents of unit variance."""
-    torch.manual_seed(training.loop.seed)
-    vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with torch.no_grad():  # little noise at first: a log-variance of −6
-        vae.encoder.quant.bias.copy_(torch.tensor([0.0, -6.0]).repeat_interleave(config.latent_channels))
+def training_loss(draw: Draw, size: int, config: VAEConfig, training: VAETraining) -> Loss:
+    """The loss of a step, for `train`. size: the side of a whole picture."""
 
-    def step_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+    def step_loss(
+        vae: Callable[..., Any], step: int, generator: torch.Generator, part: Part
+    ) -> tuple[Tensor, dict[str, float]]:
         done = step / training.loop.steps
         whole = done >= training.whole_from
-        count, size = (training.batch // 2, sprites.shape[-1]) if whole else (training.batch, training.crop)
-        x = random_pictures(sprites, count, size, generator).contiguous(memory_format=torch.channels_last)
-        return loss(vae, x, generator, training, edges=done >= training.edges_from)
+        count, side = (training.batch // 2, size) if whole else (training.batch, training.crop)
+        x = draw(generator, count, side)
+        noise = torch.randn(
+            count, config.latent_channels, side // config.factor, side // config.factor, generator=generator
+        )
+        x = part.of(x).contiguous(memory_format=torch.channels_last)
+        return loss(vae, x, part.of(noise), training, edges=done >= training.edges_from)
 
-    average = train(vae, step_loss, training.loop, folder)
-    vae.load_state_dict(average)
-    normalise_latents(vae, sprites)
+    return step_loss
+
+
+def train_vae(
+    draw: Draw,
+    size: int,
+    config: VAEConfig,
+    training: VAETraining,
+    folder: Path,
+    start_from: dict[str, Tensor] | None = None,
+) -> VAE:
+    """A VAE trained on what `draw` draws (its averaged weights), with scaled latents of unit variance.
+
+    size: the side of a whole picture, in pixels. start_from: weights to begin with, instead of random ones.
+    Raises what `train` raises.
+    """
+    torch.manual_seed(training.loop.seed)
+    vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if start_from is None:
+        with torch.no_grad():  # little noise at first: a log-variance of −6
+            vae.encoder.quant.bias.copy_(torch.tensor([0.0, -6.0]).repeat_interleave(config.latent_channels))
+    else:
+        vae.load_state_dict(start_from)
+    shown, pictures = VAE(config), draw(rng(training.loop.seed, 0), 8, size)
+
+    def compare(step: int, average: dict[str, Tensor]) -> Image.Image:
+        shown.load_state_dict(average)
+        return side_by_side(pictures, shown)
+
+    loss = training_loss(draw, size, config, training)
+    vae.load_state_dict(train(vae, loss, training.loop, folder, compare))
+    normalise_latents(vae, draw, size)
     return vae
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, sprites: Tensor) -> None:
-    """Gives every latent channel mean 0 and variance 1, by folding that into two 1×1 convolutions."""
+def side_by_side(x: Tensor, vae: VAE) -> Image.Image:
+    """Pictures (B, 3, H, W), each with its reconstruction below."""
+    y = vae.decoder(vae.encoder(x))
+    rows = torch.cat([torch.cat(list(row), dim=-1) for row in (x, y)], dim=-2)  # (3, 2H, B·W)
+    return Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+@torch.no_grad()
+def normalise_latents(vae: VAE, draw: Draw, size: int) -> None:
+    """Gives each channel of the scaled latents mean 0 and variance 1, by changing two 1×1 convolutions."""
     generator = torch.Generator().manual_seed(0)
+    quant, post = vae.encoder.quant, vae.decoder.post_quant
     means = []
     for _ in range(16):
-        x = random_pictures(sprites, 32, sprites.shape[-1], generator)
-        means.append(vae.encoder.moments(x)[0])
+        means.append(vae.encoder.moments(draw(generator, 32, size).to(quant.weight.device))[0])
     z = torch.cat(means).transpose(0, 1).flatten(1)  # (4, B·h·w)
-    centre, spread = z.mean(1), z.std(1)
-    quant, post, n = vae.encoder.quant, vae.decoder.post_quant, len(centre)
+    centre, spread, n = z.mean(1), z.std(1) * vae.encoder.config.scale_factor, len(z)
     assert quant.bias is not None and post.bias is not None
     # Encoder: μ' = (μ − centre) / spread and σ' = σ / spread. Decoder: the inverse, before its first layer.
     quant.weight[:n] /= spread[:, None, None, None]

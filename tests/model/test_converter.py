@@ -398,7 +398,7 @@ def test_published_config_of_sd15_is_ours():
         ("unet", "flip_sin_to_cos", False),
         ("vae", "shift_factor", 0.1159),
         ("vae", "use_quant_conv", False),
-        ("scheduler", "rescale_betas_zero_snr", True),
+        ("scheduler", "trained_betas", [0.1]),
     ],
 )
 def test_what_would_silently_draw_something_else_is_refused(part, key, value):

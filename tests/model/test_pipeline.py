@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from reifusion.model.clip import CLIP
-from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.config import MINI, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
 from reifusion.model.encoder import Encoder
@@ -41,6 +41,10 @@ TINY = ModelConfig(
         channels=(16, 32), attention=(True, False), layers=1, heads=2, context_width=16, groups=8
     ),
 )
+
+
+def trained_for(prediction_type: str, **schedule: Any) -> ModelConfig:
+    return replace(TINY, schedule=ScheduleConfig(prediction_type=prediction_type, **schedule))
 
 
 class Bytes:
@@ -141,11 +145,19 @@ def inputs(pipe: StableDiffusion, monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
-def test_guidance_is_one_pass_of_twice_the_batch_and_none_is_one_of_once(pipe, monkeypatch):
-    seen = inputs(pipe, monkeypatch)
+def test_guidance_is_one_pass_under_twice_the_words(pipe, monkeypatch):
+    """… and the latents, the same in both halves, go in once."""
+    seen: list[tuple[int, int]] = []
+    forward = pipe.models["diffusion"].forward
+
+    def spy(x, context, t):
+        seen.append((len(x), len(context)))
+        return forward(x, context, t)
+
+    monkeypatch.setattr(pipe.models["diffusion"], "forward", spy)
     draw(pipe, ["a", "b"], seed=0)
     draw(pipe, ["a", "b"], seed=0, cfg_scale=1)
-    assert [len(x) for x in seen] == [4, 4, 4, 2, 2, 2]
+    assert seen == 3 * [(2, 4)] + 3 * [(2, 2)]
 
 
 def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
@@ -155,6 +167,23 @@ def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
     swapped = next(iter(pipe.denoise("a dog", "a cat", cfg_scale=5.0, seed=0, n_inference_steps=2)))
     first = next(iter(pipe.denoise("a cat", "a dog", cfg_scale=5.0, seed=0, n_inference_steps=2)))
     torch.testing.assert_close(swapped.eps_cond, first.eps_uncond)
+
+
+def test_rescaled_guidance_has_the_contrast_of_none_or_a_part_of_it(pipe):
+    request = Request(["a", "b"], cfg_scale=9.0, seed=0, sampler_name="ddim", n_inference_steps=2)
+    plain, half, whole = (
+        next(iter(pipe.denoise(replace(request, guidance_rescale=phi)))) for phi in (0.0, 0.5, 1.0)
+    )
+    spread = whole.eps.std(
+        (1, 2, 3)
+    )  # each picture's own; the network predicts ε, so that is what is rescaled
+    torch.testing.assert_close(spread, whole.eps_cond.std((1, 2, 3)))
+    assert (plain.eps.std((1, 2, 3)) / spread).sub(1).abs().min() > 0.01
+    torch.testing.assert_close(half.eps, (plain.eps + whole.eps) / 2)
+    # Only the scale changes: what was drawn by more or less of it is the same.
+    torch.testing.assert_close(
+        whole.eps / spread[:, None, None, None], plain.eps / plain.eps.std((1, 2, 3))[:, None, None, None]
+    )
 
 
 def test_no_negative_prompt_is_an_empty_one(pipe):
@@ -178,6 +207,7 @@ def test_clip_skip_changes_the_picture(pipe):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_draws_with_any_number_of_steps(pipe, name):
+    pipe = replace(pipe, config=trained_for(SAMPLERS[name].prediction_types[-1]))
     for n in (1, 2, 5):
         assert draw(pipe, "a cat", sampler_name=name, n_inference_steps=n, seed=0).shape == (64, 64, 3)
         kwargs = {"input_image": photo(), "mask": Image.new("L", (64, 64), 255), "strength": 0.5}
@@ -348,10 +378,11 @@ def test_the_loop_yields_what_generate_decodes(pipe):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_step_is_signal_plus_noise(prediction_type):
-    pipe = tiny(replace(TINY, schedule=replace(TINY.schedule, prediction_type=prediction_type)))
+    pipe = tiny(trained_for(prediction_type))
     alpha_bar = SAMPLERS["ddim"]().alphas_cumprod.float()
     for step in pipe.denoise("a cat", seed=0, n_inference_steps=4):
-        again = alpha_bar[step.t].sqrt() * step.x0 + (1 - alpha_bar[step.t]).sqrt() * step.eps
+        signal, noise = alpha_bar[int(step.t)].sqrt(), (1 - alpha_bar[int(step.t)]).sqrt()
+        again = signal * step.x0 + noise * step.eps
         torch.testing.assert_close(again, step.x_t, atol=1e-4, rtol=1e-4)
 
 
@@ -530,6 +561,9 @@ def test_the_dtype_suits_the_device(monkeypatch):
         ({"n_inference_steps": 1001}, "between 1 and 1000"),
         ({"n_inference_steps": 2.5}, "whole"),
         ({"num_images": 0}, "number of images"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale must be between 0 and 1"),
+        ({"guidance_rescale": "much"}, "guidance_rescale must be a number"),
+        ({"sampler_name": "flow"}, "flow does not fit tiny, trained for 'epsilon'; what fits: ddpm, ddim"),
         ({"seed": -1}, "seed"),
         ({"seed": "x"}, "seed"),
         ({"clip_skip": -1}, "clip_skip"),

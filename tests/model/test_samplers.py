@@ -14,8 +14,10 @@ from reifusion.model.ddpm import DDPMSampler, Sampler, randn
 from reifusion.model.samplers import SAMPLERS
 
 NAMES = list(SAMPLERS)
-PREDICTIONS = ["epsilon", "v_prediction"]
 every_sampler = pytest.mark.parametrize("name", NAMES)
+every_prediction = pytest.mark.parametrize(
+    ("name", "prediction_type"), [(name, kind) for name in NAMES for kind in SAMPLERS[name].prediction_types]
+)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
@@ -104,8 +106,7 @@ def test_as_many_generators_as_images() -> None:
         randn((3, 4, 8, 8), seeded(1, 2))
 
 
-@every_sampler
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@every_prediction
 def test_same_seed_gives_same_picture_in_any_batch_position(name: str, prediction_type: str) -> None:
     batch = SAMPLERS[name](seeded(11, 12, 13), prediction_type=prediction_type)
     alone = SAMPLERS[name](seeded(13), prediction_type=prediction_type)
@@ -190,8 +191,8 @@ def test_any_number_of_steps_gives_decreasing_timesteps_in_range(name: str) -> N
     for n in range(1, 1001):
         sampler.set_inference_timesteps(n)
         timesteps = sampler.timesteps
-        assert timesteps.dtype == torch.int64
-        assert 0 <= timesteps.min() <= timesteps.max() <= 999
+        assert timesteps.dtype == (torch.float64 if name == "flow" else torch.int64)
+        assert 0 <= timesteps.min() <= timesteps.max() <= (1000 if name == "flow" else 999)
         if name == "dpmpp_2m_karras":  # rounded, so some come twice; what decreases is σ
             assert (timesteps.diff() <= 0).all()
             assert (torch.as_tensor(vars(sampler)["sigmas"]).diff() < 0).all()
@@ -210,7 +211,7 @@ def test_leading_timesteps_have_stable_diffusions_offset() -> None:
     assert sampler.timesteps[-3:].tolist() == [41, 21, 1]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "dpmpp_2m_karras"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dpmpp_2m_karras", "flow")])
 def test_a_thousand_steps_are_all_timesteps(name: str) -> None:
     sampler = SAMPLERS[name]()
     sampler.set_inference_timesteps(1000)
@@ -230,7 +231,8 @@ def test_works_for_any_number_of_training_steps(name: str, num_training_steps: i
     sampler = SAMPLERS[name](seeded(1), num_training_steps)
     for n in (1, 2, num_training_steps // 2, num_training_steps - 1, num_training_steps):
         sampler.set_inference_timesteps(n)
-        assert 0 <= sampler.timesteps.min() <= sampler.timesteps.max() < num_training_steps
+        last = num_training_steps - (name != "flow")
+        assert 0 <= sampler.timesteps.min() <= sampler.timesteps.max() <= last
         assert sample(sampler, noise_like_latents(2)).isfinite().all()
 
 
@@ -302,14 +304,13 @@ def test_strength_is_of_all_steps_however_often_it_is_set(name: str) -> None:
 # Predictions
 
 
-@every_sampler
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@every_prediction
 def test_predict_takes_noisy_latents_apart_again(name: str, prediction_type: str) -> None:
     sampler = SAMPLERS[name](prediction_type=prediction_type)
     sampler.set_inference_timesteps(9)
     x0, eps = noise_like_latents(1, 2).double(), noise_like_latents(3, 4).double()
     for t in sampler.timesteps.unique():
-        output = eps if prediction_type == "epsilon" else sampler.velocity(x0, t, eps)
+        output = sampler.target(x0, t, eps)
         if name == "dpmpp_2m_karras" and prediction_type == "v_prediction":
             signal, sigma = sampler._signal_and_noise(t, x0)  # of the schedule's σ, where velocity is also
             output = signal * eps - sigma * x0
@@ -325,7 +326,7 @@ def test_predict_takes_a_timestep_per_image() -> None:
     torch.testing.assert_close(found_x0, x0, rtol=1e-4, atol=1e-4)
 
 
-@every_sampler
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "flow"])
 def test_the_network_always_sees_latents_of_variance_one(name: str) -> None:
     sampler = SAMPLERS[name](seeded(0))
     sampler.set_inference_timesteps(10)
@@ -337,8 +338,7 @@ def test_the_network_always_sees_latents_of_variance_one(name: str) -> None:
         assert seen.std().item() == pytest.approx(1, abs=0.03)
 
 
-@every_sampler
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@every_prediction
 @pytest.mark.parametrize(
     ("n", "strength"), [(1, 1.0), (2, 1.0), (13, 1.0), (13, 0.5), (13, 0.1), (1000, 1.0)]
 )
@@ -353,7 +353,8 @@ def test_a_network_that_knows_the_picture_leads_to_it(
         seen = sampler.scale_model_input(x, t)
         signal, sigma = sampler._signal_and_noise(t, seen)
         eps = (seen - signal * x0) / sigma
-        x = sampler.step(t, x, eps if prediction_type == "epsilon" else signal * eps - sigma * x0)
+        velocity = eps - x0 if prediction_type == "flow" else signal * eps - sigma * x0
+        x = sampler.step(t, x, eps if prediction_type == "epsilon" else velocity)
     # DDIM and PNDM end with the noise of timestep 0, √(1 - ᾱ₀) = 0.03, and LCM with a hundredth of its input.
     leftover = {"ddim": 0.03, "pndm": 0.03, "lcm": 0.05}.get(name, 1e-9)
     if (name, prediction_type, n) == ("pndm", "v_prediction", 2):  # takes the mean of two distant velocities
@@ -384,7 +385,7 @@ def test_half_precision_latents_are_rounded_only_at_the_end_of_a_step(name: str,
 def test_a_loop_in_bfloat16_stays_close_to_one_in_float32(name: str) -> None:
     results = []
     for dtype in (torch.bfloat16, torch.float32):
-        sampler = SAMPLERS[name](seeded(1), prediction_type="v_prediction")
+        sampler = SAMPLERS[name](seeded(1), prediction_type=SAMPLERS[name].prediction_types[-1])
         sampler.set_inference_timesteps(20)
         results.append(sample(sampler, (noise_like_latents(2) * sampler.init_noise_sigma).to(dtype)).float())
     assert (results[0] - results[1]).abs().max() < 0.1
@@ -428,7 +429,7 @@ def test_timesteps_may_be_ints_or_tensors(name: str) -> None:
     results = []
     for convert in (int, torch.Tensor.float, lambda t: t.reshape(1)):
         sampler = SAMPLERS[name](seeded(1))
-        sampler.set_inference_timesteps(3)
+        sampler.set_inference_timesteps(4)  # which are whole numbers for flow too
         y = x
         for t in map(convert, sampler.timesteps):
             y = sampler.step(t, y, network(sampler.scale_model_input(y, t), torch.tensor(float(t))))
@@ -487,5 +488,5 @@ def test_four_times_the_steps_are_much_nearer_to_the_truth(name: str) -> None:
 def test_samplers_have_the_names_that_users_type() -> None:
     assert [
         *("ddpm", "ddim", "pndm", "lms", "euler", "euler_a", "heun"),
-        *("dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "lcm"),
+        *("dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "lcm", "flow"),
     ] == NAMES

@@ -52,6 +52,7 @@ REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unipc": ("unipc_multistep", "UniPCMultistepScheduler", {}),
     "lcm": ("lcm", "LCMScheduler", {"set_alpha_to_one": False}),
 }
+NAMES = list(REFERENCES)
 STOCHASTIC = ("ddpm", "euler_a", "dpmpp_sde", "lcm")
 
 
@@ -85,9 +86,9 @@ def set_timesteps(scheduler: Any, n: int) -> None:
 
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """reference(name, n, prediction_type, double=…): diffusers' scheduler, set to n steps."""
+    """reference(name, n, prediction_type, double=…, more configuration): diffusers', set to n steps."""
 
-    def make(name: str, n: int, prediction_type: str = "epsilon", double: bool = False) -> Any:
+    def make(name: str, n: int, prediction_type: str = "epsilon", double: bool = False, **more: Any) -> Any:
         module_name, class_name, config = REFERENCES[name]
         module = importlib.import_module(f"diffusers.schedulers.scheduling_{module_name}")
         if name == "lms":
@@ -98,7 +99,8 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             if name in STOCHASTIC:  # float64 noise would be other numbers
                 monkeypatch.setattr(module, "randn_tensor", _double_noise)
             torch.set_default_dtype(torch.float64)
-        scheduler = getattr(module, class_name)(**SD15, **config, prediction_type=prediction_type)
+        settings = SD15 | config | {"prediction_type": prediction_type} | more
+        scheduler = getattr(module, class_name)(**settings)
         set_timesteps(scheduler, n)
         return scheduler
 
@@ -116,8 +118,8 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
 
 
-def make_ours(name: str, n: int, prediction_type: str = "epsilon") -> Sampler:
-    sampler = SAMPLERS[name](generators(), prediction_type=prediction_type)
+def make_ours(name: str, n: int, prediction_type: str | None = None, **more: Any) -> Sampler:
+    sampler = SAMPLERS[name](generators(), prediction_type=prediction_type, **more)
     sampler.set_inference_timesteps(n)
     return sampler
 
@@ -143,7 +145,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("n", STEPS)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_diffusers(name: str, n: int, prediction_type: str, reference: Any) -> None:
     noise = randn(SHAPE, torch.Generator().manual_seed(0))
     mine, theirs = make_ours(name, n, prediction_type), reference(name, n, prediction_type)
@@ -155,7 +157,7 @@ def test_equals_diffusers(name: str, n: int, prediction_type: str, reference: An
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("n", STEPS)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_diffusers_in_float64(name: str, n: int, prediction_type: str, reference: Any) -> None:
     noise = randn(SHAPE, torch.Generator().manual_seed(0)).double()
     mine, theirs = make_ours(name, n, prediction_type), reference(name, n, prediction_type, double=True)
@@ -165,7 +167,7 @@ def test_equals_diffusers_in_float64(name: str, n: int, prediction_type: str, re
     assert relative_error(a, b) < (1e-9 if name == "ddpm" else 1e-12)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_same_timesteps_for_any_number_of_steps(name: str, reference: Any) -> None:
     sampler, scheduler = make_ours(name, 1), reference(name, 1, double=True)
     for n in [*range(1, 61), *range(61, 999, 17), 499, 500, 501, 997, 998, 999]:
@@ -193,7 +195,7 @@ def test_karras_timesteps_in_float32_may_round_the_other_way(reference: Any) -> 
 
 
 @pytest.mark.parametrize("strength", [0.04, 0.3, 0.75, 1.0])
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("pndm", "lms")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("pndm", "lms")])
 def test_strength_equals_diffusers(name: str, strength: float, reference: Any) -> None:
     n, x0, noise = 25, randn(SHAPE, generators()), randn(SHAPE, torch.Generator().manual_seed(0))
     sampler, scheduler = make_ours(name, n), reference(name, n)
@@ -228,7 +230,7 @@ def test_strength_with_pndm_and_lms_is_a_fresh_start() -> None:
 # The rest of what diffusers' schedulers offer, where ours has the same
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_add_noise_with_a_timestep_per_image_equals_diffusers(name: str, reference: Any) -> None:
     x0, noise = randn(SHAPE, generators()), randn(SHAPE, torch.Generator().manual_seed(0))
     sampler, scheduler = make_ours(name, 20), reference(name, 20)
@@ -258,12 +260,115 @@ def test_velocity_equals_diffusers(name: str, reference: Any) -> None:
     assert relative_error(v, reference(name, 20).get_velocity(x0, noise, t)) < 1e-5
 
 
+# Zero terminal SNR and `trailing` spacing (Lin et al. 2023), in the classes of diffusers that have both
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+WITH_ZERO_SNR = [name for name in NAMES if name not in ("pndm", "lms", "heun")]
+
+
+@pytest.mark.parametrize("n", STEPS)
+@pytest.mark.parametrize("name", WITH_ZERO_SNR)
+def test_zero_terminal_snr_equals_diffusers_in_float64(name: str, n: int, reference: Any) -> None:
+    if name == "ddim" and 1000 % n:
+        pytest.skip("diffusers goes from t to t - 1000 // n, which is not its own next timestep")
+    mine = make_ours(name, n, "v_prediction", zero_terminal_snr=True)
+    theirs = reference(name, n, "v_prediction", double=True, **ZERO_SNR)
+    if name == "dpmpp_2m_karras":
+        theirs.set_begin_index(0)  # its first timesteps are all 999, of which it would begin at the second
+    assert mine.timesteps.tolist() == theirs.timesteps.tolist()
+    assert mine.timesteps[0] == 999 or (name, n) == ("lcm", 999)
+    # The same start for both: diffusers begins at σ where it is not `leading`, ours always at √(σ² + 1).
+    noise = randn(SHAPE, torch.Generator().manual_seed(0)).double() * mine.init_noise_sigma
+    a, b = run_ours(mine, noise), run_theirs(name, theirs, noise)
+    # With σ from 4096 to 0, a few digits cancel. DDPM's: see test_equals_diffusers_in_float64.
+    assert relative_error(a, b) < (1e-9 if name == "ddpm" else 1e-11)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpmpp_2m"])
+def test_zero_terminal_snr_equals_diffusers(name: str, reference: Any) -> None:
+    mine = make_ours(name, 20, "v_prediction", zero_terminal_snr=True)
+    theirs = reference(name, 20, "v_prediction", **ZERO_SNR)
+    noise = randn(SHAPE, torch.Generator().manual_seed(0)) * mine.init_noise_sigma
+    assert relative_error(run_ours(mine, noise), run_theirs(name, theirs, noise)) < 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 2, 20, 50])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lcm"])
+def test_trailing_spacing_equals_diffusers_in_float64(name: str, n: int, reference: Any) -> None:
+    mine = make_ours(name, n, "epsilon", timestep_spacing="trailing")
+    theirs = reference(name, n, "epsilon", double=True, timestep_spacing="trailing")
+    noise = randn(SHAPE, torch.Generator().manual_seed(0)).double() * mine.init_noise_sigma
+    a, b = run_ours(mine, noise), run_theirs(name, theirs, noise)
+    assert relative_error(a, b) < (1e-9 if name == "ddpm" else 1e-12)
+
+
+def test_trailing_timesteps_equal_diffusers_for_any_number_of_steps(reference: Any) -> None:
+    mine, theirs = (
+        make_ours("ddpm", 1, timestep_spacing="trailing"),
+        reference("ddpm", 1, timestep_spacing="trailing"),
+    )
+    for n in range(1, 1001):
+        mine.set_inference_timesteps(n)
+        theirs.set_timesteps(n)
+        # For some n its steps add up to a little less than 1000, and there is one too many. And a timestep
+        # that is exactly a half is rounded the way that the sum of its steps happens to lie.
+        off = mine.timesteps - theirs.timesteps[:n]
+        half = torch.arange(n) * 2000 % (2 * n) == n
+        assert (off[~half] == 0).all()
+        assert off.abs().max() <= 1
+
+
+# Rectified flow
+
+
+def flow(n: int) -> Any:
+    """diffusers' scheduler with even steps: by itself it makes the last one from σ = 0.001, which is lost."""
+    module = importlib.import_module("diffusers.schedulers.scheduling_flow_match_euler_discrete")
+    scheduler = module.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / n, n))
+    return scheduler
+
+
+def run_flow(scheduler: Any, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
+    for t in scheduler.timesteps if timesteps is None else timesteps:
+        x = scheduler.step(network(x, t), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("n", [*STEPS, 1000])
+def test_flow_equals_diffusers(n: int, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if double:
+        module = importlib.import_module("diffusers.schedulers.scheduling_flow_match_euler_discrete")
+        monkeypatch.setattr(module, "torch", _Double(torch))
+        monkeypatch.setattr(module, "np", _Double(np))
+    noise = randn(SHAPE, torch.Generator().manual_seed(0)).to(torch.float64 if double else torch.float32)
+    sampler, scheduler = make_ours("flow", n), flow(n)
+    torch.testing.assert_close(
+        sampler.timesteps, scheduler.timesteps.double(), rtol=1e-12 if double else 1e-6, atol=0
+    )
+    assert relative_error(run_ours(sampler, noise), run_flow(scheduler, noise)) < (1e-12 if double else 1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.04, 0.3, 0.75, 1.0])
+def test_flow_from_a_picture_equals_diffusers(strength: float) -> None:
+    n, x0, noise = 25, randn(SHAPE, generators()), randn(SHAPE, torch.Generator().manual_seed(0))
+    sampler, scheduler = make_ours("flow", n), flow(n)
+    sampler.set_strength(strength)
+    start = n - int(n * strength)
+    scheduler.set_begin_index(start)
+    timesteps = scheduler.timesteps[start:]
+    a, b = sampler.add_noise(x0, sampler.timesteps[0], noise), scheduler.scale_noise(x0, timesteps[:1], noise)
+    assert relative_error(a, b) < 1e-6
+    assert relative_error(run_ours(sampler, a), run_flow(scheduler, b, timesteps)) < 1e-5
+
+
 # Where all 1,000 timesteps are asked for, the reference fails, each class in its own way; ours is 999 … 0.
 
 
 def test_a_thousand_steps_where_diffusers_cannot(reference: Any) -> None:
     x = randn(SHAPE, generators())
-    for name in SAMPLERS:
+    for name in NAMES:
         result = run_ours(make_ours(name, 1000), x)
         assert result.isfinite().all(), name
 

@@ -1,90 +1,419 @@
 """The training loop's promises, on models small enough to train in a second."""
 
+import errno
 import json
 import os
+import random
+import resource
 import signal
-from dataclasses import replace
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from reifusion.model.ddpm import DDPMSampler
-from reifusion.train.loop import LoopConfig, TrainingError, learning_rate, train
-from reifusion.train.text2image import (
-    TextToImage,
-    TextToImageTraining,
-    loss_weights,
-    spread_timesteps,
-    train_text2image,
-)
-from reifusion.train.vae import VAE, VAETraining, gradients, kl, normalise_latents, random_pictures, train_vae
+from reifusion.train.checkpoint import TrainingError, save_atomically
+from reifusion.train.loop import LoopConfig, Part, learning_rate, rng, train
 
-TINY = ModelConfig(
-    name="tiny",
-    size=16,
-    clip=CLIPConfig(vocab_size=20, context_length=6, width=16, layers=1, heads=2),
-    vae=VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0),
-    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=4),
-    schedule=ScheduleConfig(prediction_type="v_prediction"),
-)
+EXACT = LoopConfig(steps=9, checkpoint_minutes=0.0, mixed_precision="no")
 
 
-@pytest.fixture
-def sprites() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (6, 4, 4, 4), generator=generator, dtype=torch.uint8)
-    return pictures.repeat_interleave(4, 2).repeat_interleave(4, 3)  # (6, 4, 16, 16), blocky
+class Net(nn.Module):
+    """Something of every kind: a convolution, a matrix, biases, and a weight that stays as it is."""
 
-
-def test_killed_and_resumed_run_ends_in_the_same_weights(tmp_path):
-    def run(folder, die_at=None):
+    def __init__(self):
+        super().__init__()
         torch.manual_seed(1)
-        model = nn.Linear(3, 2)
+        self.conv = nn.Conv2d(1, 4, 2)
+        self.linear = nn.Linear(16, 2)
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
 
-        def loss(step, generator):
-            if step == die_at:
-                raise KeyboardInterrupt
-            x = torch.randn(8, 3, generator=generator)
-            return (model(x) - x[:, :2]).pow(2).mean(), {}
+    def forward(self, x):
+        """(B, 1, 3, 3) -> (B, 2)"""
+        return self.frozen * self.linear(self.conv(x).relu().flatten(1))
 
-        return train(model, loss, LoopConfig(steps=9, checkpoint_minutes=0.0), folder)
 
-    whole = run(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", die_at=5)
-    resumed = run(tmp_path / "cut")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+def pictures_loss(network, step, generator, part):
+    x = torch.randn(8, 1, 3, 3, generator=generator)
+    x = part.of(x)
+    return (network(x) - x[:, 0, 0, :2]).pow(2).mean(), {"samples": float(len(x))}
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(one, other) -> bool:
+    """Bit for bit, all through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+# What a run leaves, and how it can be cut short
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_stopped_and_resumed_run_ends_in_the_same_state_bit_for_bit(tmp_path, muon):
+    config = LoopConfig(steps=9, muon=muon)
+
+    def stopping(network, step, generator, part):
+        if step in (2, 5) and not (tmp_path / f"stopped-{step}").exists():
+            (tmp_path / f"stopped-{step}").touch()
+            signal.raise_signal(signal.SIGTERM)
+        return pictures_loss(network, step, generator, part)
+
+    whole = train(Net(), pictures_loss, config, tmp_path / "whole")
+    for step in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            train(Net(), stopping, config, tmp_path / "cut")
+        assert checkpoint(tmp_path / "cut")["step"] == step
+    resumed = train(Net(), stopping, config, tmp_path / "cut")
+    assert same(whole, resumed)
+    assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+
+
+KILLED = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+import accelerate, torch, torch.utils.tensorboard
+sys.path.insert(0, {here!r})
+from test_loop import EXACT, Net, pictures_loss, train
+
+folder, config = Path(sys.argv[1]), replace(EXACT, steps=30, muon=True)
+kills = 0
+
+def start(where):
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        train(Net(), pictures_loss, config, where)
+        os._exit(0)
+    return pid
+
+def written(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+os.waitpid(start(folder / "whole"), 0)
+path, ended = folder / "cut" / "checkpoint.pt", 0
+while not ended:
+    pid, before, writes = start(folder / "cut"), written(path), random.randint(1, 12)
+    while writes and not ended:
+        ended, _ = os.waitpid(pid, os.WNOHANG)
+        if written(path) != before:
+            before, writes = written(path), writes - 1
+        time.sleep(0.0005)
+    time.sleep(random.uniform(0, 0.02))
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        ended, kills = not os.WIFSIGNALED(status), kills + 1
+print(kills)
+"""
+
+
+def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_path):
+    """A real process, killed with SIGKILL at random moments, also while it writes."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(here=str(Path(__file__).parent)), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 2
+    assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_being_asked_to_stop_finishes_the_step_and_saves_it(tmp_path, number):
-    model = nn.Linear(2, 1)
-
-    def loss(step, generator):
+def test_being_asked_to_stop_saves_the_state_and_gives_the_signal_back(tmp_path, number):
+    def loss(network, step, generator, part):
         if step == 4:
             os.kill(os.getpid(), number)
-        return model(torch.ones(1, 2)).sum(), {}
+        return pictures_loss(network, step, generator, part)
 
     handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        train(model, loss, LoopConfig(steps=9), tmp_path)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+        train(Net(), loss, LoopConfig(steps=9), tmp_path)
+    assert checkpoint(tmp_path)["step"] == 4
     assert signal.getsignal(number) == handler
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    model = nn.Linear(2, 1)
+# Parts
 
-    def loss(step, generator):
-        value = model(torch.ones(1, 2)).sum()
-        return value * (float("nan") if step == 3 else 1.0), {}
 
-    with pytest.raises(TrainingError, match="step 3"):
-        train(model, loss, LoopConfig(steps=9, checkpoint_minutes=0.0), tmp_path)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4))
+def test_parts_are_a_batch_cut_without_remainder(size, count):
+    batch = torch.arange(size * count)
+    parts = [Part(i, count).of(batch) for i in range(count)]
+    assert all(len(part) == size for part in parts)
+    assert torch.equal(torch.cat(parts).sort().values, batch)
+
+
+def test_batch_that_cannot_be_cut_equally_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="batch of 8 cannot be cut into 3"):
+        train(Net(), pictures_loss, LoopConfig(steps=2, accumulate=3), tmp_path)
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulated_parts_train_as_the_whole_batch(tmp_path, accumulate):
+    def run(folder, **more):
+        config = LoopConfig(steps=6, mixed_precision="no", log_every=1, lr=1e-2, warmup=1, **more)
+        return train(Net(), pictures_loss, config, folder), log(folder)
+
+    (whole, rows), (parts, more) = run(tmp_path / "1"), run(tmp_path / "n", accumulate=accumulate)
+    for one, other in zip(rows, more, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-6)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
+# Half precision
+
+
+def test_half_precision_is_that_of_the_networks_products_only(tmp_path):
+    seen = {}
+
+    def loss(network, step, generator, part):
+        value, figures = pictures_loss(network, step, generator, part)
+        seen[torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None] = step
+        return value, figures
+
+    class Spy(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            seen["inside"] = self.conv(x).dtype
+            return y.float()
+
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", torch.float32)):
+        seen.clear()
+        average = train(Spy(), loss, LoopConfig(steps=2, mixed_precision=precision), tmp_path / precision)
+        assert seen == {"inside": dtype, None: 1}
+        assert all(weight.dtype == torch.float32 for weight in average.values())
+    with pytest.raises(TrainingError, match="bf16, fp16 or no, not 'half'"):
+        train(Net(), pictures_loss, LoopConfig(steps=2, mixed_precision="half"), tmp_path / "other")
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_fp16_skips_a_step_that_overflows_and_resumes_exactly(tmp_path, muon):
+    def loss(network, step, generator, part):
+        value, figures = pictures_loss(network, step, generator, part)
+        return value * (1e35 if step == 1 else 1.0), figures  # times the scale of 65536: infinite
+
+    config = LoopConfig(steps=6, mixed_precision="fp16", muon=muon, explode=float("inf"))
+    whole = train(Net(), loss, config, tmp_path / "whole")
+
+    def stopping(network, step, generator, part):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(network, step, generator, part)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Net(), stopping, config, tmp_path / "cut")
+    assert checkpoint(tmp_path / "cut")["scaler"]["scale"] == 32768.0
+    assert same(whole, train(Net(), loss, config, tmp_path / "cut"))
+
+
+# What can go wrong
+
+
+def broken(at: int, factor: float):
+    def loss(network, step, generator, part):
+        value, figures = pictures_loss(network, step, generator, part)
+        return value * (factor if step >= at else 1.0), figures
+
+    return loss
+
+
+@pytest.mark.parametrize("bad, said", [(float("nan"), "the loss is nan"), (float("inf"), "the loss is inf")])
+def test_loss_that_is_not_finite_stops_with_step_batch_and_norms(tmp_path, bad, said):
+    with pytest.raises(TrainingError) as caught:
+        train(Net(), broken(3, bad), EXACT, tmp_path, describe=lambda step: f"batch {step}")
+    message = str(caught.value)
+    assert message.startswith(f"{said} at step 3 (batch 3); the gradients' norms: conv ")
+    assert "linear " in message and message.endswith(f"the last good state is {tmp_path / 'checkpoint.pt'}")
+    assert checkpoint(tmp_path)["step"] == 2
     assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
+    def loss(network, step, generator, part):
+        x = torch.zeros(4, 1, 3, 3)
+        return (network(x) - network(x)).abs().sum().sqrt() + 1.0, {}  # the root's slope at 0 is infinite
+
+    with pytest.raises(
+        TrainingError, match=r"the gradient's norm is nan at step 0; .* nothing had been saved"
+    ):
+        train(Net(), loss, EXACT, tmp_path)
+
+
+def test_exploding_loss_stops_at_the_third_and_keeps_the_state_from_before(tmp_path):
+    config = LoopConfig(steps=60, checkpoint_minutes=0.0)
+    with pytest.raises(
+        TrainingError, match=r"third time in a row more than 10 times the usual .* at step 32"
+    ):
+        train(Net(), broken(30, 1000.0), config, tmp_path)
+    assert checkpoint(tmp_path)["step"] == 29
+
+
+def test_a_single_high_loss_stops_nothing(tmp_path):
+    def loss(network, step, generator, part):
+        value, figures = pictures_loss(network, step, generator, part)
+        return value * (1000.0 if step % 30 in (28, 29) else 1.0), figures
+
+    train(Net(), loss, LoopConfig(steps=70), tmp_path)
+    assert checkpoint(tmp_path)["step"] == 70
+
+
+def test_weights_that_are_not_finite_in_the_end_are_not_saved(tmp_path):
+    with pytest.raises(TrainingError, match="weights that are not finite"):
+        train(Net(), pictures_loss, LoopConfig(steps=1, lr=1e39, warmup=1), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    train(Net(), pictures_loss, LoopConfig(steps=4), tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def half(value, file):
+        file.write(before[: len(before) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(TrainingError, match=r"could not be written \(No space left on device\)"):
+        train(Net(), pictures_loss, LoopConfig(steps=9), tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_a_real_limit_on_file_sizes_keeps_the_last_good_file(tmp_path):
+    """The kernel refuses the write in the middle of the file, as on a full disk."""
+    path = tmp_path / "checkpoint.pt"
+    save_atomically({"x": torch.zeros(10)}, path)
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        try:
+            save_atomically({"x": torch.ones(1_000_000)}, path)
+        except TrainingError as error:
+            os._exit(0 if str(error).startswith(f"{path} could not be written (") else 2)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert torch.equal(torch.load(path, weights_only=True)["x"], torch.zeros(10))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Other(nn.Module):
+    def __init__(self, width=3):
+        super().__init__()
+        self.linear = nn.Linear(16, width)
+        self.conv = nn.Conv2d(1, 4, 2)
+
+    forward = Net.forward
+
+
+def test_checkpoint_of_something_else_is_refused_in_a_sentence(tmp_path):
+    train(Net(), pictures_loss, LoopConfig(steps=2), tmp_path)
+    other = Net()
+    other.linear = nn.Linear(16, 3)
+    with pytest.raises(
+        TrainingError, match=r"of another model \(linear.bias is \[2\] there and \[3\] here\)"
+    ):
+        train(other, pictures_loss, LoopConfig(steps=4), tmp_path)
+    other = Net()
+    other.frozen.requires_grad_(True)
+    with pytest.raises(TrainingError, match=r"\(frozen is missing there and \[2\] here\)"):
+        train(other, pictures_loss, LoopConfig(steps=4), tmp_path)
+    with pytest.raises(TrainingError, match="trained with AdamW, and the optimizer here is Muon and AdamW"):
+        train(Net(), pictures_loss, LoopConfig(steps=4, muon=True), tmp_path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_damaged_checkpoint_is_refused_in_a_sentence(tmp_path_factory, chance: random.Random):
+    folder = tmp_path_factory.mktemp("run")
+    path = folder / "checkpoint.pt"
+    save_atomically({"model": {}, "step": 3}, path)
+    whole = path.read_bytes()
+    damage = chance.choice(["cut", "noise", "other"])
+    if damage == "cut":
+        path.write_bytes(whole[: chance.randrange(len(whole))])
+    elif damage == "noise":
+        path.write_bytes(chance.randbytes(chance.randrange(200)))
+    with pytest.raises(TrainingError, match="is not a whole checkpoint of a training; choose another folder"):
+        train(Net(), pictures_loss, LoopConfig(steps=4), folder)
+
+
+# What one sees
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+def test_log_and_tensorboard_show_loss_speed_rate_and_pictures(tmp_path):
+    def sheet(step, average):
+        assert set(average) == {"conv.weight", "conv.bias", "linear.weight", "linear.bias"}
+        return Image.new("RGB", (4, 2), (255, 0, 0))
+
+    config = LoopConfig(steps=10, log_every=3, accumulate=2, lr=0.5, warmup=4)
+    train(Net(), pictures_loss, config, tmp_path, sheet)
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [0, 3, 6, 9]
+    assert [row["lr"] for row in rows] == [learning_rate(step, config) for step in (0, 3, 6, 9)]
+    assert all(row["samples_per_second"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["smoothed"] == rows[0]["loss"]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "smoothed", "lr", "grad_norm", "samples_per_second"} <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("loss")] == [0, 3, 6, 9]
+    losses = [event.value for event in board.Scalars("loss")]
+    assert losses == pytest.approx([row["loss"] for row in rows], abs=1e-5)
+    assert [(image.step, image.width, image.height) for image in board.Images("samples")] == [(10, 4, 2)]
+
+
+def test_figures_of_parts_are_averaged_where_they_are_known(tmp_path):
+    def loss(network, step, generator, part):
+        value, _ = pictures_loss(network, step, generator, part)
+        nan = float("nan")
+        return value, {"known": 1.0 + 2 * part.index, "once": nan if part.index else 5.0, "never": nan}
+
+    train(Net(), loss, LoopConfig(steps=1, accumulate=2, log_every=1), tmp_path)
+    (row,) = log(tmp_path)
+    assert row["known"] == 2.0 and row["once"] == 5.0 and "never" not in row
+
+
+def test_what_draws_from_torchs_own_generator_is_resumed_exactly_too(tmp_path):
+    class Dropping(Net):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+    whole = train(Dropping(), pictures_loss, EXACT, tmp_path / "whole")
+
+    def stopping(network, step, generator, part):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return pictures_loss(network, step, generator, part)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Dropping(), stopping, EXACT, tmp_path / "cut")
+    torch.rand(7)
+    assert same(whole, train(Dropping(), pictures_loss, EXACT, tmp_path / "cut"))
+
+
+# Small things
 
 
 def test_learning_rate_rises_stays_and_falls():
@@ -95,98 +424,7 @@ def test_learning_rate_rises_stays_and_falls():
     assert 0 < learning_rate(999, config) < 0.01
 
 
-def test_vae_learns_and_its_latents_have_unit_variance(sprites, tmp_path):
-    training = VAETraining(loop=LoopConfig(steps=120, lr=3e-3, warmup=10), batch=8, crop=16)
-    vae = train_vae(sprites, TINY.vae, training, tmp_path)
-    log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
-    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    # The same pictures that `normalise_latents` measured, so this is exact but for rounding.
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        z = torch.cat(
-            [vae.encoder.moments(random_pictures(sprites, 32, 16, generator))[0] for _ in range(16)]
-        )
-    assert z.mean((0, 2, 3)).abs().max() < 1e-3
-    assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
-
-
-def test_normalising_latents_leaves_the_round_trip_as_it_was(sprites):
-    torch.manual_seed(0)
-    vae = VAE(TINY.vae)
-    x = random_pictures(sprites, 4, 16, torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        before = vae.decoder(vae.encoder.moments(x)[0])
-        normalise_latents(vae, sprites)
-        after = vae.decoder(vae.encoder.moments(x)[0])
-    assert (before - after).abs().max() < 1e-4 * before.abs().max()
-
-
-def test_kl_is_that_of_two_normal_distributions():
-    mean, log_variance = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    there = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
-    expected = torch.distributions.kl_divergence(there, torch.distributions.Normal(0.0, 1.0)).mean()
-    assert kl(mean, log_variance) == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_gradients_of_a_flat_picture_are_zero_and_of_a_ramp_constant():
-    ramp = torch.arange(5.0).expand(1, 1, 4, 5)
-    across, down = gradients(ramp)
-    assert torch.equal(across, torch.ones(1, 1, 4, 4))
-    assert torch.equal(down, torch.zeros(1, 1, 3, 5))
-
-
-def test_random_pictures_are_in_range_and_decided_by_the_generator(sprites):
-    one, two = (random_pictures(sprites, 5, 8, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(one, two)
-    assert one.shape == (5, 3, 8, 8)
-    assert one.min() >= -1 and one.max() <= 1 + 1e-6
-
-
-def test_timesteps_cover_all_the_range_evenly():
-    t = spread_timesteps(10, 1000, torch.Generator().manual_seed(0))
-    assert [int(x) // 100 for x in t] == list(range(10))
-    assert spread_timesteps(1, 1000, torch.Generator().manual_seed(0)).max() < 1000
-    noisy = spread_timesteps(1000, 1000, torch.Generator().manual_seed(0), power=0.5)
-    assert abs((noisy < 500).float().mean() - 0.25) < 0.01  # P(√u < ½) = ¼
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_loss_weights_follow_min_snr(prediction):
-    sampler = DDPMSampler(prediction_type=prediction)
-    t = torch.tensor([1, 300, 999])
-    snr = (sampler.alphas_cumprod / (1 - sampler.alphas_cumprod))[t]
-    natural = snr + (prediction == "v_prediction")
-    expected = torch.minimum(natural, torch.tensor(5.0)) / natural
-    assert torch.allclose(loss_weights(sampler, t, 5.0), expected.float())
-    assert torch.equal(loss_weights(sampler, t, None), torch.ones(3))
-
-
-def test_text_decides_what_the_trained_model_predicts(tmp_path):
-    """Two words, two latents: after training the word alone tells them apart at the noisiest timestep."""
-    latents = torch.stack([torch.ones(4, 8, 8), -torch.ones(4, 8, 8)])
-    tokens = torch.tensor([[18, 3, 19, 19, 19, 19], [18, 7, 19, 19, 19, 19]])
-    empty = torch.tensor([18, 19, 19, 19, 19, 19])
-    training = TextToImageTraining(loop=LoopConfig(steps=250, lr=2e-3, warmup=20, ema=0.9), batch=16)
-    model = train_text2image(latents, tokens, empty, TINY, training, tmp_path).eval()
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([999, 999])
-    with torch.no_grad():
-        x0, _ = DDPMSampler(prediction_type="v_prediction").predict(
-            999, noise, model.diffusion(noise, model.clip(tokens), t)
-        )
-    assert x0[0].mean() > 0.5 and x0[1].mean() < -0.5
-
-
-def test_every_parameter_of_both_networks_is_trained(tmp_path):
-    torch.manual_seed(0)
-    before = TextToImage(TINY).state_dict()
-    latents, tokens = torch.randn(4, 4, 8, 8), torch.randint(0, 18, (4, 6))
-    training = TextToImageTraining(
-        loop=LoopConfig(steps=12, lr=1e-2, warmup=1, ema=0.5, weight_decay=0.0), batch=4
-    )
-    training = replace(training, caption_dropout=0.0)
-    after = train_text2image(
-        latents, tokens, tokens[0], TINY, training, tmp_path, start_from=before
-    ).state_dict()
-    frozen = [name for name in before if torch.equal(before[name], after[name])]
-    assert frozen == []
+def test_randomness_is_decided_by_seed_and_step():
+    draws = {torch.rand(1, generator=rng(seed, step)).item() for seed in range(3) for step in range(3)}
+    assert len(draws) == 9
+    assert torch.equal(torch.rand(3, generator=rng(1, 2)), torch.rand(3, generator=rng(1, 2)))

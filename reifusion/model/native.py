@@ -1,0 +1,86 @@
+"""Compiles `attention.c` when it is first needed, where it is faster than PyTorch's own kernel.
+
+That is on CPUs with AVX-512 BF16 and without AMX, which PyTorch's kernel uses. Where there is no compiler, or
+it fails, PyTorch's kernel does the work: slower, and the same to the last bits of bfloat16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("attention.c")
+# Named one by one, not -march=native: what was compiled here runs on every CPU that passes `_suits`.
+FLAGS = ["-O3", "-shared", "-fPIC", "-fopenmp", "-mfma"]
+FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
+
+
+class _View(ctypes.Structure):
+    """`View` in attention.c: where a (B, heads, L, d) tensor lies in memory."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+    )
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d); None where `attention.c` does not apply."""
+    tensors = (q, k, v)
+    if not all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors):
+        return None
+    if q.shape[-1] % 2 or q.shape[-1] > 512 or 0 in (*q.shape, *k.shape) or torch.compiler.is_compiling():
+        return None
+    if (library := _library()) is None:
+        return None
+    batch, heads, length, width = q.shape
+    out = q.new_empty(batch, length, heads, width)
+    views = [_View(x.data_ptr(), *x.stride()[:3]) for x in tensors]
+    sizes = (batch, heads, length, k.shape[2], width)
+    if library.attention(*views, out.data_ptr(), *sizes, torch.get_num_threads()):
+        raise MemoryError("could not allocate memory for attention")
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """attention.c, compiled once for all processes."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if not _suits() or compiler is None:
+        return None
+    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    path = _cache() / f"attention-{name}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = Path(folder, path.name)
+                command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+                made.replace(path)  # whole, or not there
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    library.attention.argtypes = [_View] * 3 + [ctypes.c_void_p] + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    return library
+
+
+def _suits() -> bool:
+    """Is this a CPU that can run it, and whose own fast path PyTorch does not use already?"""
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return bf16 and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reifusion")

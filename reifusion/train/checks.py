@@ -1,0 +1,296 @@
+"""Three checks before a long training: what will it cost, are the gradients right, can it learn at all?
+
+`dry_run`, `check_gradients` and `overfit_one` are for a recipe, and need none of its data. Each stands on a
+function for a model and a loss of your own: `cost`, `compare_gradients` and `overfit`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..model.config import ModelConfig, ScheduleConfig
+from ..model.model_loader import load
+from . import text2image
+from . import vae as vaes
+from .checkpoint import TrainingError
+from .loop import LoopConfig, Loss, Part, gradients, in_mixed_precision, make_optimizers, processes, rng
+from .lora import TEXT_ENCODER, attach
+from .recipe import Recipe
+from .run import model_config
+from .text2image import Latents, TextToImage, forward_process, recomputed
+from .vae import VAE
+
+# ---- what will it cost? -----------------------------------------------------------------------------------
+
+
+def dry_run(recipe: Recipe) -> str:
+    """What following a recipe takes on this machine, as a table: from a few real steps, on made-up data."""
+    model, loss = subject(recipe)
+    saving = getattr(recipe.training, "gradient_checkpointing", False)
+    with recomputed(model.diffusion) if saving else nullcontext():  # type: ignore[arg-type]
+        return str(cost(model, loss, recipe.training.loop))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a training, in each process; memory in bytes."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, int]
+    seconds: float  # a step
+    steps: int
+    samples: float  # a step, of all processes
+
+    def __str__(self) -> str:
+        rows = {
+            "parameters": f"{self.parameters:,}, of which {self.trained:,} are trained",
+            **{name: f"{size / 2**20:,.1f} MiB" for name, size in self.memory.items()},
+            "in all": f"{sum(self.memory.values()) / 2**30:.2f} GiB, and what PyTorch itself takes",
+            "a step": f"{self.seconds:.3g} s, {self.samples / self.seconds:,.1f} samples/s",
+            f"{self.steps:,} steps": f"{self.steps * self.seconds / 3600:,.2f} hours",
+        }
+        return "\n".join(f"{name:14} {value}" for name, value in rows.items())
+
+
+def cost(model: nn.Module, loss: Loss, config: LoopConfig, steps: int = 2) -> Cost:
+    """Takes one step to warm up, and the time of `steps` more; the model's weights stay as they are."""
+    accelerator = processes()
+    wrapped = accelerator.prepare_model(model)
+    network = in_mixed_precision(wrapped, config, accelerator.device)
+    optimizers = make_optimizers(model, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # all the work, and no change
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=False)
+    part = Part(0, config.accumulate * accelerator.num_processes, accelerator.device)
+    alone = in_mixed_precision(model, config, accelerator.device)
+    activations = kept(model, lambda: loss(alone, 0, rng(config.seed, 0), part)[0])
+    for step in range(1 + steps):
+        if step == 1:
+            start = time.perf_counter()
+        model.zero_grad()
+        figures = gradients(network, wrapped, loss, step, config, accelerator, scaler)
+        for optimizer in optimizers:
+            optimizer.step()
+    seconds = (time.perf_counter() - start) / steps
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = [x for o in optimizers for s in o.state.values() for x in s.values() if isinstance(x, Tensor)]
+    model.zero_grad()
+    memory = {
+        "weights": size(model.parameters()),
+        "gradients": size(trained),
+        "optimizer": size(state),
+        "average": size(trained),
+        "activations": activations,
+    }
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in trained),
+        memory=memory,
+        seconds=seconds,
+        steps=config.steps,
+        samples=figures.get("samples", 0.0),
+    )
+
+
+def kept(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """The bytes that a forward pass keeps for the way back, beside the weights."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        value = forward()
+    del value  # held until here, so that nothing was freed and no address stands for two tensors
+    return sum(storages.values())
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """In bytes."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+# ---- are the gradients right? -----------------------------------------------------------------------------
+
+
+def check_gradients(recipe: Recipe) -> str:
+    """Each term of the recipe's loss, on a narrow model of the same plan; a wrong one is a TrainingError."""
+    errors = compare_gradients(*narrow_subject(recipe))
+    table = "\n".join(f"{name:14} {error:.1e}" for name, error in errors.items())
+    wrong = [name for name, error in errors.items() if not error < 1e-4]
+    if wrong:
+        raise TrainingError(
+            f"the gradients of {', '.join(wrong)} are not those of finite differences:\n{table}"
+        )
+    return f"gradients against finite differences, relative errors:\n{table}"
+
+
+def compare_gradients(
+    model: nn.Module, terms: Mapping[str, Callable[[nn.Module], Tensor]], directions: int = 3
+) -> dict[str, float]:
+    """The largest relative error of autograd's slope along some random directions, for each term.
+
+    terms: name -> model to loss, in float64; the model itself is copied. Weights that a term forgot have a
+    slope too, so that forgetting them is an error.
+    """
+    model = copy.deepcopy(model).double().eval()
+    weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    generator, h = torch.Generator().manual_seed(0), 1e-5
+    errors = {}
+    for name, term in terms.items():
+        found = torch.autograd.grad(term(model), weights, allow_unused=True, materialize_grads=True)
+        errors[name] = 0.0
+        for _ in range(directions):
+            direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in weights]
+            length = torch.stack([d.norm() for d in direction]).norm()
+            direction = [(d / length).to(p.device) for d, p in zip(direction, weights, strict=True)]
+            ours = sum((g * d).sum().item() for g, d in zip(found, direction, strict=True))
+            # The central difference: f'(w)·d ≈ (f(w + hd) − f(w − hd)) / 2h
+            with torch.no_grad():
+                torch._foreach_add_(weights, direction, alpha=h)
+                above = term(model).item()
+                torch._foreach_add_(weights, direction, alpha=-2 * h)
+                below = term(model).item()
+                torch._foreach_add_(weights, direction, alpha=h)
+            theirs = (above - below) / (2 * h)
+            error = abs(ours - theirs) / max(abs(ours), abs(theirs), 1e-12)
+            errors[name] = max(errors[name], error)
+    return errors
+
+
+def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Module], Tensor]]]:
+    """A narrow model of a recipe's plan, and the terms of its loss."""
+    config, generator = narrow(base(recipe)), torch.Generator().manual_seed(0)
+    if recipe.train == "vae":
+        x = blots(generator, 2, 4 * config.vae.factor).double()
+        noise = torch.randn(2, config.vae.latent_channels, 4, 4, generator=generator, dtype=torch.float64)
+        return awake(VAE(config.vae)), {
+            name: lambda vae, name=name: vaes.terms(x, *vae(x, noise))[name]  # type: ignore[misc]
+            for name in ("l1", "mse", "edges", "kl")
+        }
+    side = 2 ** len(config.unet.channels)  # two pixels at the bottom of the U
+    latents = blots(generator, 2, side, config.unet.in_channels).double()
+    noise = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(config.clip.vocab_size, (2, config.clip.context_length), generator=generator)
+    t, weights = torch.tensor([100, 700]), torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def term(prediction: str) -> Callable[[nn.Module], Tensor]:
+        sampler = forward_process(ScheduleConfig(prediction_type=prediction))
+        return lambda model: text2image.loss(model, sampler, latents, tokens, t, noise, weights)[0]
+
+    model = TextToImage(config)
+    if recipe.train == "lora":
+        _attach(model, recipe)
+    return awake(model), {prediction: term(prediction) for prediction in ("epsilon", "v_prediction", "flow")}
+
+
+def narrow(config: ModelConfig) -> ModelConfig:
+    """The same layers with few channels: float64 and many forward passes take their time."""
+    unet, vae = config.unet, config.vae
+    return replace(
+        config,
+        clip=replace(config.clip, vocab_size=64, width=16, layers=2, heads=2),
+        unet=replace(
+            unet, channels=(unet.groups,) * len(unet.channels), heads=2, head_width=None, context_width=16
+        ),
+        vae=replace(vae, channels=(vae.groups,) * len(vae.channels)),
+    )
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """All weights random: those that begin at zero would keep others from mattering."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+# ---- can it learn at all? ---------------------------------------------------------------------------------
+
+
+def overfit_one(recipe: Recipe) -> str:
+    """Whether the recipe's model can learn a single batch of made-up data. Raises TrainingError where not."""
+    training = replace(recipe.training, batch=2)
+    if recipe.train != "vae":
+        training = replace(training, caption_dropout=0.0)
+    curve = overfit(*subject(replace(recipe, training=training)))
+    course = f"the loss on one batch went from {curve[0]:.3g} to {curve[-1]:.3g} in {len(curve)} steps"
+    if curve[-1] > curve[0] / 20:
+        raise TrainingError(f"{course}, and not to nearly 0: something keeps this model from learning")
+    return f"{course}: it can learn"
+
+
+def overfit(model: nn.Module, loss: Loss, steps: int = 500, lr: float = 1e-3) -> list[float]:
+    """The losses of up to `steps` steps, all on the first batch with the same noise, in float32.
+
+    Ends when the loss is a twentieth of the first. The model is changed.
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.0)
+    curve: list[float] = []
+    while len(curve) < steps and (not curve or curve[-1] > curve[0] / 20):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (len(curve) + 1) / 20, 2 - 2 * len(curve) / steps)
+        optimizer.zero_grad()
+        value, _ = loss(model, 0, rng(0, 0), Part())
+        value.backward()
+        optimizer.step()
+        curve.append(value.item())
+    return curve
+
+
+# ---- models and made-up data ------------------------------------------------------------------------------
+
+
+def subject(recipe: Recipe) -> tuple[nn.Module, Loss]:
+    """The model that a recipe trains, as it begins, and its loss on made-up data of the right size."""
+    config, training = base(recipe), recipe.training
+    torch.manual_seed(training.loop.seed)
+    pixels = recipe.size or config.size
+    if recipe.train == "vae":
+        vae = VAE(config.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return vae, vaes.training_loss(blots, pixels, config.vae, training)
+    model = TextToImage(config)
+    if recipe.start or recipe.train == "lora":
+        _, models, _ = load(recipe.start or "mini", dtype=torch.float32)
+        model.clip, model.diffusion = models["clip"], models["diffusion"]  # type: ignore[assignment]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.train == "lora":
+        _attach(model, recipe)
+    else:
+        model.clip.requires_grad_(training.train_text_encoder)
+    generator = torch.Generator().manual_seed(0)
+    latents = blots(generator, 64, pixels // config.vae.factor, config.unet.in_channels)
+    tokens = torch.randint(config.clip.vocab_size, (64, config.clip.context_length), generator=generator)
+    sampler = forward_process(config.schedule)
+    return model, text2image.training_loss(Latents(latents, tokens), tokens[0], sampler, training)
+
+
+def base(recipe: Recipe) -> ModelConfig:
+    """The sizes of a recipe's model; a LoRA's is the mini, where it names none."""
+    return model_config(replace(recipe, start=recipe.start or "mini") if recipe.train == "lora" else recipe)
+
+
+def blots(generator: torch.Generator, count: int, size: int, channels: int = 3) -> Tensor:
+    """Made-up pictures, or latents (count, channels, size, size) in [-1, 1]: patches of 4×4 colours."""
+    patches = 2 * torch.rand(count, channels, 4, 4, generator=generator) - 1
+    return F.interpolate(patches, size=(size, size), mode="nearest")
+
+
+def _attach(model: nn.Module, recipe: Recipe) -> None:
+    training = recipe.training
+    targets = training.targets + (TEXT_ENCODER,) * training.train_text_encoder
+    attach(model, training.rank, training.alpha, targets, training.dropout)

@@ -1,0 +1,82 @@
+"""The curve of a run's loss, over the band in which the recipe expects it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from .checkpoint import TrainingError
+
+
+def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: Path) -> None:
+    """Draws `training.jsonl` of one or several runs, also of one that is under way, to a picture file.
+
+    runs: folders of runs, or such files. expected: rows (step, low, high), with straight lines between them.
+    Raises TrainingError when a log is missing or has no losses, or a row is not three numbers.
+    """
+    from matplotlib.figure import Figure  # takes a second, and only this needs it
+
+    if any(len(row) != 3 or not all(map(math.isfinite, row)) or row[1] > row[2] for row in expected):
+        raise TrainingError("the expected losses must be rows of step, low and high")
+    runs = [runs] if isinstance(runs, Path) else list(runs)
+    curves = {run: losses(run) for run in runs}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    if expected:
+        where, low, high = zip(*sorted(map(tuple, expected)), strict=True)
+        axes.fill_between(where, low, high, color="tab:green", alpha=0.15, linewidth=0, label="expected")
+        if len(where) == 1:  # a band of one step has no width
+            axes.vlines(where, low, high, color="tab:green", alpha=0.3, linewidth=6)
+    for number, (run, curve) in enumerate(curves.items()):
+        steps, values = list(curve), list(curve.values())
+        smooth = smoothed(values)
+        colour = f"C{number}"
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        name = run.parent.name if run.suffix == ".jsonl" else run.name
+        label = f"{name}: {smooth[-1]:.4g} at step {steps[-1]:,}"
+        axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
+    if all(value > 0 for curve in curves.values() for value in curve.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.2, which="both")
+    axes.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{os.getpid()}.{out.name}")
+    try:
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, out)
+    except ValueError as error:  # Matplotlib names the endings it knows
+        raise TrainingError(f"the curve cannot be drawn to {out}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """step -> loss, from a run's log; of a step that was done again after a kill, the later."""
+    path = run if run.suffix == ".jsonl" else run / "training.jsonl"
+    if not path.is_file():
+        raise TrainingError(f"there is no {path}: nothing has been trained there yet")
+    curve = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            step, loss = int(row["step"]), float(row["loss"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the run is writing this line just now, or was killed while it did
+        if math.isfinite(loss):
+            curve[step] = loss
+    if not curve:
+        raise TrainingError(f"{path} has no losses yet; the first comes after a few steps")
+    return dict(sorted(curve.items()))
+
+
+def smoothed(values: Sequence[float], reach: int = 10) -> list[float]:
+    """Each value's mean with up to `reach` neighbours on either side, so that the course does not lag."""
+    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

@@ -1,0 +1,65 @@
+"""What one sees of a run while it trains: a bar, `training.jsonl`, and TensorBoard's curves and pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows the steps from `start` to `steps`; each `every`-th becomes a line of `folder/training.jsonl`.
+
+    `tensorboard --logdir folder` shows the same as curves. After a kill, some steps are done and logged
+    twice: the later line is the one that counts.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, every: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and only training needs it
+
+        self.every = every
+        self.bar = tqdm(initial=start, total=steps, mininterval=10)
+        self.log = open(folder / "training.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self.seen, self.smoothed = 0, 0.0
+        self.samples, self.since = 0.0, time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        self.log.close()
+        self.board.close()
+
+    def step(self, step: int, samples: float, figures: dict[str, float]) -> None:
+        """One more step, on `samples` samples; figures: its loss, and what else is worth a curve."""
+        self.seen += 1
+        # The mean of the first 100 losses, later one in which those before the last 100 hardly count.
+        self.smoothed += (figures["loss"] - self.smoothed) / min(self.seen, 100)
+        self.samples += samples
+        if step % self.every == 0:
+            now = time.monotonic()
+            row = {
+                **figures,
+                "smoothed": self.smoothed,
+                "samples_per_second": self.samples / max(now - self.since, 1e-9),
+            }
+            self.samples, self.since = 0.0, now
+            shown = {"step": step, "time": time.time(), **row}
+            print(json.dumps({name: round(value, 6) for name, value in shown.items()}), file=self.log)
+            self.log.flush()
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+            self.bar.set_postfix_str(
+                f"loss {self.smoothed:.4f}, {row['samples_per_second']:.1f} samples/s", refresh=False
+            )
+        self.bar.update()
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """A sample sheet, for TensorBoard's Images tab."""
+        self.board.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")

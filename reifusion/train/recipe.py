@@ -1,0 +1,144 @@
+"""Recipes: everything that decides a training run, in one flat file.
+
+    steps = 20_000   # of the U-Net
+    lr = 1e-3
+
+Each key is a field of `Recipe`, of the training's dataclass (`VAETraining`, `TextToImageTraining` or
+`LoRATraining`) or of `LoopConfig`; what a file leaves out has that field's default. On the command line,
+`key=value` overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from .lora import LoRATraining
+from .text2image import TextToImageTraining
+from .vae import VAETraining
+
+TRAININGS = {"vae": VAETraining, "text2image": TextToImageTraining, "lora": LoRATraining}
+# In a checkout they lie beside the package, in an installed one inside it.
+FOLDERS = (Path(__file__).parent.parent.parent / "recipes", Path(__file__).parent / "recipes")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message says why, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made from, and where it goes. `training` has the rest, flat in the file as well."""
+
+    train: str = ""  # vae, text2image or lora; a file says it, so that it is not used for another
+    data: str = "emoji"  # a folder, parquet, .tar shards or a hub id; "emoji": the mini's own pictures
+    model: str = "mini"  # the sizes of a model that begins from nothing: mini or sd15
+    start: str = ""  # a model to go on from, as `reifusion generate --model` takes it; "": from nothing
+    vae: str = ""  # text2image: the model whose VAE makes the latents; "": that of `start`
+    size: int = 0  # side of the pictures, in pixels, or of a square of their area; 0: the model's
+    scenes: int = 60_000  # emoji: pictures to compose
+    prediction_type: str = ""  # epsilon, v_prediction or flow; "": the model's
+    zero_terminal_snr: bool = False  # with v_prediction: the last timestep is noise and nothing else
+    mirror: bool = False  # whether own pictures may be shown mirrored
+    folder: str = ""  # checkpoints, curves and sheets; "": runs/ and the recipe's name
+    out: str = ""  # the finished model; "": in the folder
+    expected: tuple[tuple[float, float, float], ...] = ()  # step, and the loss to expect there: from, to
+    training: Any = field(default=None)
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with reifusion."""
+    path = Path(name)
+    if path.suffix == ".toml":
+        if path.is_file():
+            return path
+        raise RecipeError(f"there is no recipe at {name}")
+    ours = {file.stem: file for folder in FOLDERS for file in sorted(folder.glob("*.toml"))}
+    if name in ours:
+        return ours[name]
+    raise RecipeError(
+        f"there is no recipe {name!r}; there are {', '.join(sorted(ours))}, or give a .toml file"
+    )
+
+
+def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe for training `what`, from a file and `key=value` overrides. Raises RecipeError."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"the recipe {file} cannot be read: {error}") from None
+        for key in values:
+            _check(what, key, f"the recipe {file}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"{override!r} is not key=value")
+        _check(what, key.strip(), "the command line")
+        values[key.strip()] = _parse(text.strip())
+    if values.get("train", what) != what:
+        raise RecipeError(f"the recipe {file} trains {values['train']}, not {what}")
+    recipe = _fill(Recipe(train=what), values)
+    loop = _fill(TRAININGS[what]().loop, values)
+    training = _fill(replace(TRAININGS[what](), loop=loop), values)
+    folder = recipe.folder or f"runs/{file.stem if file else what}"
+    return replace(recipe, training=training, folder=folder, out=recipe.out or f"{folder}/model.safetensors")
+
+
+def keys(what: str) -> dict[str, Any]:
+    """Every key of a recipe, with its default."""
+    training = TRAININGS[what]()
+    known = {f.name: getattr(it, f.name) for it in (training.loop, training, Recipe()) for f in fields(it)}
+    return {name: value for name, value in known.items() if name not in ("loop", "training")}
+
+
+def _check(what: str, key: str, where: str) -> None:
+    if key not in keys(what):
+        near = difflib.get_close_matches(key, keys(what), 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; `reifusion train {what} --keys` lists them"
+        raise RecipeError(f"{where} sets {key!r}, which training {what} does not know{hint}")
+
+
+def _parse(text: str) -> Any:
+    """A value as TOML writes it; what is none (a path, a word) is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _fill(thing: Any, values: dict[str, Any]) -> Any:
+    """The dataclass with those of the values that are its fields, each of the field's type."""
+    hints = get_type_hints(type(thing))
+    mine = {f.name for f in fields(thing)} & values.keys()
+    return replace(thing, **{name: _as(hints[name], values[name], name) for name in mine})
+
+
+def _as(wanted: Any, value: Any, name: str) -> Any:
+    """The value as the type that its field has. Raises RecipeError."""
+    options = get_args(wanted) if get_origin(wanted) is not tuple and get_args(wanted) else (wanted,)
+    for option in options:
+        if option is type(None) and value in (None, "none", "None"):
+            return None
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if get_origin(option) is tuple and isinstance(value, list | tuple):
+            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        if option in (int, bool, str) and type(value) is option:
+            return value
+        if option is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+    kind = " or ".join(
+        getattr(option, "__name__", str(option)).replace("NoneType", "none") for option in options
+    )
+    raise RecipeError(f"{name} must be {kind}, not {value!r}")

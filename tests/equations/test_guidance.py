@@ -1,0 +1,65 @@
+"""Chapter 8: guidance."""
+
+import numpy as np
+import torch
+
+from reifusion.model.clip import CLIP
+from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.decoder import Decoder
+from reifusion.model.diffusion import UNet
+from reifusion.model.encoder import Encoder
+from reifusion.model.pipeline import StableDiffusion
+from reifusion.model.samplers import EulerSampler
+from tests.equations.check import ALPHA_BAR, SINGLE, Pair, checks, normal
+
+TINY = ModelConfig(
+    name="tiny",
+    size=16,
+    clip=CLIPConfig(vocab_size=256, context_length=8, width=16, layers=1, heads=2),
+    vae=VAEConfig(channels=(8, 8), layers=1, groups=4),
+    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=8),
+)
+
+
+class Letters:
+    """A tokenizer: UTF-8, cut and padded."""
+
+    def encode(self, text: str) -> list[int]:
+        return [*text.encode(), *[0] * 8][:8]
+
+
+@checks("guidance", SINGLE)  # the network is in float32
+def guided_noise() -> Pair:
+    torch.manual_seed(0)
+    models = {
+        "clip": CLIP(TINY.clip),
+        "encoder": Encoder(TINY.vae),
+        "decoder": Decoder(TINY.vae),
+        "diffusion": UNet(TINY.unet),
+    }
+    for parameter in models["clip"].parameters():  # fresh embeddings are too alike to tell prompts apart
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    opinions = []
+    models["diffusion"].register_forward_hook(lambda *call: opinions.append(call[-1]))
+    pipe = StableDiffusion(TINY, Letters(), models)
+    settings = {"seed": 1, "sampler_name": "ddim", "n_inference_steps": 3, "cfg_scale": 7.5}
+    ours = [step.eps for step in pipe.denoise("a cat", **settings)]
+    cond, uncond = torch.stack(opinions).double().numpy().swapaxes(0, 1)  # (steps, 2, 4, h, w)
+    return torch.cat(ours), uncond + 7.5 * (cond - uncond)
+
+
+@checks("score")
+def noise_is_the_slope_of_the_density() -> Pair:
+    # Pictures that are Gaussian numbers with mean m and variance s². Noised they are Gaussian as well, with
+    # a density whose slope is known, and the best answer to "what was added?" is known too.
+    m, s, t = 0.7, 0.6, 400
+    alpha, sigma = np.sqrt(ALPHA_BAR[t]), np.sqrt(1 - ALPHA_BAR[t])
+    x = normal(1, 4, 2, 2)
+    variance = alpha**2 * s**2 + sigma**2
+    best_x0 = m + alpha * s**2 / variance * (x - alpha * m)  # E[x₀ | x]
+    v = (alpha * x - best_x0) / sigma  # the same answer, as a velocity
+    sampler = EulerSampler(prediction_type="v_prediction")
+    before, after = sampler.sigmas[999 - t : 1001 - t]
+    scaled = torch.tensor(x / alpha)  # Euler's scaling
+    slope = (sampler.step(t, scaled, torch.tensor(v)) - scaled) / (after - before)  # ε
+    return -slope / sigma, -(x - alpha * m) / variance

@@ -1,0 +1,128 @@
+"""Every recipe that comes along, followed from its command to the file it makes, for a few steps."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import reifusion
+from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.model_loader import build, info, save
+from reifusion.train import run
+from reifusion.train.__main__ import main
+
+# As large as SD 1.5 where its recipes care, and small elsewhere.
+SMALL_SD = ModelConfig(
+    name="small-sd",
+    size=64,
+    clip=CLIPConfig(width=16, layers=1, heads=2),
+    vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
+    unet=UNetConfig(channels=(8, 16), attention=(True, False), layers=1, heads=2, context_width=16, groups=4),
+)
+
+SMALL_MINI = replace(
+    MINI,
+    clip=replace(MINI.clip, width=32, layers=1, heads=2),
+    vae=replace(MINI.vae, channels=(8, 8, 16, 16), groups=4),
+    unet=replace(MINI.unet, channels=(64, 64), attention=(True, True), context_width=32),
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        picture = Image.new("RGB", (160, 128 + 16 * (i % 2)), "white")
+        ImageDraw.Draw(picture).ellipse([20 + 5 * i, 20, 100, 110], ("red", "green", "blue")[i % 3])
+        picture.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {('red', 'green', 'blue')[i % 3]} ball")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_sd(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    save(SMALL_SD, build_random(SMALL_SD), path)
+    return path
+
+
+def build_random(config):
+    models = build(config)
+    for network in models.values():
+        network.to_empty(device="cpu")
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    return models
+
+
+def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
+    # The mini, narrower and with two prompts to watch: it is the way that is tested here.
+    monkeypatch.setitem(run.SIZES, "mini", SMALL_MINI)
+    monkeypatch.setattr(run, "PROMPTS", run.PROMPTS[:2])
+    vae, model = tmp_path / "vae.safetensors", tmp_path / "model.safetensors"
+    few = [f"data={pictures}", "steps=2", "batch=2", "log_every=1"]
+    code = main(["vae", "--config", "mini-vae", *few, "crop=32", f"folder={tmp_path}/v", f"out={vae}"])
+    assert code == 0
+    code = main(["text2image", "--config", "mini", *few, f"vae={vae}", f"folder={tmp_path}/t", f"out={model}"])
+    assert code == 0
+    assert reifusion.load(model).generate("a red ball", n_inference_steps=2, progress=False).size == (128, 128)
+    rows = [json.loads(line) for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1] and all(row["loss"] > 0 for row in rows)
+    assert list((tmp_path / "t").glob("sheet-*.png"))
+    # and on from there, by rectified flow
+    flow = tmp_path / "flow.safetensors"
+    more = [*few, f"vae={model}", f"folder={tmp_path}/f", f"out={flow}"]
+    assert main(["text2image", "--config", "mini-flow", *more]) == 0
+    assert info(flow).config.schedule.prediction_type == "flow"
+    assert reifusion.load(flow).generate("a ball", n_inference_steps=2, progress=False).size == (128, 128)
+
+
+def test_a_recipe_of_sd_on_a_model_with_its_vocabulary(tmp_path, pictures, small_sd):
+    out = tmp_path / "tuned.safetensors"
+    few = [f"data={pictures}", f"start={small_sd}", "size=64", "steps=2", "batch=4", "accumulate=2"]
+    assert main(["text2image", "--config", "sd15-finetune", *few, f"folder={tmp_path}/r", f"out={out}"]) == 0
+    before, after = (reifusion.load(path, dtype="fp32") for path in (small_sd, out))
+    assert after.config == SMALL_SD
+    same = [
+        torch.equal(p.bfloat16(), q.bfloat16())
+        for p, q in zip(before.models["clip"].parameters(), after.models["clip"].parameters(), strict=True)
+    ]
+    assert all(same)  # the text encoder was to stay
+
+
+@pytest.mark.parametrize("recipe", ["mini-lora", "sd15-lora"])
+def test_a_lora_changes_the_picture(tmp_path, pictures, small_sd, recipe):
+    out = tmp_path / "lora.safetensors"
+    few = [f"data={pictures}", f"start={small_sd}", "size=64", "steps=3", "batch=2", "lr=0.05", "warmup=1"]
+    assert main(["lora", "--config", recipe, *few, f"folder={tmp_path}/r", f"out={out}"]) == 0
+    from reifusion.model.lora import apply, load_lora
+
+    pipe = reifusion.load(small_sd, dtype="fp32")
+    draw = {"prompt": "a ball", "seed": 1, "n_inference_steps": 2, "progress": False}
+    before = pipe.generate(**draw).tobytes()
+    apply(pipe, load_lora(out))
+    assert pipe.generate(**draw).tobytes() != before
+
+
+def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):
+    for arguments, code, says in (
+        (["text2image", "--config", "mini", "vae="], 2, "needs a VAE"),
+        (["text2image", "--config", "mini", "model=maxi"], 2, "no model 'maxi'"),
+        (["text2image", "--config", "mini", f"vae={tmp_path}/none.safetensors"], 2, "none.safetensors"),
+        (["lora", "data=emoji"], 1, "your own pictures"),
+        (["lora", f"data={tmp_path}/nothing"], 1, "is not there"),
+        (["lora", f"data={pictures}", "targets=['nowhere']"], 2, "no layer is named like 'nowhere'"),
+    ):
+        assert main([*arguments, f"folder={tmp_path}/run"]) == code, arguments
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len([line for line in error if line.startswith("reifusion: ")]) >= 1 and says in error[-1]
+
+
+def test_a_vae_is_read_from_its_own_file_and_out_of_a_model(tmp_path):
+    vae = run.load_vae("mini", reifusion.load().config)
+    run.save_vae(vae, tmp_path / "vae.safetensors")
+    again = run.load_vae(str(tmp_path / "vae.safetensors"), reifusion.load().config)
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
