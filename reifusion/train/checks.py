@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.config import ModelConfig, ScheduleConfig
+from ..model.diffusion import UNet
 from ..model.model_loader import load
 from . import text2image
 from . import vae as vaes
@@ -35,8 +38,7 @@ def dry_run(recipe: Recipe) -> str:
     """What following a recipe takes on this machine, as a table: from a few real steps, on made-up data."""
     model, loss = subject(recipe)
     saving = getattr(recipe.training, "gradient_checkpointing", False)
-    with recomputed(model.diffusion) if saving else nullcontext():  # type: ignore[arg-type]
-        return str(cost(model, loss, recipe.training.loop))
+    return str(cost(model, loss, recipe.training.loop, model.diffusion if saving else None))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,18 @@ class Cost:
         rows = {
             "parameters": f"{self.parameters:,}, of which {self.trained:,} are trained",
             **{name: f"{size / 2**20:,.1f} MiB" for name, size in self.memory.items()},
-            "in all": f"{sum(self.memory.values()) / 2**30:.2f} GiB, and what PyTorch itself takes",
+            "in all": f"{sum(self.memory.values()) / 2**20:,.1f} MiB, and what PyTorch itself takes",
             "a step": f"{self.seconds:.3g} s, {self.samples / self.seconds:,.1f} samples/s",
             f"{self.steps:,} steps": f"{self.steps * self.seconds / 3600:,.2f} hours",
         }
         return "\n".join(f"{name:14} {value}" for name, value in rows.items())
 
 
-def cost(model: nn.Module, loss: Loss, config: LoopConfig, steps: int = 2) -> Cost:
-    """Takes one step to warm up, and the time of `steps` more; the model's weights stay as they are."""
+def cost(model: nn.Module, loss: Loss, config: LoopConfig, unet: UNet | None = None, steps: int = 2) -> Cost:
+    """Takes one step to warm up, and the time of `steps` more; the model's weights stay as they are.
+
+    unet: the part of the model whose rows are `recomputed`, for gradient checkpointing.
+    """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
     network = in_mixed_precision(wrapped, config, accelerator.device)
@@ -71,52 +76,73 @@ def cost(model: nn.Module, loss: Loss, config: LoopConfig, steps: int = 2) -> Co
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # all the work, and no change
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=False)
-    part = Part(0, config.accumulate * accelerator.num_processes, accelerator.device)
-    alone = in_mixed_precision(model, config, accelerator.device)
-    activations = kept(model, lambda: loss(alone, 0, rng(config.seed, 0), part)[0])
-    for step in range(1 + steps):
-        if step == 1:
-            start = time.perf_counter()
-        model.zero_grad()
-        figures = gradients(network, wrapped, loss, step, config, accelerator, scaler)
-        for optimizer in optimizers:
-            optimizer.step()
-    seconds = (time.perf_counter() - start) / steps
+    with nullcontext() if unet is None else recomputed(unet):
+        for step in range(1 + steps):
+            if step == 1:
+                start = time.perf_counter()
+            model.zero_grad()
+            figures = gradients(network, wrapped, loss, step, config, accelerator, scaler)
+            for optimizer in optimizers:
+                optimizer.step()
+        seconds = (time.perf_counter() - start) / steps
+    model.zero_grad()
     trained = [p for p in model.parameters() if p.requires_grad]
     state = [x for o in optimizers for s in o.state.values() for x in s.values() if isinstance(x, Tensor)]
-    model.zero_grad()
+    samples = figures["samples"]
+    alone = in_mixed_precision(model, config, accelerator.device)
+    share = samples / (config.accumulate * accelerator.num_processes)  # of the batch, at a time
+    # All that is recomputed might not fit into memory at once; a single sample will.
+    some = 1.0 if unet is not None else share
+    part = Part(0, round(samples / some), accelerator.device)
+    rows = [] if unet is None else [*unet.down, unet.middle, *unet.up]
+    activations = kept(model, lambda: loss(alone, 0, rng(config.seed, 0), part)[0], rows)
     memory = {
         "weights": size(model.parameters()),
         "gradients": size(trained),
         "optimizer": size(state),
         "average": size(trained),
-        "activations": activations,
+        "activations": round(activations * share / some),
     }
-    return Cost(
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained=sum(p.numel() for p in trained),
-        memory=memory,
-        seconds=seconds,
-        steps=config.steps,
-        samples=figures.get("samples", 0.0),
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters, sum(p.numel() for p in trained), memory, seconds, config.steps, samples)
 
 
-def kept(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """The bytes that a forward pass keeps for the way back, beside the weights."""
+def kept(model: nn.Module, forward: Callable[[], Tensor], rows: Sequence[nn.Module] = ()) -> int:
+    """The bytes that a forward pass keeps for the way back, beside the weights.
+
+    rows: modules that will be computed again, one after the other: their inputs count, and one's inside.
+    """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
 
-    def note(x: Tensor) -> Tensor:
+    def note(storages: dict[int, int], x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        value = forward()
+    def noting(storages: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(partial(note, storages), lambda x: x)
+
+    outside: dict[int, int] = {}
+    inside: list[dict[int, int]] = []
+
+    def watched(row: Callable[..., Tensor], *inputs: Tensor, **more: Any) -> Tensor:
+        inside.append({})
+        for x in inputs:
+            note(outside, x)
+        with noting(inside[-1]):
+            return row(*inputs, **more)
+
+    for row in rows:
+        row.forward = partial(watched, row.forward)
+    try:
+        with noting(outside):
+            value = forward()
+    finally:
+        for row in rows:
+            del row.forward
     del value  # held until here, so that nothing was freed and no address stands for two tensors
-    return sum(storages.values())
+    return sum(outside.values()) + max((sum(row.values()) for row in inside), default=0)
 
 
 def size(tensors: Iterable[Tensor]) -> int:

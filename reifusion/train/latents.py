@@ -246,7 +246,7 @@ class LatentData:
         config: VAEConfig,
     ):
         self._buckets = [found for found in rows.values() if found]
-        self._config = config
+        self._config, self._items = config, items
         self.sizes = {shape: len(found) for shape, found in rows.items() if found}
         self.files = {row.file for row, _ in self._all()}
         used = sorted({i for _, i in self._all()})
@@ -271,9 +271,7 @@ class LatentData:
         All are of one bucket; a bucket comes as often as it has pictures. Of a picture, the latents are a new
         sample of q(z|x) each time, and the caption is any of its own.
         """
-        weights = torch.tensor([len(bucket) for bucket in self._buckets], dtype=torch.float64)
-        bucket = self._buckets[int(torch.multinomial(weights, 1, generator=generator))]
-        chosen = [bucket[i] for i in torch.randint(len(bucket), (count,), generator=generator).tolist()]
+        chosen = self._choose(generator, count)
         mean = torch.stack([row.mean[row.number] for row, _ in chosen]).float()  # (count, 4, h, w)
         std = torch.stack([row.std[row.number] for row, _ in chosen]).float()
         noise = torch.randn(mean.shape, generator=generator)
@@ -283,6 +281,15 @@ class LatentData:
         captions = [self._tokens[i] for _, i in chosen]  # each (captions, L)
         tokens = torch.stack([each[int(u * len(each))] for each, u in zip(captions, which)])
         return latents, tokens
+
+    def describe(self, generator: torch.Generator, count: int) -> str:
+        """Which pictures `draw` would take, for an error message."""
+        return f"pictures {', '.join(self._items[i].name for _, i in self._choose(generator, count))}"
+
+    def _choose(self, generator: torch.Generator, count: int) -> list[tuple[Row, int]]:
+        weights = torch.tensor([len(bucket) for bucket in self._buckets], dtype=torch.float64)
+        bucket = self._buckets[int(torch.multinomial(weights, 1, generator=generator))]
+        return [bucket[i] for i in torch.randint(len(bucket), (count,), generator=generator).tolist()]
 
     def _all(self) -> Iterator[tuple[Row, int]]:
         return (entry for bucket in self._buckets for entry in bucket)

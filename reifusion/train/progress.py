@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Progress:
                 "samples_per_second": self.samples / max(now - self.since, 1e-9),
             }
             self.samples, self.since = 0.0, now
+            row = {name: value for name, value in row.items() if math.isfinite(value)}  # fp16 can overflow
             shown = {"step": step, "time": time.time(), **row}
             print(json.dumps({name: round(value, 6) for name, value in shown.items()}), file=self.log)
             self.log.flush()

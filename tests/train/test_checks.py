@@ -1,7 +1,7 @@
 """The checks' promises: they find what is wrong, and say what is so."""
 
+import re
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNet
 from reifusion.train import checks, recipe, vae
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.loop import LoopConfig
-from reifusion.train.text2image import TextToImage, recomputed
+from reifusion.train.text2image import TextToImage
 
 TINY = ModelConfig(
     name="tiny",
@@ -65,7 +65,7 @@ def test_wrong_gradients_are_found():
         {
             "right": lambda net: net(x).pow(2).mean(),
             "halved": lambda net: Halved.apply(net(x)).mean(),
-            "forgotten": lambda net: net[1](net[0](x).detach()).pow(2).mean(),
+            "forgotten": lambda net: net.get_submodule("1")(net.get_submodule("0")(x).detach()).pow(2).mean(),
         },
     )
     assert errors["right"] < 1e-7
@@ -93,7 +93,7 @@ def test_narrow_model_has_the_plan_of_the_wide_one(size):
     wide = SIZES[size]
     slim = checks.narrow(wide)
     for rows, others in zip(plan(wide.unet), plan(slim.unet), strict=True):
-        assert str(rows).count("attention") == str(others).count("attention") and len(rows) == len(others)
+        assert re.findall("[a-z]+", str(rows)) == re.findall("[a-z]+", str(others))
     assert slim.unet.linear_projection == wide.unet.linear_projection
     assert slim.clip.activation == wide.clip.activation
     assert sum(p.numel() for p in TextToImage(slim).parameters()) < 2e6
@@ -155,21 +155,21 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
         # Kept for the way back: the input, and both layers' outputs (of ReLU's two sides, one).
         assert found.memory["activations"] == 4 * 32 * (64 + 128 + 64)
         assert 0.05 <= found.seconds < 0.5 and found.samples == 32 and found.steps == 1000
-        assert "16,640, of which 16,448 are trained" in str(found) and "1,000 steps" in str(found)
+        assert "16,576, of which 16,448 are trained" in str(found) and "1,000 steps" in str(found)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_gradient_checkpointing_shows_in_what_is_kept(tiny):
+def test_gradient_checkpointing_is_counted_as_what_a_row_takes_and_all_inputs(tiny):
     def activations(said: str) -> float:
         (line,) = [line for line in said.splitlines() if line.startswith("activations")]
-        return float(line.split()[1])
+        return float(line.split()[1].replace(",", ""))
 
     usual, saving = (
-        activations(checks.dry_run(read("text2image", "size=64", f"gradient_checkpointing={flag}")))
+        activations(checks.dry_run(read("text2image", "batch=4", f"gradient_checkpointing={flag}")))
         for flag in ("false", "true")
     )
-    assert saving < 0.5 * usual
+    assert 0.1 * usual < saving < 0.5 * usual
 
 
 @pytest.mark.parametrize("what", ["vae", "text2image", "lora"])
@@ -178,19 +178,23 @@ def test_dry_run_of_a_recipe_is_a_table(what, tiny, monkeypatch):
         tiny = TextToImage(TINY)
         networks = {"clip": tiny.clip, "diffusion": tiny.diffusion}
         monkeypatch.setattr(checks, "load", lambda *_, **__: (TINY, networks, None))
-    said = checks.dry_run(read(what, "steps=7200", "batch=2"))
-    assert [line.split("  ")[0] for line in said.splitlines()] == [
-        "parameters", "weights", "gradients", "optimizer", "average", "activations", "in all", "a step", "7,200 steps"
-    ]  # fmt: skip
-    trained = int(said.split("of which ")[1].split()[0].replace(",", ""))
-    total = int(said.split("parameters")[1].split(",  ")[0].split(" of")[0].strip(" ,").replace(",", ""))
+    said = checks.dry_run(read(what, "steps=7200", "batch=2")).splitlines()
+    names = ["parameters", "weights", "gradients", "optimizer", "average", "activations", "in all", "a step"]
+    assert [line[:14].strip() for line in said] == [*names, "7,200 steps"]
+    total, trained = (int(word.strip(",").replace(",", "")) for word in (said[0].split()[i] for i in (1, 4)))
     assert (trained < total / 2) == (what == "lora")
 
 
-def test_kept_counts_a_storage_once():
-    model = nn.Linear(8, 8, bias=False)
+def test_kept_counts_a_storage_once_and_of_rows_the_largest():
+    wide, narrow = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
     x = torch.randn(4, 8)
-    assert checks.kept(model, lambda: (model(x) + model(x)).sum()) == 4 * 32
-    with recomputed(TextToImage(TINY).diffusion):
-        pass
-    assert replace(TINY, name="other").unet == TINY.unet
+    model = nn.ModuleList([wide, narrow])
+    assert checks.kept(model, lambda: (wide(x) + wide(x)).sum()) == 4 * (4 * 8)
+
+    def both():
+        return narrow(wide(x).exp()).exp().sum()  # keeps x, exp(…) and exp(…)
+
+    assert checks.kept(model, both) == 4 * (4 * 8 + 4 * 32 + 4 * 8)
+    # The input of `narrow` is there in any case, and its inside is that same.
+    assert checks.kept(model, both, [wide, narrow]) == 4 * (4 * 8 + 4 * 32 + 4 * 8) + 4 * 4 * 32
+    assert "forward" not in vars(wide)

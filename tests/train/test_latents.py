@@ -458,3 +458,11 @@ def test_many_pictures_are_many_files_but_one_set(
         assert (row.std[row.number] - log_variance[0].mul(0.5).exp()).abs().max() < 5e-3
         with safe_open(row.file, "pt") as file:
             assert file.get_tensor("mean").dtype == torch.float16
+
+
+def test_the_pictures_of_a_draw_can_be_named(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pictures = in_memory(files_of(*[(32, 32)] * 5))
+    data = cache_latents(encoder, pictures, 32, tmp_path, tokenizer=tokenizer)
+    named = data.describe(torch.Generator().manual_seed(3), 2)
+    chosen = [item.name for item in pictures.items if item.name in named]
+    assert named.startswith("pictures ") and 1 <= len(chosen) <= 2

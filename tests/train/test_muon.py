@@ -87,7 +87,6 @@ def test_channels_last_weights_take_the_same_steps():
         for _ in range(3):
             conv.zero_grad()
             conv(x).pow(2).sum().backward()
-            conv.weight.grad = conv.weight.grad.float()
             optimizer.step()
     assert last.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(plain.weight, last.weight, atol=2e-3)

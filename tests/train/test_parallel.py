@@ -132,11 +132,11 @@ def same_but_for_rounding(one: Path, other: Path, begin: dict, within: float) ->
         assert row["loss"] == pytest.approx(likewise["loss"], rel=1e-4)
         assert row["grad_norm"] == pytest.approx(likewise["grad_norm"], rel=1e-3)
         assert set(row) == set(likewise)
-    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))
     for part in ("model", "ema"):
         apart, moved = (
-            torch.cat([(one[part][name] - there[name]).flatten() for name in begin]).norm()
-            for there in (other[part], begin)
+            torch.cat([(ours[part][name] - there[name]).flatten() for name in begin]).norm()
+            for there in (theirs[part], begin)
         )
         assert apart < within * moved
 

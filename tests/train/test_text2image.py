@@ -134,10 +134,8 @@ def test_parts_together_have_the_loss_and_gradient_of_the_whole(prediction, coun
     model = awake()
 
     def run(parts):
-        model.zero_grad()
-        losses = [step_loss(model, 3, rng(0, 3), part)[0] / len(parts) for part in parts]
-        sum(losses).backward()
-        return sum(losses).item(), [p.grad.clone() for p in model.parameters()]
+        value = torch.stack([step_loss(model, 3, rng(0, 3), part)[0] for part in parts]).mean()
+        return value.item(), torch.autograd.grad(value, list(model.parameters()))
 
     whole, parts = run([Part()]), run([Part(i, count) for i in range(count)])
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
@@ -198,15 +196,12 @@ def test_zero_terminal_snr_shows_the_network_pure_noise_at_the_last_step():
     schedule = ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True)
     latents, noise = torch.randn(2, 1, 4, 8, 8)
     seen = []
-    loss(
-        lambda x_t, *_: seen.append(x_t) or x_t,
-        forward_process(schedule),
-        latents,
-        words(1),
-        torch.tensor([999]),
-        noise,
-        torch.ones(1),
-    )
+
+    def network(x_t, tokens, t):
+        seen.append(x_t)
+        return x_t
+
+    loss(network, forward_process(schedule), latents, words(1), torch.tensor([999]), noise, torch.ones(1))
     assert torch.equal(seen[0], noise)
 
 
@@ -237,7 +232,7 @@ def test_offset_noise_adds_the_same_to_all_pixels_of_a_channel():
         means = []
 
         def network(x_t, tokens, t):
-            network.x_t = x_t
+            means.append(x_t.mean((2, 3)))  # at t = T, that of the noise alone
             return torch.zeros_like(x_t)
 
         for step in range(40):
@@ -246,7 +241,6 @@ def test_offset_noise_adds_the_same_to_all_pixels_of_a_channel():
             training_loss(data, EMPTY, sampler, replace(training, timestep_power=1e-6))(
                 network, step, rng(0, step), Part()
             )
-            means.append(network.x_t.mean((2, 3)))  # at t = T, the noise alone
         return torch.cat(means).std().item()
 
     assert spread(replace(training, offset_noise=0.0)) == pytest.approx(1 / 8, rel=0.1)
@@ -257,8 +251,13 @@ def test_dropped_captions_are_the_empty_one_and_their_share_is_right():
     seen = []
     training = TextToImageTraining(batch=16, caption_dropout=0.25)
     step_loss = training_loss(some_data(), EMPTY, forward_process(TINY.schedule), training)
+
+    def network(x_t, tokens, t):
+        seen.append(tokens)
+        return x_t
+
     for step in range(60):
-        step_loss(lambda x_t, tokens, t: seen.append(tokens) or x_t, step, rng(0, step), Part())
+        step_loss(network, step, rng(0, step), Part())
     dropped = (torch.cat(seen) == EMPTY).all(1)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.04)
     assert ((torch.cat(seen)[~dropped][:, 1]) < 8).all()
@@ -282,11 +281,14 @@ def test_rows_computed_again_give_the_same_gradients_and_keep_less():
 
     def run():
         kept = []
-        model.zero_grad()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+
+        def keep(x):
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             y = model(x, tokens, t).pow(2).sum()
-        y.backward()
-        return [p.grad.clone() for p in model.parameters()], sum(kept)
+        return torch.autograd.grad(y, list(model.parameters())), sum(kept)
 
     usual, much = run()
     with recomputed(model.diffusion):
