@@ -10,7 +10,7 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: run test check demo docs equations quality clean
 
 run: .venv/ready
-	@.venv/bin/reifusion generate "$(PROMPT)"
+	@.venv/bin/reifusion generate "$(PROMPT)" --cfg 4
 
 test: .venv/ready-dev
 	.venv/bin/python -m pytest

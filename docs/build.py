@@ -2,8 +2,8 @@
 
 Loaded by MkDocs as a hook. In a chapter,
 
-    $$ x_t = … \tag{forward} $$     is equation `forward`: numbered, rendered as MathML (no script needed), with
-                                    links to the line that computes it and the test that checks it
+    $$ x_t = … \tag{forward} $$     is equation `forward`: numbered, rendered as MathML, without a script,
+                                    with links to the line that computes it and the test that checks it
     {{ source reifusion.model.ddpm.Sampler.add_noise }}   is that function's code as it is today, with a link
     {{ value reifusion.model.model_converter.TABLE }}     is the text of that constant
     [[reifusion/model/ddpm.py:forward]]   links to the line of equation `forward`; without `:…`, to the file

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -266,6 +267,27 @@ def explain(context: typer.Context) -> None:
     from .explain.cli import main as explain_main
 
     raise typer.Exit(explain_main(context.args))
+
+
+@app.command()
+def studio(
+    model: Annotated[
+        str, typer.Option(help="A .safetensors or .ckpt file, a diffusers folder, or owner/name.")
+    ] = "mini",
+    port: Annotated[
+        int | None,
+        typer.Option(help="Where it listens.", min=1, max=65535, show_default="the first free one from 7860"),
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    out: Annotated[str, typer.Option(help="The folder for the pictures.")] = "images",
+) -> None:
+    """Opens a page, on this machine only: draw, watch the picture form, look inside."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('the studio needs Gradio; install it with: pip install "reifusion[studio]"')
+    from .studio.page import run
+
+    with _writable(Path(out)):
+        run(model, port, browser, out)
 
 
 @app.command()

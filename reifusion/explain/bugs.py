@@ -114,9 +114,9 @@ def _decoded_mean(pipe: StableDiffusion) -> float:
 
 
 def _decoder_input_std(pipe: StableDiffusion) -> float:
-    seen = {}
-    layer = pipe.models["decoder"].post_quant
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.update(std=args[0].float().std().item()))  # type: ignore[operator]
+    seen: dict[str, float] = {}
+    layer = pipe.models["decoder"].get_submodule("post_quant")
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.update(std=args[0].float().std().item()))
     try:
         pipe.decode(_latents(pipe))
     finally:
@@ -189,7 +189,7 @@ def _largest_sigma(pipe: StableDiffusion) -> float:
 
 
 @contextmanager
-def _times(parameter: nn.Parameter, factor: float) -> Iterator[None]:
+def _times(parameter: Tensor, factor: float) -> Iterator[None]:
     before = parameter.data
     parameter.data = before * factor
     try:
@@ -263,8 +263,10 @@ def _first_scale(pipe: StableDiffusion) -> float:
 def _group_norm_gain(pipe: StableDiffusion) -> float:
     """How large a nearly flat input (σ = 10⁻³) leaves the decoder's last norm: 1 if there were no ε."""
     norm = pipe.models["decoder"].norm
-    x = torch.randn(1, norm.num_channels, 16, 16, generator=torch.Generator().manual_seed(0)) * 1e-3  # type: ignore[arg-type]
-    return F.group_norm(x, norm.num_groups, eps=norm.eps).std().item()  # type: ignore[arg-type]
+    assert isinstance(norm, nn.GroupNorm)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, norm.num_channels, 16, 16, generator=generator) * 1e-3
+    return F.group_norm(x, norm.num_groups, eps=norm.eps).std().item()
 
 
 # ---- the bugs ---------------------------------------------------------------------------------------------

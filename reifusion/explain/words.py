@@ -72,7 +72,7 @@ class Attention:
 
     def _heat(self, maps: list[Tensor]) -> Tensor:
         """The mean of maps, each (n, heads, h, w) and of any grid, at the picture's size: (H, W)."""
-        # §2.2, Tang et al. 2022: D_k[x, y] = Σᵢⱼₗ F⁽ⁱ⁾ⱼₖₗ[x, y], over layers i, steps j, heads l; F is a
+        # [daam] §2.2, Tang et al. 2022: D_k[x, y] = Σᵢⱼₗ F⁽ⁱ⁾ⱼₖₗ[x, y], of layers i, steps j, heads l; F is a
         # head's map of the k-th word, scaled up bicubically. That is linear, so the sums come first here.
         # Divided by the number of maps, D is a share of attention, and relative to its maximum the same.
         total, number = torch.zeros(1, 1, *self.size[::-1]), 0

@@ -36,7 +36,7 @@ def _bare(module: nn.Module, kind: type) -> bool:
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # oneDNN adds the bias as it writes; PyTorch's addmm fills the output with it first, another turn. And in
     # float32 PyTorch would call MKL, which on AMD's processors is half as fast.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 class Linear(nn.Linear):
@@ -78,8 +78,8 @@ def geglu(x: Tensor, linear: nn.Linear) -> Tensor:
         return value * F.gelu(gate)
     # The same, GELU and product done as oneDNN writes its results.
     (W, V), (b, c) = linear.weight.chunk(2), linear.bias.chunk(2)
-    gate = torch.ops.mkldnn._linear_pointwise(x, V, c, "gelu", [], "none")
-    return torch.ops.mkldnn._linear_pointwise(x, gate, W, b, "mul")
+    gate = torch.ops.mkldnn._linear_pointwise.default(x, V, c, "gelu", [], "none")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gate, W, b, "mul")
 
 
 # Of the three rows that a 3×3 kernel sees in an enlarged picture, two are the same pixel's. From an even

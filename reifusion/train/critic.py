@@ -1,8 +1,8 @@
 """A critic: it learns to tell pictures from their reconstructions, and so tells the decoder what is blurred.
 
 It scores patches, not pictures, because detail is its only business: the L1 and L2 losses see to the rest.
-And it compares: a patch with its own reconstruction, so that what the patch shows cancels out. Critics that
-score the two apart learned nothing here in the time in which this one came to be right in 9 cases of 10.
+And it compares a patch with its own reconstruction, so that what the patch shows cancels out. Scored apart,
+as usual, that drowns what blur changes: 300 steps on the mini's pictures took 2 % off a hinge loss.
 
 Critic and decoder learn in one step from one loss. `fool` holds the critic's weights still, `judge` the
 pictures; so each gradient reaches its own network only, and one optimizer serves both.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -54,10 +55,13 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def as_exact_as(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Is the fast form as near to the numbers in float64 as the plain one, both in bfloat16?"""
+    """Is the fast form as near to the numbers in float64 as the plain one, both in bfloat16?
+
+    Where there are few numbers, one of them may be rounded luckily; hence the last term, 2⁻⁸ for one number.
+    """
     assert fast.dtype == plain.dtype == torch.bfloat16
     assert fast.shape == plain.shape
-    return error(fast, exact) <= 1.3 * error(plain, exact) + 1e-4
+    return error(fast, exact) <= 1.2 * error(plain, exact) + (2**-8) / math.sqrt(exact.numel())
 
 
 # attention.c

@@ -58,6 +58,12 @@ def build_random(config):
     return models
 
 
+def draw(pipe, prompt):
+    picture = pipe.generate(prompt, seed=1, n_inference_steps=2, progress=False)
+    assert isinstance(picture, Image.Image)
+    return picture
+
+
 def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     # The mini, narrower and with two prompts to watch: it is the way that is tested here.
     monkeypatch.setitem(run.SIZES, "mini", SMALL_MINI)
@@ -66,9 +72,11 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     few = [f"data={pictures}", "steps=2", "batch=2", "log_every=1"]
     code = main(["vae", "--config", "mini-vae", *few, "crop=32", f"folder={tmp_path}/v", f"out={vae}"])
     assert code == 0
-    code = main(["text2image", "--config", "mini", *few, f"vae={vae}", f"folder={tmp_path}/t", f"out={model}"])
+    code = main(
+        ["text2image", "--config", "mini", *few, f"vae={vae}", f"folder={tmp_path}/t", f"out={model}"]
+    )
     assert code == 0
-    assert reifusion.load(model).generate("a red ball", n_inference_steps=2, progress=False).size == (128, 128)
+    assert draw(reifusion.load(model), "a red ball").size == (128, 128)
     rows = [json.loads(line) for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and all(row["loss"] > 0 for row in rows)
     assert list((tmp_path / "t").glob("sheet-*.png"))
@@ -77,7 +85,7 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     more = [*few, f"vae={model}", f"folder={tmp_path}/f", f"out={flow}"]
     assert main(["text2image", "--config", "mini-flow", *more]) == 0
     assert info(flow).config.schedule.prediction_type == "flow"
-    assert reifusion.load(flow).generate("a ball", n_inference_steps=2, progress=False).size == (128, 128)
+    assert draw(reifusion.load(flow), "a ball").size == (128, 128)
 
 
 def test_a_recipe_of_sd_on_a_model_with_its_vocabulary(tmp_path, pictures, small_sd):
@@ -101,10 +109,9 @@ def test_a_lora_changes_the_picture(tmp_path, pictures, small_sd, recipe):
     from reifusion.model.lora import apply, load_lora
 
     pipe = reifusion.load(small_sd, dtype="fp32")
-    draw = {"prompt": "a ball", "seed": 1, "n_inference_steps": 2, "progress": False}
-    before = pipe.generate(**draw).tobytes()
+    before = draw(pipe, "a ball").tobytes()
     apply(pipe, load_lora(out))
-    assert pipe.generate(**draw).tobytes() != before
+    assert draw(pipe, "a ball").tobytes() != before
 
 
 def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):

@@ -1,0 +1,315 @@
+"""The contenders of `bench.speed`: the same weights, the same inputs, each in a process of its own.
+
+`python -m bench.contenders NAME FOLDER DEVICE` is such a process. Each line of stdin asks it for a row; it
+answers on stdout with the seconds that it took, its peak memory, and at first with the numbers that came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPT, STEPS, SCALE, SEED = "a cat stretching on the floor", 20, 7.5, 0
+
+# name -> the module that it needs
+CONTENDERS = {
+    "diffusers fp32": "diffusers",  # the first is the reference for the numbers
+    "diffusers bf16": "diffusers",
+    "diffusers bf16 channels-last": "diffusers",
+    "diffusers bf16 channels-last compiled": "diffusers",
+    "OpenVINO bf16": "openvino",
+    "stable-diffusion.cpp f16": "stable_diffusion_cpp",
+    "reifusion fp32": "reifusion",
+    "reifusion bf16": "reifusion",
+}
+Run = Callable[[], Any]  # does the row's work once and returns an array, or what np.asarray takes
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(CONTENDERS[name]) is not None
+
+
+def inputs(row: dict[str, Any]) -> dict[str, Any]:
+    """What goes in, the same for all: float32 tensors, drawn from fixed seeds."""
+    import torch
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+
+    latents = normal(row.get("batch", 1), 4, row["height"] // 8, row["width"] // 8)
+    return {"latents": latents, "context": normal(2 * len(latents), 77, row["context_width"]), "t": 501}
+
+
+class Reifusion:
+    def __init__(self, folder: Path, dtype: str, device: str):
+        import reifusion
+
+        self.pipe = reifusion.load(folder / "model.safetensors", device, dtype)
+
+    def row(self, row: dict[str, Any]) -> Run:
+        import torch
+
+        from reifusion.model.attention import Words
+
+        pipe, models, given = self.pipe, self.pipe.models, inputs(row)
+        latents, context = (given[name].to(pipe.device, pipe.dtype) for name in ("latents", "context"))
+        if row["kind"] == "text":
+            return lambda: pipe.encode_text([PROMPT, ""]).float().cpu()
+        if row["kind"] == "unet":
+            words, t = Words(context), torch.tensor([given["t"]], device=pipe.device)
+            return lambda: models["diffusion"](latents, words, t).float().cpu()
+        if row["kind"] == "vae":
+            return lambda: models["decoder"](latents).float().cpu()
+        size = {"height": row["height"], "width": row["width"]}
+        settings: dict[str, Any] = {"sampler_name": "ddim", "n_inference_steps": STEPS, "cfg_scale": SCALE}
+        return lambda: pipe.generate(PROMPT, seed=SEED, progress=False, **settings, **size)
+
+
+class Diffusers:
+    def __init__(self, folder: Path, dtype: str, device: str, channels_last: bool, compiled: bool):
+        import diffusers
+        import torch
+
+        diffusers.utils.logging.disable_progress_bar()
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        if device == "cuda" and dtype == "bf16":
+            kind = torch.float16  # what both use there
+        self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+            str(folder / "diffusers"), torch_dtype=kind, safety_checker=None, requires_safety_checker=False
+        ).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.scheduler = diffusers.DDIMScheduler.from_config(self.pipe.scheduler.config)
+        self.kind, self.device = kind, device
+        if channels_last:
+            for network in (self.pipe.unet, self.pipe.vae):
+                network.to(memory_format=torch.channels_last)
+        if compiled:
+            self.pipe.unet = torch.compile(self.pipe.unet)
+            self.pipe.vae.decode = torch.compile(self.pipe.vae.decode)
+
+    def row(self, row: dict[str, Any]) -> Run:
+        import torch
+
+        pipe, given = self.pipe, inputs(row)
+        latents, context = (given[name].to(self.device, self.kind) for name in ("latents", "context"))
+        if row["kind"] == "text":
+
+            def text() -> Any:
+                long = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+                tokens = pipe.tokenizer([PROMPT, ""], **long).input_ids
+                return pipe.text_encoder(tokens.to(self.device))[0].float().cpu()
+
+            return text
+        if row["kind"] == "unet":
+            x, t = latents.repeat(2, 1, 1, 1), torch.tensor(given["t"], device=self.device)
+            return lambda: pipe.unet(x, t, context).sample.float().cpu()
+        if row["kind"] == "vae":
+            scale = pipe.vae.config.scaling_factor
+            return lambda: pipe.vae.decode(latents / scale).sample.float().cpu()
+        size = {"height": row["height"], "width": row["width"]}
+        settings: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
+        return lambda: pipe(PROMPT, latents=latents.clone(), **settings, **size).images[0]
+
+
+class OpenVINO:
+    """Converted from diffusers's networks once and kept as files; compiled for each size, its favourite."""
+
+    def __init__(self, folder: Path):
+        import openvino  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        import torch
+        from diffusers import DDIMScheduler
+        from transformers import CLIPTokenizer
+
+        self.folder, self.core = folder / "openvino", openvino.Core()
+        self.settings = {
+            "INFERENCE_PRECISION_HINT": "bf16",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self.tokenizer = CLIPTokenizer.from_pretrained(str(folder / "diffusers" / "tokenizer"))
+        self.scheduler = DDIMScheduler.from_pretrained(str(folder / "diffusers"), subfolder="scheduler")
+        self.scale = json.loads((folder / "diffusers" / "vae" / "config.json").read_text())["scaling_factor"]
+        if not (self.folder / "vae.xml").exists():
+            self._convert(folder / "diffusers")
+
+    def _convert(self, folder: Path) -> None:
+        import openvino
+        import torch
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        class Call(torch.nn.Module):
+            """A network whose forward is a function of tensors, which the converter can trace."""
+
+            def __init__(self, network: torch.nn.Module, call: Callable):
+                super().__init__()
+                self.network, self.call = network, call
+
+            def forward(self, *given: torch.Tensor) -> torch.Tensor:
+                return self.call(self.network, *given)
+
+        unet = UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet")
+        text = CLIPTextModel.from_pretrained(str(folder), subfolder="text_encoder")
+        width = unet.config.cross_attention_dim
+        calls: dict[str, tuple[Any, Callable, tuple[torch.Tensor, ...]]] = {
+            "unet": (
+                unet,
+                lambda network, x, t, context: network(x, t, context, return_dict=False)[0],
+                (torch.zeros(2, 4, 64, 64), torch.tensor(1), torch.zeros(2, 77, width)),
+            ),
+            "text": (
+                text,
+                lambda network, tokens: network(tokens, return_dict=False)[0],
+                (torch.zeros(2, 77, dtype=torch.int64),),
+            ),
+            "vae": (
+                AutoencoderKL.from_pretrained(str(folder), subfolder="vae"),
+                lambda network, z: network.decode(z, return_dict=False)[0],
+                (torch.zeros(1, 4, 64, 64),),
+            ),
+        }
+        for name in list(calls):  # "vae" last: its file says that all are there
+            network, call, example = calls.pop(name)
+            with torch.no_grad():
+                model = openvino.convert_model(Call(network.eval(), call), example_input=example)
+            openvino.save_model(model, str(self.folder / f"{name}.xml"), compress_to_fp16=True)
+
+    def _compiled(self, name: str, *shapes: list[int]) -> Callable[..., np.ndarray]:
+        model = self.core.read_model(str(self.folder / f"{name}.xml"))
+        model.reshape(dict(zip(model.inputs, shapes)))
+        request = self.core.compile_model(model, "CPU", self.settings).create_infer_request()
+        return lambda *given: request.infer(dict(enumerate(given)))[0].copy()
+
+    def row(self, row: dict[str, Any]) -> Run:
+        import torch
+
+        given = inputs(row)
+        latents, context = given["latents"].numpy(), given["context"].numpy()
+        batch, _, height, width = latents.shape
+        if row["kind"] in ("text", "picture"):
+            text = self._compiled("text", [2, 77])
+        if row["kind"] in ("unet", "picture"):
+            unet = self._compiled("unet", [2 * batch, 4, height, width], [], list(context.shape))
+        if row["kind"] in ("vae", "picture"):
+            vae = self._compiled("vae", list(latents.shape))
+
+        long = {"padding": "max_length", "max_length": 77, "return_tensors": "np"}
+
+        def encode() -> np.ndarray:
+            return text(self.tokenizer([PROMPT, ""], **long).input_ids)
+
+        def picture() -> Any:
+            words, x = encode(), torch.from_numpy(latents)
+            self.scheduler.set_timesteps(STEPS)
+            for t in self.scheduler.timesteps:
+                cond, uncond = torch.from_numpy(unet(x.repeat(2, 1, 1, 1).numpy(), t.numpy(), words)).chunk(2)
+                x = self.scheduler.step(uncond + SCALE * (cond - uncond), t, x).prev_sample
+            pixels = vae((x / self.scale).numpy())[0].transpose(1, 2, 0)
+            return ((pixels + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+        runs: dict[str, Run] = {
+            "text": encode,
+            "unet": lambda: unet(np.concatenate([latents] * 2), np.array(given["t"]), context),
+            "vae": lambda: vae(latents / self.scale),
+            "picture": picture,
+        }
+        return runs[row["kind"]]
+
+
+class StableDiffusionCpp:
+    """Whole pictures only: its parts cannot be called. Its noise is its own, so its picture is another."""
+
+    def __init__(self, folder: Path):
+        from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-not-found,unused-ignore]
+
+        self.model = StableDiffusion(model_path=str(folder / "model.safetensors"), wtype="f16", verbose=False)
+
+    def row(self, row: dict[str, Any]) -> Run | None:
+        if row["kind"] != "picture":
+            return None
+        settings: dict[str, Any] = {"sample_steps": STEPS, "cfg_scale": SCALE, "seed": SEED}
+        size = {"height": row["height"], "width": row["width"]}
+        return lambda: self.model.generate_image(prompt=PROMPT, sample_method="euler", **settings, **size)[0]
+
+
+def make(name: str, folder: Path, device: str) -> Any:
+    kind, _, rest = name.partition(" ")
+    if kind == "reifusion":
+        return Reifusion(folder, "fp16" if device == "cuda" and rest == "bf16" else rest, device)
+    if kind == "diffusers":
+        return Diffusers(folder, rest[:4], device, "channels-last" in rest, "compiled" in rest)
+    return OpenVINO(folder) if kind == "OpenVINO" else StableDiffusionCpp(folder)
+
+
+def memory(kind: str) -> float:
+    """Resident, in MB: VmRSS, now; VmHWM, at most since `forget_peak`. 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(kind)), 0.0)
+
+
+def forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    name, folder, device = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+
+    def answer(**facts: Any) -> None:
+        print(json.dumps(facts), file=answers, flush=True)
+
+    start = time.perf_counter()
+    if name != "stable-diffusion.cpp f16":
+        import torch
+
+        torch.set_grad_enabled(False)
+        __import__(CONTENDERS[name])
+    imported = time.perf_counter()
+    contender = make(name, folder, device)
+    loaded = time.perf_counter()
+    answer(imported=imported - start, loaded=loaded - imported, peak=memory("VmHWM"))
+
+    runs: dict[str, Run | None] = {}
+    for line in sys.stdin:
+        row = json.loads(line)
+        try:
+            first = row["name"] not in runs
+            if first:
+                runs.clear()  # the last row's compiled networks and arrays go
+                runs[row["name"]] = contender.row(row)
+            run = runs[row["name"]]
+            if run is None:
+                answer(seconds=None)
+                continue
+            before = memory("VmRSS")
+            forget_peak()
+            start = time.perf_counter()
+            output = run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            facts: dict[str, Any] = {"seconds": seconds, "peak": memory("VmHWM"), "before": before}
+            if first:
+                with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
+                    np.save(file, np.asarray(output, dtype=np.float32))
+                facts["output"] = file.name
+            answer(**facts)
+        except Exception as error:
+            answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The 500 prompts of the evaluation, each with a real picture that fulfils it.
+
+Nobody picked them: subjects, styles and colours are drawn, with a fixed seed, from the lists of training,
+the words are training's own captions, and the real pictures are its scenes. So the same tests that judge a
+model's pictures can be put to real ones, which shows how far the tests themselves can be trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+
+from reifusion.train.data import held_out_colour, held_out_pictures, pictures
+from reifusion.train.scenes import DYES, KINDS, Scene, SceneConfig, Sprites, caption, compose, dye
+
+from .pixels import dye_name
+
+COUNTS = {  # kind of prompt -> how many of them
+    "plain": 80,  # "a cat"
+    "style": 100,  # "a flat drawing of a cat": the model was trained on this drawing
+    "style held out": 100,  # … it was trained on cats, and on flat drawings, but never on this one
+    "background": 50,  # "a cat on a blue background"
+    "dye": 40,  # "a purple cat": this colour was trained with this subject
+    "dye held out": 40,  # … it was not
+    "left or right": 30,  # "a cat on the left"
+    "small": 30,  # "a small cat"
+    "two": 30,  # "a cat next to a tree"
+}
+QUICK = 8  # `--quick` takes one prompt in so many
+
+
+@dataclass(frozen=True)
+class Prompt:
+    kind: str  # one of COUNTS
+    text: str
+    seed: int  # of the picture to draw
+    scene: Scene  # a real picture of it, (128, 128, 3) uint8, and what it shows
+
+
+def make_prompts(
+    trained: Sprites | None = None, held_out: Sprites | None = None, counts: dict[str, int] = COUNTS
+) -> list[Prompt]:
+    """The prompts, kind by kind; smaller counts give the beginning of each kind.
+
+    Raises ValueError where the sprites are too few for so many.
+    """
+    trained = trained or Sprites(*pictures())
+    held_out = held_out or Sprites(*held_out_pictures())
+    made = []
+    for kind, wanted in counts.items():
+        number = list(COUNTS).index(kind)
+        scenes = _scenes(kind, number, held_out if kind == "style held out" else trained)
+        chosen = list(islice(_distinct(scenes), wanted))
+        if len(chosen) < wanted:
+            raise ValueError(f"these pictures give {len(chosen)} prompts of the kind {kind!r}, not {wanted}")
+        made += [Prompt(kind, scene.caption, 1000 * number + i, scene) for i, scene in enumerate(chosen)]
+    return made
+
+
+def on_white(sprite: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8 -> (H, W, 3): as training shows it when nothing else is said."""
+    image = Image.fromarray(np.ascontiguousarray(sprite))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
+def _scenes(kind: str, number: int, sprites: Sprites) -> Iterator[Scene]:
+    """Scenes of this kind; the i-th that is tried depends on the kind and i alone."""
+    drawn_as = {"background": "background", "left or right": "placed", "small": "placed", "two": "two"}
+    shares = {name: float(name == drawn_as.get(kind, "plain")) for name in KINDS}
+    styled = float(kind.startswith("style"))
+    config = SceneConfig(**shares, combine=0, name_style=styled, prefer_3d=1, mirror=0, synonym=0)
+    for i in range(3_000):
+        rng = np.random.default_rng([2026, number, i])
+        if kind.startswith("dye"):
+            scene = _dyed(rng, sprites, config, held_out=kind == "dye held out")
+        else:
+            scene = compose(rng, sprites, config)
+        if scene is not None and _is_of(kind, scene):
+            yield scene
+
+
+def _is_of(kind: str, scene: Scene) -> bool:
+    tags = scene.tags
+    if kind == "background":
+        return tags["background"] != "white"  # there are subjects that stand out of no colour
+    if kind == "left or right":
+        return tags["size"] == "medium" and tags["position"] in ("left", "right")
+    if kind == "small":
+        return tags["size"] == "small" and tags["position"] == "middle"
+    return True
+
+
+def _dyed(rng: np.random.Generator, sprites: Sprites, config: SceneConfig, held_out: bool) -> Scene | None:
+    """A dyed subject. None where no colour is (not) held out, or where it has the colour by nature."""
+    subject = sprites.dyeable[int(rng.integers(len(sprites.dyeable)))]
+    colours = [colour for colour in DYES if held_out_colour(subject, colour) == held_out]
+    if not colours:
+        return None
+    colour = colours[int(rng.integers(len(colours)))]
+    sprite = sprites.get(subject, "3d")
+    if dye_name(on_white(sprite)) == colour:
+        return None
+    tags = {"kind": "dyed", "subjects": [subject], "style": "3d", "says_style": False, "colours": [colour],
+            "background": "white", "size": "full", "position": "middle"}  # fmt: skip
+    return Scene(on_white(dye(sprite, colour)), caption(rng, sprites, tags, config), tags)
+
+
+def _distinct(scenes: Iterator[Scene]) -> Iterator[Scene]:
+    """Leaves out what was asked before, in whatever words."""
+    before = set()
+    for scene in scenes:
+        tags = scene.tags
+        asked = (*tags["subjects"], tags["style"], *tags["colours"], tags["background"], tags["position"])
+        if asked not in before and scene.caption not in before:
+            before |= {asked, scene.caption}
+            yield scene

@@ -1,0 +1,100 @@
+"""A tiny model for what needs no sense in its pictures, and the page in a real browser for what does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..explain.conftest import model  # noqa: F401
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where the studio writes its pictures."""
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="session")
+def address(folder) -> Iterator[str]:
+    """A studio that draws with the mini."""
+    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
+    from reifusion.studio.page import serve
+
+    blocks, address = serve("mini", None, False, str(folder))
+    yield address
+    blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync = pytest.importorskip("playwright.sync_api", reason="a browser test needs: pip install playwright")
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"a browser test needs {CHROMIUM}")
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def artifacts(tmp_path) -> Path:
+    """Where screenshots go."""
+    folder = Path(os.environ.get("REIFUSION_ARTIFACTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def tab(browser, address) -> Iterator[Any]:
+    """Opens pages; at the end, none of them may have asked another server for anything, or have failed."""
+    context, wrong = browser.new_context(viewport={"width": 1200, "height": 1000}), []
+
+    def note(request: Any) -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            wrong.append(request.url)
+
+    def open_page() -> Any:
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("request", note)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#draw")
+        return page
+
+    yield open_page
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture
+def pipe(model) -> Any:  # noqa: F811
+    """The tiny model as the studio has it."""
+    from reifusion.studio import drawing
+
+    return drawing.model(model)
+
+
+@pytest.fixture
+def finish(model, tmp_path) -> Any:  # noqa: F811
+    """Draws with the tiny model, to the end -> the Drawing."""
+    import threading
+
+    from reifusion.studio.drawing import draw
+
+    def run(request: Any) -> Any:
+        *_, drawing = draw(request, model, tmp_path / "out", threading.Event())
+        assert not drawing.failed, drawing.note
+        return drawing
+
+    return run
