@@ -201,6 +201,7 @@ def compare_gradients(
 def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Module], Tensor]]]:
     """A narrow model of a recipe's plan, and the terms of its loss."""
     config, generator = narrow(base(recipe)), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)  # an error of finite differences at a kink would come and go otherwise
     if recipe.train == "vae":
         x = blots(generator, 2, 4 * config.vae.factor).double()
         noise = torch.randn(2, config.vae.latent_channels, 4, 4, generator=generator, dtype=torch.float64)

@@ -97,6 +97,7 @@ kills = 0
 def start(where):
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # the parent's other threads are not in the child
         torch.set_num_threads(1)
         train(Net(), pictures_loss, config, where)
         os._exit(0)
@@ -303,6 +304,7 @@ def test_a_real_limit_on_file_sizes_keeps_the_last_good_file(tmp_path):
     save_atomically({"x": torch.zeros(10)}, path)
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # the parent's other threads are not in the child
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         try:
             save_atomically({"x": torch.ones(1_000_000)}, path)
