@@ -98,7 +98,6 @@ def start(where):
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)  # the parent's other threads are not in the child
-        torch.set_num_threads(1)
         train(Net(), pictures_loss, config, where)
         os._exit(0)
     return pid
