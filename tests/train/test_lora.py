@@ -115,7 +115,8 @@ def test_a_new_lora_changes_nothing(targets):
     pipe = tiny()
     before = output(pipe)
     attach(networks(pipe), targets=targets)
-    assert torch.equal(output(pipe), before)
+    # The layer alone has another kernel than the layer with something beside it.
+    torch.testing.assert_close(output(pipe), before, rtol=1e-4, atol=1e-5)
 
 
 def test_a_and_b_are_trained_and_nothing_else():
