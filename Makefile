@@ -1,7 +1,7 @@
 # make run   draws a picture          make test  runs the tests
 # make check ruff and mypy            make demo  executes the notebook
 # make docs  builds the book          make equations  ties each equation to its line and its test
-# make quality  measures the mini     make bench  measures speed beside others
+# make quality  measures the mini
 PYTHON ?= python3
 PROMPT ?= a cat stretching on the floor
 # On Linux without a GPU, TORCH_INDEX=<PyTorch's CPU index, see pytorch.org> spares gigabytes of CUDA.
