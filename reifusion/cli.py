@@ -8,6 +8,7 @@ that `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -26,19 +27,20 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from . import __version__
+from .files import free, whole
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# What a picture is made with where neither a flag nor --like says otherwise.
+# What a picture is made with where neither a flag nor --like says otherwise; `ModelConfig.best` has the rest.
 DEFAULTS: dict[str, Any] = {
     "negative": "",
     "model": "mini",
-    "sampler": "dpmpp_2m_karras",
-    "steps": 25,
-    "cfg": 7.5,
     "strength": 0.8,
     "clip_skip": 0,
+    "deepcache": 1,
+    "tome": 0.0,
+    "int8": False,
 }
 
 # The samplers, with the names that other programs know them by.
@@ -77,6 +79,10 @@ REMEMBERED: dict[str, Any] = {
     "mask_hash": str,
     "strength": (int, float),
     "clip_skip": int,
+    "guidance_interval": str,
+    "deepcache": int,
+    "tome": (int, float),
+    "int8": bool,
     "dtype": str,
 }
 
@@ -103,10 +109,10 @@ def generate(
     lora: Annotated[
         list[str] | None, _option("A LoRA, as file or file:weight; can be given several times.")
     ] = None,
-    sampler: Annotated[str | None, _option(f"One of {', '.join(SAMPLERS)}.", DEFAULTS["sampler"])] = None,
-    steps: Annotated[int | None, _option("1 to 1000.", DEFAULTS["steps"])] = None,
+    sampler: Annotated[str | None, _option(f"One of {', '.join(SAMPLERS)}.", "the model's")] = None,
+    steps: Annotated[int | None, _option("1 to 1000.", "the model's")] = None,
     cfg: Annotated[
-        float | None, _option("How closely to follow the prompt; 1 is twice as fast.", DEFAULTS["cfg"])
+        float | None, _option("How closely to follow the prompt; 1 is twice as fast.", "the model's")
     ] = None,
     seed: Annotated[int | None, _option("The same seed gives the same picture.", "a new one")] = None,
     num: Annotated[int, typer.Option(help="How many pictures; their seeds count up.")] = 1,
@@ -119,11 +125,24 @@ def generate(
     clip_skip: Annotated[
         int | None, _option("Layers of the text encoder to leave out.", DEFAULTS["clip_skip"])
     ] = None,
+    guidance_interval: Annotated[
+        str | None, _option("Guidance only at noise from:to, like 0.3:5; other steps take half the time.")
+    ] = None,
+    deepcache: Annotated[
+        int | None, _option("The U-Net's inside on every n-th step only.", DEFAULTS["deepcache"])
+    ] = None,
+    tome: Annotated[
+        float | None, _option("The share of pixels merged before self-attention, to 0.75.", DEFAULTS["tome"])
+    ] = None,
+    int8: Annotated[bool | None, typer.Option("--int8/--no-int8", help="Weights of 8 bits.")] = None,
     out: Annotated[str, typer.Option(help="A .png file, or a folder.")] = "images",
     dtype: Annotated[str | None, _option("bf16, fp16 or fp32.", "what suits the device")] = None,
     device: Annotated[str | None, _option("cpu, cuda or mps.", "the best there is")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the pictures are.")] = False,
     like: Annotated[str | None, _option("Repeat this picture; other options override its settings.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went; write a trace beside the picture.")
+    ] = False,
 ) -> None:
     """Draws a picture and says where it is."""
     given = {
@@ -140,6 +159,10 @@ def generate(
         "mask": mask,
         "strength": strength,
         "clip_skip": clip_skip,
+        "guidance_interval": guidance_interval,
+        "deepcache": deepcache,
+        "tome": tome,
+        "int8": int8,
         "dtype": dtype,
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -148,9 +171,12 @@ def generate(
     if "prompt" not in settings:
         raise InputError('say what to draw, as in: reifusion generate "a cat"')
 
+    from .model.int8 import quantize
     from .model.lora import apply, load_lora
+    from .model.model_loader import info
     from .model.pipeline import Request, load
 
+    settings = info(settings["model"]).config.best | settings
     width, height = settings.get("size", (None, None))
     request = Request(
         settings["prompt"],
@@ -166,6 +192,9 @@ def generate(
         num_images=num,
         mask=_open(settings.get("mask")),
         clip_skip=settings["clip_skip"],
+        guidance_interval=_parse_interval(settings.get("guidance_interval")),
+        deepcache=settings["deepcache"],
+        tome=settings["tome"],
     )
     loras = [(load_lora(name), weight) for name, weight in settings.get("lora", ())]
     file = _png_path(out)
@@ -173,8 +202,8 @@ def generate(
         pipe = load(settings["model"], device, settings.get("dtype"))
         for change, weight in loras:
             apply(pipe, change, weight)
-        if "sampler" not in {**remembered, **given} and pipe.config.schedule.prediction_type == "flow":
-            request = replace(request, sampler_name="flow")  # the default one is for diffusion
+        if settings["int8"]:
+            quantize(pipe)
         settings["sampler"] = request.sampler(pipe.config)
         settings["size"] = request.size(pipe.config)
         settings["dtype"] = str(pipe.dtype).removeprefix("torch.")
@@ -188,9 +217,14 @@ def generate(
             # One at a time, so that not a bit of a picture depends on --num.
             settings["seed"] = one
             progress = not quiet and sys.stderr.isatty()
-            picture = pipe.generate(replace(request, seed=one, num_images=1), progress=progress)
+            with _profiled(pipe) if profile else contextlib.nullcontext() as times:
+                picture = pipe.generate(replace(request, seed=one, num_images=1), progress=progress)
             path = file or Path(out) / f"{_slug(settings['prompt'])}-{one}.png"
-            print(_save(cast("Image.Image", picture), settings, path), flush=True)
+            path = _save(cast("Image.Image", picture), settings, path)
+            print(path, flush=True)
+            if times is not None:
+                print(times.text(), file=sys.stderr)
+                times.save(path.with_suffix(".trace.json"))
 
 
 @app.command()
@@ -335,6 +369,17 @@ def _parse_size(size: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _parse_interval(text: str | None) -> tuple[float, float] | None:
+    """0.3:5 -> (0.3, 5.0)"""
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise InputError(f"a guidance interval is from:to, like 0.3:5, not {text!r}") from None
+    return low, high
+
+
 def _parse_lora(lora: str) -> tuple[str, float]:
     """zork.safetensors:0.8 -> the file and its weight, which is 1 if it is not given"""
     file, _, text = lora.rpartition(":")
@@ -409,17 +454,23 @@ def _warn_if_changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> 
 # What they write
 
 
+def _profiled(pipe: Any) -> Any:
+    from .profile import profiled
+
+    return profiled(pipe)
+
+
 @contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     """Makes sure, now, that files can be written there. Folders that it made and that stay empty go again."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}") from None
         yield
     finally:
         for made in missing:
@@ -441,16 +492,9 @@ def _png_path(out: str) -> Path | None:
 
 def _save(picture: Image.Image, settings: dict[str, Any], path: Path) -> Path:
     """Writes it to the path, or to path-2, path-3, … if that is taken: nothing is overwritten."""
-    number, target = 2, path
-    while target.exists():
-        number, target = number + 1, path.with_stem(f"{path.stem}-{number}")
-    # Written under another name first: who looks at the target sees a whole picture or none.
-    temporary = target.with_name(f".{os.getpid()}.png")
-    try:
+    target = free(path)
+    with whole(target) as temporary:
         picture.save(temporary, pnginfo=_metadata(settings))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -501,8 +545,21 @@ def _parameters(settings: dict[str, Any]) -> str:
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 
+def _keep_blocks() -> None:
+    """Large blocks of memory stay in the process, in huge pages; bench/NOTES.md says what that buys.
+
+    glibc would give them back at once, and the next layer would get them again page by page.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it when it first allocates
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # where there is no glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
+    _keep_blocks()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("REIFUSION_DEBUG") == "1"
     with warnings.catch_warnings():

@@ -19,11 +19,9 @@ from PIL import Image
 import reifusion
 from reifusion import cli
 from reifusion.model import model_loader, pipeline, samplers
-from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.clip import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
+from tests.tiny import networks
 
 TINY = ModelConfig(
     name="tiny",
@@ -39,15 +37,8 @@ TINY = ModelConfig(
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
     """The file of a tiny model with random weights."""
-    torch.manual_seed(0)
-    models = {
-        "clip": CLIP(TINY.clip),
-        "encoder": Encoder(TINY.vae),
-        "decoder": Decoder(TINY.vae),
-        "diffusion": UNet(TINY.unet),
-    }
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(TINY, models, path, tokenizer=Tokenizer())
+    model_loader.save(TINY, networks(TINY), path, tokenizer=Tokenizer())
     return str(path)
 
 

@@ -15,11 +15,9 @@ from safetensors.torch import save_file
 
 from reifusion import cli
 from reifusion.model import model_loader
-from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.clip import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
+from tests.tiny import networks
 
 TOKENIZER = Tokenizer("c a\nca t</w>\n", context_length=8)
 TINY = ModelConfig(
@@ -34,15 +32,8 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    models = {
-        "clip": CLIP(TINY.clip),
-        "encoder": Encoder(TINY.vae),
-        "decoder": Decoder(TINY.vae),
-        "diffusion": UNet(TINY.unet),
-    }
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(TINY, models, path, tokenizer=TOKENIZER)
+    model_loader.save(TINY, networks(TINY), path, tokenizer=TOKENIZER)
     return str(path)
 
 

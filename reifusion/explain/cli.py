@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import textwrap
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..cli import DEFAULTS, InputError, _hash, _metadata, _open, _parse_size, _slug, _writable
-from .files import free
+from ..files import free, whole
 from .guide import GUIDE
 
 if TYPE_CHECKING:
@@ -31,14 +30,16 @@ app = typer.Typer(
 
 Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same picture.")]
-Steps = Annotated[int, typer.Option(help="1 to 1000.")]
-Cfg = Annotated[float, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")]
-Sampler = Annotated[str | None, typer.Option(help="As in generate.")]
+Steps = Annotated[int | None, typer.Option(help="1 to 1000.", show_default="the model's")]
+Cfg = Annotated[
+    float | None,
+    typer.Option(help="How closely to follow the prompt; 1 is no guidance.", show_default="the model's"),
+]
+Sampler = Annotated[str | None, typer.Option(help="As in generate.", show_default="the model's")]
 Model = Annotated[str, typer.Option(help="A .safetensors or .ckpt file, a diffusers folder, or owner/name.")]
 Size = Annotated[str | None, typer.Option(help="Width x height, like 512x768.", show_default="the model's")]
 Out = Annotated[str, typer.Option(help="The folder to write to.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only where the result is.")]
-STEPS, CFG, SAMPLER = DEFAULTS["steps"], DEFAULTS["cfg"], DEFAULTS["sampler"]
 OUT = "explain"
 
 
@@ -55,31 +56,28 @@ def main(arguments: list[str]) -> int:
 @app.command()
 def picture(
     prompt: Prompt, negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG, sampler: Sampler = SAMPLER, size: Size = None,
+    seed: Seed = 0, steps: Steps = None, cfg: Cfg = None, sampler: Sampler = None, size: Size = None,
     pixel: Annotated[str | None, typer.Option(help="x,y of a place: what does it look at?")] = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Everything about one picture: how it formed, which word made which pixel, what every module did."""
     place = None if pixel is None else _pixel(pixel)
-    request = _request(prompt, negative, seed, steps, cfg, sampler, size)
+    request = _request(model, prompt, negative, seed, steps, cfg, sampler, size)
     with _writable(Path(out)):
         pipe, request = _load(model, request)
         from .folder import explain
 
         target = free(Path(out) / f"{_slug(prompt)}-{seed}")
-        building = target.with_name(f".{os.getpid()}.{target.name}")
         settings = DEFAULTS | {
-            "prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "cfg": cfg,
+            "prompt": prompt, "negative": negative, "seed": seed,
+            "steps": request.n_inference_steps, "cfg": request.cfg_scale,
             "sampler": request.sampler_name, "size": request.size(pipe.config), "model": model,
             "model_hash": _hash("model", model), "model_name": pipe.config.name,
             "dtype": str(pipe.dtype).removeprefix("torch."),
         }  # fmt: skip
-        try:
+        with whole(target) as building:
             building.mkdir()
             explain(pipe, request, building, place, _metadata(settings))
-            os.replace(building, target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     print(target / "index.html")
     if not quiet:
         print("\nOpen it in a browser. Beside it are the pictures, and as data all that they were made from.")
@@ -95,7 +93,7 @@ def words(
     word: Annotated[str | None, typer.Option(help="Only this one.", show_default="the most telling")] = None,
     special: Annotated[bool, typer.Option("--special", help="Also show start, end and padding.")] = False,
     pixel: Annotated[str | None, typer.Option(help="x,y of the place that looks, for --by pixel.")] = None,
-    seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG, sampler: Sampler = SAMPLER, size: Size = None,
+    seed: Seed = 0, steps: Steps = None, cfg: Cfg = None, sampler: Sampler = None, size: Size = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     if by not in ("word", "step", "layer", "head", "pixel"):
@@ -103,7 +101,7 @@ def words(
     if (by == "pixel") != (pixel is not None):
         raise InputError("--by pixel and --pixel x,y belong together")
     place = None if pixel is None else _pixel(pixel)
-    request = _request(prompt, "", seed, steps, cfg, sampler, size)
+    request = _request(model, prompt, "", seed, steps, cfg, sampler, size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .words import watch
@@ -126,7 +124,7 @@ def words(
 
 @app.command()
 def trace(
-    prompt: Prompt, seed: Seed = 0, cfg: Cfg = CFG, size: Size = None, model: Model = "mini", out: Out = OUT,
+    prompt: Prompt, seed: Seed = 0, cfg: Cfg = None, size: Size = None, model: Model = "mini", out: Out = OUT,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Every module in the order in which they run: shapes, parameters, FLOPs, time, mean and std.
@@ -134,7 +132,7 @@ def trace(
     Prints the table, and writes it as a page whose rows lead to the source, and as JSON. Look for where the
     time goes and where the arithmetic goes: they are not the same places.
     """
-    request = _request(prompt, "", seed, STEPS, cfg, SAMPLER, size)
+    request = _request(model, prompt, "", seed, None, cfg, size=size)
     with _writable(Path(out)):
         pipe, request = _load(model, request)
         from .trace import trace as look
@@ -152,11 +150,11 @@ def trace(
 def cfg(
     prompt: Prompt,
     scales: Annotated[str, typer.Option(help="Guidance scales, with commas between.")] = "1,2,4,7.5,12,20",
-    seed: Seed = 0, steps: Steps = STEPS, sampler: Sampler = SAMPLER, size: Size = None,
+    seed: Seed = 0, steps: Steps = None, sampler: Sampler = None, size: Size = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     values = _numbers("--scales", scales, float)
-    request = _request(prompt, "", seed, steps, values[0], sampler, size)
+    request = _request(model, prompt, "", seed, steps, values[0], sampler, size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .experiments import cfg
@@ -171,14 +169,14 @@ def steps(
     prompt: Prompt,
     counts: Annotated[str, typer.Option(help="Numbers of steps, with commas between.")] = "1,2,4,8,16,32,64",
     samplers: Annotated[str | None, typer.Option(help="With commas between.")] = None,
-    seed: Seed = 0, cfg: Cfg = CFG, size: Size = None, model: Model = "mini", out: Out = OUT,
+    seed: Seed = 0, cfg: Cfg = None, size: Size = None, model: Model = "mini", out: Out = OUT,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     values = _numbers("--counts", counts, int)
     names = samplers.split(",") if samplers else None
-    for name in names or [SAMPLER]:  # all that was asked for is looked at before work begins
+    for name in names or (None,):  # all that was asked for is looked at before work begins
         for count in values:
-            request = _request(prompt, "", seed, count, cfg, name, size)
+            request = _request(model, prompt, "", seed, count, cfg, name, size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .experiments import steps
@@ -190,10 +188,10 @@ def steps(
 
 @app.command(help=GUIDE["samplers"], short_help="The same noise, every sampler.")
 def samplers(
-    prompt: Prompt, seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG, size: Size = None,
+    prompt: Prompt, seed: Seed = 0, steps: Steps = None, cfg: Cfg = None, size: Size = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    request = _request(prompt, "", seed, steps, cfg, SAMPLER, size)
+    request = _request(model, prompt, "", seed, steps, cfg, size=size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .experiments import samplers
@@ -209,11 +207,11 @@ def seeds(
     seed: Annotated[int, typer.Option(help="Where the walk begins.")] = 0,
     to: Annotated[int, typer.Option(help="Where it ends.")] = 1,
     stops: Annotated[int, typer.Option(help="Pictures on the way, both ends included.", min=2)] = 7,
-    steps: Steps = STEPS, cfg: Cfg = CFG, sampler: Sampler = SAMPLER, size: Size = None,
+    steps: Steps = None, cfg: Cfg = None, sampler: Sampler = None, size: Size = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    request = _request(prompt, "", seed, steps, cfg, sampler, size)
-    _request(prompt, "", to, steps, cfg, sampler, size)
+    request = _request(model, prompt, "", seed, steps, cfg, sampler, size)
+    _request(model, prompt, "", to, steps, cfg, sampler, size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .experiments import seeds
@@ -228,10 +226,10 @@ def prompts(
     prompt: Prompt,
     to: Annotated[str, typer.Argument(help="The prompt at the other end.", show_default=False)],
     stops: Annotated[int, typer.Option(help="Pictures on the way, both ends included.", min=2)] = 7,
-    seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG, sampler: Sampler = SAMPLER, size: Size = None,
+    seed: Seed = 0, steps: Steps = None, cfg: Cfg = None, sampler: Sampler = None, size: Size = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    request = _request(prompt, "", seed, steps, cfg, sampler, size)
+    request = _request(model, prompt, "", seed, steps, cfg, sampler, size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .experiments import prompts
@@ -243,10 +241,10 @@ def prompts(
 
 @app.command(help=GUIDE["ablate"], short_help="Without a word, a layer, a head.")
 def ablate(
-    prompt: Prompt, seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG, sampler: Sampler = SAMPLER,
+    prompt: Prompt, seed: Seed = 0, steps: Steps = None, cfg: Cfg = None, sampler: Sampler = None,
     size: Size = None, model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    request = _request(prompt, "", seed, steps, cfg, sampler, size)
+    request = _request(model, prompt, "", seed, steps, cfg, sampler, size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .ablate import ablate
@@ -258,10 +256,10 @@ def ablate(
 
 @app.command(help=GUIDE["latents"], short_help="The latents' channels, and what each is for.")
 def latents(
-    prompt: Prompt, seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG, sampler: Sampler = SAMPLER,
+    prompt: Prompt, seed: Seed = 0, steps: Steps = None, cfg: Cfg = None, sampler: Sampler = None,
     size: Size = None, model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    request = _request(prompt, "", seed, steps, cfg, sampler, size)
+    request = _request(model, prompt, "", seed, steps, cfg, sampler, size)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .latents import latents
@@ -277,7 +275,7 @@ def vae(
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     given = _open(file)
-    request = _request("", "", 0, STEPS, CFG, SAMPLER, None)
+    request = _request(model)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .latents import round_trip
@@ -289,21 +287,21 @@ def vae(
 
 @app.command(help=GUIDE["schedule"], short_help="How much noise when, and when samplers look.")
 def schedule(
-    steps: Steps = STEPS, seed: Seed = 0, model: Model = "mini", out: Out = OUT, quiet: Quiet = False
+    steps: Steps = None, seed: Seed = 0, model: Model = "mini", out: Out = OUT, quiet: Quiet = False
 ) -> None:
-    request = _request("", "", seed, steps, CFG, SAMPLER, None)
+    request = _request(model, seed=seed, steps=steps)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .schedule import schedule
 
         return schedule(pipe, request)
 
-    _show(look, request, model, out, f"schedule-{steps}", quiet)
+    _show(look, request, model, out, f"schedule-{request.n_inference_steps}", quiet)
 
 
 @app.command(help=GUIDE["tokens"], short_help="How a prompt is cut into tokens.")
 def tokens(prompt: Prompt, model: Model = "mini", out: Out = OUT, quiet: Quiet = False) -> None:
-    request = _request(prompt, "", 0, STEPS, CFG, SAMPLER, None)
+    request = _request(model, prompt)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .tokens import tokens
@@ -319,10 +317,10 @@ def tokens(prompt: Prompt, model: Model = "mini", out: Out = OUT, quiet: Quiet =
 )
 def halves(
     num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 12,
-    seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG, sampler: Sampler = SAMPLER,
+    seed: Seed = 0, steps: Steps = None, cfg: Cfg = None, sampler: Sampler = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    request = _request("", "", seed, steps, cfg, sampler, None)
+    request = _request(model, "", "", seed, steps, cfg, sampler)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .halves import halves
@@ -340,11 +338,11 @@ def halves(
 
 @app.command(help=GUIDE["bugs"], short_help="Famous mistakes, switched on.")
 def bugs(
-    prompt: Prompt, seed: Seed = 0, steps: Steps = STEPS, cfg: Cfg = CFG,
+    prompt: Prompt, seed: Seed = 0, steps: Steps = None, cfg: Cfg = None,
     only: Annotated[str | None, typer.Option(help="Names of some, with commas.", show_default="all")] = None,
     model: Model = "mini", out: Out = OUT, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    request = _request(prompt, "", seed, steps, cfg, None, None)
+    request = _request(model, prompt, "", seed, steps, cfg)
 
     def look(pipe: StableDiffusion, request: Request) -> Exhibit:
         from .bugs import BUGS, gallery
@@ -362,19 +360,24 @@ def bugs(
 
 
 def _request(
-    prompt: str, negative: str, seed: int, steps: int, cfg: float, sampler: str | None, size: str | None
-) -> Request:
+    model: str, prompt: str = "", negative: str = "", seed: int = 0, steps: int | None = None,
+    cfg: float | None = None, sampler: str | None = None, size: str | None = None,
+) -> Request:  # fmt: skip
+    """What was asked for; what was not is what the model's pictures are best drawn with."""
+    from ..model.model_loader import info
     from ..model.request import Request
 
     width, height = (None, None) if size is None else _parse_size(size)
+    asked = {"steps": steps, "cfg": cfg, "sampler": sampler}
+    best = info(model).config.best | {name: value for name, value in asked.items() if value is not None}
     return Request(
-        prompt, negative, cfg_scale=cfg, sampler_name=sampler, n_inference_steps=steps, seed=seed,
-        width=width, height=height,
+        prompt, negative, cfg_scale=best["cfg"], sampler_name=best["sampler"],
+        n_inference_steps=best["steps"], seed=seed, width=width, height=height,
     )  # fmt: skip
 
 
 def _load(model: str, request: Request) -> tuple[StableDiffusion, Request]:
-    """The model, and the request with the sampler that is used if none was asked for."""
+    """The model, and the request if it fits."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError('explaining needs matplotlib: pip install "reifusion[explain]"')
     from ..model.pipeline import load

@@ -22,7 +22,7 @@ from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .files import whole
+from ..files import whole
 
 DPI = 100  # so that a point of type is 1.39 pixels, and an inch is a round number of them
 INK, GREY, RULE, PAPER = "#1b1b1f", "#63636e", "#d8d8de", "#ffffff"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
+from ..files import whole, write_text
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from .figures import Exhibit, overlay
-from .files import whole, write_text
 from .trace import Trace, trace
 from .trajectory import Trajectory, describe, record
 from .words import Attention, relative, watch

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import write_json, write_text
 from ..model import attention
 from ..model.attention import CrossAttention, SelfAttention
 from ..model.ddpm import randn
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
-from .files import write_json, write_text
 from .trajectory import describe, settings
 
 MODEL = Path(attention.__file__).parent  # where the source is that rows lead to

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import whole, write_json
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
+from ..model.tensors import write_tensors
 from .figures import (
     GAP,
     INK,
@@ -34,7 +35,6 @@ from .figures import (
     styled,
     typeface,
 )
-from .files import whole, write_json
 from .guide import GUIDE, one_line
 
 
@@ -82,7 +82,7 @@ class Trajectory:
         tensors |= {"t": torch.tensor(self.t, dtype=torch.float64), "shown": torch.tensor(self.shown)}
         tensors |= {"shown_x_t": _pixels(self.shown_x_t), "shown_x0": _pixels(self.shown_x0)}
         with whole(os.path.join(folder, "trajectory.safetensors")) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         facts = {"settings": settings(self.request), "steps": self.norms(), "shown": self.shown}
         write_json(os.path.join(folder, "trajectory.json"), facts)
 

@@ -17,17 +17,17 @@ from itertools import groupby, pairwise
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import whole, write_json
 from ..model.attention import CrossAttention, Hook, SelfAttention
 from ..model.config import UNetConfig
 from ..model.diffusion import plan
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
+from ..model.tensors import write_tensors
 from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
-from .files import whole, write_json
 from .guide import GUIDE, one_line
 from .trajectory import describe, settings
 
@@ -111,7 +111,7 @@ class Attention:
         words = [*self.words, *self.special]
         tensors["heat"] = torch.stack([self.heat(word) for word in words])  # (W, H, W)
         with whole(os.path.join(folder, "words.safetensors")) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         facts = {
             "settings": settings(self.request),
             "tokens": self.tokens,

@@ -7,6 +7,7 @@ at two sizes. Defaults are Stable Diffusion 1.5; `MINI` is the model that ships 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,17 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    # What its pictures are best drawn with. The command line and the studio begin with these.
+    sampler_name: str = "dpmpp_2m_karras"
+    n_inference_steps: int = 25
+    cfg_scale: float = 7.5
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The last three by the names of `reifusion generate`; a model for flow has one sampler that fits."""
+        flow = self.schedule.prediction_type == "flow"
+        sampler = "flow" if flow else self.sampler_name
+        return {"sampler": sampler, "steps": self.n_inference_steps, "cfg": self.cfg_scale}
 
 
 SD15 = ModelConfig()
@@ -104,4 +116,6 @@ MINI = ModelConfig(
         linear_projection=True,
     ),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
+    sampler_name="euler_a",
+    cfg_scale=4.0,
 )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .model_converter import ModelError, rules
-from .model_loader import _File
+from .model_converter import rules
+from .tensors import ModelError, TensorFile
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
@@ -111,7 +111,7 @@ def load_lora(file: str | Path) -> LoRA:
     No code in the file is run. A layer without its α has α = r. Raises ModelError, in one sentence, for what
     is no LoRA, is one of another kind, or is damaged.
     """
-    opened = _File(Path(file))
+    opened = TensorFile(Path(file))
     path, updates = opened.path, {}
     for layer, parts in _read(opened).items():
         if missing := sorted({"down", "up"} - parts.keys()):
@@ -129,7 +129,7 @@ def load_lora(file: str | Path) -> LoRA:
     return LoRA(updates, opened.metadata, str(path))
 
 
-def _read(file: _File) -> dict[str, dict[str, Tensor]]:
+def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
     """The tensors of each layer, by `ENDINGS`."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name in file.shapes:
@@ -150,7 +150,7 @@ def _read(file: _File) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _peft_alpha(file: _File, layer: str, rank: int) -> float:
+def _peft_alpha(file: TensorFile, layer: str, rank: int) -> float:
     """α by the config of PEFT that diffusers writes into the header; r without one."""
     try:
         config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from .diffusion import plan
+from .tensors import ModelError
 
 FORMATS = ("native", "compvis", "diffusers")
 NETWORKS = ("clip", "encoder", "decoder", "diffusion")
@@ -250,10 +251,6 @@ halvings     diffusion.down.#.0.conv.  *_model.input_blocks.#.0.op         unet.
 unet_layers  diffusion.down.#.0.conv_1 *_model.input_blocks.#.0.in_layers  unet.down_blocks.#.resnets.#
 attention    diffusion.down.#.1.       *_model.input_blocks.#.1.           unet.down_blocks.#.attentions
 """
-
-
-class ModelError(ValueError):
-    """What is wrong with a model's file, in one sentence."""
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import uuid
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import whole
 from .clip import CLIP, END, Tokenizer
 from .config import MINI, SD15, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from .decoder import Decoder
@@ -32,7 +27,6 @@ from .diffusion import UNet
 from .encoder import Encoder
 from .model_converter import (
     NETWORKS,
-    ModelError,
     Rule,
     config_from_diffusers,
     config_to_diffusers,
@@ -40,6 +34,7 @@ from .model_converter import (
     match,
     structure,
 )
+from .tensors import ModelError, TensorFile, write_tensors
 
 MINI_PATH = Path(__file__).parent.parent / "data" / "mini.safetensors"
 PRESETS = (SD15, MINI)  # what shapes cannot tell is taken from the one with the same shapes
@@ -147,29 +142,12 @@ def save(
     tensors = {key: x.detach().cpu().contiguous() for key, x in convert(native, to, config).items()}
     header = {**(metadata or {}), "format": "reifusion" if to == "native" else "pt"}
     header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer)}
-    with _replacing(path) as temporary:
+    with whole(path) as temporary:
         if to == "diffusers":
             _write_folder(temporary, config, tensors)
             tokenizer.save_folder(temporary / "tokenizer")
         else:
-            save_file(tensors, temporary, header)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("new", "old"))
-    try:
-        yield new
-        if path.is_dir():  # a folder, unlike a file, cannot be replaced in one step
-            path.rename(old)
-        new.replace(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for rest in (new, old):
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
+            write_tensors(tensors, temporary, header)
 
 
 # From a source to an opened checkpoint, of which no tensor has been read yet
@@ -182,7 +160,7 @@ class _Checkpoint:
     config: ModelConfig
     rules: list[Rule]  # from the tensors here to ours
     unknown: list[str]  # the tensors here that no rule knows
-    where: dict[str, tuple[_File, str]]  # of each tensor: its file, and its name in there
+    where: dict[str, tuple[TensorFile, str]]  # of each tensor: its file, and its name in there
     metadata: dict[str, str]
 
     def state(
@@ -203,7 +181,7 @@ def _open(source: str | Path, config: ModelConfig | None = None) -> _Checkpoint:
     if path.is_dir():
         where, metadata = _open_folder(path), {}
     else:
-        file = _File(path)
+        file = TensorFile(path)
         where, metadata = {name: (file, name) for name in file.shapes}, file.metadata
     for pattern, what in OTHERS:
         if any(re.match(pattern, name) for name in where):
@@ -225,7 +203,7 @@ def _open(source: str | Path, config: ModelConfig | None = None) -> _Checkpoint:
     return _Checkpoint(path, format, config, rules, unknown, where, metadata)
 
 
-def _shape(rule: Rule, where: Mapping[str, tuple[_File, str]]) -> torch.Size:
+def _shape(rule: Rule, where: Mapping[str, tuple[TensorFile, str]]) -> torch.Size:
     """The shape that our tensor will have."""
     parts = [file.shapes[name] for file, name in map(where.__getitem__, rule.theirs)]
     return torch.Size((sum(part[0] for part in parts), *parts[0][1:])) if all(parts) else torch.Size()
@@ -236,7 +214,7 @@ def _networks(checkpoint: _Checkpoint) -> dict[str, nn.Module]:
     path = checkpoint.path
     try:
         models = build(checkpoint.config)
-    except (ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ModelError(f"the config of {path} makes no model: {error}") from error
     expected = {name: tuple(x.shape) for name, x in _state(models).items()}
     missing = sorted(expected.keys() - {rule.ours for rule in checkpoint.rules})
@@ -306,112 +284,6 @@ def _download(repository: str) -> Path:
             raise ModelError(f"there is no file or folder {repository}; {why}") from None
 
 
-# One file
-
-
-class _File:
-    """A file of tensors: opening it reads the header, `read` one tensor."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.metadata: dict[str, str] = {}
-        self.shapes: dict[str, torch.Size] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._mapped = 0  # bytes read since it was opened
-        self._get: Callable[[str], Tensor] | None = None
-        try:
-            self._size = path.stat().st_size
-            with open(path, "rb") as stream:
-                start = stream.read(64)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-        if start[8:9] == b"{":
-            self._reopen = self._safetensors
-        elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-            self._reopen = self._pickle
-        elif start.startswith(b"version https://git-lfs"):
-            raise ModelError(f"{path} is a Git LFS pointer; `git lfs pull` fetches the file itself")
-        else:
-            raise ModelError(f"{path} is not a checkpoint" if start else f"{path} is empty")
-        self._get = self._reopen()
-
-    def read(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-        """One tensor, converted."""
-        # The file is mapped into memory. All that was read of it counts as used until the mapping is closed,
-        # so it is closed now and then; otherwise a whole checkpoint would be in memory beside the networks.
-        if self._get is None or self._mapped > self._size // 32:
-            self._get, self._mapped = None, 0
-            self._get = self._reopen()
-        tensor = self._get(name).detach()
-        self._mapped += tensor.nbytes
-        return tensor.to(device, dtype or tensor.dtype, copy=True)
-
-    def _safetensors(self) -> Callable[[str], Tensor]:
-        try:
-            handle = safe_open(self.path, "pt")
-        except (SafetensorError, OSError):
-            raise ModelError(f"{self.path} is cut off or damaged; fetch it again") from None
-        if not self.shapes:
-            self.metadata = handle.metadata() or {}
-            for name in handle.keys():  # noqa: SIM118
-                part = handle.get_slice(name)
-                self.shapes[name] = torch.Size(part.get_shape())
-                self.dtypes[name] = _DTYPES.get(part.get_dtype(), torch.uint8)
-        return handle.get_tensor
-
-    def _pickle(self) -> Callable[[str], Tensor]:
-        tensors = {name: x for name, x in _unpickle(self.path).items() if isinstance(x, Tensor)}
-        self.shapes = {name: x.shape for name, x in tensors.items()}
-        self.dtypes = {name: x.dtype for name, x in tensors.items()}
-        return tensors.__getitem__
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-}
-
-
-class _Inert:
-    """Stands in for what PyTorch Lightning leaves in a checkpoint beside the weights; does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
-
-
-def _unpickle(path: Path) -> Mapping[str, Any]:
-    """A `.ckpt`, `.pt` or `.bin` -> its tensors by name, left on disk until used. Nothing in it is run."""
-    zipped = zipfile.is_zipfile(path)  # since PyTorch 1.6; the older format cannot be mapped into memory
-    stand_ins: list[Any] = []
-    try:
-        if zipped:
-            for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
-                if not name.startswith(("pytorch_lightning.", "lightning.")):
-                    raise ModelError(f"{path} holds code ({name}) beside its tensors and was not opened")
-                stand_ins.append((_Inert, name))
-        mapped = zipped and path.suffix != ".safetensors"  # with that name, torch.load trusts the name
-        with torch.serialization.safe_globals(stand_ins), open(path, "rb") as stream:
-            content = torch.load(path if mapped else stream, "cpu", mmap=mapped, weights_only=True)
-    except UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise ModelError(f"{path} holds code ({code[1]}) beside its tensors and was not opened") from None
-        raise ModelError(f"{path} is not a checkpoint, or is damaged") from None
-    except ModelError:
-        raise
-    except Exception as error:  # whatever the parser stumbles over
-        raise ModelError(f"{path} is cut off or damaged, or is not a checkpoint") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]  # Lightning's
-    if not isinstance(content, Mapping):
-        raise ModelError(f"{path} holds no tensors by name")
-    return content
-
-
 # A folder of diffusers
 
 PARTS = ("text_encoder", "vae", "unet")
@@ -430,7 +302,7 @@ def _component(files: Collection[str], part: str) -> list[str]:
     return []
 
 
-def _open_folder(folder: Path) -> dict[str, tuple[_File, str]]:
+def _open_folder(folder: Path) -> dict[str, tuple[TensorFile, str]]:
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a folder of diffusers: it has no model_index.json")
     if "text_encoder_2" in _read_json(folder / "model_index.json"):
@@ -443,7 +315,7 @@ def _open_folder(folder: Path) -> dict[str, tuple[_File, str]]:
         if len(found) != (int(total[1]) if total else 1):
             raise ModelError(f"{folder} has not all files with the weights of its {part}")
         for name in found:
-            file = _File(folder / name)
+            file = TensorFile(folder / name)
             where.update({f"{part}.{inner}": (file, inner) for inner in file.shapes})
     return where
 
@@ -484,7 +356,7 @@ def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
             name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
             start = f"{part}."
             own = {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}
-            save_file(own, folder / part / f"{name}.safetensors", {"format": "pt"})
+            write_tensors(own, folder / part / f"{name}.safetensors", {"format": "pt"})
 
 
 # Configs and tokenizers

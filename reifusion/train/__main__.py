@@ -8,14 +8,17 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-DESCRIPTION = """Trains a VAE, a text-to-image model or a LoRA by a recipe, or with `mini` all of the built-in
-model from nothing. A run that was stopped, by Ctrl-C or by a power cut, goes on with the same command."""
+DESCRIPTION = """Trains a VAE, sharpens one, trains a text-to-image model or a LoRA, by a recipe; or with
+`mini` all of the built-in model from nothing. A run that was stopped, by Ctrl-C or by a power cut, goes on
+with the same command."""
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("reifusion train", description=DESCRIPTION)
     parser.error = _refuse  # type: ignore[method-assign]
-    parser.add_argument("what", choices=("vae", "text2image", "lora", "mini"), help="what to train")
+    parser.add_argument(
+        "what", choices=("vae", "sharpen", "text2image", "lora", "mini"), help="what to train"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe")
     parser.add_argument(
         "--config", metavar="RECIPE", help="a .toml file, or the name of one that comes along"
@@ -81,10 +84,10 @@ def _follow(given: argparse.Namespace) -> Any:
     from . import recipe as recipes
 
     if given.what == "mini":
-        stages: list[tuple[str, str]] = [("vae", "mini-vae"), ("text2image", "mini")]
+        stages = [("vae", "mini-vae"), ("sharpen", "mini-sharpen"), ("text2image", "mini")]
         if given.config:
             raise recipes.RecipeError(
-                "mini is the recipes mini-vae and mini, one after the other; give no --config"
+                "mini is the recipes mini-vae, mini-sharpen and mini, one after the other; give no --config"
             )
     else:
         stages = [(given.what, given.config or "")]
@@ -93,13 +96,13 @@ def _follow(given: argparse.Namespace) -> Any:
             yield "\n".join(f"{key:24} {value!r}" for key, value in recipes.keys(what).items())
             continue
         overrides = given.overrides
-        if given.what == "mini":  # what only one of the two knows is for that one
+        if given.what == "mini":  # what only one of them knows is for that one
             overrides = [
                 o for o in overrides if o.partition("=")[0] in recipes.keys(what) or what == "text2image"
             ]
         recipe = recipes.read(what, recipes.find(name) if name else None, overrides)
-        if given.what == "mini" and what == "vae" and Path(recipe.out).exists():
-            yield f"the VAE is in {recipe.out} already"
+        if given.what == "mini" and what != "text2image" and Path(recipe.out).exists():
+            yield f"the {'VAE' if what == 'vae' else 'sharpened VAE'} is in {recipe.out} already"
             continue
         yield from _stage(recipe, given)
 

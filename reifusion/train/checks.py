@@ -21,13 +21,15 @@ from torch.nn import functional as F
 from ..model.config import ModelConfig, ScheduleConfig
 from ..model.diffusion import UNet
 from ..model.model_loader import load
+from . import critic as critics
 from . import text2image
 from . import vae as vaes
 from .checkpoint import TrainingError
 from .loop import LoopConfig, Loss, Part, gradients, in_mixed_precision, make_optimizers, processes, rng
 from .lora import TEXT_ENCODER, attach
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .run import model_config
+from .sharpen import WithCritic, sharpening_loss
 from .text2image import Latents, TextToImage, forward_process, recomputed
 from .vae import VAE
 
@@ -175,7 +177,7 @@ def compare_gradients(
     """
     model = copy.deepcopy(model).double().eval()
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    generator, h = torch.Generator().manual_seed(0), 1e-5
+    generator, h = torch.Generator().manual_seed(0), 1e-6
     errors = {}
     for name, term in terms.items():
         found = torch.autograd.grad(term(model), weights, allow_unused=True, materialize_grads=True)
@@ -202,9 +204,13 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
     """A narrow model of a recipe's plan, and the terms of its loss."""
     config, generator = narrow(base(recipe)), torch.Generator().manual_seed(0)
     torch.manual_seed(0)  # an error of finite differences at a kink would come and go otherwise
-    if recipe.train == "vae":
+    if recipe.train in ("vae", "sharpen"):
         x = blots(generator, 2, 4 * config.vae.factor).double()
         noise = torch.randn(2, config.vae.latent_channels, 4, 4, generator=generator, dtype=torch.float64)
+        if recipe.train == "sharpen":
+            both = WithCritic(VAE(config.vae))
+            awake(both)
+            return sharpening_terms(both, x, noise)
         return awake(VAE(config.vae)), {
             name: lambda vae, name=name: vaes.terms(x, *vae(x, noise))[name]  # type: ignore[misc]
             for name in ("l1", "mse", "edges", "kl")
@@ -223,6 +229,22 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
     if recipe.train == "lora":
         _attach(model, recipe)
     return awake(model), {prediction: term(prediction) for prediction in ("epsilon", "v_prediction", "flow")}
+
+
+def sharpening_terms(
+    model: WithCritic, x: Tensor, noise: Tensor
+) -> tuple[nn.Module, dict[str, Callable[[nn.Module], Tensor]]]:
+    """A VAE with its critic, and each one's terms while the other is as it is now."""
+    now = copy.deepcopy(model).double()
+    made = now.vae(x, noise)[0].detach()  # (B, 3, H, W)
+    terms: dict[str, Callable[[Any], Tensor]] = {
+        name: lambda model, name=name: vaes.terms(x, *model.vae(x, noise))[name]  # type: ignore[misc]
+        for name in ("l1", "mse", "edges")
+    }
+    terms["opinion"] = lambda model: critics.fool(now.critic, x, model.vae(x, noise)[0])[0]
+    terms["matching"] = lambda model: critics.fool(now.critic, x, model.vae(x, noise)[0])[1]
+    terms["critic"] = torch.enable_grad()(lambda model: critics.judge(model.critic, x, made)[0])
+    return model, terms
 
 
 def narrow(config: ModelConfig) -> ModelConfig:
@@ -252,6 +274,8 @@ def awake(model: nn.Module) -> nn.Module:
 
 def overfit_one(recipe: Recipe) -> str:
     """Whether the recipe's model can learn a single batch of made-up data. Raises TrainingError where not."""
+    if recipe.train == "sharpen":
+        raise RecipeError("a decoder and its critic work against each other, so their loss does not go to 0")
     training = replace(recipe.training, batch=2)
     if recipe.train != "vae":
         training = replace(training, caption_dropout=0.0)
@@ -290,6 +314,9 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Loss]:
     if recipe.train == "vae":
         vae = VAE(config.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return vae, vaes.training_loss(blots, pixels, config.vae, training)
+    if recipe.train == "sharpen":
+        both = WithCritic(VAE(config.vae)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return both, sharpening_loss(blots, pixels, config.vae, training)
     model = TextToImage(config)
     if recipe.start or recipe.train == "lora":
         _, models, _ = load(recipe.start or "mini", dtype=torch.float32)

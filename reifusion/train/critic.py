@@ -52,9 +52,9 @@ def fool(critic: Critic, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
     still = {name: weight.detach() for name, weight in critic.named_parameters()}
     *theirs, real_scores = functional_call(critic, still, (real.detach(),))
     *ours, made_scores = functional_call(critic, still, (made,))
-    # Eq. 2, Huang et al. 2024: −log sigmoid(D(x̂) − D(x)), for a patch and its own reconstruction
+    # [fooling] Eq. 2, Huang et al. 2024: −log sigmoid(D(x̂) − D(x)), for a patch and its own reconstruction
     adversarial = F.softplus(real_scores.to(real.dtype) - made_scores.to(real.dtype)).mean()
-    # Eq. 4, Wang et al. 2018: ‖D_i(x) − D_i(x̂)‖₁ / N_i over the layers i, here their mean
+    # [matching] Eq. 4, Wang et al. 2018: ‖D_i(x) − D_i(x̂)‖₁ / N_i over the layers i, here their mean
     matching = torch.stack(
         [F.l1_loss(b.to(real.dtype), a.to(real.dtype)) for a, b in zip(theirs, ours, strict=True)]
     ).mean()
@@ -71,7 +71,7 @@ def judge(critic: Critic, real: Tensor, made: Tensor, r1: float = 0.1) -> tuple[
     real_scores, made_scores = (critic(x)[-1].to(real.dtype) for x in (real, made.detach()))
     # [critic] Jolicoeur-Martineau 2019: −log sigmoid(D(x) − D(x̂))
     compared = F.softplus(made_scores - real_scores).mean()
-    # Eq. 9, Mescheder et al. 2018: γ/2 E‖∇D(x)‖² on real pictures; per patch, so that sizes do not matter
+    # [steepness] Eq. 9, Mescheder et al. 2018: γ/2 E‖∇D(x)‖² on real pictures; here per patch, for any size
     (slope,) = torch.autograd.grad(real_scores.sum(), real, create_graph=True)
     penalty = r1 / 2 * slope.pow(2).sum() / real_scores.numel()
     return compared + penalty, (real_scores > made_scores).float().mean().detach()

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ..files import whole
 from .subjects import CHOSEN, COLOUR_WORDS, ODD_LABELS, parse_choice
 
 SIDE, BOX = 128, 112  # pixels: a sprite, and the square inside it that its subject fills
@@ -219,9 +220,8 @@ def prepare(cache_dir: Path) -> Path:
         for style, sprite in found.items():
             sprites.append(sprite)
             pictures.append(asdict(subject) | {"style": style, "licence": STYLES[style][1]})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"pictures": np.stack(sprites)}, temporary, metadata={"pictures": json.dumps(pictures)})
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        save_file({"pictures": np.stack(sprites)}, temporary, metadata={"pictures": json.dumps(pictures)})
     return path
 
 

@@ -24,15 +24,15 @@ from typing import NamedTuple
 import torch
 from PIL import ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import whole
 from ..model.clip import Tokenizer
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, scale_latents
-from ..model.model_loader import _replacing
 from ..model.pipeline import fit, to_tensor
+from ..model.tensors import write_tensors
 from .data import DataError
 from .images import Item, Pictures, some
 
@@ -208,9 +208,9 @@ def _encode(
     if keys:
         path = folder / f"{hashlib.blake2b(' '.join(keys).encode(), digest_size=8).hexdigest()}.safetensors"
         try:
-            with _replacing(path) as temporary:
+            with whole(path) as temporary:
                 tensors = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
-                save_file(tensors, temporary, {"fingerprints": json.dumps(keys)})
+                write_tensors(tensors, temporary, {"fingerprints": json.dumps(keys)})
         except (OSError, SafetensorError) as error:
             raise DataError(f"latents cannot be written to {folder}: {error}") from error
 
@@ -218,7 +218,7 @@ def _encode(
 def _read(folder: Path) -> dict[str, Row]:
     """Fingerprint -> latents. The tensors are windows into the files, read when they are used."""
     rows: dict[str, Row] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 mean, std = file.get_tensor("mean"), file.get_tensor("std")

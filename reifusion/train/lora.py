@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import __version__
+from ..files import whole
 from ..model.config import ModelConfig
 from ..model.lora import Place, places
-from ..model.model_loader import _replacing
+from ..model.tensors import write_tensors
 from .images import open_pictures
 from .latents import cache_latents
 from .loop import LoopConfig, processes
@@ -276,8 +276,8 @@ def save_lora(
             # In transformers 5 the text encoder's names have no `text_model.`; as endings these fit both.
             config.setdefault(f"{network}.target_modules", []).append(name.removeprefix("text_model."))
         header["lora_adapter_metadata"] = json.dumps(config)
-    with _replacing(Path(path)) as temporary:
-        save_file(state, temporary, header | dict(metadata or {}))
+    with whole(Path(path)) as temporary:
+        write_tensors(state, temporary, header | dict(metadata or {}))
 
 
 def _layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:

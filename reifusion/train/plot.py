@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from ..files import whole
 from .checkpoint import TrainingError
 
 
@@ -47,15 +47,11 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
     axes.set_ylabel("loss")
     axes.grid(alpha=0.2, which="both")
     axes.legend(frameon=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, out)
+        with whole(out) as temporary:
+            figure.savefig(temporary, dpi=150)
     except ValueError as error:  # Matplotlib names the endings it knows
         raise TrainingError(f"the curve cannot be drawn to {out}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def losses(run: Path) -> dict[int, float]:

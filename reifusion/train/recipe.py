@@ -3,9 +3,9 @@
     steps = 20_000   # of the U-Net
     lr = 1e-3
 
-Each key is a field of `Recipe`, of the training's dataclass (`VAETraining`, `TextToImageTraining` or
-`LoRATraining`) or of `LoopConfig`; what a file leaves out has that field's default. On the command line,
-`key=value` overrides.
+Each key is a field of `Recipe`, of the training's dataclass (`VAETraining`, `Sharpening`,
+`TextToImageTraining` or `LoRATraining`) or of `LoopConfig`; what a file leaves out has that field's default.
+On the command line, `key=value` overrides.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ else:
     import tomli as tomllib
 
 from .lora import LoRATraining
+from .sharpen import Sharpening
 from .text2image import TextToImageTraining
 from .vae import VAETraining
 
-TRAININGS = {"vae": VAETraining, "text2image": TextToImageTraining, "lora": LoRATraining}
+TRAININGS = {
+    "vae": VAETraining,
+    "sharpen": Sharpening,
+    "text2image": TextToImageTraining,
+    "lora": LoRATraining,
+}
 # In a checkout they lie beside the package, in an installed one inside it.
 FOLDERS = (Path(__file__).parent.parent.parent / "recipes", Path(__file__).parent / "recipes")
 
@@ -39,10 +45,12 @@ class RecipeError(ValueError):
 class Recipe:
     """What a run is made from, and where it goes. `training` has the rest, flat in the file as well."""
 
-    train: str = ""  # vae, text2image or lora; a file says it, so that it is not used for another
+    train: str = ""  # vae, sharpen, text2image or lora; a file says it, so that it is not used for another
     data: str = "emoji"  # a folder, parquet, .tar shards or a hub id; "emoji": the mini's own pictures
     model: str = "mini"  # the sizes of a model that begins from nothing: mini or sd15
-    start: str = ""  # a model to go on from, as `reifusion generate --model` takes it; "": from nothing
+    # A model to go on from, as `reifusion generate --model` takes it; for a VAE, also the file of one.
+    # From nothing where it is empty.
+    start: str = ""
     vae: str = ""  # text2image: the model whose VAE makes the latents; "": that of `start`
     size: int = 0  # side of the pictures, in pixels, or of a square of their area; 0: the model's
     scenes: int = 60_000  # emoji: pictures to compose

@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import whole
 from ..model.clip import Tokenizer
 from ..model.config import MINI, SD15, ModelConfig
-from ..model.model_loader import ModelError, _replacing, load, save
+from ..model.model_loader import load, save
 from ..model.pipeline import StableDiffusion
 from ..model.pipeline import load as load_pipeline
+from ..model.tensors import ModelError, write_tensors
 from .bpe import train_bpe
 from .checkpoint import save_atomically
 from .data import DataError
@@ -29,6 +31,7 @@ from .loop import processes
 from .lora import train_lora
 from .recipe import Recipe, RecipeError
 from .scenes import build_bank, load_bank
+from .sharpen import sharpen_decoder
 from .sheet import PROMPTS, contact_sheet
 from .text2image import Data, Latents, TextToImage, train_text2image
 from .vae import VAE, Draw, random_pictures, train_vae
@@ -41,7 +44,8 @@ def run(recipe: Recipe) -> Path:
 
     Raises RecipeError and ModelError for what cannot be done, DataError and TrainingError for what failed.
     """
-    return {"vae": run_vae, "text2image": run_text2image, "lora": run_lora}[recipe.train](recipe)
+    ways = {"vae": run_vae, "sharpen": run_sharpen, "text2image": run_text2image, "lora": run_lora}
+    return ways[recipe.train](recipe)
 
 
 # ---- the VAE ----------------------------------------------------------------------------------------------
@@ -60,6 +64,24 @@ def run_vae(recipe: Recipe) -> Path:
     return out
 
 
+def run_sharpen(recipe: Recipe) -> Path:
+    """Trains the decoder of a VAE on; the file is what `start` was, a VAE or a whole model, but sharper."""
+    if not recipe.start:
+        raise RecipeError("sharpening needs a trained VAE; set start to its file, or to a whole model")
+    config = model_config(recipe)
+    draw, size = pixels(recipe), recipe.size or config.size
+    vae = sharpen_decoder(load_vae(recipe.start, config), draw, size, recipe.training, Path(recipe.folder))
+    out = Path(recipe.out)
+    if processes().is_main_process:
+        if is_vae(recipe.start):
+            save_vae(vae, out)
+        else:
+            found, models, tokenizer = load(recipe.start)
+            models["decoder"].load_state_dict(vae.decoder.state_dict())
+            save(found, models, out, tokenizer=tokenizer)
+    return out
+
+
 def pixels(recipe: Recipe) -> Draw:
     """Where a VAE's pictures come from."""
     if recipe.data == "emoji":
@@ -72,24 +94,32 @@ def pixels(recipe: Recipe) -> Draw:
 def save_vae(vae: VAE, path: Path) -> None:
     """Writes the two halves, by our names."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in vae.state_dict().items()}
-    with _replacing(path) as temporary:
-        save_file(tensors, temporary, {"format": "reifusion-vae"})
+    with whole(path) as temporary:
+        write_tensors(tensors, temporary, {"format": "reifusion-vae"})
+
+
+def is_vae(source: str) -> bool:
+    """Whether it is a file of `save_vae`."""
+    try:
+        with safe_open(source, "pt") as file:
+            return (file.metadata() or {}).get("format") == "reifusion-vae"
+    except (OSError, SafetensorError):  # a folder, a hub id, a .ckpt: `load` knows what to say
+        return False
 
 
 def load_vae(source: str, config: ModelConfig) -> VAE:
     """From a file of `save_vae`, or out of a whole model. Raises ModelError."""
     vae = VAE(config.vae)
-    try:
-        tensors = load_file(source) if source.endswith(".safetensors") and Path(source).is_file() else {}
-    except SafetensorError as error:
-        raise ModelError(f"{source} cannot be read: {error}") from error
-    if tensors.keys() != vae.state_dict().keys():
+    if is_vae(source):
+        tensors, sizes = load_file(source), config.vae
+    else:
         found, models, _ = load(source, dtype=torch.float32)
-        if found.vae != config.vae:
-            raise ModelError(f"the VAE of {source} has other sizes than that of {config.name}")
-        tensors = {
-            f"{half}.{k}": x for half in ("encoder", "decoder") for k, x in models[half].state_dict().items()
-        }
+        halves = {half: models[half].state_dict() for half in ("encoder", "decoder")}
+        tensors = {f"{half}.{name}": x for half, state in halves.items() for name, x in state.items()}
+        sizes = found.vae
+    wanted = {name: x.shape for name, x in vae.state_dict().items()}
+    if sizes != config.vae or {name: x.shape for name, x in tensors.items()} != wanted:
+        raise ModelError(f"the VAE of {source} has other sizes than that of {config.name}")
     vae.load_state_dict(tensors)
     return vae.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -139,7 +169,7 @@ def run_text2image(recipe: Recipe) -> Path:
 
 def model_config(recipe: Recipe) -> ModelConfig:
     """The sizes that the recipe names, with its way of adding noise."""
-    if recipe.start:
+    if recipe.start and not is_vae(recipe.start):
         base = load_config(recipe.start)
     elif recipe.model in SIZES:
         base = SIZES[recipe.model]
@@ -209,7 +239,7 @@ def vocabulary(captions: list[str], config: ModelConfig, folder: Path) -> Tokeni
     path = folder / "vocabulary.txt"
     if not path.exists():
         merges = config.clip.vocab_size - 2 * 256 - 2  # bytes, bytes that end a word, start and end of text
-        with _replacing(path) as temporary:
+        with whole(path) as temporary:
             temporary.write_text(
                 "\n".join(" ".join(p) for p in train_bpe(captions, merges)), encoding="utf-8"
             )

@@ -3,14 +3,11 @@
 import numpy as np
 import torch
 
-from reifusion.model.clip import CLIP
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import EulerSampler
 from tests.equations.check import ALPHA_BAR, SINGLE, Pair, checks, normal
+from tests.tiny import Bytes, networks
 
 TINY = ModelConfig(
     name="tiny",
@@ -21,27 +18,14 @@ TINY = ModelConfig(
 )
 
 
-class Letters:
-    """A tokenizer: UTF-8, cut and padded."""
-
-    def encode(self, text: str) -> list[int]:
-        return [*text.encode(), *[0] * 8][:8]
-
-
 @checks("guidance", SINGLE)  # the network is in float32
 def guided_noise() -> Pair:
-    torch.manual_seed(0)
-    models = {
-        "clip": CLIP(TINY.clip),
-        "encoder": Encoder(TINY.vae),
-        "decoder": Decoder(TINY.vae),
-        "diffusion": UNet(TINY.unet),
-    }
+    models = networks(TINY)
     for parameter in models["clip"].parameters():  # fresh embeddings are too alike to tell prompts apart
         parameter.data += 0.2 * torch.randn_like(parameter)
     opinions = []
     models["diffusion"].register_forward_hook(lambda *call: opinions.append(call[-1]))
-    pipe = StableDiffusion(TINY, Letters(), models)
+    pipe = StableDiffusion(TINY, Bytes(), models)
     settings = {"seed": 1, "sampler_name": "ddim", "n_inference_steps": 3, "cfg_scale": 7.5}
     ours = [step.eps for step in pipe.denoise("a cat", **settings)]
     cond, uncond = torch.stack(opinions).double().numpy().swapaxes(0, 1)  # (steps, 2, 4, h, w)

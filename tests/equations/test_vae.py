@@ -49,11 +49,44 @@ def norm_of_the_vae() -> Pair:
     return layer(torch.tensor(x)), gamma[:, None, None] * y + beta[:, None, None]
 
 
+CRITIC = critics.Critic(channels=(4, 4)).double()
+REAL, MADE = torch.tensor(normal(2, 3, 16, 16)), torch.tensor(normal(2, 3, 16, 16, seed=1))
+
+
+def of_the_critic(pictures: torch.Tensor) -> list[np.ndarray]:
+    """Its features, layer by layer, and its scores."""
+    return [x.detach().numpy() for x in CRITIC(pictures)]
+
+
 @checks("critic")
 def real_against_reconstructed() -> Pair:
-    torch.manual_seed(0)
-    critic = critics.Critic(channels=(4, 4)).double()
-    real, made = torch.tensor(normal(2, 3, 16, 16)), torch.tensor(normal(2, 3, 16, 16, seed=1))
-    ours, _ = critics.judge(critic, real, made, r1=0.0)
-    d_real, d_made = (critic(x)[-1].detach().numpy() for x in (real, made))
+    ours, _ = critics.judge(CRITIC, REAL, MADE, r1=0.0)
+    d_real, d_made = (of_the_critic(x)[-1] for x in (REAL, MADE))
     return ours, -np.log(1 / (1 + np.exp(d_made - d_real))).mean()
+
+
+@checks("fooling")
+def reconstructed_against_real() -> Pair:
+    ours, _ = critics.fool(CRITIC, REAL, MADE)
+    d_real, d_made = (of_the_critic(x)[-1] for x in (REAL, MADE))
+    return ours, -np.log(1 / (1 + np.exp(d_real - d_made))).mean()
+
+
+@checks("matching")
+def distance_of_features() -> Pair:
+    _, ours = critics.fool(CRITIC, REAL, MADE)
+    layers = zip(of_the_critic(REAL)[:-1], of_the_critic(MADE)[:-1], strict=True)
+    return ours, np.mean([np.abs(a - b).sum() / a.size for a, b in layers])
+
+
+@checks("steepness")
+def slope_of_a_critic_of_one_layer() -> Pair:
+    plain = critics.Critic(channels=()).double()
+    with_penalty, without = (critics.judge(plain, REAL, MADE, r1=r1)[0] for r1 in (0.3, 0.0))
+    kernel, size = plain.score.weight.detach().numpy()[0], REAL.shape[-1]  # (3, 3, 3)
+    slope = np.zeros((3, size, size))  # of the sum of all scores, for each number of the picture
+    for row in range(3):
+        for column in range(3):  # pixels that the kernel's number there meets
+            rows, columns = (slice(max(0, k - 1), min(size, size + k - 1)) for k in (row, column))
+            slope[:, rows, columns] += kernel[:, row, column, None, None]
+    return with_penalty - without, 0.3 / 2 * (slope**2).sum() / size**2

@@ -6,16 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from reifusion.model import model_loader
-from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.clip import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
 from reifusion.model.pipeline import StableDiffusion
+from tests.tiny import networks
 
 TOKENIZER = Tokenizer("c a\nca t</w>\nd o\ndo g</w>\no n</w>\nr o\nc k\nro ck\ne t</w>", context_length=40)
 TINY = ModelConfig(
@@ -28,18 +24,7 @@ TINY = ModelConfig(
 
 
 def tiny(config: ModelConfig = TINY) -> StableDiffusion:
-    torch.manual_seed(0)
-    models: dict[str, nn.Module] = {
-        "clip": CLIP(config.clip),
-        "encoder": Encoder(config.vae),
-        "decoder": Decoder(config.vae),
-        "diffusion": UNet(config.unet),
-    }
-    for network in models.values():
-        network.eval()
-        for parameter in network.parameters():  # fresh CLIP embeddings are too alike to tell prompts apart
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return StableDiffusion(config, TOKENIZER, models)
+    return StableDiffusion(config, TOKENIZER, networks(config, noise=0.1))
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ from reifusion.explain.figures import (
     signed_picture,
     two_heats,
 )
-from reifusion.explain.files import free, whole, write_text
 from reifusion.explain.guide import GUIDE
+from reifusion.files import free, whole, write_text
 
 
 def noise(side: int) -> Image.Image:

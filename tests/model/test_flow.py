@@ -15,19 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.clip import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import DDPMSampler, randn
-from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
-from reifusion.model.model_converter import ModelError, config_from_diffusers, config_to_diffusers
+from reifusion.model.model_converter import config_from_diffusers, config_to_diffusers
 from reifusion.model.model_loader import info, save
 from reifusion.model.pipeline import StableDiffusion, Step, generate, to_tensor
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS, FlowSampler, samplers_for
+from reifusion.model.tensors import ModelError
+from tests.tiny import Bytes, networks
 
 TINY = ModelConfig(
     name="tiny",
@@ -129,26 +128,6 @@ def test_each_model_has_its_samplers() -> None:
     assert samplers_for("epsilon") == samplers_for("v_prediction") == [*SAMPLERS][:-1]
     with pytest.raises(ValueError, match="prediction_type must be 'flow', not 'epsilon'"):
         FlowSampler(prediction_type="epsilon")
-
-
-class Bytes:
-    """A tokenizer: UTF-8, cut and padded."""
-
-    def encode(self, text: str) -> list[int]:
-        return (list(text.encode()) + 8 * [0])[:8]
-
-
-def networks(config: ModelConfig) -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    models: dict[str, nn.Module] = {
-        "clip": CLIP(config.clip),
-        "encoder": Encoder(config.vae),
-        "decoder": Decoder(config.vae),
-        "diffusion": UNet(config.unet),
-    }
-    for network in models.values():
-        network.eval()
-    return models
 
 
 @pytest.fixture(scope="module")

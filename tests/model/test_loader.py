@@ -21,11 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from reifusion.model import model_loader
+from reifusion.model import model_loader, tensors
 from reifusion.model.clip import Tokenizer
 from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.model_converter import ModelError, convert, load_from_standard_weights
+from reifusion.model.model_converter import convert, load_from_standard_weights
 from reifusion.model.model_loader import build, info, load, preload_models_from_standard_weights, save
+from reifusion.model.tensors import ModelError
 
 TINY = ModelConfig(
     name="tiny",
@@ -185,7 +186,7 @@ def test_the_header_says_what_it_is(tmp_path, models):
 
 
 def test_info_reads_no_weights(native, folder, models, monkeypatch):
-    monkeypatch.setattr(model_loader._File, "read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(tensors.TensorFile, "read", lambda *_: pytest.fail("a tensor was read"))
     numbers = {name: sum(p.numel() for p in module.parameters()) for name, module in models.items()}
     for path, format in (native, "native"), (folder, "diffusers"):
         found = info(path)
@@ -657,7 +658,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, native, models, monkeypatch
         Path(to).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(model_loader, "save_file", fail)
+    monkeypatch.setattr(tensors, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(TINY, models, path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
@@ -665,7 +666,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, native, models, monkeypatch
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path, folder, models, monkeypatch):
     path = shutil.copytree(folder, tmp_path / "x")
-    monkeypatch.setattr(model_loader, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(tensors, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save(TINY, models, path, to="diffusers")
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from reifusion.model.clip import CLIP
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.diffusion import UNet
 from reifusion.model.lora import LoRA, Update, apply, load_lora, places, remove
-from reifusion.model.model_converter import ModelError
+from reifusion.model.tensors import ModelError
 
 TINY = ModelConfig(
     name="tiny",

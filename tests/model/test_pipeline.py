@@ -16,10 +16,9 @@ from PIL import Image
 from torch import nn
 
 from reifusion.model.clip import CLIP
-from reifusion.model.config import MINI, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+from reifusion.model.config import MINI, ModelConfig, ScheduleConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
 from reifusion.model.pipeline import (
     StableDiffusion,
     Step,
@@ -31,42 +30,15 @@ from reifusion.model.pipeline import (
 )
 from reifusion.model.request import Request, open_picture
 from reifusion.model.samplers import SAMPLERS
-
-TINY = ModelConfig(
-    name="tiny",
-    size=64,
-    clip=CLIPConfig(vocab_size=256, context_length=8, width=16, layers=2, heads=2),
-    vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
-    unet=UNetConfig(
-        channels=(16, 32), attention=(True, False), layers=1, heads=2, context_width=16, groups=8
-    ),
-)
+from tests.tiny import TINY, Bytes, networks
 
 
 def trained_for(prediction_type: str, **schedule: Any) -> ModelConfig:
     return replace(TINY, schedule=ScheduleConfig(prediction_type=prediction_type, **schedule))
 
 
-class Bytes:
-    """A tokenizer: UTF-8, cut and padded."""
-
-    def encode(self, text: str) -> list[int]:
-        return (list(text.encode()) + 8 * [0])[:8]
-
-
 def tiny(config: ModelConfig = TINY) -> StableDiffusion:
-    torch.manual_seed(0)
-    models: dict[str, nn.Module] = {
-        "clip": CLIP(config.clip),
-        "encoder": Encoder(config.vae),
-        "decoder": Decoder(config.vae),
-        "diffusion": UNet(config.unet),
-    }
-    for network in models.values():
-        network.eval()
-        for parameter in network.parameters():  # fresh CLIP embeddings are too alike to tell prompts apart
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return StableDiffusion(config, Bytes(), models)
+    return StableDiffusion(config, Bytes(), networks(config, noise=0.1))
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from reifusion.model import model_loader
-from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.clip import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
-from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
 from reifusion.model.pipeline import StableDiffusion, load
+from tests.tiny import networks
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -48,18 +46,8 @@ SEED, STEPS, SCALE = 11, 10, 7.5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder of diffusers, with random weights."""
-    torch.manual_seed(0)
-    models = {
-        "clip": CLIP(TINY.clip),
-        "encoder": Encoder(TINY.vae),
-        "decoder": Decoder(TINY.vae),
-        "diffusion": UNet(TINY.unet),
-    }
-    for network in models.values():
-        for parameter in network.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("diffusers") / "tiny"
-    model_loader.save(TINY, models, path, "diffusers", Tokenizer())
+    model_loader.save(TINY, networks(TINY, noise=0.05), path, "diffusers", Tokenizer())
     return path
 
 

@@ -36,11 +36,18 @@ def read(what: str, *overrides: str) -> recipe.Recipe:
 # Gradients
 
 
-@pytest.mark.parametrize("what", ["vae", "text2image", "lora"])
+TERMS = {
+    "vae": ("l1", "mse", "edges", "kl"),
+    "sharpen": ("l1", "mse", "edges", "opinion", "matching", "critic"),
+    "text2image": ("epsilon", "v_prediction", "flow"),
+    "lora": ("epsilon", "v_prediction", "flow"),
+}
+
+
+@pytest.mark.parametrize("what", TERMS)
 def test_gradients_of_every_term_are_those_of_finite_differences(what):
-    said = checks.check_gradients(read(what))
-    for term in ("l1", "mse", "edges", "kl") if what == "vae" else ("epsilon", "v_prediction", "flow"):
-        assert term in said
+    said = checks.check_gradients(read(what)).splitlines()[1:]
+    assert tuple(line.split()[0] for line in said) == TERMS[what]
 
 
 class Halved(torch.autograd.Function):
@@ -105,6 +112,11 @@ def test_narrow_model_has_the_plan_of_the_wide_one(size):
 @pytest.mark.parametrize("what", ["vae", "text2image"])
 def test_one_batch_can_be_learned(tiny, what):
     assert checks.overfit_one(read(what, "crop=8" if what == "vae" else "size=16")).endswith("it can learn")
+
+
+def test_what_has_no_loss_that_goes_to_0_is_not_asked_for_one():
+    with pytest.raises(recipe.RecipeError, match="against each other"):
+        checks.overfit_one(read("sharpen"))
 
 
 def test_model_that_cannot_learn_is_an_error(tiny, monkeypatch):
@@ -172,7 +184,7 @@ def test_gradient_checkpointing_is_counted_as_what_a_row_takes_and_all_inputs(ti
     assert 0.1 * usual < saving < 0.5 * usual
 
 
-@pytest.mark.parametrize("what", ["vae", "text2image", "lora"])
+@pytest.mark.parametrize("what", TERMS)
 def test_dry_run_of_a_recipe_is_a_table(what, tiny, monkeypatch):
     if what == "lora":
         tiny = TextToImage(TINY)
@@ -183,6 +195,7 @@ def test_dry_run_of_a_recipe_is_a_table(what, tiny, monkeypatch):
     assert [line[:14].strip() for line in said] == [*names, "7,200 steps"]
     total, trained = (int(word.strip(",").replace(",", "")) for word in (said[0].split()[i] for i in (1, 4)))
     assert (trained < total / 2) == (what == "lora")
+    assert (trained == total) == (what in ("vae", "text2image"))
 
 
 def test_kept_counts_a_storage_once_and_of_rows_the_largest():

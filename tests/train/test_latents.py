@@ -408,7 +408,7 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing_half(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latents, "save_file", full)
+    monkeypatch.setattr(latents, "write_tensors", full)
     with pytest.raises(DataError, match=r"latents cannot be written to .*: .*No space left on device"):
         cache_latents(encoder, in_memory(files_of(SQUARE)), SIZE, tmp_path, tokenizer=tokenizer)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -422,14 +422,14 @@ def test_killed_it_goes_on_where_it_was(counting: Counting, tokenizer: Tokenizer
         import torch, test_latents as t
         from reifusion.train import latents
         torch.manual_seed(0)
-        latents.PART, written, save = 2, [], latents.save_file
-        def save_file(tensors, path, metadata):
+        latents.PART, written, save = 2, [], latents.write_tensors
+        def write_tensors(tensors, path, metadata):
             save(tensors, path, metadata)
             written.append(path)
             if len(written) == 3:
                 os.truncate(path, 1000)
                 os.kill(os.getpid(), signal.SIGKILL)
-        latents.save_file = save_file
+        latents.write_tensors = write_tensors
         pictures = t.in_memory(t.files_of(*[t.SQUARE] * 9))
         tokenizer = t.Tokenizer([], context_length=12)
         latents.cache_latents(
@@ -439,7 +439,7 @@ def test_killed_it_goes_on_where_it_was(counting: Counting, tokenizer: Tokenizer
     code = textwrap.dedent(script)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert len(list(tmp_path.rglob("[!.]*.safetensors"))) == 2
     data = cache_latents(counting, in_memory(files_of(*[SQUARE] * 9)), SIZE, tmp_path, tokenizer=tokenizer)
     assert counting.count == 9 - 2 * 2 and len(data) == 9
 

@@ -1,31 +1,22 @@
-"""LoRAs in training: they begin as nothing, end as a small file, and leave the model as it was.
-
-    python tests/train/test_lora.py FOLDER
-
-draws the pictures that the last tests learn from: 20 of a zork, with captions.
-"""
+"""LoRAs in training: they begin as nothing, end as a small file, and leave the model as it was."""
 
 from __future__ import annotations
 
 import json
-import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reifusion.model.clip import CLIP, Tokenizer
+from docs.zork import draw_zork, draw_zorks
+from reifusion.model.clip import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
-from reifusion.model.encoder import Encoder
 from reifusion.model.lora import apply, load_lora
 from reifusion.model.pipeline import StableDiffusion, load, to_tensor
 from reifusion.train import lora as module
@@ -45,6 +36,7 @@ from reifusion.train.lora import (
     train_lora,
 )
 from reifusion.train.text2image import Latents, forward_process
+from tests.tiny import networks as random_networks
 
 TOKENIZER = Tokenizer("z o\nzo r\nzor k</w>\n", context_length=8)
 TINY = ModelConfig(
@@ -55,24 +47,10 @@ TINY = ModelConfig(
     unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=8),
 )
 EVERYTHING = ("diffusion.*", "clip.*attention.*", "clip.*linear_*")
-BACKGROUNDS = {
-    "white": "#ffffff",
-    "yellow": "#ffe27a",
-    "blue": "#8ec5ff",
-    "green": "#a8e6a1",
-    "pink": "#ffb6d5",
-}
 
 
 def tiny() -> StableDiffusion:
-    torch.manual_seed(0)
-    models = {
-        "clip": CLIP(TINY.clip),
-        "encoder": Encoder(TINY.vae),
-        "decoder": Decoder(TINY.vae),
-        "diffusion": UNet(TINY.unet),
-    }
-    return StableDiffusion(TINY, TOKENIZER, {name: network.eval() for name, network in models.items()})
+    return StableDiffusion(TINY, TOKENIZER, random_networks(TINY))
 
 
 def networks(pipe: StableDiffusion) -> Any:
@@ -264,7 +242,7 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "write_tensors", full)
     with pytest.raises(OSError, match="No space"):
         save_lora(model, path)
     assert path.read_bytes() == before
@@ -384,42 +362,6 @@ def test_a_folder_of_pictures_is_enough(tmp_path):
 # A zork
 
 
-def draw_zork(seed: int, size: int = 128) -> tuple[Image.Image, str]:
-    """A picture of a zork, purple, with one eye, and its caption. No emoji looks like that."""
-    draw = random.Random(seed)
-    background = draw.choice(list(BACKGROUNDS))
-    side = 4 * size  # and smoothed at the end
-    picture = Image.new("RGB", (side, side), BACKGROUNDS[background])
-    pen = ImageDraw.Draw(picture)
-    r, x, y = side * draw.uniform(0.2, 0.3), side * draw.uniform(0.42, 0.58), side * draw.uniform(0.5, 0.6)
-    hand = draw.choice((-0.5, 0.5))
-
-    def ball(cx: float, cy: float, rx: float, ry: float, colour: str) -> None:
-        pen.ellipse([x + r * (cx - rx), y + r * (cy - ry), x + r * (cx + rx), y + r * (cy + ry)], colour)
-
-    for s in (-1, 1):
-        for points in ((0.3 * s, -0.8, 0.6 * s, -1.4), (0.8 * s, 0, 1.25 * s, hand)):  # feelers and arms
-            ends = [(x + r * points[i], y + r * points[i + 1]) for i in (0, 2)]
-            pen.line(ends, "#5b2a86", round(0.12 * r))
-        ball(0.6 * s, -1.45, 0.18, 0.18, "#ff8c1a")
-        ball(0.45 * s, 1.1, 0.35, 0.18, "#2fae4e")
-    ball(0, 0, 0.95, 1.05, "#8e44ad")
-    ball(0, -0.25, 0.5, 0.5, "white")
-    ball(0.1, -0.2, 0.22, 0.22, "black")
-    pen.arc([x - 0.45 * r, y + 0.1 * r, x + 0.45 * r, y + 0.75 * r], 20, 160, "black", round(0.08 * r))
-    return picture.resize((size, size), Image.Resampling.LANCZOS), f"a zork on a {background} background"
-
-
-def draw_zorks(folder: Path, count: int = 20) -> None:
-    folder.mkdir(parents=True)
-    rows = []
-    for seed in range(count):
-        picture, caption = draw_zork(seed)
-        picture.save(folder / f"zork-{seed:02}.png")
-        rows.append(json.dumps({"file_name": f"zork-{seed:02}.png", "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-
-
 def test_the_mini_learns_a_zork_from_twenty_pictures(tmp_path):
     """Forty steps are enough for a lower loss, on pictures that it has not seen."""
     draw_zorks(tmp_path / "zorks")
@@ -446,7 +388,3 @@ def zork_loss(pipe: StableDiffusion) -> float:
     unet, context = pipe.models["diffusion"], pipe.encode_text(captions)
     output = unet(sampler.add_noise(latents, t, noise).to(pipe.dtype), context, t).float()
     return (output - sampler.target(latents, t, noise)).pow(2).mean().item()
-
-
-if __name__ == "__main__":
-    draw_zorks(Path(sys.argv[1]))

@@ -7,7 +7,7 @@ import pytest
 from reifusion.train.__main__ import main
 from reifusion.train.recipe import TRAININGS, RecipeError, find, keys, read
 
-OURS = ("mini-vae", "mini", "mini-flow", "mini-lora", "sd15-finetune", "sd15-lora")
+OURS = ("mini-vae", "mini-sharpen", "mini", "mini-flow", "mini-lora", "sd15-finetune", "sd15-lora")
 
 
 @pytest.mark.parametrize("name", OURS)

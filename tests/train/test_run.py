@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 import reifusion
 from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.model_loader import build, info, save
+from reifusion.model.model_loader import ModelError, build, info, save
 from reifusion.train import run
 from reifusion.train.__main__ import main
 
@@ -72,8 +73,13 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     few = [f"data={pictures}", "steps=2", "batch=2", "log_every=1"]
     code = main(["vae", "--config", "mini-vae", *few, "crop=32", f"folder={tmp_path}/v", f"out={vae}"])
     assert code == 0
+    sharp = tmp_path / "sharp.safetensors"
     code = main(
-        ["text2image", "--config", "mini", *few, f"vae={vae}", f"folder={tmp_path}/t", f"out={model}"]
+        ["sharpen", "--config", "mini-sharpen", *few, f"start={vae}", f"folder={tmp_path}/s", f"out={sharp}"]
+    )
+    assert code == 0 and halves_that_differ(load_file(vae), load_file(sharp)) == {"decoder"}
+    code = main(
+        ["text2image", "--config", "mini", *few, f"vae={sharp}", f"folder={tmp_path}/t", f"out={model}"]
     )
     assert code == 0
     assert draw(reifusion.load(model), "a red ball").size == (128, 128)
@@ -86,6 +92,18 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     assert main(["text2image", "--config", "mini-flow", *more]) == 0
     assert info(flow).config.schedule.prediction_type == "flow"
     assert draw(reifusion.load(flow), "a ball").size == (128, 128)
+
+
+def halves_that_differ(one, other):
+    return {name.split(".")[0] for name in one if not torch.equal(one[name], other[name])}
+
+
+def test_a_whole_model_is_sharpened_and_is_whole_again(tmp_path, pictures, small_sd):
+    out = tmp_path / "sharp.safetensors"
+    few = [f"data={pictures}", f"start={small_sd}", "steps=2", "batch=2", "size=64"]
+    assert main(["sharpen", *few, f"folder={tmp_path}/r", f"out={out}"]) == 0
+    assert halves_that_differ(load_file(small_sd), load_file(out)) == {"decoder"}
+    assert reifusion.load(out).config == SMALL_SD
 
 
 def test_a_recipe_of_sd_on_a_model_with_its_vocabulary(tmp_path, pictures, small_sd):
@@ -119,6 +137,8 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):
         (["text2image", "--config", "mini", "vae="], 2, "needs a VAE"),
         (["text2image", "--config", "mini", "model=maxi"], 2, "no model 'maxi'"),
         (["text2image", "--config", "mini", f"vae={tmp_path}/none.safetensors"], 2, "none.safetensors"),
+        (["sharpen"], 2, "needs a trained VAE"),
+        (["sharpen", f"start={tmp_path}/none.safetensors"], 2, "none.safetensors"),
         (["lora", "data=emoji"], 1, "your own pictures"),
         (["lora", f"data={tmp_path}/nothing"], 1, "is not there"),
         (["lora", f"data={pictures}", "targets=['nowhere']"], 2, "no layer is named like 'nowhere'"),
@@ -133,3 +153,5 @@ def test_a_vae_is_read_from_its_own_file_and_out_of_a_model(tmp_path):
     run.save_vae(vae, tmp_path / "vae.safetensors")
     again = run.load_vae(str(tmp_path / "vae.safetensors"), reifusion.load().config)
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ModelError, match="other sizes"):
+        run.load_vae(str(tmp_path / "vae.safetensors"), SMALL_MINI)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +14,21 @@ from typing import Any
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields another name to write to, which becomes `path` when all is well and vanishes otherwise."""
+    """Yields another name, for a file or a folder, that becomes `path` if all goes well, else vanishes."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = f".{uuid.uuid4().hex[:8]}"
+    new, old = path.with_name(f"{mark}.{path.name}"), path.with_name(f"{mark}.old.{path.name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield new
+        if path.is_dir():  # a folder, unlike a file, cannot be replaced in one step
+            path.rename(old)
+        new.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for rest in (new, old):
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -1,0 +1,98 @@
+"""Sharpening: a trained VAE's decoder learns on, with a critic that tells it what is blurred.
+
+Loss = |x − x̂| + (x − x̂)² + edges + weight · critic + weight · features. The encoder stays as it is. So
+latents keep their meaning, and a U-Net trained on them can be given the sharper decoder without knowing.
+Source: Esser et al. 2021, §3.1; Rombach et al. 2022, §3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..model.config import VAEConfig
+from .critic import Critic, fool, judge
+from .loop import LoopConfig, Loss, Part, rng, train
+from .vae import VAE, Draw, side_by_side, terms
+
+
+@dataclass(frozen=True)
+class Sharpening:
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=7_000, lr=5e-4, decay=0.5))
+    batch: int = 8  # whole pictures a step
+    edges: float = 1.0  # weight of the difference of neighbouring pixels
+    critic: float = 0.1  # weight of the critic's opinion: sharper, for a little of the PSNR
+    matching: float = 2.0  # weight of the distance of the critic's features: a little sharper, for nothing
+    critic_by: float = 0.1  # share of the steps in which both weights rise from 0: the critic learns first
+
+
+class WithCritic(nn.Module):
+    """A VAE whose encoder rests and its decoder's critic, as one thing to train."""
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae, self.critic = vae, Critic(vae.decoder.config.in_channels)
+        vae.encoder.requires_grad_(False)
+
+    def forward(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Pictures (B, 3, H, W), ε (B, 4, H/8, W/8) -> the terms of the loss, and the critic's hits."""
+        y, mean, log_variance = self.vae(x, noise)
+        opinion, matching = fool(self.critic, x, y)
+        critic, right = judge(self.critic, x, y)
+        more = {"opinion": opinion, "matching": matching, "critic": critic, "right": right}
+        return terms(x, y, mean, log_variance) | more
+
+
+def sharpening_loss(draw: Draw, size: int, config: VAEConfig, training: Sharpening) -> Loss:
+    """The loss of a step, for `train`. size: the side of a picture, in pixels."""
+    side = size // config.factor  # of the latents
+
+    def step_loss(
+        network: Callable[..., Any], step: int, generator: torch.Generator, part: Part
+    ) -> tuple[Tensor, dict[str, float]]:
+        x = draw(generator, training.batch, size)
+        noise = torch.randn(training.batch, config.latent_channels, side, side, generator=generator)
+        x = part.of(x).contiguous(memory_format=torch.channels_last)
+        term = network(x, part.of(noise))
+        total = term["l1"] + term["mse"] + training.edges * term["edges"] + term["critic"]
+        # Eq. 6, Esser et al. 2021; λ is a fixed weight, as the critic's steepness is bounded already.
+        heard = min(1.0, step / (training.critic_by * training.loop.steps))
+        total = total + heard * (training.critic * term["opinion"] + training.matching * term["matching"])
+        psnr = -10 * torch.log10(term["mse"] / 4)  # the range is 2, so the peak's square is 4
+        figures = term | {"psnr": psnr}
+        return total, {"samples": float(len(x)), **{name: value.item() for name, value in figures.items()}}
+
+    return step_loss
+
+
+def sharpen_decoder(vae: VAE, draw: Draw, size: int, training: Sharpening, folder: Path) -> VAE:
+    """The VAE with its decoder trained on (averaged weights). Changes `vae` and returns it.
+
+    size: the side of a picture that `draw` draws, in pixels. Goes on from `folder/checkpoint.pt` where there
+    is one, given the same VAE. Raises what `train` raises.
+    """
+    torch.manual_seed(training.loop.seed)
+    model = WithCritic(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shown, pictures = VAE(vae.encoder.config), draw(rng(training.loop.seed, 0), 8, size)
+    shown.load_state_dict(vae.state_dict())
+
+    def decoder(average: dict[str, Tensor]) -> dict[str, Tensor]:
+        front = "vae.decoder."
+        return {name[len(front) :]: weight for name, weight in average.items() if name.startswith(front)}
+
+    def compare(step: int, average: dict[str, Tensor]) -> Image.Image:
+        shown.decoder.load_state_dict(decoder(average))
+        return side_by_side(pictures, shown)
+
+    average = train(
+        model, sharpening_loss(draw, size, vae.encoder.config, training), training.loop, folder, compare
+    )
+    vae.decoder.load_state_dict(decoder(average))
+    vae.encoder.requires_grad_(True)
+    return vae
