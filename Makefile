@@ -1,19 +1,36 @@
-# make run   draws a picture          make test  runs the tests
-# make check ruff and mypy            make demo  executes the notebook
-# make docs  builds the book          make equations  ties each equation to its line and its test
-# make quality  measures the mini
+# make run      draws a picture               make explain   shows which word made which pixel
+# make bug      draws it wrong, on purpose    make equation  says what a line computes
+# make studio   all of it in a page           make quality   measures the mini
+# make test     runs the tests                make check     ruff and mypy
+# make docs     builds the book               make equations ties each equation to its line and its test
+# make demo     executes the notebooks        make bench     measures the speed, beside others
 PYTHON ?= python3
 PROMPT ?= a cat stretching on the floor
+SEED ?= 0
+BUG ?= guidance-swapped
+LINE ?= model/ddpm.py:262
 # On Linux without a GPU, TORCH_INDEX=<PyTorch's CPU index, see pytorch.org> spares gigabytes of CUDA.
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: run test check demo docs equations quality clean
+.PHONY: run explain bug equation studio test check demo docs equations quality bench clean
 
 run: .venv/ready
-	@.venv/bin/reifusion generate "$(PROMPT)" --cfg 4
+	@.venv/bin/reifusion generate "$(PROMPT)"
+
+explain: .venv/ready-explain
+	@.venv/bin/reifusion explain words "$(PROMPT)" --seed $(SEED) --cfg 4
+
+bug: .venv/ready-explain
+	@.venv/bin/reifusion explain bugs "$(PROMPT)" --only $(BUG) --seed $(SEED) --cfg 4
+
+equation: .venv/ready
+	@.venv/bin/python -m docs.equation $(LINE)
+
+studio: .venv/ready-studio
+	@.venv/bin/reifusion studio
 
 test: .venv/ready-dev
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 check: .venv/ready-dev
 	.venv/bin/ruff check .
@@ -21,7 +38,7 @@ check: .venv/ready-dev
 	.venv/bin/mypy reifusion tests
 
 demo: .venv/ready-dev
-	.venv/bin/jupyter-execute --inplace demo.ipynb
+	.venv/bin/python notebooks/execute.py
 
 docs: .venv/ready-docs
 	.venv/bin/python -m mkdocs build --strict
@@ -32,12 +49,25 @@ equations: .venv/ready-dev
 quality: .venv/ready-dev
 	.venv/bin/python -m bench.quality --model mini
 
+bench: .venv/ready-dev
+	.venv/bin/python -m bench.speed $(BENCH)
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/ready: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing what reifusion needs into .venv (once, a minute or so)"
 	@$(PIP) -e .
+	@touch $@
+
+.venv/ready-explain: .venv/ready
+	@echo "installing what looking inside needs"
+	@$(PIP) -e ".[explain]"
+	@touch $@
+
+.venv/ready-studio: .venv/ready
+	@echo "installing the studio"
+	@$(PIP) -e ".[studio]"
 	@touch $@
 
 .venv/ready-dev: .venv/ready

@@ -1,6 +1,11 @@
 """The README tells the truth: links lead somewhere, equations stand where it says, commands exist."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +48,55 @@ def test_flags_of_the_readme_exist():
         for flag in re.findall(r" --([a-z-]+)", line)
     }
     assert flags and [flag for flag in flags if f"{flag.replace('-', '_')}:" not in source] == []
+
+
+# What a newcomer is told to do first, each with what it must print
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("target", "printed"),
+    {
+        "run": r"images/a-red-apple-\d+\.png",
+        "explain": r"explain/words-by-word-a-dog-next-to-a-tree-0\.png",
+        "equation": r"reverse-step: (?s:.*)against NumPy in float64: off by \d",
+        "bug": r"explain/bugs-.*\.png",
+        "studio": r"Opens a page, on this machine only",
+    }.items(),
+)
+def test_what_the_readme_says_to_run_first_does_what_it_says(target, printed, tmp_path):
+    (line,) = re.findall(rf"^make {target}\b.*?(?=#|$)", README, re.M)
+    plan = subprocess.run(
+        ["make", "--dry-run", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    command = shlex.split(plan.stdout.splitlines()[-1])  # before it comes what is installed, once
+    assert command[0] in (".venv/bin/reifusion", ".venv/bin/python")
+    start = [sys.executable, "-m", "reifusion"] if command[0].endswith("reifusion") else [sys.executable]
+    more = ["--help"] if target == "studio" else []  # which would go on until it is stopped
+    done = subprocess.run(
+        [*start, *command[1:], *more],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(printed, done.stdout)
+    assert found, done.stdout
+    assert not printed.endswith("png") or (tmp_path / found[0]).is_file()
+
+
+def test_every_box_of_the_diagram_leads_to_a_chapter_and_a_file():
+    diagram = README.partition("```mermaid")[2].partition("```")[0]
+    boxes = re.findall(r"[\[(](\d [^\])]+)[\])]", diagram)
+    rows = re.findall(r"^\| (\d .+?) \| (.+?) \| (.+?) \|", README, re.M)
+    told = {box: (chapters, files) for names, chapters, files in rows for box in names.split(", ")}
+    assert len(boxes) >= 8 and {*boxes, "4 denoising loop"} <= set(told)
+    for chapters, files in told.values():
+        assert "](docs/book/" in chapters and "](reifusion/model/" in files
+
+
+def test_it_answers_in_the_order_in_which_a_newcomer_asks():
+    headings = re.findall(r"^## (.+)$", README, re.M)
+    asked = ["Run it", "What just happened", "Change something", "Train it", "Use a real model"]
+    assert headings[: len(asked)] == asked

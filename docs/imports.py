@@ -1,0 +1,142 @@
+"""Who imports whom: read from the code, and drawn."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "reifusion"
+WIDTH, BOX, ROW = 640, (112, 44), 96
+
+
+def parts() -> dict[str, list[Path]]:
+    """The parts of the package, in the order of their names -> their files."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if not first.startswith("__"):
+            found[first].append(path)
+    return dict(found)
+
+
+def imports() -> dict[tuple[str, str], bool]:
+    """(who, whom) -> whether who cannot even be imported without; False: only when a function runs."""
+    known = parts()
+    found: dict[tuple[str, str], bool] = {}
+    for name, files in known.items():
+        for path in files:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            late = {child for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.If)
+                    for child in ast.walk(node)}  # fmt: skip
+            for node in ast.walk(tree):
+                for whom in _targets(node, path):
+                    if whom in known and whom != name:
+                        found[name, whom] = found.get((name, whom), False) or node not in late
+    return found
+
+
+def _targets(node: ast.AST, path: Path) -> list[str]:
+    """The parts that an import names."""
+    if isinstance(node, ast.Import):
+        modules = [alias.name.split(".") for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        package = ("reifusion", *path.relative_to(PACKAGE).parts[:-1])
+        stem = list(package[: len(package) - node.level + 1]) if node.level else []
+        base = stem + (node.module.split(".") if node.module else [])
+        modules = [[*base, alias.name] for alias in node.names]
+    else:
+        return []
+    return [module[1] for module in modules if module[0] == "reifusion" and len(module) > 1]
+
+
+def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
+    """How high each part stands: above all that it needs, and the command line, where one begins, on top."""
+    needs: dict[str, set[str]] = {name: set() for name in parts()}
+    for (who, whom), at_once in edges.items():
+        if at_once and whom != "cli":
+            needs[who].add(whom)
+
+    def height(name: str, above: tuple[str, ...] = ()) -> int:
+        if name in above:
+            raise ValueError(f"{' imports '.join((*above, name))}: a circle")
+        return 1 + max((height(other, (*above, name)) for other in needs[name]), default=-1)
+
+    found = {name: height(name) for name in needs}
+    return found | {"cli": max(found.values()) + 1}
+
+
+def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
+    """Without those to the command line, and those that others imply: from a to c, if a → b → c."""
+
+    def reaches(start: str, goal: str, seen: frozenset[str]) -> bool:
+        return any(
+            whom == goal or reaches(whom, goal, seen | {whom})
+            for who, whom in edges if who == start and whom not in seen
+        )  # fmt: skip
+
+    down = {pair: at_once for pair, at_once in edges.items() if pair[1] != "cli"}
+    return {
+        (who, whom): at_once
+        for (who, whom), at_once in down.items()
+        if not any(
+            reaches(other, whom, frozenset((who, other)))
+            for one, other in down
+            if one == who and other != whom
+        )
+    }
+
+
+def diagram() -> str:
+    """An SVG: a box for each part, a line to what it needs, dashed where only some of its functions do."""
+    edges = imports()
+    drawn, heights = direct(edges), levels(edges)
+    top = max(heights.values())
+    place: dict[str, tuple[float, float]] = {}
+    for level in range(top + 1):
+        names = [name for name in heights if heights[name] == level]
+        for k, name in enumerate(names):
+            below = [place[whom][0] for who, whom in drawn if who == name and heights.get(whom) == level - 1]
+            alone = len(names) == 1 and below  # stands above what it needs
+            x = sum(below) / len(below) if alone else (2 * k + 1) * WIDTH / (2 * len(names))
+            place[name] = (x, (top - level) * ROW + BOX[1] / 2 + 4)
+    lines = []
+    for (who, whom), at_once in sorted(drawn.items()):
+        (x1, y1), (x2, y2) = place[who], place[whom]
+        down = 1 if y2 > y1 else -1
+        dash = "" if at_once else ' stroke-dasharray="4 4"'
+        start, end = y1 + down * BOX[1] / 2, y2 - down * BOX[1] / 2
+        lines.append(
+            f'<path d="M{x1:.0f} {start:.0f} L{x2:.0f} {end:.0f}" stroke="currentColor" fill="none"'
+            f' marker-end="url(#arrow)"{dash}/>'
+        )
+    boxes = [
+        f'<rect x="{x - BOX[0] / 2:.0f}" y="{y - BOX[1] / 2:.0f}" width="{BOX[0]}" height="{BOX[1]}" rx="6"'
+        f' fill="none" stroke="currentColor"/>'
+        f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" fill="currentColor">{name}</text>'
+        for name, (x, y) in place.items()
+    ]
+    needs = {name: sorted(whom for who, whom in edges if who == name) for name in place}
+    said = "; ".join(f"{name} imports {', '.join(needs[name]) or 'none of the others'}" for name in place)
+    size = f"0 0 {WIDTH} {top * ROW + BOX[1] + 8}"
+    return (
+        f'<svg class="diagram" role="img" aria-label="{said}" viewBox="{size}">'
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8"'
+        ' orient="auto"><path d="M0 0 L8 4 L0 8 Z" fill="currentColor"/></marker></defs>'
+        f"{''.join(lines + boxes)}</svg>"
+    )
+
+
+def table() -> str:
+    """Each part, its files and lines, and what it imports, as HTML; the part that needs most first."""
+    edges, heights = imports(), levels(imports())
+    rows = []
+    for name, files in sorted(parts().items(), key=lambda item: -heights[item[0]]):
+        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+        at_once = [whom for (who, whom), now in sorted(edges.items()) if who == name and now]
+        late = [whom for (who, whom), now in sorted(edges.items()) if who == name and not now]
+        cells = (name, len(files), f"{lines:,}", ", ".join(at_once) or "—", ", ".join(late) or "—")
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{text}</th>" for text in ("part", "files", "lines", "imports", "… when it is used"))
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"

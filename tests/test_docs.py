@@ -1,0 +1,94 @@
+"""What the book counts and draws about the code is true of the code."""
+
+import json
+
+import pytest
+
+from docs import imports, reading
+from docs.equation import NotFound, error, find, latex, statement
+from docs.equations import ROOT, equations
+from docs.walk import STORED, ours, walked
+
+
+def test_the_model_imports_none_of_those_who_use_it():
+    used = {whom for who, whom in imports.imports() if who == "model"}
+    assert used.isdisjoint({"cli", "train", "explain", "studio", "profile"})
+
+
+def test_the_command_line_imports_the_rest_only_when_it_is_used():
+    at_once = {whom for (who, whom), now in imports.imports().items() if who == "cli" and now}
+    assert at_once <= {"files"}  # which needs nothing itself
+    assert not any(who == "files" for who, _ in imports.imports())
+
+
+def test_the_parts_stand_above_what_they_need_and_no_two_need_each_other():
+    edges, heights = imports.imports(), imports.levels(imports.imports())
+    for (who, whom), at_once in edges.items():
+        if at_once and whom != "cli":
+            assert heights[who] > heights[whom]
+
+
+def test_an_arrow_that_others_imply_is_left_out():
+    edges = {("a", "b"): True, ("b", "c"): True, ("a", "c"): True, ("a", "d"): False, ("d", "cli"): True}
+    assert imports.direct(edges) == {("a", "b"): True, ("b", "c"): True, ("a", "d"): False}
+
+
+def test_the_diagram_names_every_part():
+    drawn = imports.diagram()
+    assert all(f">{name}</text>" in drawn for name in imports.parts())
+
+
+def test_the_reading_order_knows_every_file_of_the_model():
+    assert reading.left_out() == []
+    assert "model/pipeline.py" in reading.table() and "model/fast.py" in reading.later()
+
+
+def test_minutes_grow_with_the_lines():
+    short, long = (reading.Stop((f"reifusion/model/{name}.py",), "", ()) for name in ("config", "samplers"))
+    assert short.lines() < long.lines() and short.minutes() < long.minutes()
+
+
+def test_a_walk_counts_the_lines_that_run_in_the_packages_named_and_no_others():
+    from reifusion.model.ddpm import DDPMSampler
+
+    def call() -> None:
+        DDPMSampler().set_inference_timesteps(5)
+        json.dumps({})
+
+    found = walked(call, "reifusion")
+    assert list(found) == ["reifusion/model/ddpm.py"]
+    run, length = found["reifusion/model/ddpm.py"]
+    assert 5 < run < length == len((ROOT / "reifusion/model/ddpm.py").read_text().splitlines())
+
+
+def test_one_picture_of_ours_walks_through_the_model_and_nothing_else():
+    files = ours()
+    assert {"reifusion/model/pipeline.py", "reifusion/model/diffusion.py"} <= set(files)
+    assert all(name.startswith("reifusion/model/") for name in files)
+
+
+def test_the_walk_that_is_kept_says_of_which_versions_it_is():
+    stored = json.loads(STORED.read_text())
+    assert set(stored["versions"]) == {"diffusers", "transformers"}
+    assert sum(run for run, _ in stored["files"].values()) > 500
+
+
+# The equation behind a line
+
+
+@pytest.mark.parametrize("equation", [e for e in equations() if e.path and e.chapter], ids=lambda e: e.id)
+def test_each_equation_is_found_from_its_line_and_its_name(equation):
+    known = equations()
+    assert find(equation.place, known) == find(equation.id, known) == equation
+    assert latex(equation) and f"[{equation.id}]" in statement(equation)
+
+
+def test_its_error_is_that_of_its_test():
+    away, within = error(find("guidance", equations()))
+    assert away <= within < 1e-5
+
+
+@pytest.mark.parametrize("what", ["nonsense", "model/ddpm.py", "model/config.py:3", "model/ddpm.py:1"])
+def test_where_no_equation_stands_a_sentence_says_so(what):
+    with pytest.raises(NotFound, match="equation"):
+        find(what, equations())
