@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
+
+from reifusion.files import whole
 
 HERE = Path(__file__).parent
 LARGEST = 60_000  # bytes of a picture
@@ -36,15 +37,6 @@ def execute(path: Path) -> Any:
         if cell.cell_type == "code":
             cell.outputs = [_small(output) for output in cell.outputs if not _is_bar(output)]
     return notebook
-
-
-def save(notebook: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        nbformat.write(notebook, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _is_bar(output: Any) -> bool:
@@ -82,7 +74,9 @@ def main(names: list[str]) -> int:
         return 2
     for path in [known[Path(name).stem] for name in names] or known.values():
         begun = time.monotonic()
-        save(execute(path), path)
+        notebook = execute(path)
+        with whole(path) as temporary:
+            nbformat.write(notebook, temporary)
         print(f"{path.name}: {time.monotonic() - begun:.0f} s", flush=True)
     return 0
 

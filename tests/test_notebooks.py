@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, ask questions, and are kept small and clean."""
+"""The notebooks ask questions, and are kept small and clean. That they run, `make demo` sees."""
 
 import ast
 import base64
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from notebooks.execute import LARGEST, execute, main, notebooks, small_png
+from notebooks.execute import LARGEST, main, notebooks, small_png
 
 PARTS = [path for path in notebooks() if path.parent.name == "notebooks"]
 ALL = pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
@@ -28,16 +28,6 @@ def source(cell: dict) -> str:
 
 def outputs(path: Path) -> list[dict]:
     return [output for cell in cells(path) for output in cell.get("outputs", [])]
-
-
-@pytest.mark.slow
-@ALL
-def test_it_runs_from_the_first_cell_to_the_last_without_a_warning(path):
-    pytest.importorskip("ipykernel")
-    done = execute(path)
-    said = [o for cell in done.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert [o.text for o in said if o.output_type == "stream" and o.name == "stderr"] == []
-    assert any("image/png" in o.get("data", {}) for o in said)
 
 
 @EACH
