@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw
 
 import reifusion
+from docs.figures import sketch
 from reifusion.model.config import MINI
 from reifusion.model.model_loader import MINI_PATH
 from reifusion.model.pipeline import StableDiffusion, to_picture, to_tensor
@@ -19,14 +20,14 @@ def mini() -> StableDiffusion:
     return reifusion.load()
 
 
-def draw(prompts: list[str]) -> list[np.ndarray]:
+def draw(prompts: list[str], *args: Any, **more: Any) -> list[np.ndarray]:
     settings: dict[str, Any] = {
         "sampler_name": "euler_a",
         "n_inference_steps": 15,
         "cfg_scale": 3.0,
         "seed": 0,
     }
-    pictures = mini().generate(prompts, progress=False, **settings)
+    pictures = mini().generate(prompts, *args, progress=False, **(settings | more))
     assert isinstance(pictures, list)
     return [np.asarray(picture, dtype=float) for picture in pictures]
 
@@ -71,6 +72,40 @@ def test_the_prompt_decides_more_than_the_seed():
     same = np.mean([np.abs(apples[i] - apples[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))])
     other = np.mean([np.abs(a - b).mean() for a in apples for b in trees])
     assert other > 1.3 * same
+
+
+def test_a_negative_prompt_takes_away_what_it_names():
+    colours = {"a car": ("a red car", 0), "an apple": ("red", 0), "a tree": ("a green tree", 1)}
+
+    def strengths(pictures: list[np.ndarray]) -> np.ndarray:
+        """How much more of its colour than of the other two each picture has, in levels of 255."""
+        own = [picture[..., channel].mean() for picture, (_, channel) in zip(pictures, colours.values())]
+        return 1.5 * (np.array(own) - [picture.mean() for picture in pictures])
+
+    plain = strengths(draw(list(colours)))
+    without = strengths(draw(list(colours), [negative for negative, _ in colours.values()]))
+    assert (without < plain).all() and without.mean() < 0.75 * plain.mean()
+
+
+def test_img2img_goes_the_further_from_its_input_the_greater_the_strength():
+    given = np.asarray(sketch(), float)
+    back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # what the VAE alone changes
+    pictures = [draw(["a tiger face"], input_image=sketch(), strength=s)[0] for s in (0.1, 0.35, 0.9)]
+    least, little, much = (np.abs(picture - given).mean() for picture in pictures)
+    assert least < 2 * np.abs(np.asarray(back) - given).mean() < 2 * little
+    assert 1.3 * least < little < much / 1.3
+
+
+def test_inpainting_redraws_the_hole_and_keeps_the_rest_to_the_bit():
+    given = np.asarray(sketch(), float)
+    hole = np.zeros((128, 128), bool)
+    hole[28:70, 14:114] = True
+    mask = Image.fromarray((255 * hole).astype(np.uint8))
+    (drawn,) = draw(["a smiling face with sunglasses"], input_image=sketch(), mask=mask)
+    assert (drawn[~hole] == given[~hole]).all()
+    darker = (given - drawn).mean(-1)  # (128, 128)
+    assert darker[hole].mean() > 20  # the glasses are there
+    assert np.abs(drawn[69] - drawn[70])[44:84].mean() < 40  # and the nose below goes on in its colour
 
 
 @pytest.mark.parametrize("background", ["white", "steelblue"])

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from docs.zork import draw_zork, draw_zorks
+from docs.zork import LORA, draw_zork, draw_zorks
 from reifusion.model.clip import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.lora import apply, load_lora
@@ -376,6 +376,13 @@ def test_the_mini_learns_a_zork_from_twenty_pictures(tmp_path):
     assert zork_loss(pipe) == before
     apply(pipe, load_lora(path))
     assert zork_loss(pipe) < 0.9 * before
+
+
+def test_the_book_s_lora_knows_zorks_that_it_has_not_seen():
+    pipe = load("mini", device="cpu")
+    before = zork_loss(pipe)
+    apply(pipe, load_lora(LORA))
+    assert zork_loss(pipe) < 0.75 * before
 
 
 @torch.no_grad()

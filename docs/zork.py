@@ -1,0 +1,95 @@
+"""A LoRA of the book's own: 20 pictures of a creature that nobody has seen, and what the mini made of them.
+
+    python -m docs.zork            # draws them, learns them, and writes docs/assets/zork.safetensors
+    python -m docs.zork FOLDER     # only draws them, there
+
+The training takes minutes. So the book's build does not repeat it, and draws with the file that is there.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from reifusion.files import whole
+
+ROOT = Path(__file__).parent.parent
+LORA = ROOT / "docs" / "assets" / "zork.safetensors"
+
+BACKGROUNDS = {
+    "white": "#ffffff",
+    "yellow": "#ffe27a",
+    "blue": "#8ec5ff",
+    "green": "#a8e6a1",
+    "pink": "#ffb6d5",
+}
+
+
+def draw_zork(seed: int, size: int = 128) -> tuple[Image.Image, str]:
+    """A picture of a zork, purple, with one eye, and its caption. No emoji looks like that."""
+    draw = random.Random(seed)
+    background = draw.choice(list(BACKGROUNDS))
+    side = 4 * size  # and smoothed at the end
+    picture = Image.new("RGB", (side, side), BACKGROUNDS[background])
+    pen = ImageDraw.Draw(picture)
+    r, x, y = side * draw.uniform(0.2, 0.3), side * draw.uniform(0.42, 0.58), side * draw.uniform(0.5, 0.6)
+    hand = draw.choice((-0.5, 0.5))
+
+    def ball(cx: float, cy: float, rx: float, ry: float, colour: str) -> None:
+        pen.ellipse([x + r * (cx - rx), y + r * (cy - ry), x + r * (cx + rx), y + r * (cy + ry)], colour)
+
+    for s in (-1, 1):
+        for points in ((0.3 * s, -0.8, 0.6 * s, -1.4), (0.8 * s, 0, 1.25 * s, hand)):  # feelers and arms
+            ends = [(x + r * points[i], y + r * points[i + 1]) for i in (0, 2)]
+            pen.line(ends, "#5b2a86", round(0.12 * r))
+        ball(0.6 * s, -1.45, 0.18, 0.18, "#ff8c1a")
+        ball(0.45 * s, 1.1, 0.35, 0.18, "#2fae4e")
+    ball(0, 0, 0.95, 1.05, "#8e44ad")
+    ball(0, -0.25, 0.5, 0.5, "white")
+    ball(0.1, -0.2, 0.22, 0.22, "black")
+    pen.arc([x - 0.45 * r, y + 0.1 * r, x + 0.45 * r, y + 0.75 * r], 20, 160, "black", round(0.08 * r))
+    return picture.resize((size, size), Image.Resampling.LANCZOS), f"a zork on a {background} background"
+
+
+def draw_zorks(folder: Path, count: int = 20) -> None:
+    """Pictures and their captions, as `reifusion train lora` takes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(count):
+        picture, caption = draw_zork(seed)
+        picture.save(folder / f"zork-{seed:02}.png")
+        rows.append(json.dumps({"file_name": f"zork-{seed:02}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+def keep(lora: Path, out: Path) -> None:
+    """The LoRA in bfloat16, which is half as large, and no coarser than the mini's own weights."""
+    tensors = {name: x.to(torch.bfloat16) for name, x in load_file(lora).items()}
+    with whole(out) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
+
+
+def main() -> int:
+    from reifusion.train.__main__ import main as train
+
+    if len(sys.argv) > 1:
+        draw_zorks(Path(sys.argv[1]))
+        return 0
+    with tempfile.TemporaryDirectory() as run:  # always from the start: the mini may be another by now
+        pictures, lora = Path(run) / "pictures", Path(run) / "lora.safetensors"
+        draw_zorks(pictures)
+        code = train(["lora", "--config", "mini-lora", f"data={pictures}", f"folder={run}", f"out={lora}"])
+        if code == 0:
+            keep(lora, LORA)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
