@@ -52,8 +52,8 @@ class Drawing:
     frames: list[Frame] = field(default_factory=list)  # the noise, what each step saw, the picture
     total: int = 0  # steps
     sampler: Sampler | None = None
-    signal: list[float] = field(default_factory=list)  # by how much the picture is multiplied at each t
-    noise: list[float] = field(default_factory=list)  # … and the noise
+    signal: list[float] = field(default_factory=list)  # how much picture the network is given at each t
+    noise: list[float] = field(default_factory=list)  # … and how much noise
     attention: Attention | None = None
     path: Path | None = None  # where the picture is; None until it is complete
 
@@ -108,7 +108,7 @@ def _draw(
     tell()
     pipe = model(source)
     request = drawing.request
-    drawing.settings = settings = {
+    drawing.settings = settings = DEFAULTS | {
         "prompt": request.prompts[0],
         "negative": request.negatives[0],
         "model": source,
@@ -118,7 +118,6 @@ def _draw(
         "seed": request.seed,
         "size": list(request.size(pipe.config)),
         "strength": request.strength,
-        "clip_skip": DEFAULTS["clip_skip"],
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "model_name": pipe.config.name,
     }
@@ -126,6 +125,8 @@ def _draw(
     if request.picture is not None:
         drawing.sampler.set_strength(request.strength)
     _, signal, noise = signal_and_noise(drawing.sampler)
+    if noise.max() > 1:  # samplers in σ blow x_t up, but the network is given it at unit variance
+        signal, noise = signal / torch.hypot(signal, noise), noise / torch.hypot(signal, noise)
     drawing.signal, drawing.noise = signal.tolist(), noise.tolist()
 
     def look(step: Step) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ..cli import SAMPLERS
 from ..model.attention import softmax_attention
 from ..model.clip import CLIPEmbedding
 from ..model.ddpm import Sampler, randn
@@ -44,8 +45,8 @@ def excerpts(thing: Callable | type, *ids: str) -> list[Excerpt]:
         while i < len(lines) and lines[i].strip().startswith("#"):
             text.append(lines[i].strip("# \n"))
             i += 1
-        end = i  # the statements of this paragraph, as far as they stand at the equation's indentation
-        while end < min(len(lines), i + MOST) and lines[end].startswith(mark[1]) and not _mark(lines[end]):
+        end = i  # the statements of this paragraph, at the equation's indentation or deeper
+        while end < min(len(lines), i + MOST) and re.match(rf"{mark[1]}(?!# \[)\s*\S", lines[end]):
             end += 1
         found.append(_excerpt(thing, " ".join(text), lines[i:end], first + i))
     return found
@@ -56,10 +57,6 @@ def whole(thing: Callable) -> Excerpt:
     lines, first = inspect.getsourcelines(thing)
     more = ["    …\n"] if len(lines) > MOST else []
     return _excerpt(thing, "", lines[:MOST] + more, first)
-
-
-def _mark(line: str) -> bool:
-    return line.strip() == "" or re.match(r"\s*# \[", line) is not None
 
 
 def _excerpt(thing: Callable | type, equation: str, lines: list[str], line: int) -> Excerpt:
@@ -107,17 +104,18 @@ def happens(drawing: Drawing, place: int) -> str:
         said = "From the noise that the network sees follows the clean picture above."
         sees = excerpts(type(sampler).predict, *kind) or [whole(type(sampler).predict)]
         sections.append(("What it sees", said, sees))
-        said = f"{type(sampler).__name__.removesuffix('Sampler')} goes on to the next, less noisy latents."
+        said = f"{SAMPLERS[drawing.settings['sampler']]} goes on to the next, less noisy latents."
         sections.append(("One step back", said, _way_back(sampler)))
-    return "".join(
+    stages = "".join(
         f'<section class="stage"><h3>{escape(title)}</h3><p>{escape(said)}</p>'
         + "".join(map(_html, found))
         + "</section>"
         for title, said, found in sections
     )
+    return f'<div class="stages">{stages}</div>'
 
 
 def _html(excerpt: Excerpt) -> str:
     equation = f'<p class="equation">{escape(excerpt.equation)}</p>' if excerpt.equation else ""
-    code = f'<pre tabindex="0"><code>{escape(excerpt.code)}</code></pre>'
+    code = f"<pre><code>{escape(excerpt.code)}</code></pre>"
     return f'{equation}{code}<p class="place">{escape(excerpt.place)}</p>'

@@ -1,7 +1,7 @@
 // Words and pixels light each other up. The page sends, with each picture, one heat map for each word.
 (() => {
   "use strict";
-  const decoded = new WeakMap(); // figure -> {text, width, height, maps}
+  const decoded = new WeakMap(); // figure -> {text, width, height, maps, means, lows}
 
   function heats(figure) {
     const text = figure.dataset.heats;
@@ -9,20 +9,22 @@
     if (!known || known.text !== text) { // the page fills the same element anew
       const {width, height, maps = []} = JSON.parse(text);
       const bytes = maps.map(map => Uint8Array.from(atob(map), letter => letter.charCodeAt(0)));
-      known = {text, width, height, maps: bytes, means: bytes.map(map => map.reduce((a, b) => a + b, 0) / map.length)};
+      const means = bytes.map(map => map.reduce((a, b) => a + b, 0) / map.length);
+      known = {text, width, height, maps: bytes, means, lows: bytes.map(map => Math.min(...map))};
       decoded.set(figure, known);
     }
     return known;
   }
 
-  // A word -> its pixels: all others are darkened.
+  // A word -> its pixels: all others are darkened, those that look at it least the most.
   function showWord(figure, word) {
-    const {width, height, maps} = heats(figure), canvas = figure.querySelector("canvas");
+    const {width, height, maps, lows} = heats(figure), canvas = figure.querySelector("canvas");
     clear(figure);
     if (!maps[word]) return;
     [canvas.width, canvas.height] = [width, height];
     const shade = new ImageData(width, height);
-    maps[word].forEach((heat, i) => { shade.data[4 * i + 3] = 0.88 * (255 - heat); });
+    const range = 255 - lows[word] || 1;
+    maps[word].forEach((heat, i) => { shade.data[4 * i + 3] = 0.85 * 255 * (255 - heat) / range; });
     canvas.getContext("2d").putImageData(shade, 0, 0);
     figure.dataset.lit = word;
     chips(figure)[word].style.setProperty("--lit", 1);

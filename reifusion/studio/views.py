@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from html import escape
+from typing import Any
 
 import numpy as np
 from torch.nn import functional as F
@@ -95,6 +96,14 @@ def schedule(drawing: Drawing, place: int) -> str:
 {curve(drawing.noise, "noise")}{ticks}{here}</svg>
 <figcaption>{now}. <span class="signal">Picture</span> rises, <span class="noise">noise</span> falls; below,
 the timesteps at which the sampler looks.</figcaption></figure>"""
+
+
+def carries(settings: dict[str, Any]) -> str:
+    """What a picture's file says of it."""
+    rows = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in settings.items()
+    )
+    return f'<dl class="facts">{rows}</dl>'
 
 
 def says(text: str, failed: bool = False) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ..cli import _parse_size
-from ..explain.files import whole
+from ..files import whole
 from ..model.request import Request, open_picture
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from ..explain.conftest import model  # noqa: F401
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -38,8 +40,8 @@ def address(folder) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     sync = pytest.importorskip("playwright.sync_api", reason="a browser test needs: pip install playwright")
-    if not os.path.exists(CHROMIUM):
-        pytest.skip(f"a browser test needs {CHROMIUM}")
+    if CHROMIUM is None:
+        pytest.skip("a browser test needs Chromium: apt-get install chromium")
     with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -54,10 +56,10 @@ def artifacts(tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def tab(browser, address) -> Iterator[Any]:
+@contextmanager
+def _opener(browser: Any, address: str) -> Iterator[Callable[[], Any]]:
     """Opens pages; at the end, none of them may have asked another server for anything, or have failed."""
-    context, wrong = browser.new_context(viewport={"width": 1200, "height": 1000}), []
+    context, wrong = browser.new_context(viewport={"width": 1280, "height": 900}), []
 
     def note(request: Any) -> None:
         if not request.url.startswith((address, "data:", "blob:")):
@@ -75,6 +77,19 @@ def tab(browser, address) -> Iterator[Any]:
     yield open_page
     context.close()
     assert wrong == []
+
+
+@pytest.fixture
+def open_tab(browser, address) -> Iterator[Callable[[], Any]]:
+    with _opener(browser, address) as open_page:
+        yield open_page
+
+
+@pytest.fixture(scope="module")
+def lasting_tab(browser, address) -> Iterator[Callable[[], Any]]:
+    """The same, for pages that several tests look at."""
+    with _opener(browser, address) as open_page:
+        yield open_page
 
 
 @pytest.fixture

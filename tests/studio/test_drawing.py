@@ -106,8 +106,9 @@ def test_two_pages_at_once_do_not_mix(pipe, model, tmp_path):
     assert hooks and not any(hooks)
 
 
-def test_the_curves_are_those_of_the_schedule(finish):
-    drawing = finish(request())
+@pytest.mark.parametrize("name", ["ddim", "euler_a"])  # one in ᾱ, one in σ
+def test_the_curves_are_those_of_the_schedule(finish, name):
+    drawing = finish(request(sampler_name=name))
     signal, noise = torch.tensor(drawing.signal), torch.tensor(drawing.noise)
     assert len(signal) == 1000 and torch.allclose(signal**2 + noise**2, torch.ones(1000))
     assert [frame.t for frame in drawing.frames[1:-1]] == drawing.sampler.timesteps.tolist()

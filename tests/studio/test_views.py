@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import reifusion
-from reifusion.model import ddpm, samplers
+from reifusion.model import attention, ddpm, samplers
 from reifusion.model.request import Request
 from reifusion.studio.stages import PACKAGE, excerpts, happens
-from reifusion.studio.views import says, schedule, view
+from reifusion.studio.views import carries, says, schedule, view
 
 EVIL = "a <b onclick=alert(1)> cat \" ' ${1+1} {{x}} &amp;"
 
@@ -47,7 +47,7 @@ def test_noise_has_no_words(drawing):
 
 def test_a_prompt_is_text_and_never_markup(finish):
     html = view(drawing := finish(Request(EVIL, seed=3, sampler_name="ddpm", n_inference_steps=2)), 1)
-    assert "<b onclick" not in html + happens(drawing, 1) + says(EVIL)
+    assert "<b onclick" not in html + happens(drawing, 1) + says(EVIL) + carries({"prompt": EVIL})
     assert "a &lt;b onclick=alert(1)&gt; cat &quot;" in html
 
 
@@ -67,6 +67,11 @@ def test_the_equation_and_its_line_are_those_of_the_code():
     lines = (Path(reifusion.__file__).parents[1] / path).read_text("utf-8").splitlines()
     assert found.code.splitlines()[0] == lines[int(line) - 1].strip()
     assert "signal * x - sigma * output" in found.code
+
+
+def test_the_lines_of_an_equation_are_those_that_compute_it_to_the_end():
+    [found] = excerpts(attention.softmax_attention, "attention")
+    assert found.code.splitlines()[-1] == "return weights @ v, weights" and ".softmax(dim=-1)" in found.code
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)

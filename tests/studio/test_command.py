@@ -1,0 +1,38 @@
+"""`reifusion studio`: what is wrong is one sentence, before a page opens."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+import pytest
+
+from reifusion import cli
+
+
+def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["studio"]) == 2
+    said = 'reifusion: the studio needs Gradio; install it with: pip install "reifusion[studio]"\n'
+    assert capsys.readouterr() == ("", said)
+
+
+def test_what_is_no_model_is_found_before_the_page_opens(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["studio", "--no-browser", "--model", "nowhere.safetensors"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "nowhere.safetensors" in said.err and said.err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch, capsys, model, tmp_path):
+    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["studio", "--no-browser", "--model", model, "--port", str(port)]) == 2
+    said = capsys.readouterr()
+    assert (
+        said.out == ""
+        and said.err == f"reifusion: port {port} is taken, or no port is free: try another --port\n"
+    )
