@@ -565,7 +565,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if not debug:  # only our own, and only what they say
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", module="reifusion")
+            warnings.filterwarnings("default", category=UserWarning, module="reifusion")
             warnings.showwarning = lambda message, *_: print(f"reifusion: {message}", file=sys.stderr)
         try:
             code = app(arguments or ["--help"], prog_name="reifusion", standalone_mode=False) or 0

@@ -53,6 +53,7 @@ class UNetConfig:
     context_width: int = 768  # of the text encoder
     groups: int = 32
     linear_projection: bool = False  # SD 2.x: linear layers around the transformer, not 1×1 convolutions
+    guidance_width: int | None = None  # LCMs: of the waves that tell them how strong guidance is
 
     def heads_at(self, channels: int) -> int:
         """The number of attention heads in a transformer block of that width."""
@@ -74,6 +75,7 @@ class ScheduleConfig:
     prediction_type: str = "epsilon"  # what the U-Net's output means; or "v_prediction"; "flow", see above
     zero_terminal_snr: bool = False  # nothing but noise at the last step (Lin et al. 2023), for v_prediction
     timestep_spacing: str | None = None  # the samplers' own, or "trailing": beginning at the last step
+    original_inference_steps: int = 50  # LCMs: how many timesteps they were distilled on
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class ModelConfig:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The last three by the names of `reifusion generate`; a model for flow has one sampler that fits."""
+        """The last three by the names of `reifusion generate`; one sampler fits a flow, and an LCM."""
+        if self.unet.guidance_width is not None:
+            return {"sampler": "lcm", "steps": 4, "cfg": 8.0}  # as Luo et al. 2023 draw with their LCMs
         flow = self.schedule.prediction_type == "flow"
         sampler = "flow" if flow else self.sampler_name
         return {"sampler": sampler, "steps": self.n_inference_steps, "cfg": self.cfg_scale}

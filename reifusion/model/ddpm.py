@@ -43,8 +43,9 @@ class Sampler:
     on; with zero_terminal_snr it ends in noise alone. prediction_type says what the network's output means:
     the noise ("epsilon") or the velocity ("v_prediction"); None is the first of `prediction_types`.
     timestep_spacing "trailing" begins at the last timestep; None is the sampler's own choice, but for
-    zero_terminal_snr "trailing" too. These names are `ScheduleConfig`'s, and the defaults Stable Diffusion
-    1.5's. Raises ValueError for other names, and for zero_terminal_snr with "epsilon".
+    zero_terminal_snr "trailing" too. original_inference_steps counts only for an LCM. These names are
+    `ScheduleConfig`'s, and the defaults Stable Diffusion 1.5's. Raises ValueError for other names, and for
+    zero_terminal_snr with "epsilon".
 
     A new sampler has all num_training_steps timesteps; `set_inference_timesteps` picks fewer.
     Steps are computed in float32, or float64 for float64 latents, and returned in the latents' dtype.
@@ -64,6 +65,7 @@ class Sampler:
         prediction_type: str | None = None,
         zero_terminal_snr: bool = False,
         timestep_spacing: str | None = None,
+        original_inference_steps: int = 50,
     ) -> None:
         self.prediction_type = self.prediction_types[0] if prediction_type is None else prediction_type
         if self.prediction_type not in self.prediction_types:
@@ -95,6 +97,7 @@ class Sampler:
             self.betas = 1.0 - self.alphas
             self.alphas_cumprod.clamp_(min=self._least_alpha_bar)
         self.generator = generator
+        self.original_inference_steps = original_inference_steps
         self.num_training_steps = num_training_steps
         self._trailing = zero_terminal_snr or timestep_spacing == "trailing"
         self.set_inference_timesteps(num_training_steps)

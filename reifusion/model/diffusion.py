@@ -83,23 +83,39 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
+def guidance_sinusoids(scale: Tensor, width: int) -> Tensor:
+    """How strong guidance is, as waves: scale (B,) -> (B, width), float32. Sines first, as LCMs have it.
+
+    Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models", arXiv:2210.03142, §3.1.
+    """
+    half = width // 2
+    # Luo et al. 2023's code: ω_i = 10000^(−i / (half − 1)), of 1000 w with w = s − 1
+    frequencies = torch.exp(torch.arange(half, device=scale.device) * (-math.log(10_000) / (half - 1)))
+    angles = 1000 * (scale.float()[:, None] - 1) * frequencies  # (B,) -> (B, half)
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+
+
 def as_many_as(many: Tensor | Words, x: Tensor) -> Tensor:
     """The batch x, over again until it is as long as the other: (B, …) -> (B', …)"""
     return x if len(x) == len(many) else torch.cat([x] * (len(many) // len(x)))
 
 
 class TimeEmbedding(nn.Module):
-    """Timestep -> the vector that every residual block adds."""
+    """Timestep -> the vector that every residual block adds. An LCM's holds the guidance as well."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, guidance_width: int | None = None):
         super().__init__()
         self.width = width
+        self.guidance = None if guidance_width is None else Linear(guidance_width, width, bias=False)
         self.linear_1 = Linear(width, 4 * width)
         self.linear_2 = Linear(4 * width, 4 * width)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """t (B,), any dtype -> (B, 4·width)"""
+    def forward(self, t: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """t (B,), any dtype, guidance (B,), its scale s -> (B, 4·width)"""
         waves = sinusoids(t, self.width).to(self.linear_1.weight.dtype)
+        if self.guidance is not None and guidance is not None:
+            its_waves = guidance_sinusoids(guidance, self.guidance.in_features)
+            waves = waves + self.guidance(its_waves.to(waves.dtype))
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
@@ -243,20 +259,24 @@ class UNet(nn.Module):
             return SwitchSequential(*(make[kind](i, o) for kind, i, o in row))
 
         down, middle, up = plan(config)
-        self.time_embedding = TimeEmbedding(config.channels[0])
+        self.time_embedding = TimeEmbedding(config.channels[0], config.guidance_width)
         self.down = nn.ModuleList(build(row) for row in down)
         self.middle = build(middle)
         self.up = nn.ModuleList(build(row) for row in up)
         self.norm = nn.GroupNorm(config.groups, config.channels[0], eps=1e-5)
         self.conv_out = Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, context: Tensor | Words, t: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, context: Tensor | Words, t: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
         """latents (B, 4, h, w) of any size, context (B', S, width), t (B,) or (1,), 0 … 1000 -> (B', 4, h, w)
+
+        guidance (B,) or (1,): the scale s, for an LCM, whose output is then guided already; others ignore it.
 
         B' is B, or a multiple: the same latents under other words, as guidance needs them, are computed once
         until they meet the first of the words.
         """
-        time = self.time_embedding(t)  # (B,) -> (B, 1280)
+        time = self.time_embedding(t, guidance)  # (B,) -> (B, 1280)
         x, pile = latents, []
         for block in self.down:
             x = block(x, context, time)

@@ -68,6 +68,9 @@ time_embedding.linear_2 time_embed.2                        time_embedding.linea
 norm                    out.0                               conv_norm_out
 conv_out                out.2                               conv_out
 
+[guidance]
+guidance.weight         cond_proj.weight                    cond_proj.weight
+
 [res]
 norm_1                  in_layers.0                         norm1
 conv_1                  in_layers.2                         conv1
@@ -129,6 +132,8 @@ def blocks(config: ModelConfig) -> Iterator[tuple[str, str, str, str]]:
 
     cv = "model.diffusion_model"
     yield "unet", "diffusion", cv, "unet"
+    if config.unet.guidance_width is not None:
+        yield "guidance", "diffusion.time_embedding", f"{cv}.time_embed", "unet.time_embedding"
     down, middle, up = plan(config.unet)
     for side, theirs, rows in ("down", "input_blocks", down), ("up", "output_blocks", up):
         for i, row in enumerate(rows):
@@ -179,6 +184,7 @@ heads               attention_head_dim        8
 context_width       cross_attention_dim
 groups              norm_num_groups           32
 linear_projection   use_linear_projection     false
+guidance_width      time_cond_proj_dim        null
 =                   act_fn                    "silu"
 =                   addition_embed_type       null
 =                   center_input_sample       false
@@ -194,7 +200,6 @@ linear_projection   use_linear_projection     false
 =                   num_class_embeds          null
 =                   only_cross_attention      false
 =                   resnet_time_scale_shift   "default"
-=                   time_cond_proj_dim        null
 =                   transformer_layers_per_block  1
 
 [scheduler]
@@ -204,6 +209,7 @@ beta_end            beta_end
 beta_schedule       beta_schedule
 prediction_type     prediction_type           "epsilon"
 zero_terminal_snr   rescale_betas_zero_snr    false
+original_inference_steps  original_inference_steps  50
 =                   trained_betas             null
 
 [flow scheduler]
@@ -233,6 +239,9 @@ ALIASES = (
     (r"(vae\.\w+\.mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
     (r"(vae\.\w+\.mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
 )
+
+# An LCM has this one tensor more.
+GUIDANCE = re.compile(r"time_embed(ding)?\.(cond_proj|guidance)\.weight$")
 
 # How a format is recognised.
 MARKS = {
@@ -293,8 +302,7 @@ def rules(config: ModelConfig, format: str) -> list[Rule]:
             group = re.search(r"\{(.*)\}", theirs)
             parts = [theirs.replace(group[0], x) for x in group[1].split(",")] if group else [theirs]
             if row[1].endswith(".weight"):
-                ending = "" if column == 0 else ".weight"
-                found.append(Rule(ours, tuple(part.removesuffix(".weight") + ending for part in parts)))
+                found.append(Rule(ours, tuple(parts)))
                 continue
             for suffix in (".weight", ".bias"):
                 pointwise = kind == "vae attention" and suffix == ".weight" and row[0] != "norm"
@@ -332,6 +340,7 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
             channels=(0,) * levels,
             attention=tuple(level in attention for level in range(levels)),
             layers=layers,
+            guidance_width=0 if any(GUIDANCE.search(name) for name in names) else None,
         ),
     )
 
@@ -470,6 +479,10 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     if flow:
         jsons["scheduler"]["_class_name"] = FLOW_SCHEDULER
         return jsons
+    if config.unet.guidance_width is not None:
+        jsons["scheduler"]["_class_name"] = "LCMScheduler"
+        return jsons
+    del jsons["scheduler"]["original_inference_steps"]  # which the other schedulers do not know
     jsons["scheduler"] |= {  # SD 1.x's own sampler; a pipeline can be given another
         "_class_name": "DDIMScheduler" if config.schedule.zero_terminal_snr else "PNDMScheduler",
         "set_alpha_to_one": False,

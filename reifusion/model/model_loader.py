@@ -383,6 +383,9 @@ def _config_from_header(header: Mapping[str, str]) -> ModelConfig | None:
         raise ModelError("its header has a config that this version does not understand") from None
 
 
+_GUIDANCE = "diffusion.time_embedding.guidance.weight"
+
+
 def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
     """What shapes cannot tell is taken from the preset that looks the same."""
 
@@ -413,6 +416,7 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
         "attention": kind.unet.attention,
         "layers": kind.unet.layers,
         "context_width": size("diffusion.middle.1.cross_attention.kv.weight", 1),
+        "guidance_width": None if kind.unet.guidance_width is None else size(_GUIDANCE, 1),
         "linear_projection": len(shapes.get("diffusion.middle.1.proj_in.weight", ())) == 2,
     }
     for preset in PRESETS:
@@ -422,9 +426,11 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
             vae=replace(preset.vae, **vae),
             unet=replace(preset.unet, **unet),
         )
-        # A vocabulary may have grown; a U-Net may see more than latents (9: inpainting, 8: editing by words).
+        # A vocabulary may have grown; a U-Net may see more than latents (9: inpainting, 8: editing by words),
+        # or be told the guidance.
         same_clip = replace(config.clip, vocab_size=preset.clip.vocab_size) == preset.clip
-        same_unet = replace(config.unet, in_channels=preset.unet.in_channels) == preset.unet
+        usual = replace(config.unet, in_channels=preset.unet.in_channels, guidance_width=None)
+        same_unet = usual == preset.unet
         if same_clip and same_unet and config.vae == preset.vae and config.unet.in_channels in (4, 8, 9):
             return config
     raise ModelError("it has the shapes of no known model, and as they do not tell all, it needs its config")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ from .attention import Words
 from .clip import Tokenizer
 from .config import MINI, SD15, ModelConfig
 from .ddpm import Sampler, randn
+from .deepcache import DeepCache
+from .diffusion import UNet
 from .request import Picture, Request
 from .samplers import SAMPLERS
+from .tome import TokenMerging
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Step:
     x0: Tensor  # the clean latents that the network sees in them; `decode` shows them
     eps: Tensor  # the noise it sees, after guidance
     eps_cond: Tensor  # … with the prompt
-    eps_uncond: Tensor | None  # … with the negative prompt; None without guidance
+    eps_uncond: Tensor | None  # … with the negative prompt; None without guidance, or outside its interval
     latents: Tensor  # the latents after the step; after the last, the picture's
 
 
@@ -102,7 +105,10 @@ class StableDiffusion:
         width, height = request.size(self.config)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         sampler = self._sampler(request, generators)
-        guided = request.do_cfg and request.cfg_scale != 1
+        # A distilled network (an LCM) is told how strong guidance is, and needs no second half.
+        distilled = self.config.unet.guidance_width is not None
+        scale = torch.tensor([request.cfg_scale if request.do_cfg else 1.0], device=self.device)
+        guided = request.do_cfg and request.cfg_scale != 1 and not distilled
 
         # 1. Text encoding: B prompts -> (B, 77, 768); with guidance (2B, 77, 768), the negative prompts last
         context = self.encode_text(request.prompts + request.negatives * guided, request.clip_skip)
@@ -125,15 +131,20 @@ class StableDiffusion:
         extra = self._extra_channels(request, width, height)
 
         # 3. Denoising loop
-        words = Words(context)
+        words, positive = Words(context), Words(context[: len(latents)])
         with self._borrow("diffusion") as unet:
+            call = _shortened(unet, request)
             for index, t in enumerate(sampler.timesteps):
+                # §3, Kynkäänniemi et al. 2024: the weight is w for σ in (σ_lo, σ_hi], outside it is 1: none
+                guides = guided and request.guided_from < _sigma(sampler, t) <= request.guided_to
                 x = sampler.scale_model_input(latents, t)
                 if extra is not None:
                     x = torch.cat([x, extra.expand(len(x), -1, -1, -1)], dim=1)
                 # x (B, …) under 2B prompts -> (2B, …): both halves of the guidance in one pass
-                output = unet(x.to(_dtype(unet)), words, t.float().reshape(1).to(self.device)).float()
-                cond, uncond = output.chunk(2) if guided else (output, None)
+                spoken = words if guides else positive
+                told = [t.float().reshape(1).to(self.device), *[scale] * distilled]
+                output = call(x.to(_dtype(unet)), spoken, *told).float()
+                cond, uncond = output.chunk(2) if guides else (output, None)
                 if uncond is not None:
                     # [guidance] Eq. 6, Ho & Salimans 2022, s = 1 + w: ε = ε_uncond + s (ε_cond - ε_uncond)
                     output = uncond + request.cfg_scale * (cond - uncond)
@@ -219,6 +230,20 @@ class StableDiffusion:
         finally:
             if self.idle_device is not None:
                 self.models[name].to(self.idle_device)
+
+
+def _sigma(sampler: Sampler, t: Tensor) -> float:
+    """σ, the noise beside one part of signal, by what the sampler makes of the one and of the other."""
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    return (sampler.add_noise(zero, t, one) / sampler.add_noise(one, t, zero)).item()
+
+
+def _shortened(unet: nn.Module, request: Request) -> Callable[..., Tensor]:
+    """The U-Net, or what is asked to stand in for it."""
+    call: Callable[..., Tensor] = unet
+    if request.deepcache > 1:
+        call = DeepCache(cast(UNet, unet), request.deepcache)
+    return TokenMerging(unet, request.tome, call) if request.tome else call
 
 
 def _rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
@@ -313,6 +338,9 @@ def generate(
     mask: Picture | None = None,
     clip_skip: int = 0,
     guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    deepcache: int = 1,
+    tome: float = 0.0,
     callback: Callable[[Step], Any] | None = None,
     progress: bool = True,
 ) -> Image.Image | list[Image.Image]:
@@ -353,6 +381,9 @@ def generate(
         mask=mask,
         clip_skip=clip_skip,
         guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval,
+        deepcache=deepcache,
+        tome=tome,
         callback=callback,
         progress=progress,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .samplers import SAMPLERS, samplers_for
+from .tome import MOST as MOST_MERGED
 
 Picture = Image.Image | np.ndarray | str | os.PathLike  # arrays: uint8, (H, W), (H, W, 3) or (H, W, 4)
 
@@ -33,7 +34,7 @@ class Request:
     strength: float = 0.8  # of img2img, in (0, 1]: how much noise the picture gets
     do_cfg: bool = True  # classifier-free guidance; without it, uncond_prompt is not used
     cfg_scale: float = 7.5  # s in the guidance equation; 1 is the same as none, and twice as fast
-    sampler_name: str | None = None  # one of SAMPLERS; None: "ddpm", or "flow" for a model trained for that
+    sampler_name: str | None = None  # one of SAMPLERS; None: "ddpm", or what the model was made for
     n_inference_steps: int = 50  # 1 … 1000
     seed: int | None = None  # picture k is drawn from seed + k; None: a new one, see picture.info["seed"]
     _: KW_ONLY
@@ -44,6 +45,10 @@ class Request:
     clip_skip: int = 0  # layers of the text encoder to leave out, from the end
     noise: Tensor | None = None  # what to start from, (B, 4, H/8, W/8); None: drawn from the seeds
     guidance_rescale: float = 0.0  # 0 … 1: how much of the contrast that guidance adds is taken back
+    # Less work, and another picture; bench/SHORTCUTS.md says how much less, and how far another.
+    guidance_interval: tuple[float, float] | None = None  # guidance where noise/signal is above … and up to …
+    deepcache: int = 1  # N: the inside of the U-Net on every N-th step only, see `deepcache.py`
+    tome: float = 0.0  # 0 … 0.75: the share of pixels that attend as part of another, see `tome.py`
 
     def __post_init__(self) -> None:
         prompts = _texts(self.prompt)
@@ -68,6 +73,11 @@ class Request:
         self.n_inference_steps = _whole(self.n_inference_steps, "the number of steps", 1, 1000)
         self.num_images = _whole(self.num_images, "the number of images", 1)
         self.clip_skip = _whole(self.clip_skip, "clip_skip", 0)
+        self.deepcache = _whole(self.deepcache, "deepcache", 1)
+        self.tome = _number(self.tome, "tome")
+        if not 0 <= self.tome <= MOST_MERGED:
+            raise ValueError(f"tome must be between 0 and {MOST_MERGED}, not {self.tome}")
+        self.guided_from, self.guided_to = _interval(self.guidance_interval)
         if self.mask is not None and self.input_image is None:
             raise ValueError("a mask needs an input image to keep the rest of")
         self.picture = None if self.input_image is None else open_picture(self.input_image)
@@ -84,7 +94,8 @@ class Request:
         """The name of the sampler, as asked, or the first one that fits what the model was trained for."""
         kind = config.schedule.prediction_type
         names = samplers_for(kind)
-        name = self.sampler_name or next(iter(names), "ddpm")
+        distilled = config.unet.guidance_width is not None
+        name = self.sampler_name or ("lcm" if distilled else next(iter(names), "ddpm"))
         if names and name not in names:
             fitting = ", ".join(names)
             raise ValueError(
@@ -126,6 +137,20 @@ def _number(value: Any, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, not {value!r}") from None
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    low, high = (-math.inf, math.inf) if value is None else _pair(value)
+    if not low < high:
+        raise ValueError(f"guidance_interval must begin below its end, and not {low:g} to {high:g}")
+    return low, high
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"guidance_interval must be two numbers, like (0.3, 5), not {value!r}")
+    low, high = (_number(end, "an end of guidance_interval") for end in value)
+    return low, high
 
 
 def _whole(value: Any, name: str, low: int, high: float = math.inf) -> int:

@@ -81,9 +81,9 @@ class LCMSampler(Sampler):
     """
 
     def _spaced(self, n: int) -> Tensor:
-        # Every (len / n)-th of the 50 timesteps that LCMs are distilled on: 19, 39, …, 999. More than 50
-        # steps need a finer grid, which the network was not distilled on; better than failing, but no use.
-        size = max(min(50, self.num_training_steps), n)
+        # Every (len / n)-th of the timesteps that the LCM was distilled on, mostly 50: 19, 39, …, 999. More
+        # steps need a finer grid, which it was not distilled on; better than failing, but no use.
+        size = max(min(self.original_inference_steps, self.num_training_steps), n)
         grid = torch.arange(size, 0, -1) * (self.num_training_steps // size) - 1
         return grid[torch.arange(n) * size // n]
 
