@@ -1,9 +1,9 @@
-"""The judge: it looks at a picture and says which of some names fits it best.
+"""The judge: it looks at a picture and says which of some names fits best what is shown.
 
 CLIP's idea at a small size: a network for pictures and one for words send what belongs together to nearby
 points. It learns from the real pictures, those included that the mini is never shown, and from what generated
-pictures look like: other places and sizes, dyes, backgrounds, and the blur of the mini's own VAE. And it is
-judged itself: `Judge.unseen` says how well the same network names drawings that it was not trained on.
+pictures look like: other places and sizes, dyes, backgrounds, and the blur of a VAE. And it is judged itself:
+it learns first without one drawing of every subject, and `Judge.unseen` says how many of those it can name.
 
 Source: Radford et al. 2021, "Learning transferable visual models from natural language supervision", §2.3.
 """
@@ -16,7 +16,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,35 +29,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from reifusion.model.clip import CLIP, Tokenizer
-from reifusion.model.config import CLIPConfig
 from reifusion.model.pipeline import StableDiffusion, load
-from reifusion.train.bpe import train_bpe
-from reifusion.train.data import STYLES, Picture, default_cache, held_out_pictures, pictures, prepared_path
+from reifusion.train.data import Picture, default_cache, held_out_pictures, pictures, prepared_path
 from reifusion.train.loop import LoopConfig, Part, train
 from reifusion.train.scenes import SceneConfig, Sprites, can_be_dyed, compose
 
-from .pixels import crop
+from .pixels import crop, on_white
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a judge; a change trains a new one."""
+    """Everything that decides a judge, beside the pictures; a change trains a new one."""
 
     side: int = 64  # of what it looks at: a crop around the foreground
-    channels: tuple[int, ...] = (32, 64, 128, 256)  # one per resolution, from side / 2 down
+    channels: tuple[int, ...] = (64, 128, 256)  # one per resolution, from side / 4 down
     width: int = 256  # of its features
     joint: int = 128  # of the space that pictures and words share
-    clip: CLIPConfig = field(
-        default_factory=lambda: CLIPConfig(vocab_size=2048, context_length=12, width=128, layers=2, heads=2)
-    )
     scenes: int = 4  # of every picture; one of them goes through the VAE
     batch: int = 64  # subjects a step, each with one picture
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            steps=1_500, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
+            steps=2_400, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
         )
     )
+    more: float = 0.25  # so many of these steps again, at half the rate, with the drawings left out at first
 
 
 # ---- the two networks -------------------------------------------------------------------------------------
@@ -82,68 +78,62 @@ class Eye(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
-        pairs = zip((3, *recipe.channels), recipe.channels)
-        self.blocks = nn.ModuleList(Block(before, now) for before, now in pairs)
-        left = recipe.side // 2 ** len(recipe.channels)
-        self.layout = nn.Linear(recipe.channels[-1] * left * left, recipe.width)
-        self.texture = nn.Linear(sum(recipe.channels), recipe.width)
+        first, *_ = channels = recipe.channels
+        stem = nn.Conv2d(3, first, 7, stride=4, padding=3)
+        self.stages = nn.Sequential(stem, *(Block(*pair) for pair in pairwise(channels)))
+        left = recipe.side // 2 ** (len(channels) + 1)
+        self.layout = nn.Linear(channels[-1] * left * left, recipe.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        means = []
-        for block in self.blocks:
-            x = block(x)  # (B, C, H, W) -> (B, C', H/2, W/2)
-            means.append(F.silu(x).mean((2, 3)))
-        # What a thing is shows in where its parts are, as crops are centred; a style is the same all over.
-        features = self.layout(F.silu(x).flatten(1)) + self.texture(torch.cat(means, 1))  # (B, width)
-        return F.layer_norm(features.float(), features.shape[-1:])
+        x = self.stages(x)  # (B, 3, side, side) -> (B, C, left, left)
+        features = self.layout(F.silu(x).flatten(1))  # crops are centred, so where a part is tells something
+        return F.layer_norm(features.float(), features.shape[1:])
 
 
 class DualEncoder(nn.Module):
-    """Pictures and names into one space, once for what is shown and once for the style it is drawn in."""
+    """Pictures and names into one space."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, words: int):
         super().__init__()
-        self.eye, self.clip = Eye(recipe), CLIP(recipe.clip)
-        self.subject = nn.Linear(recipe.width, recipe.joint)
-        self.style = nn.Linear(recipe.width, recipe.joint)
-        self.name = nn.Linear(recipe.clip.width, recipe.joint)
+        self.eye = Eye(recipe)
+        self.shown = nn.Linear(recipe.width, recipe.joint)
+        self.words = nn.Linear(words, recipe.joint, bias=False)  # a vector for each
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))  # as in CLIP
 
-    def forward(self, x: Tensor, tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures x (B, 3, side, side) and N names, see `names` -> two times (B, joint), and (N, joint).
+    def forward(self, x: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures x (B, 3, side, side), N names as in `bags` -> (B, joint), (N, joint).
 
-        The pictures' vectors, for subject and style, have the length s = 1 / temperature, the names' have 1.
+        The pictures' vectors have the length s = 1 / temperature, the names' have 1.
         """
-        features, scale = self.eye(x), self.log_scale.exp().clamp(max=100)
-        shown, drawn = (_unit(project(features)) for project in (self.subject, self.style))
-        return scale * shown, scale * drawn, self.names(tokens, ends)
+        return self.log_scale.exp().clamp(max=100) * self.look(x)[1], self.read(names)
 
-    def names(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """Tokens (N, L) -> unit vectors (N, joint), read where the text ends (N,), as CLIP does."""
-        words = self.clip(tokens)  # (N, L) -> (N, L, width)
-        return _unit(self.name(words[torch.arange(len(tokens), device=tokens.device), ends]))
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, side, side) -> features (B, width), unit vectors (B, joint)"""
+        features = self.eye(x)
+        return features, F.normalize(self.shown(features).float(), dim=-1)
 
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.float(), dim=-1)
+    def read(self, names: Tensor) -> Tensor:
+        """Names (N, words) -> unit vectors (N, joint): the sum of a name's words, for names are short."""
+        return F.normalize(self.words(names).float(), dim=-1)
 
 
-def loss(shown: Tensor, drawn: Tensor, names: Tensor, styles: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """What `DualEncoder` makes of B pictures of different subjects, of their B names and all names of styles.
+def bags(names: list[str]) -> Tensor:
+    """N names -> (N, words) float32: how often each of the words that occur in them is in each."""
+    words = sorted({word for name in names for word in name.split()})
+    return torch.tensor([[name.split().count(word) for word in words] for name in names]).float()
 
-    styles: (B,), the number of each picture's style. Returns the loss, and its parts for the log.
+
+def loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """What `DualEncoder` makes of B pictures of different subjects and of their names, (B, joint) both.
+
+    Returns the loss, and figures for the log.
     """
-    count = len(shown)
-    right = torch.arange(count, device=shown.device)
+    right = torch.arange(len(shown), device=shown.device)
     # Figure 3, Radford et al. 2021: s · I Tᵀ, right pairs on its diagonal, compared by rows and columns
-    logits = shown @ names[:count].T  # (B, B)
+    logits = shown @ names.T  # (B, B)
     # [infonce] Figure 3, Radford et al. 2021: the mean of −log softmax by rows and by columns
-    subject = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
-    # A style is that of many pictures at once, so only from picture to word.
-    style = F.cross_entropy(drawn @ names[count:].T, styles)
-    hits = (logits.argmax(1) == right).float().mean()
-    figures = {"subject": subject.item(), "style": style.item(), "hits": hits.item(), "samples": count}
-    return subject + style, figures
+    value = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    return value, {"right": (logits.argmax(1) == right).float().mean().item(), "samples": len(shown)}
 
 
 # ---- the judge --------------------------------------------------------------------------------------------
@@ -154,7 +144,6 @@ class Seen(NamedTuple):
 
     features: Tensor  # (N, width)
     subjects: Tensor  # (N, subjects): the cosine to each name
-    styles: Tensor  # (N, styles)
 
 
 @dataclass
@@ -162,36 +151,41 @@ class Judge:
     """A trained dual encoder and the names that it chooses from."""
 
     model: DualEncoder
-    tokenizer: Tokenizer
-    subjects: list[str]
-    styles: list[str]
     side: int
-    unseen: dict[str, tuple[int, int]]  # "subject", "style" -> right, of: on drawings it was not trained on
+    subjects: list[str]
     id: str
+    vae: str  # the fingerprint of the VAE whose blur it has seen
+    # Style -> of the drawings it had not seen, those named right among 20, and how many there were.
+    unseen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @torch.inference_mode()
     def see(self, images: Sequence[np.ndarray]) -> Seen:
         """Pictures (H, W, 3) uint8 of any size -> features and cosines. It looks at the foreground only."""
-        names = self.model.names(*_tokens(self.tokenizer, self.subjects + self.styles))
         parts = []
         for start in range(0, len(images), 64):
             crops = np.stack([crop(image, self.side) for image in images[start : start + 64]])
-            parts.append(self.model.eye(_as_input(torch.from_numpy(crops))))
-        features = torch.cat(parts)
-        shown, drawn = _unit(self.model.subject(features)), _unit(self.model.style(features))
-        count = len(self.subjects)
-        return Seen(features, shown @ names[:count].T, drawn @ names[count:].T)
+            parts.append(self.model.look(_as_input(torch.from_numpy(crops))))
+        features, shown = (torch.cat(part) for part in zip(*parts))
+        return Seen(features, shown @ self.model.read(bags(self.subjects)).T)
 
 
-def _tokens(tokenizer: Tokenizer, names: list[str]) -> tuple[Tensor, Tensor]:
-    """N names -> their tokens (N, L), and where each ends (N,): at the first end token."""
-    tokens = torch.tensor([tokenizer.encode(name) for name in names])
-    return tokens, (tokens == tokenizer.end).int().argmax(1)
+def choices(rng: np.random.Generator, subjects: int, right: list[int], among: int = 20) -> list[int]:
+    """The numbers of `among` subjects to choose from: the right ones, and others at random."""
+    others = [i for i in rng.permutation(subjects).tolist() if i not in right]
+    return sorted(right + others[: among - len(right)])
+
+
+def retrieved(scores: Tensor, right: int, among: list[int]) -> bool:
+    """Whether, of the subjects in `among`, the right one has the highest of the scores (subjects,)."""
+    return among[int(scores[among].argmax())] == right
 
 
 def _as_input(pixels: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]"""
     return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+# ---- the VAE ----------------------------------------------------------------------------------------------
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -226,26 +220,25 @@ def through_vae(
 
 
 def get_judge(recipe: Recipe = Recipe(), cache_dir: Path | None = None) -> Judge:
-    """The judge, from the cache or, once, by training it: about a quarter of an hour on 2 cores.
+    """The judge, from the cache or, once, by training it: ten minutes on 2 cores.
 
-    Training that was stopped goes on. Raises DataError where the pictures cannot be had.
+    Training that was stopped goes on. Another VAE needs no other judge. Raises DataError where the pictures
+    cannot be had.
     """
     cache = cache_dir or default_cache()
-    pipe = load("mini")
-    vae = fingerprint(pipe.models["encoder"], pipe.models["decoder"])
-    made_of = [asdict(recipe), prepared_path(cache).name, vae]
-    id = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+    made_of = json.dumps([asdict(recipe), prepared_path(cache).name])
+    id = hashlib.sha256(made_of.encode()).hexdigest()[:8]
     path = cache.parent / f"judge-{id}.safetensors"
     if not path.exists():
         print(f"training the judge, once; it will be kept in {path}", file=sys.stderr)
         folder = path.with_suffix("")
-        judge = train_judge(*_all_pictures(cache_dir), pipe, recipe, folder, id)
-        save_judge(judge, path)
+        save_judge(train_judge(*all_pictures(cache_dir), load("mini"), recipe, folder, id), path)
         shutil.rmtree(folder)
     return load_judge(path, recipe)
 
 
-def _all_pictures(cache_dir: Path | None) -> tuple[np.ndarray, list[Picture]]:
+def all_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
+    """Those to train on, and then those held out."""
     trained, held_out = pictures(cache_dir), held_out_pictures(cache_dir)
     return np.concatenate([trained[0], held_out[0]]), trained[1] + held_out[1]
 
@@ -255,40 +248,30 @@ def train_judge(
 ) -> Judge:
     """Sprites (N, 128, 128, 4) uint8 and what they show -> a judge trained on all of them.
 
-    A second one is trained without one drawing of every subject, to learn what `Judge.unseen` says.
+    It learns without one drawing of every subject, says what those show, and then learns them too.
     """
-    subjects, styles = list(dict.fromkeys(p.subject for p in records)), list(STYLES)
-    merges = train_bpe(subjects + styles, recipe.clip.vocab_size - 2 * 256 - 2)
-    tokenizer = Tokenizer(merges, recipe.clip.context_length)
+    subjects = list(dict.fromkeys(p.subject for p in records))
+    labels = torch.tensor([subjects.index(p.subject) for p in records])  # (N,)
     bank = _bank(pixels, records, pipe, recipe, folder)
-    rows = [[subjects.index(p.subject), styles.index(p.style)] for p in records]
-    labels = torch.tensor(rows)  # (N, 2)
+    torch.manual_seed(recipe.loop.seed)
+    model = DualEncoder(recipe, bags(subjects).shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = fingerprint(pipe.models["encoder"], pipe.models["decoder"])
+    judge = Judge(model, recipe.side, subjects, id, vae)
+
     left_out = _one_of_each(records)
-    few = _train(bank, labels, ~left_out, subjects, styles, tokenizer, recipe, folder / "without")
-    judge = Judge(few, tokenizer, subjects, styles, recipe.side, {}, id)
-    chosen = left_out.nonzero()[:, 0]
-    seen = judge.see(list(bank[chosen, 0].numpy()))
-    rng = np.random.default_rng(0)
-    hits = [
-        retrieved(seen.subjects[i], int(labels[n, 0]), choices(rng, len(subjects), [int(labels[n, 0])]))
-        for i, n in enumerate(chosen)
-    ]
-    style_hits = seen.styles.argmax(1) == labels[chosen, 1]
-    judge.unseen = {"subject": (sum(hits), len(hits)), "style": (int(style_hits.sum()), len(chosen))}
-    everything = torch.ones(len(records), dtype=torch.bool)
-    judge.model = _train(bank, labels, everything, subjects, styles, tokenizer, recipe, folder / "all")
+    _train(judge, bank, labels, ~left_out, recipe, folder / "without")
+    chosen = left_out.nonzero()[:, 0].tolist()
+    seen, rng = judge.see([on_white(pixels[n]) for n in chosen]), np.random.default_rng(0)
+    for scores, n in zip(seen.subjects, chosen, strict=True):
+        subject, style = int(labels[n]), records[n].style
+        right, of = judge.unseen.get(style, (0, 0))
+        hit = retrieved(scores, subject, choices(rng, len(subjects), [subject]))
+        judge.unseen[style] = right + hit, of + 1
+
+    steps = round(recipe.more * recipe.loop.steps)
+    rest = replace(recipe.loop, steps=steps, lr=recipe.loop.lr / 2, seed=recipe.loop.seed + 1)
+    _train(judge, bank, labels, torch.ones_like(left_out), replace(recipe, loop=rest), folder / "all")
     return judge
-
-
-def choices(rng: np.random.Generator, subjects: int, right: list[int], among: int = 20) -> list[int]:
-    """The numbers of `among` subjects to choose from: the right ones, and others at random."""
-    others = [i for i in rng.permutation(subjects).tolist() if i not in right]
-    return sorted(right + others[: among - len(right)])
-
-
-def retrieved(scores: Tensor, right: int, among: list[int]) -> bool:
-    """Whether, of the subjects in `among`, the right one has the highest of the scores (subjects,)."""
-    return among[int(scores[among].argmax())] == right
 
 
 def _one_of_each(records: list[Picture]) -> Tensor:
@@ -331,25 +314,12 @@ def _bank(
     return torch.from_numpy(bank)
 
 
-def _train(
-    bank: Tensor,
-    labels: Tensor,
-    taken: Tensor,
-    subjects: list[str],
-    styles: list[str],
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    folder: Path,
-) -> DualEncoder:
-    """On the pictures that are `taken` (N,) bool; labels (N, 2) are their subjects' and styles' numbers."""
-    torch.manual_seed(recipe.loop.seed)
-    model = DualEncoder(recipe).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    tokens, ends = _tokens(tokenizer, subjects + styles)
-    style_names = torch.arange(len(subjects), len(tokens))
-    of: list[list[int]] = [[] for _ in subjects]
+def _train(judge: Judge, bank: Tensor, labels: Tensor, taken: Tensor, recipe: Recipe, folder: Path) -> None:
+    """On the pictures that are `taken` (N,) bool; labels (N,) are the numbers of their subjects."""
+    of: dict[int, list[int]] = {}  # subject -> its pictures
     for n in taken.nonzero()[:, 0].tolist():
-        of[int(labels[n, 0])].append(n)
-    some = torch.tensor([s for s, places in enumerate(of) if places])  # subjects to train on
+        of.setdefault(int(labels[n]), []).append(n)
+    some, names = torch.tensor(list(of)), bags(judge.subjects)
 
     def step_loss(
         network: Callable[..., Any], step: int, generator: torch.Generator, part: Part
@@ -360,13 +330,10 @@ def _train(
         places = torch.tensor([of[s][int(u * len(of[s]))] for s, u in zip(shown.tolist(), which.tolist())])
         scenes = torch.randint(recipe.scenes, (len(shown),), generator=generator)
         x = augment(_as_input(bank[places, scenes]), recipe.side, generator)
-        names = torch.cat([part.of(shown), style_names.to(part.device)]).cpu()
-        words = tokens[names].to(part.device), ends[names].to(part.device)
-        seen, drawn, named = network(part.of(x), *words)
-        return loss(seen, drawn, named, part.of(labels[places, 1]))
+        return loss(*network(part.of(x), part.of(names[shown])))
 
-    model.load_state_dict(train(model, step_loss, recipe.loop, folder))
-    return model.cpu().eval()
+    judge.model.load_state_dict(train(judge.model, step_loss, recipe.loop, folder))
+    judge.model.cpu().eval()
 
 
 def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -381,10 +348,10 @@ def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(theta.view(-1, 2, 3), [len(x), 3, side, side], align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     coarse = F.interpolate(F.avg_pool2d(x, 2), size=(side, side), mode="bilinear", align_corners=False)
-    blur = uniform(-1, 0.7).clamp(min=0)[:, None, None, None]  # most stay sharp
+    blur = uniform(-1, 0.6).clamp(min=0)[:, None, None, None]  # most stay sharp
     x = torch.lerp(x, coarse, blur)
-    x = x * uniform(0.85, 1.1)[:, None, None, None] + uniform(-0.1, 0.1)[:, None, None, None]
-    noise = uniform(-0.1, 0.1).clamp(min=0)[:, None, None, None]
+    x = x * uniform(0.9, 1.1)[:, None, None, None] + uniform(-0.05, 0.05)[:, None, None, None]
+    noise = uniform(-0.05, 0.05).clamp(min=0)[:, None, None, None]
     return x + noise * torch.randn(x.shape, generator=generator)
 
 
@@ -393,8 +360,7 @@ def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 def save_judge(judge: Judge, path: Path) -> None:
     """Writes the weights, with all else that a judge is in the file's header."""
-    about = {"subjects": judge.subjects, "styles": judge.styles, "merges": judge.tokenizer.merges_text}
-    about |= {"unseen": judge.unseen, "id": judge.id}  # type: ignore[dict-item]
+    about = {name: getattr(judge, name) for name in ("subjects", "id", "vae", "unseen")}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     weights = {name: weight.contiguous() for name, weight in judge.model.state_dict().items()}
     save_file(weights, temporary, metadata={"judge": json.dumps(about)})
@@ -405,9 +371,7 @@ def load_judge(path: Path, recipe: Recipe) -> Judge:
     """What `save_judge` wrote, of the same recipe."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["judge"])
-    model = DualEncoder(recipe)
+    about["unseen"] = {style: (right, of) for style, (right, of) in about["unseen"].items()}
+    model = DualEncoder(recipe, bags(about["subjects"]).shape[1])
     model.load_state_dict(load_file(path))
-    tokenizer = Tokenizer(about["merges"], recipe.clip.context_length)
-    unseen = {name: (right, of) for name, (right, of) in about["unseen"].items()}
-    names = about["subjects"], about["styles"]
-    return Judge(model.eval(), tokenizer, *names, recipe.side, unseen, about["id"])
+    return Judge(model.eval(), recipe.side, **about)

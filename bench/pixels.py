@@ -17,6 +17,12 @@ FAINT = 0.1  # distance in Oklab below which a pixel is still background: more t
 MARGIN = 0.06  # of the box's longer side, around what is cropped
 
 
+def on_white(sprite: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8 -> (H, W, 3): as it is shown when nothing else is said."""
+    image = Image.fromarray(np.ascontiguousarray(sprite))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
 def rim(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) -> its outermost pixels (P, 3)."""
     inside = np.zeros(image.shape[:2], bool)

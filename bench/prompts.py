@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-from PIL import Image
 
 from reifusion.train.data import held_out_colour, held_out_pictures, pictures
 from reifusion.train.scenes import DYES, KINDS, Scene, SceneConfig, Sprites, caption, compose, dye
 
-from .pixels import dye_name
+from .pixels import dye_name, on_white
 
 COUNTS = {  # kind of prompt -> how many of them
     "plain": 80,  # "a cat"
@@ -59,12 +58,6 @@ def make_prompts(
             raise ValueError(f"these pictures give {len(chosen)} prompts of the kind {kind!r}, not {wanted}")
         made += [Prompt(kind, scene.caption, 1000 * number + i, scene) for i, scene in enumerate(chosen)]
     return made
-
-
-def on_white(sprite: np.ndarray) -> np.ndarray:
-    """(H, W, 4) uint8 -> (H, W, 3): as training shows it when nothing else is said."""
-    image = Image.fromarray(np.ascontiguousarray(sprite))
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
 def _scenes(kind: str, number: int, sprites: Sprites) -> Iterator[Scene]:

@@ -1,4 +1,4 @@
-"""What sets of pictures say as numbers: shares, the distance of two sets, copies."""
+"""What sets of pictures say as numbers: shares, means, the distance of two sets, copies."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
     # Wilson 1927: (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
     middle, reach = p + z**2 / (2 * of), z * (p * (1 - p) / of + z**2 / (4 * of**2)) ** 0.5
     return max(0.0, (middle - reach) / (1 + z**2 / of)), min(1.0, (middle + reach) / (1 + z**2 / of))
+
+
+def mean(values: Tensor) -> tuple[float, float, float]:
+    """The mean of N values, and its 95 % interval as for many of them, by the central limit theorem."""
+    middle, reach = values.mean().item(), 1.96 * (values.std() / len(values) ** 0.5).item()
+    return middle, middle - reach, middle + reach
 
 
 def kid(x: Tensor, y: Tensor) -> float:
