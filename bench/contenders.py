@@ -7,6 +7,7 @@ answers on stdout with the seconds that it took, its peak memory, and at first w
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -32,6 +33,8 @@ CONTENDERS = {
     "reifusion fp32": "reifusion",
     "reifusion bf16": "reifusion",
 }
+# What a lazy package must be asked for, so that its import is over when loading begins.
+ENTRY = {"diffusers": "StableDiffusionPipeline", "reifusion": "load"}
 Run = Callable[[], Any]  # does the row's work once and returns an array, or what np.asarray takes
 
 
@@ -71,7 +74,11 @@ class Reifusion:
         if row["kind"] == "vae":
             return lambda: models["decoder"](latents).float().cpu()
         size = {"height": row["height"], "width": row["width"]}
-        settings: dict[str, Any] = {"sampler_name": "ddim", "n_inference_steps": STEPS, "cfg_scale": SCALE}
+        settings: dict[str, Any] = {
+            "sampler_name": "ddim",
+            "n_inference_steps": row["steps"],
+            "cfg_scale": SCALE,
+        }
         return lambda: pipe.generate(PROMPT, seed=SEED, progress=False, **settings, **size)
 
 
@@ -117,7 +124,7 @@ class Diffusers:
             scale = pipe.vae.config.scaling_factor
             return lambda: pipe.vae.decode(latents / scale).sample.float().cpu()
         size = {"height": row["height"], "width": row["width"]}
-        settings: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": SCALE}
+        settings: dict[str, Any] = {"num_inference_steps": row["steps"], "guidance_scale": SCALE}
         return lambda: pipe(PROMPT, latents=latents.clone(), **settings, **size).images[0]
 
 
@@ -139,50 +146,6 @@ class OpenVINO:
         self.tokenizer = CLIPTokenizer.from_pretrained(str(folder / "diffusers" / "tokenizer"))
         self.scheduler = DDIMScheduler.from_pretrained(str(folder / "diffusers"), subfolder="scheduler")
         self.scale = json.loads((folder / "diffusers" / "vae" / "config.json").read_text())["scaling_factor"]
-        if not (self.folder / "vae.xml").exists():
-            self._convert(folder / "diffusers")
-
-    def _convert(self, folder: Path) -> None:
-        import openvino
-        import torch
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel
-
-        class Call(torch.nn.Module):
-            """A network whose forward is a function of tensors, which the converter can trace."""
-
-            def __init__(self, network: torch.nn.Module, call: Callable):
-                super().__init__()
-                self.network, self.call = network, call
-
-            def forward(self, *given: torch.Tensor) -> torch.Tensor:
-                return self.call(self.network, *given)
-
-        unet = UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet")
-        text = CLIPTextModel.from_pretrained(str(folder), subfolder="text_encoder")
-        width = unet.config.cross_attention_dim
-        calls: dict[str, tuple[Any, Callable, tuple[torch.Tensor, ...]]] = {
-            "unet": (
-                unet,
-                lambda network, x, t, context: network(x, t, context, return_dict=False)[0],
-                (torch.zeros(2, 4, 64, 64), torch.tensor(1), torch.zeros(2, 77, width)),
-            ),
-            "text": (
-                text,
-                lambda network, tokens: network(tokens, return_dict=False)[0],
-                (torch.zeros(2, 77, dtype=torch.int64),),
-            ),
-            "vae": (
-                AutoencoderKL.from_pretrained(str(folder), subfolder="vae"),
-                lambda network, z: network.decode(z, return_dict=False)[0],
-                (torch.zeros(1, 4, 64, 64),),
-            ),
-        }
-        for name in list(calls):  # "vae" last: its file says that all are there
-            network, call, example = calls.pop(name)
-            with torch.no_grad():
-                model = openvino.convert_model(Call(network.eval(), call), example_input=example)
-            openvino.save_model(model, str(self.folder / f"{name}.xml"), compress_to_fp16=True)
 
     def _compiled(self, name: str, *shapes: list[int]) -> Callable[..., np.ndarray]:
         model = self.core.read_model(str(self.folder / f"{name}.xml"))
@@ -210,7 +173,7 @@ class OpenVINO:
 
         def picture() -> Any:
             words, x = encode(), torch.from_numpy(latents)
-            self.scheduler.set_timesteps(STEPS)
+            self.scheduler.set_timesteps(row["steps"])
             for t in self.scheduler.timesteps:
                 cond, uncond = torch.from_numpy(unet(x.repeat(2, 1, 1, 1).numpy(), t.numpy(), words)).chunk(2)
                 x = self.scheduler.step(uncond + SCALE * (cond - uncond), t, x).prev_sample
@@ -226,18 +189,65 @@ class OpenVINO:
         return runs[row["kind"]]
 
 
+def convert_to_openvino(folder: Path) -> None:
+    """Writes diffusers's networks as OpenVINO's files, one network in memory at a time. Done once."""
+    import openvino  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    class Call(torch.nn.Module):
+        """A network whose forward is a function of tensors, which the converter can trace."""
+
+        def __init__(self, network: torch.nn.Module, call: Callable):
+            super().__init__()
+            self.network, self.call = network.eval(), call
+
+        def forward(self, *given: torch.Tensor) -> torch.Tensor:
+            return self.call(self.network, *given)
+
+    def text() -> tuple[Call, tuple[torch.Tensor, ...]]:
+        network = CLIPTextModel.from_pretrained(source, subfolder="text_encoder")
+        call = Call(network, lambda network, tokens: network(tokens, return_dict=False)[0])
+        return call, (torch.zeros(2, 77, dtype=torch.int64),)
+
+    def unet() -> tuple[Call, tuple[torch.Tensor, ...]]:
+        network = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
+        call = Call(network, lambda network, x, t, words: network(x, t, words, return_dict=False)[0])
+        words = torch.zeros(2, 77, network.config.cross_attention_dim)
+        return call, (torch.zeros(2, 4, 64, 64), torch.tensor(1), words)
+
+    def vae() -> tuple[Call, tuple[torch.Tensor, ...]]:
+        network = AutoencoderKL.from_pretrained(source, subfolder="vae")
+        call = Call(network, lambda network, z: network.decode(z, return_dict=False)[0])
+        return call, (torch.zeros(1, 4, 64, 64),)
+
+    source = str(folder / "diffusers")
+    for network in (text, unet, vae):
+        path = folder / "openvino" / f"{network.__name__}.xml"
+        if not path.exists():
+            call, example = network()
+            with torch.no_grad():
+                model = openvino.convert_model(call, example_input=example)
+            del call
+            unfinished = folder / "openvino" / "unfinished"
+            openvino.save_model(model, str(unfinished / path.name), compress_to_fp16=True)
+            for suffix in (".bin", ".xml"):  # .xml last: where it is, all is
+                (unfinished / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
+
+
 class StableDiffusionCpp:
     """Whole pictures only: its parts cannot be called. Its noise is its own, so its picture is another."""
 
     def __init__(self, folder: Path):
-        from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-not-found,unused-ignore]
+        from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
         self.model = StableDiffusion(model_path=str(folder / "model.safetensors"), wtype="f16", verbose=False)
 
     def row(self, row: dict[str, Any]) -> Run | None:
         if row["kind"] != "picture":
             return None
-        settings: dict[str, Any] = {"sample_steps": STEPS, "cfg_scale": SCALE, "seed": SEED}
+        settings: dict[str, Any] = {"sample_steps": row["steps"], "cfg_scale": SCALE, "seed": SEED}
         size = {"height": row["height"], "width": row["width"]}
         return lambda: self.model.generate_image(prompt=PROMPT, sample_method="euler", **settings, **size)[0]
 
@@ -263,10 +273,18 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def own_stdout() -> TextIO:
+    """The one that answers go to. What a library prints must not be taken for one: it goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
 def main() -> None:
     name, folder, device = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    if device == "convert":  # in a process of its own, so that its memory is not counted
+        return convert_to_openvino(folder)
+    answers = own_stdout()
 
     def answer(**facts: Any) -> None:
         print(json.dumps(facts), file=answers, flush=True)
@@ -276,7 +294,8 @@ def main() -> None:
         import torch
 
         torch.set_grad_enabled(False)
-        __import__(CONTENDERS[name])
+        module = importlib.import_module(CONTENDERS[name])
+        getattr(module, ENTRY.get(module.__name__, "__name__"))
     imported = time.perf_counter()
     contender = make(name, folder, device)
     loaded = time.perf_counter()
@@ -286,6 +305,8 @@ def main() -> None:
     for line in sys.stdin:
         row = json.loads(line)
         try:
+            before = memory("VmRSS")
+            forget_peak()
             first = row["name"] not in runs
             if first:
                 runs.clear()  # the last row's compiled networks and arrays go
@@ -294,8 +315,6 @@ def main() -> None:
             if run is None:
                 answer(seconds=None)
                 continue
-            before = memory("VmRSS")
-            forget_peak()
             start = time.perf_counter()
             output = run()
             if device == "cuda":

@@ -3,47 +3,52 @@
 A row is a piece of work: one step of the U-Net, a decoded picture. In each round every contender does it
 once, so that what else the machine is busy with meets all alike; the median of the rounds counts. The numbers
 that come out are held against those of diffusers in float32: a fast wrong answer is no result.
+
+Each contender is a process, so none can take the others with it. What is measured is in `results.json` at
+once: `--resume` goes on where a run stopped, `--render` only writes the report again.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
+import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.contenders import CONTENDERS, STEPS, installed
+from bench.weights import CACHE, context_width, count_flops, make_weights
+from reifusion.files import whole, write_json
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reifusion", "bench")
-REFERENCE = next(iter(CONTENDERS))
+REFERENCE = "diffusers fp32"
+FULL = (REFERENCE, "reifusion fp32")
+HALF = tuple(name for name in CONTENDERS if "bf16" in name)
+BEST = ("diffusers bf16 channels-last", "OpenVINO bf16", "reifusion bf16")
+OURS = ("reifusion bf16",)
+CPP = ("stable-diffusion.cpp f16",)
 
 # glibc gives large blocks back to the system at once and asks for them again in the next layer, page by page.
-# Kept, and in huge pages, they are there at once.
-ALLOCATORS = {
-    "as it is": {},
-    "blocks kept": {
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**40),
-        "THP_MEM_ALLOC_ENABLE": "1",
-    },
+# Kept, and in huge pages, they are there at once. The command line does that for its users.
+AS_IS, KEPT = "as it is", "blocks kept"
+ALLOCATORS: dict[str, dict[str, str]] = {
+    AS_IS: {},
+    KEPT: {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "THP_MEM_ALLOC_ENABLE": "1"},
 }
 
-KEPT = {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor")}  # what compiled contenders compile
 
-
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """A piece of work. kind: text, unet, vae or picture; sizes in pixels."""
 
@@ -52,24 +57,47 @@ class Row:
     width: int = 512
     height: int = 512
     batch: int = 1
+    steps: int = STEPS
+    contenders: tuple[str, ...] = (*FULL, *HALF)
+    warm_up: bool = True  # once, not counted; what takes minutes is warm before it is over
+    patience: float = 45  # seconds of rounds, after which no other begins; one round counts at least
 
-    @property
-    def request(self) -> dict[str, Any]:
-        return self.__dict__
 
-
+STEP, DECODE = "U-Net step with guidance, 512×512", "VAE decode, 512×512"
 ROWS = [
     Row("text encoder, 2 prompts", "text"),
-    Row("U-Net step with guidance, 512×512", "unet"),
-    Row("U-Net step with guidance, 768×512", "unet", 768),
-    Row("U-Net step with guidance, 256×256", "unet", 256, 256),
-    Row("VAE decode, 512×512", "vae"),
-    Row("VAE decode, 1024×1024", "vae", 1024, 1024),
-    Row(f"picture, 512×512, {STEPS} steps", "picture"),
+    Row(STEP, "unet"),
+    Row(DECODE, "vae"),
+    Row("U-Net step with guidance, 256×256", "unet", 256, 256, contenders=(*FULL, *BEST)),
+    Row("U-Net step with guidance, 768×512", "unet", 768, contenders=BEST, patience=20),
+    Row("VAE decode, 1024×1024", "vae", 1024, 1024, contenders=BEST, warm_up=False, patience=0),
+    Row(f"picture, 512×512, {STEPS} steps", "picture", contenders=(*BEST, *CPP), warm_up=False, patience=0),
 ]
-SCALING = [Row(f"U-Net step, {batch} × 512×512", "unet", batch=batch) for batch in (1, 2, 4, 8)]
-SCALING += [Row(f"U-Net step, {side}×{side}", "unet", side, side) for side in (256, 384, 512, 768, 1024)]
-PROCESSES = ["load", "import", "cli"]  # rows that need a fresh process each time
+SCALING = [
+    Row(f"U-Net step, {side}×{side}", "unet", side, side, contenders=OURS, patience=5)
+    for side in (384, 768, 1024)
+]
+SCALING += [
+    Row(f"U-Net step, {batch} times 512×512", "unet", batch=batch, contenders=OURS, patience=5)
+    for batch in (2, 4, 8)
+]
+MEMORY = [
+    Row("memory of a process that decodes 512×512", "vae", contenders=BEST),
+    Row("memory of a process that draws 512×512", "picture", steps=2, contenders=BEST),
+]
+# Who is there together, how memory is kept, what they do. In the order in which it matters.
+PHASES: list[tuple[tuple[str, ...], str, list[Row]]] = [
+    (FULL, KEPT, ROWS),
+    (HALF, KEPT, ROWS + SCALING),
+    (BEST, AS_IS, [row for row in ROWS if row.name in (STEP, DECODE)]),
+    (CPP, KEPT, ROWS),
+]
+LOAD, IMPORT, SHELL = (
+    "load 2 GB of weights",
+    "import, beyond torch itself",
+    f"shell to PNG, the mini, {STEPS} steps",
+)
+PROCESSES = [LOAD, IMPORT, SHELL]  # rows that need a fresh process each time
 
 
 @dataclass
@@ -90,13 +118,19 @@ class Result:
     def median(self) -> float:
         return statistics.median(self.seconds) if self.seconds else float("nan")
 
+    def __str__(self) -> str:
+        figures = f"{self.median:8.3f} s of {len(self.seconds)}" if self.seconds else f"-- {self.note}"
+        error = "" if self.error is None else f"  error {self.error:.1e}"
+        memory = f"  {self.peak:.0f} MB" if self.peak else ""
+        return f"{self.row:40} {self.allocator:12} {self.contender:40} {figures}{error}{memory}"
+
 
 class Worker:
-    """A contender's process."""
+    """A contender's process. Whatever becomes of it, it answers: with figures, or with what went wrong."""
 
-    def __init__(self, name: str, folder: Path, device: str, environment: dict[str, str]):
+    def __init__(self, name: str, folder: Path, device: str, environment: dict[str, str], limit: float = 600):
         command = [sys.executable, "-m", "bench.contenders", name, str(folder), device]
-        self.name = name
+        self.limit = limit  # seconds for an answer
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -104,7 +138,8 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=HERE.parent,
-            env={**os.environ, **KEPT, **environment},
+            # What compiled contenders compile is kept.
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"), **environment},
         )
         self.hello = self._read()
 
@@ -113,61 +148,141 @@ class Worker:
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:
             return {"error": "its process has ended"}
         return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        timer = threading.Timer(self.limit, self.process.kill)
+        timer.start()
         line = self.process.stdout.readline()
+        timer.cancel()
         return json.loads(line) if line else {"error": f"its process ended with {self.process.wait()}"}
 
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
     def close(self) -> None:
-        self.process.communicate()
+        try:
+            self.process.communicate(timeout=20)
+        except (subprocess.TimeoutExpired, OSError):
+            self.process.kill()
+            self.process.wait()
 
 
-def measure(
-    rows: Sequence[Row],
-    names: Sequence[str],
-    folder: Path,
-    rounds: int,
-    device: str,
-    allocator: str,
-    say: Callable[[str], None],
-) -> list[Result]:
-    """All rows, by all contenders in turns."""
-    workers = [Worker(name, folder, device, ALLOCATORS[allocator]) for name in names]
-    width = context_width(folder)
-    results: list[Result] = []
+class Bench:
+    """What is to be measured, and what has been."""
+
+    def __init__(
+        self, folder: Path, out: Path, facts: dict[str, Any], device: str, rounds: int, minutes: float
+    ):
+        self.folder, self.out, self.facts, self.device, self.rounds = folder, out, facts, device, rounds
+        self.end = time.monotonic() + 60 * minutes
+        self.results: dict[tuple[str, str, str], Result] = {}
+
+    def late(self) -> bool:
+        return time.monotonic() > self.end
+
+    def lacks(self, row: str, names: Sequence[str], allocator: str) -> bool:
+        return any((row, name, allocator) not in self.results for name in names)
+
+    def keep(self, *results: Result) -> None:
+        for result in results:
+            self.results[result.row, result.contender, result.allocator] = result
+            print(result, flush=True)
+        write_json(
+            self.out / "results.json", self.facts | {"results": [asdict(r) for r in self.results.values()]}
+        )
+
+    def worker(self, name: str, allocator: str) -> Worker:
+        return Worker(name, self.folder, self.device, ALLOCATORS[allocator])
+
+    def request(self, row: Row) -> dict[str, Any]:
+        return asdict(row) | {"context_width": context_width(self.folder)}
+
+
+def measure(bench: Bench, rows: Sequence[Row], names: Sequence[str], allocator: str) -> None:
+    """The rows, by those who take part in them, in turns. A process lives as long as there is work for it."""
+    workers: dict[str, Worker] = {}
+    todo = [(row, who) for row in rows if (who := [name for name in names if name in row.contenders])]
+    todo = [(row, who) for row, who in todo if bench.lacks(row.name, who, allocator)]
     try:
-        for row in rows:
-            request = {**row.request, "context_width": width}
-            mine = {worker.name: Result(row.name, worker.name, allocator) for worker in workers}
-            exact = None
-            gflop = count_flops(folder, row)
-            for turn in range(rounds + 1):  # the first is to warm up, and for the numbers
-                for worker in workers:
-                    result = mine[worker.name]
-                    if result.note:
-                        continue
-                    answer = worker.do(request)
-                    if answer.get("seconds") is None:
-                        result.note = answer.get("error", "cannot be asked for this")
-                    elif turn == 0:
-                        output = take(answer["output"])
-                        exact = output if worker.name == REFERENCE else exact
-                        result.error, result.gflop = relative_error(output, exact), gflop
-                    else:
-                        result.seconds.append(answer["seconds"])
-                        result.peak = max(result.peak, answer["peak"])
-                        result.added = max(result.added, answer["peak"] - answer["before"])
-            for result in mine.values():
-                say(describe(result))
-            results += mine.values()
+        for i, (row, who) in enumerate(todo):
+            if bench.late():
+                return
+            for name in who:
+                if name not in workers or not workers[name].alive():
+                    workers[name] = bench.worker(name, allocator)
+            bench.keep(*_in_turns(bench, row, {name: workers[name] for name in who}, allocator))
+            needed = {name for _, later in todo[i + 1 :] for name in later}
+            for name in workers.keys() - needed:
+                workers.pop(name).close()
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.close()
-    return results
+
+
+def _in_turns(bench: Bench, row: Row, workers: dict[str, Worker], allocator: str) -> list[Result]:
+    shape = (row.kind, row.width, row.height, row.batch, row.steps)
+    gflop = count_flops(bench.folder, *shape)
+    results = {name: Result(row.name, name, allocator, gflop=gflop) for name in workers}
+    exact, request, start = exact_numbers(bench, row), bench.request(row), 0.0
+    for turn in range(row.warm_up + bench.rounds):
+        if turn == row.warm_up:
+            start = time.monotonic()
+        elif turn > row.warm_up and time.monotonic() - start > row.patience:
+            break
+        for name, result in results.items():
+            if result.note:
+                continue
+            answer = workers[name].do(request)
+            if answer.get("seconds") is None:
+                result.note = answer.get("error", "cannot be asked for this")
+                continue
+            if turn == 0:
+                output = take(answer["output"])
+                result.error = relative_error(output[:1] if row.batch > 1 else output, exact)
+            if turn >= row.warm_up:
+                result.seconds.append(answer["seconds"])
+                result.peak = max(result.peak, answer["peak"])
+                result.added = max(result.added, answer["peak"] - answer["before"])
+    return list(results.values())
+
+
+# The numbers that are right
+
+
+def exact_file(bench: Bench, row: Row) -> Path:
+    name = STEP if row.batch > 1 else row.name  # the first of many pictures is the same as alone
+    return bench.folder / "exact" / (re.sub(r"\W+", "-", name) + ".npy")
+
+
+def exact_numbers(bench: Bench, row: Row) -> np.ndarray | None:
+    path = exact_file(bench, row)
+    if not path.exists():
+        return None
+    return np.load(path)[:1] if row.batch > 1 else np.load(path)
+
+
+def prepare(bench: Bench, rows: Sequence[Row]) -> None:
+    """Has the reference do each row once, and keeps the numbers, for this run and for those to come."""
+    missing = [row for row in rows if row.batch == 1 and not exact_file(bench, row).exists()]
+    if not missing:
+        return
+    print(f"once: exact numbers of {len(missing)} rows", flush=True)
+    worker = bench.worker(REFERENCE, KEPT)
+    for row in missing:
+        if bench.late():
+            break
+        answer = worker.do(bench.request(row))
+        if "output" in answer:
+            output = take(answer["output"])
+            with whole(exact_file(bench, row)) as path, path.open("wb") as file:
+                np.save(file, output)
+        else:
+            print(f"{row.name}: no exact numbers; {REFERENCE}: {answer.get('error')}", flush=True)
+    worker.close()
 
 
 def take(path: str) -> np.ndarray:
@@ -183,382 +298,182 @@ def relative_error(output: np.ndarray, exact: np.ndarray | None) -> float | None
     return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
 
 
-def describe(result: Result) -> str:
-    figures = f"{result.median:8.3f} s" if result.seconds else f"-- {result.note}"
-    error = "" if result.error is None else f"  error {result.error:.1e}"
-    memory = f"  +{result.added:.0f} MB" if result.seconds else ""
-    return f"{result.row:36} {result.allocator:12} {result.contender:40} {figures}{error}{memory}"
-
-
 # Rows that need a fresh process
 
 
-def measure_processes(
-    wanted: Sequence[str], names: Sequence[str], folder: Path, rounds: int, device: str, allocator: str
-) -> list[Result]:
-    environment = {**os.environ, **ALLOCATORS[allocator]}
-    results: dict[tuple[str, str], Result] = {}
+def measure_memory(bench: Bench, row: Row, names: Sequence[str], allocator: str) -> None:
+    """What a process needs from its start to the end of its first picture."""
+    for name in names:
+        if bench.lacks(row.name, [name], allocator) and not bench.late():
+            worker = bench.worker(name, allocator)
+            answer = worker.do(bench.request(row))
+            worker.close()
+            result = Result(row.name, name, allocator, note=answer.get("error", ""))
+            if "output" in answer:
+                take(answer["output"])
+                result.seconds = [answer["seconds"]]
+                result.peak = max(worker.hello["peak"], answer["peak"])
+                result.added = answer["peak"] - answer["before"]
+            bench.keep(result)
 
-    def note(row: str, contender: str, seconds: float, peak: float = 0.0) -> None:
-        result = results.setdefault((row, contender), Result(row, contender, allocator))
-        result.seconds.append(seconds)
-        result.peak = max(result.peak, peak)
 
-    for _ in range(rounds):
-        if "load" in wanted:
-            for name in names:
-                worker = Worker(name, folder, device, ALLOCATORS[allocator])
-                worker.close()
-                if "loaded" in worker.hello:
-                    note("load the weights", name, worker.hello["loaded"], worker.hello["peak"])
-        if "import" in wanted:
-            for module in ("torch", "reifusion", "diffusers"):
-                note(f"import {module}", module, run_python(_IMPORT[module], environment))
-        if "cli" in wanted:
-            for row, seconds in time_cli(environment).items():
-                note(row, "reifusion", seconds)
-    return list(results.values())
+def measure_load(bench: Bench, names: Sequence[str]) -> None:
+    """From the file to networks that are ready to draw."""
+    if not bench.lacks(LOAD, names, AS_IS):
+        return
+    results = {name: Result(LOAD, name, AS_IS) for name in names}
+    for _ in range(min(bench.rounds, 3)):
+        for name, result in results.items():
+            worker = bench.worker(name, AS_IS)
+            worker.close()
+            if "error" in worker.hello:
+                result.note = worker.hello["error"]
+            else:
+                result.seconds.append(worker.hello["loaded"])
+                result.peak = max(result.peak, worker.hello["peak"])
+    bench.keep(*results.values())
 
 
 # A lazy package is imported when what it is for is there; and torch comes first, to be counted apart.
-_TIMED = "import time, torch; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
-_IMPORT = {
-    "torch": "import time; start = time.perf_counter(); import torch; print(time.perf_counter() - start)",
-    "reifusion": _TIMED.format("import reifusion; reifusion.generate"),
-    "diffusers": _TIMED.format("import diffusers; diffusers.StableDiffusionPipeline"),
+_TIMED = "import time; {} start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+_IMPORTS = {
+    "torch": _TIMED.format("", "import torch"),
+    "reifusion": _TIMED.format("import torch;", "import reifusion; reifusion.generate"),
+    "diffusers": _TIMED.format("import torch;", "import diffusers; diffusers.StableDiffusionPipeline"),
 }
 
 
-def run_python(code: str, environment: dict[str, str]) -> float:
-    """The number that it prints last."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    return float(done.stdout.split()[-1])
+def measure_imports(bench: Bench) -> None:
+    names = [name for name in _IMPORTS if importlib.util.find_spec(name)]
+    if not bench.lacks(IMPORT, names, AS_IS):
+        return
+    results = {name: Result(IMPORT, name, AS_IS) for name in names}
+    for _ in range(bench.rounds):
+        for name, result in results.items():
+            done = subprocess.run([sys.executable, "-c", _IMPORTS[name]], capture_output=True, text=True)
+            if done.returncode:
+                result.note = done.stderr.strip().splitlines()[-1]
+            else:
+                result.seconds.append(float(done.stdout.split()[-1]))
+    bench.keep(*results.values())
 
 
-def time_cli(environment: dict[str, str]) -> dict[str, float]:
-    """From the shell to the PNG, with the mini."""
-    start = time.perf_counter()
-    out = CACHE / "cli"
-    command = [sys.executable, "-m", "reifusion", "generate", "a red apple", "--seed", "1"]
-    command += ["--steps", str(STEPS), "--out", str(out), "--quiet"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    seconds = time.perf_counter() - start
-    for file in out.glob("*.png"):
-        file.unlink()
-    return {f"shell to PNG, the mini, {STEPS} steps": seconds}
-
-
-# The weights
-
-
-def make_weights(quick: bool) -> Path:
-    """A folder with random weights, since speed does not ask what for: as one file, and for diffusers."""
-    import torch
-
-    from reifusion.model import model_loader
-    from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-
-    folder = CACHE / ("quick" if quick else "sd-1.5")
-    if (folder / "diffusers" / "model_index.json").exists():
-        return folder
-    config = SD15
-    if quick:
-        config = ModelConfig(
-            name="quick",
-            clip=CLIPConfig(width=64, layers=2, heads=2),
-            vae=VAEConfig(channels=(32, 64, 64, 64), layers=1),
-            unet=UNetConfig(channels=(32, 64, 64, 64), layers=1, heads=2, context_width=64),
-        )
-    with torch.device("meta"):
-        models = model_loader.build(config)
-    generator = torch.Generator().manual_seed(0)
-    for network in models.values():
-        network.to(torch.float16).to_empty(device="cpu").requires_grad_(False)
-        for name, x in network.named_parameters():
-            around = float("norm" in name and name.endswith("weight"))
-            spread = x[0].numel() ** -0.5 if x.ndim > 1 else 0.05
-            x.copy_(around + spread * torch.randn(x.shape, generator=generator))
-    folder.mkdir(parents=True, exist_ok=True)
-    model_loader.save(config, models, folder / "model.safetensors", to="compvis")
-    model_loader.save(config, models, folder / "diffusers", to="diffusers")
-    return folder
-
-
-def context_width(folder: Path) -> int:
-    return json.loads((folder / "diffusers" / "unet" / "config.json").read_text())["cross_attention_dim"]
-
-
-def count_flops(folder: Path, row: Row) -> float:
-    """GFLOP of the plain arithmetic: both halves of guidance in full, every product of every convolution."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from reifusion.model import model_loader
-
-    config = model_loader.info(folder / "model.safetensors").config
-    with torch.device("meta"):
-        models = model_loader.build(config)
-        z = torch.empty(row.batch, 4, row.height // 8, row.width // 8)
-        context = torch.empty(2 * row.batch, 77, config.unet.context_width)
-        calls: dict[str, Callable[[], Any]] = {
-            "text": lambda: models["clip"](torch.zeros(2, 77, dtype=torch.int64)),
-            "unet": lambda: models["diffusion"](
-                z.repeat(2, 1, 1, 1), context, torch.zeros(len(context), dtype=torch.int64)
-            ),
-            "vae": lambda: models["decoder"](z),
-        }
-        counts = {}
-        for name in calls if row.kind == "picture" else [row.kind]:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                calls[name]()
-            counts[name] = counter.get_total_flops() / 1e9
-    return sum(
-        count * (STEPS if name == "unet" and row.kind == "picture" else 1) for name, count in counts.items()
-    )
-
-
-# The machine
-
-
-def measure_limits(device: str) -> dict[str, float]:
-    """What single kernels can do here: the most that anything made of them can hope for."""
-    import torch
-    from torch.nn import functional as F
-
-    half = torch.float16 if device == "cuda" else torch.bfloat16
-    limits = {}
-    with torch.inference_mode():
-        for dtype in (half, torch.float32):
-            short = str(dtype).removeprefix("torch.")
-            x = torch.randn(2048, 1280, dtype=dtype, device=device)
-            weight = torch.randn(5120, 1280, dtype=dtype, device=device)
-            seconds = best(partial(F.linear, x, weight))
-            limits[f"matmul {short}, TFLOP/s"] = 2 * 2048 * 1280 * 5120 / seconds / 1e12
-            z = torch.randn(2, 320, 64, 64, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-            kernel = torch.randn(320, 320, 3, 3, dtype=dtype, device=device)
-            kernel = kernel.to(memory_format=torch.channels_last)
-            seconds = best(partial(F.conv2d, z, kernel, padding=1))
-            limits[f"convolution {short}, TFLOP/s"] = 2 * 2 * 9 * 320 * 320 * 64 * 64 / seconds / 1e12
-        block = torch.zeros(2**28, dtype=torch.uint8, device=device)
-        other = torch.zeros_like(block)
-        limits["bandwidth, GB/s"] = 2 * block.numel() / best(lambda: other.copy_(block)) / 1e9
-    return limits
-
-
-def best(call: Callable[[], Any], times: int = 7) -> float:
-    import torch
-
-    seconds = []
-    for _ in range(times + 1):
+def measure_shell(bench: Bench) -> None:
+    """From the shell to the PNG, with the mini, as a user does it."""
+    if not bench.lacks(SHELL, ["reifusion"], KEPT):
+        return
+    result = Result(SHELL, "reifusion", KEPT)  # the command line sees to that itself
+    out = CACHE / "shell"
+    command = [sys.executable, "-m", "reifusion", "generate", "a red apple", "--seed", "1", "--quiet"]
+    command += ["--steps", str(STEPS), "--out", str(out)]
+    for _ in range(bench.rounds):
         start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            result.note = done.stderr.strip().splitlines()[-1]
+        else:
+            result.seconds.append(time.perf_counter() - start)
+            Path(done.stdout.strip()).unlink()
+    bench.keep(result)
 
 
-def machine(device: str) -> dict[str, Any]:
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    versions = {}
-    for name in ("torch", "diffusers", "openvino", "stable-diffusion-cpp-python"):
-        import importlib.metadata
-
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    abilities = {
-        "AVX-512 BF16": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(),
-        "AMX": getattr(torch.cpu, "_is_amx_tile_supported", bool)(),
-    }
-    accelerator = torch.cuda.get_device_name() if device == "cuda" else "none used"
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "abilities": [name for name, has in abilities.items() if has],
-        "accelerator": accelerator,
-        "python": platform.python_version(),
-        "versions": versions,
-        "load average at start": round(os.getloadavg()[0], 2),
-    }
-
-
-# The report
-
-
-def report(facts: dict[str, Any], results: Sequence[Result], scaling: Sequence[Result]) -> str:
-    about, limits = facts["machine"], facts["limits"]
-    abilities = ", ".join(about["abilities"]) or "no bfloat16 instructions"
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    kernels = ", ".join("{0} {2:.2f}{1}".format(*name.split(","), value) for name, value in limits.items())
-    lines = [
-        "# How fast it is",
-        "",
-        f"`make bench`, {facts['date']}: {about['cpu']}, {about['threads']} threads, {abilities}; "
-        f"accelerator: {about['accelerator']}; {versions}.",
-        f"Medians of {facts['rounds']}, in turns. Load of the machine before: {about['load average at start']}.",
-        *["", "**Only a trial: a small model, and a quarter of each side.**"] * facts["quick"],
-        "",
-        f"What single kernels reach here: {kernels}.",
-        "",
-        "*Share*: the row's plain arithmetic by that time, of the faster of matmul and convolution in the",
-        "contender's dtype; who does less arithmetic for the same numbers may exceed 100 %. *Error*: that of",
-        f"the numbers against {REFERENCE}, relative to their norm. *Peak*: resident memory; *added*: the part",
-        "of it that was not there before.",
-        "",
-    ]
-    lines += [f"Not here: {', '.join(facts['missing'])} (not installed).", ""] * bool(facts["missing"])
-    for row in dict.fromkeys(result.row for result in results):
-        mine = [result for result in results if result.row == row]
-        lines += [f"## {row}", "", "| contender | " + " | ".join(f"s, {a}" for a in facts["allocators"])]
-        lines[-1] += " | × ours | share | error | peak MB | added MB |"
-        lines.append("|---" + "|---:" * (len(facts["allocators"]) + 5) + "|")
-        ours = best_of(mine, "reifusion bf16") or best_of(mine, "reifusion")
-        for name in dict.fromkeys(result.contender for result in mine):
-            its = [result for result in mine if result.contender == name]
-            times = {result.allocator: result.median for result in its if result.seconds}
-            if not times:
-                lines.append(f"| {name} | {its[0].note} |" + " |" * (len(facts["allocators"]) + 4))
-                continue
-            fastest = min(its, key=lambda result: result.median if result.seconds else float("inf"))
-            cells = [f"{times[a]:.3f}" if a in times else "" for a in facts["allocators"]]
-            cells.append(f"{fastest.median / ours:.2f}" if ours else "")
-            speed = fastest.gflop / fastest.median / 1e3
-            cells.append(f"{100 * speed / limit_of(limits, name):.0f} %" if fastest.gflop else "")
-            cells.append("" if fastest.error is None else f"{fastest.error:.1e}")
-            cells += [f"{value:.0f}" if value else "" for value in (fastest.peak, fastest.added)]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
-    if scaling:
-        lines += [
-            "## Scaling, reifusion bf16",
-            "",
-            "| | s | s a picture | added MB |",
-            "|---|---:|---:|---:|",
-        ]
-        for result in scaling:
-            batch = int(result.row.split(" × ")[0].split()[-1]) if " × " in result.row else 1
-            figures = f"{result.median:.3f} | {result.median / batch:.3f} | {result.added:.0f}"
-            lines.append(
-                f"| {result.row} | {figures} |" if result.seconds else f"| {result.row} | {result.note} |||"
-            )
-        lines.append("")
-    lines += ["![The same as bars](speed.png)", ""] * (HERE / "speed.png").exists()
-    return "\n".join(lines)
-
-
-def best_of(results: Sequence[Result], contender: str) -> float | None:
-    return min((r.median for r in results if r.contender == contender and r.seconds), default=None)
-
-
-def limit_of(limits: dict[str, float], contender: str) -> float:
-    """TFLOP/s, of the faster of matmul and convolution in the contender's dtype."""
-    full = contender.split()[1:2] == ["fp32"]
-    return max(value for name, value in limits.items() if "FLOP" in name and ("float32" in name) == full)
-
-
-def plot(results: Sequence[Result], path: Path) -> bool:
-    """Bars, a panel for each row. False where there is no matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = list(dict.fromkeys(result.row for result in results if result.seconds))
-    if not rows:
-        return False
-    figure, axes = pyplot.subplots(
-        len(rows), 1, figsize=(8, 1.9 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for row, ax in zip(rows, axes[:, 0]):
-        times: dict[str, float] = {}
-        for result in results:
-            if result.row == row and result.seconds:
-                times[result.contender] = min(result.median, times.get(result.contender, float("inf")))
-        names = sorted(times, key=times.__getitem__, reverse=True)
-        colours = ["tab:orange" if "reifusion" in name else "tab:gray" for name in names]
-        ax.bar_label(ax.barh(names, [times[name] for name in names], color=colours), fmt="%.3g s", padding=3)
-        ax.set_title(row, loc="left")
-        ax.margins(x=0.15)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    return True
+def plain(name: str) -> str:
+    """U-Net is unet, 512×512 is 512x512."""
+    return name.lower().replace("-", "").replace("×", "x")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--rows", help="only rows whose name has this in it; load, import and cli are rows too"
+        "--rows", default="", help="only rows with one of these in their name, comma-separated"
     )
+    parser.add_argument("--contenders", default="", help="only those whose names begin so, comma-separated")
+    parser.add_argument("--rounds", type=int, default=5, help="at most")
+    parser.add_argument("--minutes", type=float, default=1e6, help="after these, no row begins")
     parser.add_argument(
-        "--contenders", help="only those whose name begins like one of these, comma-separated"
+        "--prepare", action="store_true", help="only what is done once: weights, exact numbers"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--resume", action="store_true", help="only what is not in results.json yet")
+    parser.add_argument("--render", action="store_true", help="only write the report of results.json again")
     parser.add_argument(
         "--quick", action="store_true", help="a small model and small pictures, to try this out"
     )
-    parser.add_argument("--out", type=Path, default=HERE, help="where RESULTS.md, results.json, speed.png go")
-    parser.add_argument(
-        "--allocator", choices=list(ALLOCATORS), help="only with this setting of the allocator"
-    )
+    parser.add_argument("--out", type=Path, help="where RESULTS.md, results.json and speed.svg go")
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error("--rounds is 1 at least")
-    begins = tuple((options.contenders or "").split(","))
-    chosen = [name for name in CONTENDERS if name.startswith(begins)]
+    chosen = [name for name in CONTENDERS if name.startswith(tuple(options.contenders.split(",")))]
     if not chosen:
         parser.error(f"no contender's name begins like that; there are {', '.join(CONTENDERS)}")
-    names = [name for name in chosen if installed(name)]
-    wanted = options.rows or ""
-    rows, scaling = ([row for row in group if wanted in row.name] for group in (ROWS, SCALING))
-    processes = [row for row in PROCESSES if wanted in row]
-    if not (rows or scaling or processes):
-        parser.error(f"no row has {wanted!r} in its name; there are {', '.join(r.name for r in ROWS)}")
-    if options.quick:
-        for row in (*rows, *scaling):
-            row.width, row.height = row.width // 4, row.height // 4
+    all_rows = [*(row.name for row in (*ROWS, *SCALING, *MEMORY)), *PROCESSES]
+    parts = [part.strip() for part in plain(options.rows).split(",")]
+    wanted = [row for row in all_rows if any(part in plain(row) for part in parts)]
+    if not wanted:
+        parser.error(f"no row has {options.rows!r} in its name; there are {'; '.join(all_rows)}")
+    out = options.out or (CACHE / "quick" if options.quick else HERE)
+    from bench import report
+
+    if options.render:
+        if not (out / "results.json").exists():
+            parser.error(f"there is no results.json in {out} yet")
+        report.write(out)
+        return 0
 
     import torch
 
+    from bench.limits import machine, measure_limits
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [name for name in chosen if installed(name)]
     folder = make_weights(options.quick)
-    facts: dict[str, Any] = {
+    facts: dict[str, Any] = {"quick": options.quick, "machine": machine(device)}
+    old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    same = all(old.get(name) == fact for name, fact in facts.items())
+    facts |= {
         "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds,
-        "quick": options.quick,
-        "machine": machine(device),
+        "load": round(os.getloadavg()[0], 2),
+        "missing": [name for name in CONTENDERS if not installed(name)],
         "limits": measure_limits(device),
-        "missing": [name for name in chosen if name not in names],
-        "allocators": [options.allocator] if options.allocator else list(ALLOCATORS),
     }
-    results: list[Result] = []
-    scaled: list[Result] = []
-    for allocator in facts["allocators"]:
-        if rows:
-            results += measure(rows, names, folder, options.rounds, device, allocator, print)
-        results += measure_processes(processes, names, folder, options.rounds, device, allocator)
-        if scaling and "reifusion bf16" in names and allocator == facts["allocators"][-1]:
-            scaled = measure(scaling, ["reifusion bf16"], folder, options.rounds, device, allocator, print)
-    options.out.mkdir(parents=True, exist_ok=True)
-    plot(results, options.out / "speed.png")
-    figures = [{**result.__dict__, "median": result.median} for result in (*results, *scaled)]
-    for name, text in (
-        ("results.json", json.dumps(facts | {"results": figures}, indent=1, ensure_ascii=False) + "\n"),
-        ("RESULTS.md", report(facts, results, scaled)),
-    ):
-        temporary = options.out / f".{name}"
-        temporary.write_text(text)
-        temporary.replace(options.out / name)
+    bench = Bench(folder, out, facts, device, options.rounds, options.minutes)
+
+    def smaller(row: Row) -> Row:
+        shrunk = {"width": row.width // 4, "height": row.height // 4} if options.quick else {}
+        return Row(**(vars(row) | shrunk))
+
+    def those(rows: Sequence[Row]) -> list[Row]:
+        return [smaller(row) for row in rows if row.name in wanted]
+
+    if REFERENCE in names:
+        prepare(bench, those([*ROWS, *SCALING]))
+    if "OpenVINO bf16" in names:
+        command = [sys.executable, "-m", "bench.contenders", "OpenVINO bf16", str(folder), "convert"]
+        subprocess.run(command, cwd=HERE.parent, capture_output=True)  # if it fails, the contender says so
+    if options.prepare:
+        return 0
+    if same and (options.resume or len(wanted) < len(all_rows) or len(chosen) < len(CONTENDERS)):
+        for kept in (Result(**result) for result in old["results"]):
+            if options.resume or kept.row not in wanted or kept.contender not in (*names, *_IMPORTS):
+                bench.results[kept.row, kept.contender, kept.allocator] = kept
+    try:
+        for together, allocator, rows in PHASES[:2]:
+            measure(bench, those(rows), [name for name in together if name in names], allocator)
+        for row in those(MEMORY):
+            for allocator, together in ((AS_IS, BEST), (KEPT, OURS)):
+                measure_memory(bench, row, [name for name in together if name in names], allocator)
+        if LOAD in wanted and not bench.late():
+            loaded = ("diffusers bf16", "diffusers bf16 channels-last", *OURS)
+            measure_load(bench, [name for name in loaded if name in names])
+        if IMPORT in wanted and not bench.late():
+            measure_imports(bench)
+        if SHELL in wanted and not bench.late():
+            measure_shell(bench)
+        for together, allocator, rows in PHASES[2:]:
+            measure(bench, those(rows), [name for name in together if name in names], allocator)
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from here", file=sys.stderr)
+    if bench.results:
+        report.write(out)
     return 0
 
 

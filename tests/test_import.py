@@ -23,6 +23,12 @@ def test_importing_is_cheap():
     assert python(f"import sys, reifusion; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
 
 
+def test_loading_a_model_does_not_import_the_compiler():
+    heavy = "torch._dynamo", "torch._inductor", "sympy"
+    code = "import sys, reifusion; reifusion.load()"
+    assert python(f"{code}; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
+
+
 def test_the_command_line_does_not_import_torch_to_print_help():
     code = "import sys; from reifusion.cli import main; main(['generate', '--help'])"
     code += "; assert 'torch' not in sys.modules"

@@ -1,9 +1,21 @@
 // softmax(Q Kᵀ / √d) V in bfloat16 for CPUs with AVX-512 BF16, without ever storing the L × S weights.
 //
-// PyTorch's kernel multiplies small blocks through a general library; here one row block stays in registers
-// from the first product to the last. The running maximum and sum are Algorithm 3 of Milakov & Gimelshein 2018,
-// the walk over blocks of keys is Algorithm 1 of Dao et al. 2022. Sums and exponentials are float32, and the
-// weights are rounded to bfloat16 once, as in PyTorch's kernel. `native.py` compiles this file.
+// What it does, for one head; a test runs these lines and holds the C to them:
+//
+//     top, total, out = torch.full((len(q), 1), -1e30), 0, 0
+//     for k, v in zip(keys.split(256), values.split(256)):
+//         scores = q @ k.T / q.shape[1] ** 0.5
+//         before, top = top, torch.maximum(top, scores.amax(1, keepdim=True))
+//         shrink, weights = torch.exp(before - top), torch.exp(scores - top)
+//         total = total * shrink + weights.sum(1, keepdim=True)
+//         out = out * shrink + weights @ v
+//     out = out / total
+//
+// PyTorch's kernel does so too, but multiplies small blocks through a general library; here six queries at a
+// time stay in registers from the first product to the last. The running maximum and sum are Algorithm 3 of
+// Milakov & Gimelshein 2018, the walk over blocks of keys is Algorithm 1 of Dao et al. 2022. Sums and
+// exponentials are float32, and the weights are rounded to bfloat16 once, as in PyTorch's kernel. The rest is
+// bringing numbers into the order in which the processor wants them. `native.py` compiles this file.
 
 #include <immintrin.h>
 #include <math.h>

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .encoder import ResidualBlock
 
-BAND = 2**23  # bytes, about: small beside a map, large beside the overhead of a call
+BAND = 2**22  # bytes, about: small beside a map, large beside the overhead of a call
 
 
 def suits(network: nn.Module, x: Tensor, pixels: int) -> bool:

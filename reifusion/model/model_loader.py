@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..files import whole
 from .clip import CLIP, END, Tokenizer
@@ -236,9 +237,18 @@ def _networks(checkpoint: _Checkpoint) -> dict[str, nn.Module]:
     return models
 
 
+class _Unfilled(TorchFunctionMode):
+    """Nothing is drawn for parameters without memory; on "meta", PyTorch would import its compiler for it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
+        return None
+
+
 def build(config: ModelConfig) -> dict[str, nn.Module]:
     """The networks of a config, on PyTorch's "meta" device: shapes without memory."""
-    with torch.device("meta"):
+    with _Unfilled(), torch.device("meta"):
         return {
             "clip": CLIP(config.clip),
             "encoder": Encoder(config.vae),

@@ -57,7 +57,7 @@ class TensorFile:
         self._get = self._reopen()
 
     def read(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-        """One tensor, converted."""
+        """One tensor, converted; a convolution's weights with their channels last in memory."""
         # The file is mapped into memory. All that was read of it counts as used until the mapping is closed,
         # so it is closed now and then; otherwise a whole checkpoint would be in memory beside the networks.
         if self._get is None or self._mapped > self._size // 32:
@@ -65,7 +65,9 @@ class TensorFile:
             self._get = self._reopen()
         tensor = self._get(name).detach()
         self._mapped += tensor.nbytes
-        return tensor.to(device, dtype or tensor.dtype, copy=True)
+        # At once in the order in which convolutions are fastest, instead of once more afterwards.
+        order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        return tensor.to(device, dtype or tensor.dtype, copy=True, memory_format=order)
 
     def _safetensors(self) -> Callable[[str], Tensor]:
         try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -130,23 +128,85 @@ def test_compiled_attention_leaves_alone_what_it_is_not_made_for():
     assert torch.equal(attention(x, x, x, causal=True), plain)
 
 
-def test_without_a_compiler_pytorchs_attention_does_the_work(tmp_path):
-    """In a process of its own, with a compiler that fails."""
-    broken = tmp_path / "cc"
+@compiled
+def test_the_comment_in_attention_c_says_what_it_does():
+    lines = [line.removeprefix("//     ") for line in native.SOURCE.read_text().splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("top, total, out"))
+    code = "\n".join(lines[start : lines.index("out = out / total") + 1])
+    q, keys, values = (normal(1, 1, length, 40, seed=length).bfloat16() for length in (70, 600, 600))
+    variables: dict[str, Any] = {"torch": torch}
+    variables |= {"q": q[0, 0].float(), "keys": keys[0, 0].float(), "values": values[0, 0].float()}
+    exec(code, variables)
+    exact = softmax_attention(q.double(), keys.double(), values.double())[0]
+    assert error(variables["out"], exact[0, 0]) < 1e-6
+    assert error(flash(q, keys, values)[0, 0], variables["out"]) < 0.005
+
+
+# Where it is not to be, or cannot be: as if this process had not asked for it yet.
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_suits", lambda: True)
+    native._library.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+
+
+def pytorch_does_the_work() -> bool:
+    q, k, v = (normal(1, 2, 8, 16, seed=i).bfloat16() for i in range(3))
+    return torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_without_a_compiler_pytorchs_attention_does_the_work(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CC", raising=False)
+    assert pytorch_does_the_work() and native._library() is None
+
+
+def test_when_compiling_fails_pytorchs_attention_does_the_work_and_nothing_stays(fresh, monkeypatch):
+    broken = fresh / "cc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    code = (
-        "import torch; from reifusion.model.attention import attention\n"
-        "x = torch.randn(1, 2, 8, 16).bfloat16()\n"
-        "want = torch.nn.functional.scaled_dot_product_attention(x, x, x)\n"
-        "print(torch.equal(attention(x, x, x), want))"
-    )
-    environment = {"PATH": "", "CC": str(broken), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.strip() == "True", done.stderr
-    assert list(tmp_path.rglob("*.so")) == []
+    monkeypatch.setenv("CC", str(broken))
+    assert pytorch_does_the_work() and native._library() is None
+    assert list((fresh / "cache").rglob("*.*")) == []
+
+
+def test_without_a_home_pytorchs_attention_does_the_work(fresh, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert pytorch_does_the_work()
+
+
+def test_reifusion_native_0_switches_it_off(fresh, monkeypatch):
+    monkeypatch.setenv("REIFUSION_NATIVE", "0")
+    assert pytorch_does_the_work()
+    assert not (fresh / "cache").exists()
+
+
+@compiled
+def test_it_is_compiled_once_where_only_its_user_can_write(fresh):
+    assert native._library() is not None
+    (library,) = native._cache().iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (library, library.parent)] == [0o700, 0o700]
+    made = library.stat().st_mtime_ns
+    native._library.cache_clear()
+    assert native._library() is not None and library.stat().st_mtime_ns == made
+
+
+@compiled
+def test_what_others_could_have_written_is_not_loaded(fresh):
+    assert native._library() is not None
+    (library,) = native._cache().iterdir()
+    for path in library, library.parent:
+        path.chmod(0o777)
+        native._library.cache_clear()
+        assert pytorch_does_the_work()
+        path.chmod(0o700)
+    native._library.cache_clear()
+    assert native._library() is not None
 
 
 # fast.py
