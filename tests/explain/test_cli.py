@@ -53,8 +53,8 @@ def test_a_prompt_gives_a_folder_with_all_there_is_to_see(run, model):
     for name in ("film-strip", "words", "pixel"):
         with Image.open(folder / f"{name}.png") as picture:
             assert (
-                picture.text["Description"]
-                and picture.text["Comment"] == GUIDE[{"film-strip": "strip"}.get(name, name)]
+                picture.info["Description"]
+                and picture.info["Comment"] == GUIDE[{"film-strip": "strip"}.get(name, name)]
             )
 
     # and once more, beside it; the picture is the one that generate draws
@@ -92,8 +92,8 @@ def test_an_experiment_gives_a_picture_and_says_what_to_look_for(run, model, nam
     guide = GUIDE[name]
     assert guide.split(".")[0] in " ".join(out.split())
     with Image.open(path) as picture:
-        assert picture.text["Comment"] == guide and picture.text["Title"] and picture.text["Description"]
-        assert json.loads(picture.text["reifusion-explain"])
+        assert picture.info["Comment"] == guide and picture.info["Title"] and picture.info["Description"]
+        assert json.loads(picture.info["reifusion-explain"])
 
 
 @pytest.mark.parametrize("by", [["step"], ["layer"], ["head", "--word", "cat"], ["pixel", "--pixel", "3,4"]])

@@ -68,7 +68,7 @@ def test_an_exhibit_carries_its_texts_and_leaves_no_other_file(tmp_path):
         tmp_path / "e.png"
     )
     with Image.open(tmp_path / "e.png") as picture:
-        texts = picture.text
+        texts = picture.info
     assert texts["Title"] == "a title" and texts["Description"] == "what is seen ?"
     assert texts["Comment"] == "what to look for" and json.loads(texts["reifusion-explain"]) == {
         "a": [1, 2.5]

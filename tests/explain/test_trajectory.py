@@ -78,7 +78,7 @@ def test_of_many_steps_a_few_are_decoded_the_first_and_the_last_among_them(pipe)
 def test_the_animation_has_a_frame_for_each_step_and_rests_at_the_end(trajectory, tmp_path, suffix):
     trajectory.animate(tmp_path / f"a.{suffix}")
     with Image.open(tmp_path / f"a.{suffix}") as film:
-        assert film.n_frames == 4
+        assert getattr(film, "n_frames", 1) == 4
         durations = []
         for frame in range(4):
             film.seek(frame)

@@ -184,7 +184,7 @@ def test_every_view_says_what_it_shows(attention):
 class Planted(UNet):
     """The left half looks at token 1, the right half at token 2; a place looks at its mirror image."""
 
-    def forward(self, latents: Tensor, context: Any, t: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, context: Any, t: Tensor, guidance: Any = None) -> Tensor:
         words = getattr(context, "context", context).shape[1]
         grids = row_grids(self.config, *latents.shape[-2:])
         for name, layer in self.named_modules():
