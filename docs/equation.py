@@ -1,4 +1,4 @@
-"""The equation behind a line: `python -m docs.equation model/ddpm.py:262` (or `make equation LINE=…`).
+"""The equation behind a line: `python -m docs.equation model/ddpm.py:265` (or `make equation LINE=…`).
 
 Prints the one whose comment stands nearest above the line: where it is from, in the book's LaTeX, where it is
 computed, and how far that line is from NumPy. A name, as `forward`, finds it too.
@@ -66,7 +66,7 @@ def error(equation: Equation) -> tuple[float, float]:
 def main(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1:
-            raise NotFound("say a line, as in: python -m docs.equation model/ddpm.py:262")
+            raise NotFound("say a line, as in: python -m docs.equation model/ddpm.py:265")
         equation = find(arguments[0], equations())
     except NotFound as wrong:
         print(wrong, file=sys.stderr)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from reifusion.files import write_text
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = ROOT / "docs" / "book"
@@ -126,9 +127,10 @@ def write_readme(path: Path = ROOT / "README.md") -> None:
     _, _, after = after.partition("\n\n")
     if not after:
         raise ValueError(f"{path.name} has no table of equations with text below it")
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(f"{before}{head}{''.join(rows)}\n{after}", encoding="utf-8")
-    os.replace(temporary, path)
+    text = f"{before}{head}{''.join(rows)}\n{after}"
+    step = known["reverse-step"]  # the line that `make equation` is shown with
+    text = re.sub(r"LINE=model/ddpm\.py:\d+", f"LINE=model/ddpm.py:{step.mark}", text)
+    write_text(path, text)
 
 
 def main() -> int:
