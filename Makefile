@@ -18,10 +18,10 @@ run: .venv/ready
 	@.venv/bin/reifusion generate "$(PROMPT)"
 
 explain: .venv/ready-explain
-	@.venv/bin/reifusion explain words "$(PROMPT)" --seed $(SEED) --cfg 4
+	@.venv/bin/reifusion explain words "$(PROMPT)" --seed $(SEED)
 
 bug: .venv/ready-explain
-	@.venv/bin/reifusion explain bugs "$(PROMPT)" --only $(BUG) --seed $(SEED) --cfg 4
+	@.venv/bin/reifusion explain bugs "$(PROMPT)" --only $(BUG) --seed $(SEED)
 
 equation: .venv/ready
 	@.venv/bin/python -m docs.equation $(LINE)
