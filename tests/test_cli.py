@@ -392,6 +392,7 @@ def start(*arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what `&` has switched off
         env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},  # installed or not
     )
 

@@ -66,9 +66,11 @@ def test_flags_of_the_readme_exist():
 )
 def test_what_the_readme_says_to_run_first_does_what_it_says(target, printed, tmp_path):
     (line,) = re.findall(rf"^make {target}\b.*?(?=#|$)", README, re.M)
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     plan = subprocess.run(
-        ["make", "--dry-run", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+        ["make", "--dry-run", *shlex.split(line)[1:]],
+        cwd=ROOT, env=alone, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     command = shlex.split(plan.stdout.splitlines()[-1])  # before it comes what is installed, once
     assert command[0] in (".venv/bin/reifusion", ".venv/bin/python")
     start = [sys.executable, "-m", "reifusion"] if command[0].endswith("reifusion") else [sys.executable]
