@@ -1,7 +1,7 @@
 """How good is a model? It draws 500 prompts, and a judge and the pixels say what came out right.
 
 `python -m bench.quality` prints the table and writes bench/quality.json and, as evidence, sheets of what was
-drawn into bench/quality/. Every test is put to real pictures of the same prompts too, sent through the model's
+drawn into bench/quality-sheets/. Every test is put to real pictures of the same prompts too, sent through the model's
 own VAE: what they reach is the most that a model can reach here.
 """
 
@@ -448,7 +448,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        report = evaluate(pipe, settings, given.prompts, out and out / "quality")
+        report = evaluate(pipe, settings, given.prompts, out and out / "quality-sheets")
         print(table([Figure.read(row) for row in report["figures"]]))
         if out is not None:
             save_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", out / "quality.json")

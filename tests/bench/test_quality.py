@@ -541,7 +541,7 @@ def test_a_report_is_whole_and_drawn_once(
     assert all(figure.real in (None, figure.value) for figure in read)
     assert figures["too near to a training picture"].value == 1.0  # its pictures are copies
     assert quality.table(read) in capsys.readouterr().out
-    sheets = {path.stem for path in (tmp_path / "out" / "quality").glob("*.png")}
+    sheets = {path.stem for path in (tmp_path / "out" / "quality-sheets").glob("*.png")}
     assert sheets == {kind.replace(" ", "-") for kind in COUNTS} | {"nearest"}
     assert not list(tmp_path.rglob(".*"))
 
