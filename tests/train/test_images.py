@@ -457,7 +457,7 @@ def test_squares_are_squares_of_the_picture(width: int, height: int, size: int, 
     red, green = ((pixels + 1) * 127.5)[:, :2].unbind(1)  # (3, size, size): where each pixel comes from
     side = torch.stack([red[:, 0, -1] - red[:, 0, 0], green[:, -1, 0] - green[:, 0, 0]])  # nearly its side
     assert red.max() <= width - 1 and green.max() <= height - 1
-    assert (side[0] - side[1]).abs().max() <= 3
+    assert (side[0] - side[1]).abs().max() <= 4  # of so few pixels, each rounded
     if min(width, height) >= size:
         assert (side >= size - 1 - 3).all() and (side <= min(width, height)).all()
 
