@@ -30,10 +30,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from reifusion.model.pipeline import StableDiffusion, load
-from reifusion.train.data import Picture, default_cache, held_out_pictures, pictures, prepared_path
+from reifusion.train.data import STYLES, Picture, default_cache, held_out_pictures, pictures, prepared_path
 from reifusion.train.loop import LoopConfig, Part, train
 from reifusion.train.scenes import SceneConfig, Sprites, can_be_dyed, compose
 
+from . import others
 from .pixels import crop, on_white
 
 
@@ -226,13 +227,16 @@ def get_judge(recipe: Recipe = Recipe(), cache_dir: Path | None = None) -> Judge
     cannot be had.
     """
     cache = cache_dir or default_cache()
-    made_of = json.dumps([asdict(recipe), prepared_path(cache).name])
+    made_of = json.dumps([asdict(recipe), prepared_path(cache).name, others.PACKAGES])
     id = hashlib.sha256(made_of.encode()).hexdigest()[:8]
     path = cache.parent / f"judge-{id}.safetensors"
     if not path.exists():
         print(f"training the judge, once; it will be kept in {path}", file=sys.stderr)
         folder = path.with_suffix("")
-        save_judge(train_judge(*all_pictures(cache_dir), load("mini"), recipe, folder, id), path)
+        pixels, records = all_pictures(cache_dir)
+        more = others.other_pictures([picture.subject for picture in records], cache_dir)
+        pixels, records = np.concatenate([pixels, more[0]]), records + more[1]
+        save_judge(train_judge(pixels, records, load("mini"), recipe, folder, id), path)
         shutil.rmtree(folder)
     return load_judge(path, recipe)
 
@@ -275,10 +279,11 @@ def train_judge(
 
 
 def _one_of_each(records: list[Picture]) -> Tensor:
-    """(N,) bool: one picture of every subject that has several, in a style that its name decides."""
+    """(N,) bool: of every subject that has several drawings in the mini's styles, one that its name decides."""
     of: dict[str, list[int]] = {}
     for i, picture in enumerate(records):
-        of.setdefault(picture.subject, []).append(i)
+        if picture.style in STYLES:
+            of.setdefault(picture.subject, []).append(i)
     chosen = torch.zeros(len(records), dtype=torch.bool)
     for subject, places in of.items():
         if len(places) > 1:
@@ -299,7 +304,9 @@ def _bank(
     folder.mkdir(parents=True, exist_ok=True)
     rows, whole = [], []
     for i, picture in enumerate(tqdm(records, desc="composing", unit="picture", mininterval=10)):
-        one, dyed = Sprites(pixels[i : i + 1], [picture]), 0.3 * can_be_dyed(picture)
+        # `compose` knows the mini's styles only; the caption, where one would be read, is not looked at.
+        one = Sprites(pixels[i : i + 1], [replace(picture, style="3d")])
+        dyed = 0.3 * can_be_dyed(picture)
         shares = {"plain": 0.55 - dyed, "background": 0.25, "dyed": dyed, "placed": 0.2, "two": 0.0}
         config = SceneConfig(**shares, combine=0.1, name_style=1, mirror=0.3)
         images = [compose(np.random.default_rng([4, i, k]), one, config).image for k in range(recipe.scenes)]

@@ -65,7 +65,7 @@ def _scenes(kind: str, number: int, sprites: Sprites) -> Iterator[Scene]:
     drawn_as = {"background": "background", "left or right": "placed", "small": "placed", "two": "two"}
     shares = {name: float(name == drawn_as.get(kind, "plain")) for name in KINDS}
     styled = float(kind.startswith("style"))
-    config = SceneConfig(**shares, combine=0, name_style=styled, prefer_3d=1, mirror=0, synonym=0)
+    config = SceneConfig(**shares, combine=0, name_style=styled, prefer_3d=1, mirror=0, synonym=0, aside=0)
     for i in range(3_000):
         rng = np.random.default_rng([2026, number, i])
         if kind.startswith("dye"):

@@ -18,6 +18,7 @@ def drawing(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in _DTYPES
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")  # which knows the plain forms only
         and not torch.compiler.is_compiling()
     )
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ def default_cache() -> Path:
 # ---- npm --------------------------------------------------------------------------------------------------
 
 
-def fetch(cache_dir: Path) -> dict[str, Path]:
+def fetch(cache_dir: Path, packages: dict[str, str] = PACKAGES) -> dict[str, Path]:
     """Downloads what is missing; returns package@version -> its archive, each of exactly the pinned bytes."""
     archives = {}
-    for package, sha256 in PACKAGES.items():
+    for package, sha256 in packages.items():
         archive = cache_dir / "packages" / f"{package.strip('@').replace('/', '-')}.tgz"
         if not archive.exists():
             archive.parent.mkdir(parents=True, exist_ok=True)
@@ -141,11 +141,9 @@ def choose(emojibase: list[dict[str, Any]], subgroups: dict[str, str]) -> Iterat
         )
 
 
-def _svg(icons: dict[str, Any], name: str) -> str | None:
+def _svg(icons: dict[str, Any], name: str) -> str:
     """One icon of an Iconify set as an SVG document."""
-    icon = icons["icons"].get(name)
-    if icon is None:
-        return None
+    icon = icons["icons"][name]
     left, top, width, height = (
         icon.get(key, icons.get(key, default))
         for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
@@ -154,6 +152,45 @@ def _svg(icons: dict[str, Any], name: str) -> str | None:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
     )
+
+
+def drawings(archive: Path, named: Path | None = None) -> Callable[[str], Image.Image | None]:
+    """code -> its drawing in a package, if it has one; a set may be `named` by that of another style."""
+    files = _read(archive, "assets/", "icons.json")
+    if "icons.json" not in files:
+
+        def render(code: str) -> Image.Image | None:
+            data = files.get(f"assets/{code}.webp")
+            return None if data is None else Image.open(io.BytesIO(data))
+
+        return render
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise DataError("drawing the training pictures needs the package resvg-py") from error
+    icons = json.loads(files["icons.json"])
+    names = json.loads(_read(named or archive, "chars.json")["chars.json"])
+
+    def vector(code: str) -> Image.Image | None:
+        name = names.get(code)
+        if name not in icons["icons"]:
+            return None
+        png = resvg_py.svg_to_bytes(svg_string=_svg(icons, name), width=256, skip_system_fonts=True)
+        return Image.open(io.BytesIO(bytes(png)))
+
+    return vector
+
+
+def styles(archives: dict[str, Path]) -> dict[str, Callable[[str], Image.Image | None]]:
+    """Style -> the drawings of its package."""
+    named = {"glossy": archives[FLAT]}  # the same drawings under the same names
+    return {style: drawings(archives[package], named.get(style)) for style, (package, _) in STYLES.items()}
+
+
+def spellings(code: str) -> tuple[str, ...]:
+    """The ways to write an emoji's code, of which no two sets use the same."""
+    code = code.lower()
+    return code, code.replace("-fe0f", ""), f"{code}-fe0f"
 
 
 def to_sprite(image: Image.Image) -> np.ndarray:
@@ -183,38 +220,17 @@ def prepare(cache_dir: Path) -> Path:
     path = prepared_path(cache_dir)
     if path.exists():
         return path
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise DataError("drawing the training pictures needs the package resvg-py") from error
     archives = fetch(cache_dir)
     base = _read(archives[EMOJIBASE], "en/data.json", "meta/groups.json")
-    renders = _read(archives[EMOJI_3D], "assets/")
-    sets = {
-        style: _read(archives[STYLES[style][0]], "icons.json", "chars.json")
-        for style in ("cartoon", "flat", "glossy")
-    }
-    icons = {style: json.loads(files["icons.json"]) for style, files in sets.items()}
-    names = {style: json.loads(sets[style]["chars.json"]) for style in ("cartoon", "flat")}
-    names["glossy"] = names["flat"]  # the same drawings under the same names
+    find = styles(archives)
     sprites, pictures = [], []
     subgroups = json.loads(base["meta/groups.json"])["subgroups"]
     for code, subject in choose(json.loads(base["en/data.json"]), subgroups):
-        codes = code.lower(), code.lower().replace("-fe0f", ""), f"{code.lower()}-fe0f"  # no two sets agree
         found: dict[str, np.ndarray] = {}
         for style in STYLES:
-            if style == "3d":
-                data = next(filter(None, (renders.get(f"assets/{c}.webp") for c in codes)), None)
-            else:
-                name = next(filter(None, (names[style].get(c) for c in codes)), "")
-                svg = _svg(icons[style], name)
-                data = (
-                    bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, skip_system_fonts=True))
-                    if svg
-                    else None
-                )
-            if data:
-                found[style] = to_sprite(Image.open(io.BytesIO(data)))
+            drawing = next(filter(None, map(find[style], spellings(code))), None)
+            if drawing is not None:
+                found[style] = to_sprite(drawing)
         if "3d" not in found or len(found) < 3:
             continue  # too new an emoji: a subject should be learnable in every style
         for style, sprite in found.items():

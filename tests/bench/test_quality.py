@@ -454,6 +454,8 @@ def test_a_judge_learns_once_and_then_comes_from_the_cache(
         sprite[top : top + 16, :, :3] = 0  # what tells subjects apart: where the disc has its black belt
     monkeypatch.setattr(judging, "load", lambda name: pipe)
     monkeypatch.setattr(judging, "all_pictures", lambda cache_dir: (drawings, records))
+    others = drawings[::4, :, ::-1], [replace(picture, style="another hand") for picture in records[::4]]
+    monkeypatch.setattr(judging.others, "other_pictures", lambda subjects, cache_dir: others)
     loop = LoopConfig(steps=40, lr=5e-3, warmup=5, decay=0.5, ema=0.9)
     recipe = Recipe(side=32, channels=(16, 16), width=32, joint=16, scenes=4, batch=6, loop=loop)
     judge = judging.get_judge(recipe, tmp_path / "mini")
@@ -461,7 +463,8 @@ def test_a_judge_learns_once_and_then_comes_from_the_cache(
     images = [on_white(sprite) for sprite in drawings]
     right = torch.tensor([judge.subjects.index(picture.subject) for picture in records])
     assert (judge.see(images).subjects.argmax(1) == right).float().mean() > 0.6  # by chance 1 in 6
-    assert sum(of for _, of in judge.unseen.values()) == 6
+    assert sum(of for _, of in judge.unseen.values()) == 6  # no other hand's among them
+    assert set(judge.unseen) <= set(STYLES)
 
     def fail(*_: object) -> Judge:
         raise AssertionError("trained again")

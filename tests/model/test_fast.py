@@ -283,6 +283,20 @@ def test_fast_forms_step_aside_for_a_hook_and_for_gradients():
     assert seen == [conv, linear]
 
 
+@bf16
+@torch.no_grad()
+def test_fast_forms_leave_autocast_its_choice_of_precision():
+    linear, conv = Linear(16, 128), Conv2d(16, 24, 3, padding=1)
+    x = normal(1, 16, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for half in (x, x.bfloat16()):
+            rows = half.flatten(2).mT
+            outputs = linear(rows), geglu(rows, linear), conv(half), upsampled(half, conv, (6, 6))
+            assert [y.dtype for y in outputs] == [torch.bfloat16] * 4
+            plain = F.linear(rows, linear.weight, linear.bias)
+            assert torch.equal(outputs[0], plain)
+
+
 # The U-Net: what does not change during a generation is computed once
 
 

@@ -159,3 +159,16 @@ def test_the_caption_names_the_style_where_the_tags_say_so(sprites: Sprites) -> 
     for i in range(300):
         drawn = compose(np.random.default_rng([2, i]), sprites)
         assert (drawn.tags["style"] in drawn.caption.replace(",", "").split()) == drawn.tags["says_style"]
+
+
+def test_asides_change_the_words_and_never_the_picture(sprites: Sprites) -> None:
+    said = 0
+    for i in range(200):
+        bare, chatty = (
+            compose(np.random.default_rng([8, i]), sprites, SceneConfig(aside=aside)) for aside in (0, 1)
+        )
+        assert np.array_equal(bare.image, chatty.image) and bare.tags == chatty.tags
+        assert not any(word in f"{bare.caption}," for word in (*scenes.DOING, *scenes.PRAISE))
+        assert any(f", {praise}" in chatty.caption for praise in scenes.PRAISE)
+        said += any(f" {doing}" in chatty.caption for doing in scenes.DOING)
+    assert said > 150  # all but the scenes of two
