@@ -29,7 +29,6 @@ COUNTS = {  # kind of prompt -> how many of them
     "small": 30,  # "a small cat"
     "two": 30,  # "a cat next to a tree"
 }
-QUICK = 8  # `--quick` takes one prompt in so many
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from reifusion.model.pipeline import StableDiffusion, load
 from reifusion.model.request import Request
-from reifusion.train.data import DataError, default_cache, held_out_pictures, pictures
+from reifusion.train.data import LOOKS, DataError, default_cache, held_out_pictures, pictures
 from reifusion.train.loop import TrainingError
 from reifusion.train.scenes import Scene, Sprites, sheet
 
@@ -57,8 +57,9 @@ PLACED = ("left or right", "small", "two")
 ROWS = (
     Row("subject, among 20", ("plain", "style"), ("subject",), 0.90),
     Row("subject, in a style held out", ("style held out",), ("subject",), 0.60),
-    Row("style, among the drawings of the subject", ("style",), ("style",), 0.90),
-    Row("style, held out with this subject", ("style held out",), ("style",)),
+    Row("style, among the three looks of the subject", ("style",), ("look",), 0.90),
+    Row("  and among its four drawings", ("style",), ("style",)),
+    Row("style, held out with this subject", ("style held out",), ("look",)),
     Row("background colour", ("background",), ("background",), 0.95),
     Row("  and subject", ("background",), ("background", "subject")),
     Row("dye and subject", ("dye",), ("dye", "subject"), 0.80),
@@ -179,7 +180,9 @@ def verdicts(
             scores = sides[2 * two.index(i) :][:2]
         said = {"subject": all(retrieved(s, r, among) for s, r in zip(scores, right, strict=True))}
         if prompt.kind.startswith("style"):
-            said["style"] = style_name(image, tags["subjects"][0], drawings) == tags["style"]
+            style = style_name(image, tags["subjects"][0], drawings)
+            said["style"] = style == tags["style"]
+            said["look"] = LOOKS[style] == LOOKS[tags["style"]]
         elif prompt.kind.startswith("dye"):
             said["dye"] = pixels.dye_name(image) == tags["colours"][0]
         elif prompt.kind == "background":
@@ -197,8 +200,7 @@ def verdicts(
 def style_name(image: np.ndarray, subject: str, drawings: Sprites) -> str:
     """The style of that of a subject's drawings that the picture is nearest to, mirrored or not.
 
-    3d and glossy drawings often differ by no more than a gloss, which no VAE of this size brings back: there is
-    little in a picture that tells its style, unless one knows the drawing.
+    A network cannot tell: much of what makes a style is in the drawings, and little in a single picture.
     """
     of = drawings.index[subject]
     theirs = thumbnails([on_white(drawings.pixels[place]) for place in of.values()])

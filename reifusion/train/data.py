@@ -45,6 +45,8 @@ STYLES = {
     "flat": (FLAT, "MIT"),
     "glossy": (GLOSSY, "MIT"),
 }
+# Fluent Emoji's 3d renders and its glossy vectors are the same drawings: two words for one look.
+LOOKS = {"3d": "3d", "glossy": "3d", "cartoon": "cartoon", "flat": "flat"}
 
 
 class DataError(RuntimeError):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .data import SIDE, STYLES, Picture, held_out_colour, pictures
+from .data import LOOKS, SIDE, STYLES, Picture, held_out_colour, pictures
 from .subjects import COLOUR_WORDS, NO_DYE, NO_MIRROR, noun_phrase
 
 # Colours as a person names them: all for backgrounds, all but black for dyeing subjects.
@@ -216,7 +216,8 @@ def compose(rng: np.random.Generator, sprites: Sprites, config: SceneConfig = Sc
 
     styles = [s for s in STYLES if all(s in sprites.index[subject] for subject in subjects)]
     says_style = bool(rng.random() < config.name_style)
-    style = _pick(rng, styles)
+    # All looks as often: a style that shares its look with another one comes half as often.
+    style = _pick(rng, [s for s in styles for _ in range(1 if LOOKS[s] == "3d" else 2)])
     if not says_style and rng.random() < config.prefer_3d:
         style = "3d"  # which every subject has
 

@@ -341,6 +341,23 @@ def test_a_style_is_known_by_the_drawing_it_is_nearest_to(style: str, drawings: 
         assert quality.style_name(darker, subject, drawings) == style
 
 
+@pytest.mark.parametrize("asked, shown, right", [
+    ("3d", "3d", (True, True)), ("3d", "glossy", (False, True)), ("glossy", "3d", (False, True)),
+    ("flat", "glossy", (False, False)), ("flat", "cartoon", (False, False)),
+    ("cartoon", "cartoon", (True, True)),
+])  # fmt: skip
+def test_two_words_for_one_look_are_as_right(
+    asked: str, shown: str, right: tuple, planted: Planted, drawings: Sprites
+) -> None:
+    subject = planted.subjects[0]
+    tags = {"kind": "plain", "subjects": [subject], "style": asked}
+    image = on_white(drawings.get(subject, shown))
+    said, _ = quality.verdicts(
+        [image], [Prompt("style", "", 1, scenes.Scene(image, "", tags))], planted, drawings
+    )
+    assert (said[0]["style"], said[0]["look"]) == right
+
+
 def test_copies_are_told_from_new_drawings(trained: Sprites) -> None:
     training = [on_white(trained.pixels[i]) for found in trained.index.values() for i in found.values()]
     names = [subject for subject, found in trained.index.items() for _ in found]
@@ -375,15 +392,17 @@ def test_the_judges_own_figures_are_sums_over_styles(planted: Planted) -> None:
 
 
 def test_a_score_counts_only_what_a_row_needs(prompts: list[Prompt]) -> None:
-    every = {"subject": True, "style": True, "dye": True, "background": True, "place": True}
+    every = {"subject": True, "style": False, "look": True, "dye": True, "background": True, "place": True}
     drawn = [every | {"subject": p.seed % 2 == 0} for p in prompts]
     figures = {f.name: f for f in quality.score(prompts, drawn, [every] * len(prompts))}
     assert figures["subject, among 20"].value == 0.5 and figures["subject, among 20"].of == 12
-    assert (
-        figures["style, among the drawings of the subject"].value == figures["background colour"].value == 1.0
-    )
+    assert figures["style, among the three looks of the subject"].value == 1.0
+    assert figures["  and among its four drawings"].value == 0.0
+    assert figures["background colour"].value == 1.0
     assert figures["left, right, small, two: place and subject"].value == 0.5
-    assert all(figure.real == 1.0 and figure.low < figure.value <= figure.high for figure in figures.values())
+    for name, figure in figures.items():
+        assert figure.real == (0 if name == "  and among its four drawings" else 1)
+        assert figure.low <= figure.value <= figure.high
 
 
 FIGURES = [
