@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from bench import judge as judging
@@ -29,34 +29,17 @@ from reifusion.train import data, scenes
 from reifusion.train.data import STYLES
 from reifusion.train.loop import LoopConfig
 from reifusion.train.scenes import COLOURS, DYES, SceneConfig, Sprites, background_colour, compose
+from tests.sprites import NOUNS, prepared
+from tests.sprites import disc as draw_disc
 
-NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
+disc = partial(draw_disc, eye=True)
 slowly = settings(deadline=None, max_examples=50)  # however busy the machine is
-
-
-def disc(rgb: tuple[int, int, int]) -> np.ndarray:
-    """A disc of one colour with a soft shade and a white eye -> (128, 128, 4) uint8."""
-    y, x = np.mgrid[-1:1:128j, -1:1:128j]
-    sprite = np.zeros((128, 128, 4), np.uint8)
-    sprite[..., :3] = (np.array(rgb) * (0.9 + 0.1 * x[..., None])).astype(np.uint8)
-    sprite[50:60, 50:60, :3] = 255
-    sprite[..., 3] = 255 * (x**2 + y**2 < 0.75)
-    return sprite
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with a prepared file: every noun in every style, each a disc of its own colour."""
-    folder = tmp_path_factory.mktemp("cache")
-    rng = np.random.default_rng(0)
-    common = {"category": "test", "keywords": [], "emoji": "", "licence": "MIT"}
-    pairs = [(noun, style) for noun in NOUNS for style in STYLES]
-    records = [
-        {"subject": noun, "style": style, "synonyms": [f"{noun} two"], **common} for noun, style in pairs
-    ]
-    drawings = np.stack([disc(tuple(rng.integers(40, 220, 3))) for _ in pairs])
-    save_file({"pictures": drawings}, data.prepared_path(folder), metadata={"pictures": json.dumps(records)})
-    return folder
+    return prepared(tmp_path_factory.mktemp("cache"), eye=True, brightest=220)
 
 
 @pytest.fixture(scope="module")

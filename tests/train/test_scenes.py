@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from reifusion.train import data, scenes
 from reifusion.train.data import STYLES
 from reifusion.train.scenes import COLOURS, DYES, KINDS, POSITIONS, Scene, SceneConfig, Sprites, compose
+from tests.sprites import NOUNS, disc, prepared
 
-NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
 ONLY = {kind: SceneConfig(**{k: float(k == kind) for k in KINDS}, combine=0.0) for kind in KINDS}
-
-
-def disc(rgb: tuple[int, int, int]) -> np.ndarray:
-    """A disc of one colour with a soft shade -> (128, 128, 4) uint8."""
-    y, x = np.mgrid[-1:1:128j, -1:1:128j]
-    sprite = np.zeros((128, 128, 4), np.uint8)
-    sprite[..., :3] = (np.array(rgb) * (0.9 + 0.1 * x[..., None])).astype(np.uint8)
-    sprite[..., 3] = 255 * (x**2 + y**2 < 0.75)
-    return sprite
 
 
 def nearest(lab: np.ndarray, names: list[str]) -> str:
@@ -35,13 +24,7 @@ def nearest(lab: np.ndarray, names: list[str]) -> str:
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
     """From a prepared file that holds every style of every noun, held out or not."""
-    folder = tmp_path_factory.mktemp("cache")
-    rng = np.random.default_rng(0)
-    common = {"category": "test", "keywords": [], "emoji": "", "licence": "MIT"}
-    pairs = [(noun, style) for noun in NOUNS for style in STYLES]
-    pictures = [{"subject": n, "style": s, "synonyms": [f"{n} two"], **common} for n, s in pairs]
-    pixels = np.stack([disc(tuple(rng.integers(40, 255, 3))) for _ in pictures])
-    save_file({"pictures": pixels}, data.prepared_path(folder), metadata={"pictures": json.dumps(pictures)})
+    folder = prepared(tmp_path_factory.mktemp("cache"))
     return Sprites(*data.pictures(folder))
 
 

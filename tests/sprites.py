@@ -1,0 +1,38 @@
+"""Made-up drawings in place of the real ones, so that tests need no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from reifusion.train import data
+from reifusion.train.data import STYLES
+
+NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
+
+
+def disc(rgb: tuple[int, int, int], eye: bool = False) -> np.ndarray:
+    """A disc of one colour with a soft shade, and a white eye if asked for -> (128, 128, 4) uint8."""
+    y, x = np.mgrid[-1:1:128j, -1:1:128j]
+    sprite = np.zeros((128, 128, 4), np.uint8)
+    sprite[..., :3] = (np.array(rgb) * (0.9 + 0.1 * x[..., None])).astype(np.uint8)
+    if eye:
+        sprite[50:60, 50:60, :3] = 255
+    sprite[..., 3] = 255 * (x**2 + y**2 < 0.75)
+    return sprite
+
+
+def prepared(folder: Path, nouns: Sequence[str] = NOUNS, eye: bool = False, brightest: int = 255) -> Path:
+    """Fills the cache in `folder`: every noun in every style, each a disc of its own colour."""
+    rng = np.random.default_rng(0)
+    common = {"category": "test", "keywords": [], "emoji": "", "licence": "MIT"}
+    pairs = [(noun, style) for noun in nouns for style in STYLES]
+    records = [{"subject": n, "style": style, "synonyms": [f"{n} two"], **common} for n, style in pairs]
+    pixels = np.stack([disc(tuple(rng.integers(40, brightest, 3)), eye) for _ in pairs])
+    folder.mkdir(exist_ok=True)
+    save_file({"pictures": pixels}, data.prepared_path(folder), metadata={"pictures": json.dumps(records)})
+    return folder
