@@ -13,15 +13,15 @@ from itertools import islice
 
 import numpy as np
 
-from reifusion.train.data import held_out_colour, held_out_pictures, pictures
+from reifusion.train.data import LOOKS, held_out_colour, held_out_pictures, pictures
 from reifusion.train.scenes import DYES, KINDS, Scene, SceneConfig, Sprites, caption, compose, dye
 
 from .pixels import dye_name, on_white
 
 COUNTS = {  # kind of prompt -> how many of them
-    "plain": 80,  # "a cat"
+    "plain": 100,  # "a cat"
     "style": 100,  # "a flat drawing of a cat": the model was trained on this drawing
-    "style held out": 100,  # … it was trained on cats, and on flat drawings, but never on this one
+    "style held out": 80,  # … it was trained on cats, and on flat drawings, but never on this one
     "background": 50,  # "a cat on a blue background"
     "dye": 40,  # "a purple cat": this colour was trained with this subject
     "dye held out": 40,  # … it was not
@@ -77,6 +77,8 @@ def _scenes(kind: str, number: int, sprites: Sprites) -> Iterator[Scene]:
 
 def _is_of(kind: str, scene: Scene) -> bool:
     tags = scene.tags
+    if kind == "style held out":
+        return LOOKS[tags["style"]] != "3d"  # a glossy drawing's twin in 3d is never held out
     if kind == "background":
         return tags["background"] != "white"  # there are subjects that stand out of no colour
     if kind == "left or right":

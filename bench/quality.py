@@ -454,7 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table([Figure.read(row) for row in report["figures"]]))
         if out is not None:
             save_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", out / "quality.json")
-            print(f"\nwritten: {out / 'quality.json'}, and what was drawn in {out / 'quality'}")
+            print(f"\nwritten: {out / 'quality.json'}, and what was drawn in {out / 'quality-sheets'}")
     except (DataError, TrainingError, FloatingPointError, OSError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 1
