@@ -21,6 +21,7 @@ from bench.judge import all_pictures, fingerprint, get_judge
 from bench.prompts import make_prompts
 from bench.quality import draw, portion, score, verdicts
 from reifusion.files import whole, write_json
+from reifusion.model.model_loader import ModelError
 from reifusion.model.pipeline import StableDiffusion, load
 from reifusion.train.scenes import Sprites
 
@@ -76,8 +77,12 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python -m docs.flow MODEL, the file that the recipe mini-flow makes", file=sys.stderr)
         return 2
-    models = dict(zip(SAMPLERS, (load("mini"), load(sys.argv[1])), strict=True))
-    count = 250
+    try:
+        models = dict(zip(SAMPLERS, (load("mini"), load(sys.argv[1])), strict=True))
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    count = 200
     report = {
         name: {
             "sha256": fingerprint(*pipe.models.values()),
