@@ -62,15 +62,13 @@ def pictures(pipe: StableDiffusion, sampler: str) -> np.ndarray:
 
 
 def table() -> str:
-    """What was measured, as Markdown: a row for each figure, a column for each model and number of steps."""
+    """What was measured, as Markdown: a row for each model and number of steps, a column for each figure."""
     models = json.loads((ASSETS / "flow.json").read_text("utf-8"))["models"]
-    columns = [(name, steps) for name in SAMPLERS for steps in STEPS]
-    lines = [["share that is right, in %", *(f"{name}, {steps} steps" for name, steps in columns)]]
-    lines.append(["---", *["---:"] * len(columns)])
-    for row in ROWS.values():
-        values = [models[name]["steps"][str(steps)][row] for name, steps in columns]
-        lines.append([row, *(f"{100 * value:.0f}" for value in values)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [["right, in %", "steps", *ROWS.values()], ["---", *["---:"] * (1 + len(ROWS))]]
+    for name, model in models.items():
+        for steps, figures in model["steps"].items():
+            rows.append([name, steps, *(f"{100 * figures[column]:.0f}" for column in ROWS.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> int:
