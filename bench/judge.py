@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from reifusion.model.pipeline import StableDiffusion, load
+from reifusion.api import load
+from reifusion.model.pipeline import StableDiffusion
 from reifusion.train.data import STYLES, Picture, default_cache, held_out_pictures, pictures, prepared_path
 from reifusion.train.loop import LoopConfig, Part, train
 from reifusion.train.scenes import SceneConfig, Sprites, can_be_dyed, compose

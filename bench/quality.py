@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reifusion.model.pipeline import StableDiffusion, load
+from reifusion.api import load
+from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
 from reifusion.train.data import LOOKS, DataError, default_cache, held_out_pictures, pictures
 from reifusion.train.loop import TrainingError

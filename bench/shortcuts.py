@@ -27,9 +27,9 @@ from PIL import Image, ImageDraw, ImageFont
 import reifusion
 from reifusion.model.attention import Words
 from reifusion.model.config import SD15, UNetConfig
-from reifusion.model.deepcache import DeepCache
+from reifusion.shortcuts.deepcache import DeepCache
 from reifusion.model.diffusion import UNet
-from reifusion.model.int8 import quantize
+from reifusion.shortcuts.int8 import quantize
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tome import TokenMerging
 

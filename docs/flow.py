@@ -22,7 +22,8 @@ from bench.prompts import make_prompts
 from bench.quality import draw, portion, score, verdicts
 from reifusion.files import whole, write_json
 from reifusion.model.model_loader import ModelError
-from reifusion.model.pipeline import StableDiffusion, load
+from reifusion.api import load
+from reifusion.model.pipeline import StableDiffusion
 from reifusion.train.scenes import Sprites
 
 ASSETS = Path(__file__).parent / "assets"

@@ -63,7 +63,8 @@ def theirs() -> dict[str, Any]:
     import transformers
 
     from reifusion.model import model_loader
-    from reifusion.model.clip import CLIP, Tokenizer
+    from reifusion.model.clip import CLIP
+    from reifusion.model.tokenizer import Tokenizer
     from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
     from reifusion.model.decoder import Decoder
     from reifusion.model.diffusion import UNet

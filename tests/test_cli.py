@@ -19,7 +19,7 @@ from PIL import Image
 import reifusion
 from reifusion import cli
 from reifusion.model import model_loader, pipeline, samplers
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from tests.tiny import networks
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from reifusion import cli
 from reifusion.model import model_loader
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from tests.tiny import networks
 

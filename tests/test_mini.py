@@ -12,7 +12,8 @@ import reifusion
 from docs.figures import sketch
 from reifusion.model.config import MINI
 from reifusion.model.model_loader import MINI_PATH
-from reifusion.model.pipeline import StableDiffusion, to_picture, to_tensor
+from reifusion.model.pictures import to_picture, to_tensor
+from reifusion.model.pipeline import StableDiffusion
 
 
 @cache

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model import attention, clip, ddpm, diffusion, encoder, pipeline, samplers
-from ..model.pipeline import StableDiffusion, to_tensor
+from ..model.pictures import to_tensor
+from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from .figures import Exhibit, picture_grid, plain
 from .guide import GUIDE

@@ -380,7 +380,7 @@ def _load(model: str, request: Request) -> tuple[StableDiffusion, Request]:
     """The model, and the request if it fits."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError('explaining needs matplotlib: pip install "reifusion[explain]"')
-    from ..model.pipeline import load
+    from ..api import load
 
     pipe = load(model)
     return pipe, replace(request, sampler_name=request.sampler(pipe.config))

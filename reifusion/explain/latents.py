@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..model.encoder import scale_latents
-from ..model.pipeline import StableDiffusion, fit, to_tensor
+from ..model.pictures import fit, to_tensor
+from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from .figures import INK, PAPER, Exhibit, heat_picture, picture_grid, signed_picture, typeface
 from .guide import GUIDE, one_line

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from ..model.ddpm import Sampler, randn
-from ..model.pipeline import StableDiffusion, to_tensor
+from ..model.pictures import to_tensor
+from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from .experiments import suiting
 from .figures import GAP, GREY, MARGIN, Exhibit, axes_at, place, resized, sheet, styled, write

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from ..model.clip import END_OF_WORD, Tokenizer, as_bytes, merge_pair, parse_merges
+from ..model.tokenizer import END_OF_WORD, Tokenizer, as_bytes, merge_pair, parse_merges
 from .figures import GREY, INK, MARGIN, PALETTE, RULE, Exhibit, axes_at, plain, sheet, write
 from .guide import GUIDE
 

@@ -1,7 +1,7 @@
-"""Attention: every token looks at every other, or at the words (Vaswani et al. 2017).
+"""Attention: every token looks at every other token, or at the words (Vaswani et al. 2017).
 
-Two forms of the same equation stand side by side. `softmax_attention` is the one to read and
-to record; `attention` calls a fused kernel, PyTorch's or ours, which never stores the L × S weights.
+Two forms of the same equation stand side by side. `softmax_attention` is the one to read and to record;
+`attention` is PyTorch's fused kernel, which never stores the L × S weights.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fast import Linear
-from .native import flash_attention
-
-# The one seam for observers: called with the attention weights (B, heads, L, S) of a layer.
+# Called with the attention weights (B, heads, L, S) of a layer by the layers that have such a hook.
 Hook = Callable[[Tensor], None]
+# The one slot for a faster kernel: takes what `attention` takes and returns the same numbers.
+Kernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -26,7 +25,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])  # (B, h, L, S)
     if causal:  # token i sees tokens 0 … i only
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        # [causal-mask] §3.2.3, Vaswani et al. 2017: what is not to be seen scores -∞
+        # [causal-mask] §3.2.3, Vaswani et al. 2017: a token that must not be seen scores -∞
         scores = scores.masked_fill(future, -math.inf)
     weights = scores.float().softmax(dim=-1).to(v.dtype)  # softmax in float32: bf16 has 8 bits
     return weights @ v, weights
@@ -37,8 +36,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     if q.requires_grad and q.device.type == "cpu":
         # On a CPU the fused kernel's backward is several times slower than the written-out one.
         return softmax_attention(q, k, v, causal)[0]
-    if not causal and (out := flash_attention(q, k, v)) is not None:  # on some CPUs, four times as fast
-        return out
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
@@ -59,15 +56,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.hook: Hook | None = None
-        self.qkv = Linear(width, 3 * width, bias=bias)
-        self.out = Linear(width, width)
+        self.kernel: Kernel = attention
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """x (B, L, width) -> (B, L, width). `causal`: no token sees a later one."""
+        """x (B, L, width) -> (B, L, width). causal: no token sees a later token."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         if self.hook is not None:  # beside the fused path, so that recording changes nothing
             self.hook(softmax_attention(q, k, v, causal)[1])
-        return self.out(merge_heads(attention(q, k, v, causal)))
+        return self.out(merge_heads(self.kernel(q, k, v, causal)))
 
 
 class CrossAttention(nn.Module):
@@ -77,37 +75,16 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.hook: Hook | None = None
-        self.q = Linear(width, width, bias=bias)
-        self.kv = Linear(context_width, 2 * width, bias=bias)
-        self.out = Linear(width, width)
+        self.kernel: Kernel = attention
+        self.q = nn.Linear(width, width, bias=bias)
+        self.kv = nn.Linear(context_width, 2 * width, bias=bias)
+        self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, y: Tensor | Words) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x (B, L, width), y (B, S, context_width) -> (B, L, width)."""
         q = split_heads(self.q(x), self.heads)
-        k, v = y.read_by(self) if isinstance(y, Words) else self.keys_and_values(y)
+        k, v = (split_heads(part, self.heads) for part in self.kv(y).chunk(2, dim=-1))
         if self.hook is not None:
             self.hook(softmax_attention(q, k, v)[1])
         # [multi-head] §3.2.2, Vaswani et al. 2017: MultiHead(Q, K, V) = [h₁; …; hₙ] W
-        return self.out(merge_heads(attention(q, k, v)))
-
-    def keys_and_values(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, context_width) -> twice (B, heads, S, width of a head)"""
-        k, v = self.kv(y).chunk(2, dim=-1)
-        return split_heads(k, self.heads), split_heads(v, self.heads)
-
-
-class Words:
-    """The words of one generation. A layer's keys and values of them stay the same: once will do."""
-
-    def __init__(self, context: Tensor):
-        """context (B, S, context_width)"""
-        self.context = context
-        self._read: dict[CrossAttention, tuple[Tensor, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self.context)
-
-    def read_by(self, layer: CrossAttention) -> tuple[Tensor, Tensor]:
-        if layer not in self._read:
-            self._read[layer] = layer.keys_and_values(self.context)
-        return self._read[layer]
+        return self.out(merge_heads(self.kernel(q, k, v, False)))

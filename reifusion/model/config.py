@@ -1,13 +1,12 @@
-"""Every size and constant of a model, in five frozen dataclasses and nothing else.
+"""Every size and constant of a model, and the settings that suit it, in five frozen dataclasses.
 
-A network is built from its dataclass alone, so SD 1.x and the mini are the same code
-at two sizes. Defaults are Stable Diffusion 1.5; `MINI` is the model that ships here.
+A network is built from its dataclass alone, so SD 1.x and the mini are the same code at two sizes. Defaults
+are Stable Diffusion 1.5; `MINI` is the model that ships here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,15 @@ class UNetConfig:
 
     in_channels: int = 4
     out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one per resolution
-    attention: tuple[bool, ...] = (True, True, True, False)  # transformer blocks at that resolution?
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one per resolution, full size first
+    attention: tuple[int, ...] = (1, 1, 1, 0)  # transformer layers in each block of that resolution
+    middle_attention: int = 1  # transformer layers in the middle
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # attention heads at that resolution; the middle has the last
     layers: int = 2  # residual blocks per resolution on the way down (one more on the way up)
-    heads: int = 8  # attention heads, the same number at every resolution
-    head_width: int | None = None  # SD 2.x fixes the heads' width (64) instead of their number
     context_width: int = 768  # of the text encoder
     groups: int = 32
-    linear_projection: bool = False  # SD 2.x: linear layers around the transformer, not 1×1 convolutions
-    guidance_width: int | None = None  # LCMs: of the waves that tell them how strong guidance is
-
-    def heads_at(self, channels: int) -> int:
-        """The number of attention heads in a transformer block of that width."""
-        return self.heads if self.head_width is None else channels // self.head_width
+    linear_projection: bool = False  # files hold linear layers around the transformer, not 1×1 convolutions
+    guidance_width: int | None = None  # of the waves that tell a distilled U-Net (an LCM) its guidance scale
 
 
 @dataclass(frozen=True)
@@ -65,17 +60,17 @@ class ScheduleConfig:
     """The forward process that the U-Net was trained to undo (Ho et al. 2020, §2).
 
     For "flow", that is the straight line from picture to noise (Liu et al. 2022), and only the number of
-    steps counts: what the U-Net sees as the time is σ in [0, 1], times that number.
+    steps counts: the U-Net is given the time as σ in [0, 1], times that number.
     """
 
     num_training_steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.0120
-    beta_schedule: str = "scaled_linear"  # or "linear"
-    prediction_type: str = "epsilon"  # what the U-Net's output means; or "v_prediction"; "flow", see above
+    beta_schedule: str = "scaled_linear"  # linear in √β, Stable Diffusion's; or "linear", DDPM's
+    prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon", "v_prediction" or "flow"
     zero_terminal_snr: bool = False  # nothing but noise at the last step (Lin et al. 2023), for v_prediction
-    timestep_spacing: str | None = None  # the samplers' own, or "trailing": beginning at the last step
-    original_inference_steps: int = 50  # LCMs: how many timesteps they were distilled on
+    timestep_spacing: str | None = None  # None: each sampler's own; "trailing": begins at the last timestep
+    original_inference_steps: int = 50  # LCMs: the number of timesteps that they were distilled on
 
 
 @dataclass(frozen=True)
@@ -88,19 +83,10 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    # What its pictures are best drawn with. The command line and the studio begin with these.
-    sampler_name: str = "dpmpp_2m_karras"
-    n_inference_steps: int = 25
-    cfg_scale: float = 7.5
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The last three by the names of `reifusion generate`; one sampler fits a flow, and an LCM."""
-        if self.unet.guidance_width is not None:
-            return {"sampler": "lcm", "steps": 4, "cfg": 8.0}  # as Luo et al. 2023 draw with their LCMs
-        flow = self.schedule.prediction_type == "flow"
-        sampler = "flow" if flow else self.sampler_name
-        return {"sampler": sampler, "steps": self.n_inference_steps, "cfg": self.cfg_scale}
+    # Its pictures are best with these settings, so they are used where a request leaves them open.
+    sampler: str = "dpmpp_2m_karras"
+    steps: int = 25
+    cfg: float = 7.5
 
 
 SD15 = ModelConfig()
@@ -113,13 +99,13 @@ MINI = ModelConfig(
     vae=VAEConfig(channels=(32, 64, 128, 128), layers=1, groups=8, scale_factor=1.0),
     unet=UNetConfig(
         channels=(128, 192, 256),
-        attention=(True, True, True),
+        attention=(1, 1, 1),
+        heads=(2, 3, 4),
         layers=1,
-        head_width=64,
         context_width=192,
         linear_projection=True,
     ),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
-    sampler_name="euler_a",
-    cfg_scale=4.0,
+    sampler="euler_a",
+    cfg=4.0,
 )

@@ -5,17 +5,20 @@ Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.1
 of all α up to t, and ε the noise that the network learns to see in xₜ.
 
 `Sampler` holds what all samplers share: the schedule, the choice of timesteps, `add_noise`. `DDPMSampler`
-below it adds the one step that is its own; the other samplers, in `samplers.py`, do the same.
+below it adds its one step; the other samplers, in `samplers.py`, do the same.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .config import ScheduleConfig
 
 Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
 
@@ -35,72 +38,95 @@ def randn(shape: Sequence[int], generator: Generators = None) -> Tensor:
     return torch.stack([torch.randn(image, generator=g, dtype=torch.float32) for g in generators])
 
 
-class Sampler:
-    """The noise schedule, and the methods that every sampler has. Subclasses add `_step`.
+def betas(schedule: ScheduleConfig) -> Tensor:
+    """The variances βₜ of the noise that each training step adds: (num_training_steps,), float64."""
+    start, end, count = schedule.beta_start, schedule.beta_end, schedule.num_training_steps
+    if schedule.beta_schedule == "linear":  # Ho et al. 2020, §4
+        return torch.linspace(start, end, count, dtype=torch.float64)
+    if schedule.beta_schedule == "scaled_linear":
+        # [betas] Rombach et al. 2022's code: linear in √β
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', not {schedule.beta_schedule!r}")
 
-    generator: see `randn`. num_training_steps, beta_start, beta_end and beta_schedule ("scaled_linear",
-    Stable Diffusion's, or "linear", DDPM's) describe the forward process that the network was trained
-    on; with zero_terminal_snr it ends in noise alone. prediction_type says what the network's output means:
-    the noise ("epsilon") or the velocity ("v_prediction"); None is the first of `prediction_types`.
-    timestep_spacing "trailing" begins at the last timestep; None is the sampler's own choice, but for
-    zero_terminal_snr "trailing" too. original_inference_steps counts only for an LCM. These names are
-    `ScheduleConfig`'s, and the defaults Stable Diffusion 1.5's. Raises ValueError for other names, and for
-    zero_terminal_snr with "epsilon".
+
+def leading(n: int, total: int) -> Tensor:
+    """`leading` spacing with an offset of 1, Stable Diffusion's: 1, 1 + N/n, 1 + 2N/n, … reversed.
+
+    N/n is rounded down, so an n that does not divide N starts below N - 1, in the reference too. When n = N
+    the offset would lead to t = N, which was never trained (the reference crashes, CompVis #342): there is
+    no room for it, and the timesteps are N - 1 … 0.
+    """
+    offset = 1 if n < total else 0
+    return torch.arange(n).flip(0) * (total // n) + offset
+
+
+def trailing(n: int, total: int) -> Tensor:
+    """`trailing` spacing (Lin et al. 2023, Table 2): N, N - N/n, N - 2N/n, … rounded, and all less 1."""
+    back = torch.arange(n, dtype=torch.float64) * total / n
+    return (total - back).round().long() - 1
+
+
+SAMPLERS: dict[str, type[Sampler]] = {}  # every sampler, by its name
+
+
+class Sampler:
+    """The noise schedule, and the methods that every sampler has. Subclasses add `name` and `_step`.
+
+    generator: see `randn`. schedule: the forward process that the network was trained on; None for Stable
+    Diffusion 1.5's. fields: fields of `ScheduleConfig` that differ from it, as in `beta_end=0.02`. Raises
+    ValueError for a schedule that does not exist or that the sampler cannot undo.
 
     A new sampler has all num_training_steps timesteps; `set_inference_timesteps` picks fewer.
     Steps are computed in float32, or float64 for float64 latents, and returned in the latents' dtype.
     """
 
-    prediction_types: tuple[str, ...] = ("epsilon", "v_prediction")
-    _least_alpha_bar = 0.0
+    name: ClassVar[str]  # how a request names it; a subclass that has its own is listed in SAMPLERS
+    title: ClassVar[str]  # the name that people know from other programs
+    prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")  # the networks that it fits
+    _least_alpha_bar: ClassVar[float] = 0.0
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            SAMPLERS[cls.name] = cls
 
     def __init__(
-        self,
-        generator: Generators = None,
-        num_training_steps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.0120,
-        *,
-        beta_schedule: str = "scaled_linear",
-        prediction_type: str | None = None,
-        zero_terminal_snr: bool = False,
-        timestep_spacing: str | None = None,
-        original_inference_steps: int = 50,
+        self, generator: Generators = None, schedule: ScheduleConfig | None = None, **fields: Any
     ) -> None:
-        self.prediction_type = self.prediction_types[0] if prediction_type is None else prediction_type
-        if self.prediction_type not in self.prediction_types:
+        schedule = schedule or ScheduleConfig(prediction_type=self.prediction_types[0])
+        schedule = replace(schedule, **fields)
+        if schedule.prediction_type not in self.prediction_types:
             known = " or ".join(map(repr, self.prediction_types))
-            raise ValueError(f"prediction_type must be {known}, not {prediction_type!r}")
-        if timestep_spacing not in (None, "trailing"):
-            raise ValueError(f"timestep_spacing must be 'trailing' or None, not {timestep_spacing!r}")
-        if zero_terminal_snr and self.prediction_type != "v_prediction":
+            raise ValueError(f"prediction_type must be {known}, not {schedule.prediction_type!r}")
+        if schedule.timestep_spacing not in (None, "trailing"):
+            spacing = schedule.timestep_spacing
+            raise ValueError(f"timestep_spacing must be 'trailing' or None, not {spacing!r}")
+        if schedule.zero_terminal_snr and schedule.prediction_type != "v_prediction":
             raise ValueError(
                 "zero_terminal_snr is for prediction_type 'v_prediction': where all is noise, 'epsilon' says "
                 "nothing of the picture, and 'flow' begins there anyway"
             )
-        if beta_schedule == "linear":  # Ho et al. 2020, §4
-            self.betas = torch.linspace(beta_start, beta_end, num_training_steps, dtype=torch.float64)
-        elif beta_schedule == "scaled_linear":
-            # [betas] Rombach et al. 2022's code: linear in √β
-            root = torch.linspace(beta_start**0.5, beta_end**0.5, num_training_steps, dtype=torch.float64)
-            self.betas = root**2
-        else:
-            raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', not {beta_schedule!r}")
+        self.generator = generator
+        self.schedule = schedule
+        self.betas = betas(schedule)
         self.alphas = 1.0 - self.betas
         # [alphas-cumprod] §2, Ho et al. 2020: ᾱₜ = α₀ α₁ … αₜ, from almost 1 to almost 0
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        if zero_terminal_snr:
+        if schedule.zero_terminal_snr:
             # [zero-snr] Algorithm 1, Lin et al. 2023: √ᾱₜ ← (√ᾱₜ - √ᾱ_T) √ᾱ₁ / (√ᾱ₁ - √ᾱ_T), as it was at 1
             root = self.alphas_cumprod.sqrt()
             self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
             self.alphas[1:] = self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]
             self.betas = 1.0 - self.alphas
             self.alphas_cumprod.clamp_(min=self._least_alpha_bar)
-        self.generator = generator
-        self.original_inference_steps = original_inference_steps
-        self.num_training_steps = num_training_steps
-        self._trailing = zero_terminal_snr or timestep_spacing == "trailing"
-        self.set_inference_timesteps(num_training_steps)
+        self.set_inference_timesteps(schedule.num_training_steps)
+
+    @property
+    def num_training_steps(self) -> int:
+        return self.schedule.num_training_steps
+
+    @property
+    def prediction_type(self) -> str:
+        return self.schedule.prediction_type
 
     # Which timesteps
 
@@ -113,8 +139,7 @@ class Sampler:
         if not 1 <= n <= self.num_training_steps:
             raise ValueError(f"the number of steps must be between 1 and {self.num_training_steps}, not {n}")
         self.num_inference_steps = n
-        self._schedule = self._spaced(n)
-        self._start(self._schedule)
+        self._begin(self._spaced(n))
 
     def set_strength(self, strength: float) -> None:
         """For image-to-image: keeps only the last strength·n of the n steps, rounded down, but at least one.
@@ -125,40 +150,35 @@ class Sampler:
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
         keep = max(1, int(self.num_inference_steps * strength))
-        self._start(self._schedule[-keep:])
+        self._begin(self._spaced(self.num_inference_steps)[-keep:])
 
     def _spaced(self, n: int) -> Tensor:
-        """`leading` spacing with an offset of 1, Stable Diffusion's: 1, 1 + N/n, 1 + 2N/n, … reversed.
+        """n timesteps, noisiest first, as this sampler spreads them."""
+        schedule = self.schedule
+        if schedule.zero_terminal_snr or schedule.timestep_spacing == "trailing":
+            return trailing(n, schedule.num_training_steps)
+        return leading(n, schedule.num_training_steps)
 
-        N/n is rounded down, so an n that does not divide N starts below N - 1, in the reference too. When
-        n = N the offset would lead to t = N, which was never trained (the reference crashes, CompVis #342):
-        there is no room for it, and the timesteps are N - 1 … 0.
-        """
-        if self._trailing:
-            return self._trailed(n)
-        offset = 1 if n < self.num_training_steps else 0
-        return torch.arange(n).flip(0) * (self.num_training_steps // n) + offset
-
-    def _trailed(self, n: int) -> Tensor:
-        """`trailing` spacing (Lin et al. 2023, Table 2): N, N - N/n, N - 2N/n, … rounded, and all less 1."""
-        back = torch.arange(n, dtype=torch.float64) * self.num_training_steps / n
-        return (self.num_training_steps - back).round().long() - 1
-
-    def _start(self, timesteps: Tensor) -> None:
+    def _begin(self, timesteps: Tensor) -> None:
         """Begins anew with these timesteps. Samplers that remember earlier steps forget them here."""
         self.timesteps = timesteps
-        self._due = 0  # the index into self.timesteps of the step that comes next
+        self._next = 0  # the index of the step that comes next
 
     def _index(self, t: float | Tensor) -> int:
-        """Where t stands in `timesteps`. Some samplers visit a timestep twice: then the visit that is due."""
+        """The index of t in `timesteps`; where a sampler visits t twice, that of the visit that comes next."""
         t = float(t)
         at = (self.timesteps - t).abs() <= 1e-6 * t  # not ==, as a fraction may have been through float32
-        if self._due < len(at) and at[self._due]:
-            return self._due
+        if self._next < len(at) and at[self._next]:
+            return self._next
         found = at.nonzero()
         if len(found) == 0:
             raise ValueError(f"timestep {t:g} is not one of this sampler's .timesteps")
         return int(found[0])
+
+    @property
+    def next_timestep(self) -> Tensor | None:
+        """The timestep of the step that comes next, shape (); None after the last step."""
+        return self.timesteps[self._next] if self._next < len(self.timesteps) else None
 
     # The forward process
 
@@ -177,20 +197,25 @@ class Sampler:
         Returns a new tensor of x0's shape and dtype.
         """
         noise = randn(x0.shape, self.generator) if noise is None else noise
-        x, eps = _exact(x0), noise.to(x0.device)
+        x, eps = exact(x0), noise.to(x0.device)
         signal, sigma = self._signal_and_noise(t, x)
         # [forward] Eq. 4, Ho et al. 2020: q(xₜ | x₀) = N(xₜ; √ᾱₜ x₀, (1 - ᾱₜ) I)
         return (signal * x + sigma * eps).to(x0.dtype)
 
+    def sigma(self, t: float | Tensor) -> float:
+        """σ = √(1 - ᾱₜ) / √ᾱₜ: the noise at timestep t beside one part of signal; ∞ where all is noise."""
+        signal, noise = self._signal_and_noise(t, torch.zeros(1, dtype=torch.float64))
+        return (noise / signal).item()
+
     def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
-        """What a v_prediction network is trained to output, for the arguments of `add_noise`."""
-        x, eps = _exact(x0), noise.to(x0.device)
+        """The target of a v_prediction network, for the arguments of `add_noise`."""
+        x, eps = exact(x0), noise.to(x0.device)
         signal, sigma = self._signal_and_noise(t, x)
         # [velocity] §4, Salimans & Ho 2022: v = αₜ ε - σₜ x₀, with αₜ = √ᾱₜ and σₜ = √(1 - ᾱₜ)
         return (signal * eps - sigma * x).to(x0.dtype)
 
     def target(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
-        """What the network is trained to output, for the arguments of `add_noise`: noise or velocity."""
+        """The output that the network is trained for, by the arguments of `add_noise`: noise or velocity."""
         if self.prediction_type == "epsilon":
             return noise.to(x0.device, x0.dtype)
         return self.velocity(x0, t, noise)
@@ -199,20 +224,19 @@ class Sampler:
 
     @property
     def init_noise_sigma(self) -> float:
-        """What to multiply standard normal noise by, to start from."""
+        """The factor by which standard normal noise is multiplied to begin with."""
         return 1.0
 
     def scale_model_input(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """The latents as the network wants to see them at timestep t: of variance 1."""
+        """The latents as the network was trained to see them at timestep t: of variance 1."""
         return x
 
     def predict(self, t: float | Tensor, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
         """(x₀, ε): the clean latents and the noise that, by the network's output, `latents` are made of.
 
         Both have the latents' shape and dtype. latents are in the sampler's own scaling, as in `step`.
-        Call it before `step`, which moves on.
         """
-        x, output = _exact(self.scale_model_input(_exact(latents), t)), _exact(model_output)
+        x, output = exact(self.scale_model_input(exact(latents), t)), exact(model_output)
         signal, sigma = self._signal_and_noise(t, x)
         if self.prediction_type == "epsilon":
             # [x0-from-eps] Eq. 15, Ho et al. 2020: x₀ ≈ (xₜ - √(1 - ᾱₜ) ε(xₜ)) / √ᾱₜ
@@ -229,8 +253,8 @@ class Sampler:
         guidance. Returns a new tensor like latents. Raises ValueError if t is not in `.timesteps`.
         """
         i = self._index(t)
-        x = self._step(i, _exact(latents), _exact(model_output))
-        self._due = i + 1
+        x = self._step(i, exact(latents), exact(model_output))
+        self._next = i + 1
         return x.to(latents.dtype)
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
@@ -242,6 +266,8 @@ class Sampler:
 
 class DDPMSampler(Sampler):
     """Ancestral sampling (Ho et al. 2020, Algorithm 2), on any subset of the timesteps."""
+
+    name, title = "ddpm", "DDPM"
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         t = int(self.timesteps[i])
@@ -266,6 +292,6 @@ class DDPMSampler(Sampler):
         return mean + math.sqrt(variance) * self._noise(x)
 
 
-def _exact(x: Tensor) -> Tensor:
-    """x in float32, or float64 if it is that: half precision is too coarse for a sum of many small steps."""
+def exact(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is float64 already: half precision is too coarse for a sum of many small steps."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

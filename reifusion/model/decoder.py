@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import bands
 from .config import VAEConfig
 from .encoder import EPS, AttentionBlock, ResidualBlock, unscale_latents
-from .fast import Conv2d, upsampled
 
 
 class Upsample(nn.Module):
@@ -19,12 +14,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)"""
-        height, width = x.shape[-2:]
-        return upsampled(x, self.conv, (2 * height, 2 * width))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Decoder(nn.Module):
@@ -35,8 +29,8 @@ class Decoder(nn.Module):
         self.config = config
         channels, groups = config.channels, config.groups
         before = channels[-1]
-        self.post_quant = Conv2d(config.latent_channels, config.latent_channels, 1)
-        self.conv_in = Conv2d(config.latent_channels, before, 3, padding=1)
+        self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.conv_in = nn.Conv2d(config.latent_channels, before, 3, padding=1)
         self.middle = nn.Sequential(
             ResidualBlock(before, before, groups),
             AttentionBlock(before, groups),
@@ -52,19 +46,13 @@ class Decoder(nn.Module):
             self.up.append(nn.Sequential(*blocks))
             before = now
         self.norm = nn.GroupNorm(groups, before, eps=EPS)
-        self.conv_out = Conv2d(before, config.in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(before, config.in_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> picture (B, 3, 8h, 8w), about [-1, 1] (not clamped)."""
         x = self.post_quant(unscale_latents(latents, self.config))
         x = self.conv_in(x)  # (B, 4, h, w) -> (B, 512, h, w)
         x = self.middle(x)
-        if bands.suits(self, x, latents.shape[-2] * latents.shape[-1] * self.config.factor**2 // 4):
-            return torch.cat([self._in_bands(part) for part in x.split(1)])  # the same in half the memory
         for level in self.up:
             x = level(x)  # (B, C, h, w) -> (B, C', 2h, 2w); the last keeps the size
         return self.conv_out(F.silu(self.norm(x)))  # (B, 128, 8h, 8w) -> (B, 3, 8h, 8w)
-
-    def _in_bands(self, x: Tensor) -> Tensor:
-        x = bands.run(itertools.chain(*self.up), x)
-        return torch.cat([y for _, y in bands.norm_silu_conv(x, self.norm, self.conv_out)], dim=2)

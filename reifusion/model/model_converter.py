@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from .diffusion import plan
+from .diffusion import Layer, plan
 from .tensors import ModelError
 
 FORMATS = ("native", "compvis", "diffusers")
@@ -82,17 +83,19 @@ skip                    skip_connection                     conv_shortcut
 [attention]
 norm                    norm                                norm
 proj_in                 proj_in                             proj_in
-norm_1                  transformer_blocks.0.norm1          transformer_blocks.0.norm1
-self_attention.qkv      transformer_blocks.0.attn1.to_{q,k,v}  transformer_blocks.0.attn1.to_{q,k,v}
-self_attention.out      transformer_blocks.0.attn1.to_out.0  transformer_blocks.0.attn1.to_out.0
-norm_2                  transformer_blocks.0.norm2          transformer_blocks.0.norm2
-cross_attention.q       transformer_blocks.0.attn2.to_q     transformer_blocks.0.attn2.to_q
-cross_attention.kv      transformer_blocks.0.attn2.to_{k,v}  transformer_blocks.0.attn2.to_{k,v}
-cross_attention.out     transformer_blocks.0.attn2.to_out.0  transformer_blocks.0.attn2.to_out.0
-norm_3                  transformer_blocks.0.norm3          transformer_blocks.0.norm3
-feed_forward.linear_1   transformer_blocks.0.ff.net.0.proj  transformer_blocks.0.ff.net.0.proj
-feed_forward.linear_2   transformer_blocks.0.ff.net.2       transformer_blocks.0.ff.net.2
 proj_out                proj_out                            proj_out
+
+[transformer layer]
+norm_1                  norm1                               norm1
+self_attention.qkv      attn1.to_{q,k,v}                    attn1.to_{q,k,v}
+self_attention.out      attn1.to_out.0                      attn1.to_out.0
+norm_2                  norm2                               norm2
+cross_attention.q       attn2.to_q                          attn2.to_q
+cross_attention.kv      attn2.to_{k,v}                      attn2.to_{k,v}
+cross_attention.out     attn2.to_out.0                      attn2.to_out.0
+norm_3                  norm3                               norm3
+feed_forward.linear_1   ff.net.0.proj                       ff.net.0.proj
+feed_forward.linear_2   ff.net.2                            ff.net.2
 
 [down]
 conv                    op                                  conv
@@ -139,13 +142,25 @@ def blocks(config: ModelConfig) -> Iterator[tuple[str, str, str, str]]:
         for i, row in enumerate(rows):
             # We and CompVis count all rows; diffusers counts in each level, row 0 of the way down in none.
             level, k = divmod(i - (side == "down"), config.unet.layers + 1)
-            for j, (kind, *_) in enumerate(row):
+            for j, layer in enumerate(row):
                 places = {"res": f"resnets.{k}", "attention": f"attentions.{k}"}
-                place = places.get(kind, f"{kind}samplers.0")
-                df = "unet.conv_in" if kind == "conv" else f"unet.{side}_blocks.{level}.{place}"
-                yield kind, f"diffusion.{side}.{i}.{j}", f"{cv}.{theirs}.{i}.{j}", df
-    for j, place in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield middle[j][0], f"diffusion.middle.{j}", f"{cv}.middle_block.{j}", f"unet.mid_block.{place}"
+                place = places.get(layer.kind, f"{layer.kind}samplers.0")
+                df = "unet.conv_in" if layer.kind == "conv" else f"unet.{side}_blocks.{level}.{place}"
+                yield from _layer_blocks(layer, f"diffusion.{side}.{i}.{j}", f"{cv}.{theirs}.{i}.{j}", df)
+    counts: Counter[str] = Counter()
+    for j, layer in enumerate(middle):
+        kind = {"res": "resnets", "attention": "attentions"}[layer.kind]
+        df = f"unet.mid_block.{kind}.{counts[kind]}"
+        yield from _layer_blocks(layer, f"diffusion.middle.{j}", f"{cv}.middle_block.{j}", df)
+        counts[kind] += 1
+
+
+def _layer_blocks(layer: Layer, ours: str, cv: str, df: str) -> Iterator[tuple[str, str, str, str]]:
+    """A layer of the U-Net, and the transformer layers in it."""
+    yield layer.kind, ours, cv, df
+    for d in range(layer.depth):
+        inner = f"transformer_blocks.{d}"
+        yield "transformer layer", f"{ours}.layers.{d}", f"{cv}.{inner}", f"{df}.{inner}"
 
 
 # Our configs and the `config.json`s of diffusers: our field, their key, and what its absence means.
@@ -200,7 +215,7 @@ guidance_width      time_cond_proj_dim        null
 =                   num_class_embeds          null
 =                   only_cross_attention      false
 =                   resnet_time_scale_shift   "default"
-=                   transformer_layers_per_block  1
+attention           transformer_layers_per_block  1
 
 [scheduler]
 num_training_steps  num_train_timesteps
@@ -231,6 +246,11 @@ HARMLESS = re.compile(
 
 # Other spellings of the same names, found in the wild.
 ALIASES = (
+    # ours, when an attention block had one transformer layer
+    (
+        r"(diffusion\.(?:(?:down|up)\.\d+|middle)\.1)\.(?=norm_\d|self_attention|cross_attention|feed_forward)",
+        r"\1.layers.0.",
+    ),
     # transformers 5 saves a CLIPTextModel without `text_model.`
     (r"(cond_stage_model\.transformer|text_encoder)\.(?=embeddings|encoder|final_layer)", r"\1.text_model."),
     # diffusers before 0.15, in the VAE's attention
@@ -258,7 +278,8 @@ vae_levels   encoder.down.#            *_model.encoder.down.#              vae.e
 vae_layers   encoder.down.0.#.norm_1   *_model.encoder.down.0.block.#      vae.encoder.down_blocks.0.resnets.#
 halvings     diffusion.down.#.0.conv.  *_model.input_blocks.#.0.op         unet.down_blocks.#.downsamplers
 unet_layers  diffusion.down.#.0.conv_1 *_model.input_blocks.#.0.in_layers  unet.down_blocks.#.resnets.#
-attention    diffusion.down.#.1.       *_model.input_blocks.#.1.           unet.down_blocks.#.attentions
+attention    diffusion.down.#.1.layers.#.  *_model.input_blocks.#.1.transformer_blocks.#.  unet.down_blocks.#.attentions.0.transformer_blocks.#.
+middle       diffusion.middle.1.layers.#.  *_model.middle_block.1.transformer_blocks.#.  unet.mid_block.attentions.0.transformer_blocks.#.
 """
 
 
@@ -269,6 +290,7 @@ class Rule:
     ours: str
     theirs: tuple[str, ...]
     pointwise: bool = False  # a linear layer here, a 1×1 convolution in some files
+    convolution: bool = False  # a linear layer here, a 1×1 convolution in files of this format
 
     def merge(self, parts: list[Tensor]) -> Tensor:
         """Theirs -> ours."""
@@ -276,9 +298,9 @@ class Rule:
             parts = [x.flatten(1) if x.ndim == 4 else x for x in parts]  # (C, C, 1, 1) -> (C, C)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def split(self, tensor: Tensor, format: str) -> list[Tensor]:
+    def split(self, tensor: Tensor) -> list[Tensor]:
         """Ours -> theirs."""
-        if self.pointwise and format == "compvis":
+        if self.convolution:
             tensor = tensor[:, :, None, None]  # (C, C) -> (C, C, 1, 1)
         if len(self.theirs) == 1:
             return [tensor]
@@ -294,7 +316,7 @@ def rules(config: ModelConfig, format: str) -> list[Rule]:
     """Every renaming rule between our names and a format's. Of the config, only the structure counts."""
     if format not in FORMATS:
         raise ModelError(f"there is no format {format!r}; the formats are {', '.join(FORMATS)}")
-    column = FORMATS.index(format)
+    column, linear = FORMATS.index(format), config.unet.linear_projection
     table, found = _sections(TABLE), []
     for kind, *names in blocks(config):
         for row in table[kind]:
@@ -305,8 +327,12 @@ def rules(config: ModelConfig, format: str) -> list[Rule]:
                 found.append(Rule(ours, tuple(parts)))
                 continue
             for suffix in (".weight", ".bias"):
-                pointwise = kind == "vae attention" and suffix == ".weight" and row[0] != "norm"
-                found.append(Rule(ours + suffix, tuple(part + suffix for part in parts), pointwise))
+                pointwise = kind in ("vae attention", "attention") and suffix == ".weight" and row[0] != "norm"
+                convolution = pointwise and (
+                    format == "compvis" if kind == "vae attention" else format != "native" and not linear
+                )
+                theirs_with = tuple(part + suffix for part in parts)
+                found.append(Rule(ours + suffix, theirs_with, pointwise, convolution))
     return found
 
 
@@ -329,7 +355,8 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
     layers = len(numbers["unet_layers"]) // levels
     # A row's number tells its level, as in `blocks`; diffusers's names have the level itself.
     per_row = 1 if format == "diffusers" else layers + 1
-    attention = {(int(i) - (format != "diffusers")) // per_row for (i,) in numbers["attention"]}
+    transformers = {((int(i) - (format != "diffusers")) // per_row, d) for i, d in numbers["attention"]}
+    depths = Counter(level for level, _ in transformers)
     config = ModelConfig()
     return replace(
         config,
@@ -338,7 +365,9 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
         unet=replace(
             config.unet,
             channels=(0,) * levels,
-            attention=tuple(level in attention for level in range(levels)),
+            attention=tuple(depths[level] for level in range(levels)),
+            middle_attention=len(numbers["middle"]),
+            heads=(0,) * levels,
             layers=layers,
             guidance_width=0 if any(GUIDANCE.search(name) for name in names) else None,
         ),
@@ -387,7 +416,7 @@ def convert(
     theirs: dict[str, Tensor] = {}
     for rule in rules(config or structure(native, "native"), to):
         if rule.ours in native:
-            theirs |= zip(rule.theirs, rule.split(native[rule.ours], to), strict=True)
+            theirs |= zip(rule.theirs, rule.split(native[rule.ours]), strict=True)
     return theirs
 
 
@@ -426,13 +455,14 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
     elif jsons["scheduler"].get("timestep_spacing") == "trailing":  # else it is the samplers' own here
         implied = fields["scheduler"]["zero_terminal_snr"]
         fields["scheduler"]["timestep_spacing"] = None if implied else "trailing"
-    unet = fields["unet"]
-    unet["attention"] = tuple("CrossAttn" in kind for kind in jsons["unet"]["down_block_types"])
-    if isinstance(unet["heads"], tuple):  # of each level; SD 2.x, where the heads' width is the same in all
-        widths = {c // heads for c, heads in zip(unet["channels"], unet["heads"], strict=True)}
-        if len(widths) > 1:
-            raise ModelError("its unet has attention heads of several widths, which is not built in")
-        unet["heads"], unet["head_width"] = UNetConfig.heads, widths.pop()
+    unet, kinds = fields["unet"], jsons["unet"]["down_block_types"]
+    for field in ("heads", "attention"):  # one number for all levels, or one for each
+        if not isinstance(unet[field], tuple):
+            unet[field] = (unet[field],) * len(kinds)
+        if len(unet[field]) != len(kinds) or len(unet["channels"]) != len(kinds):
+            raise ModelError("its unet has lists for another number of levels than it has blocks")
+    unet["middle_attention"] = unet["attention"][-1]
+    unet["attention"] = tuple(n if "CrossAttn" in kind else 0 for n, kind in zip(unet["attention"], kinds))
     vae = VAEConfig(**fields["vae"])
     return ModelConfig(
         name=name,
@@ -452,7 +482,7 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     for part, rows in _config_sections(flow).items():
         for field, key, *value in rows:
             jsons[part][key] = json.loads(value[0]) if field == "=" else getattr(ours[part], field)
-    attention, levels = config.unet.attention, len(config.vae.channels)
+    heads, attention, levels = config.unet.heads, config.unet.attention, len(config.vae.channels)
     jsons["text_encoder"] |= {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -474,8 +504,13 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
         "sample_size": config.size // config.vae.factor,
     }
-    if config.unet.head_width is not None:
-        jsons["unet"]["attention_head_dim"] = [config.unet.heads_at(c) for c in config.unet.channels]
+    # The key's name is a mistake of diffusers: it is the number of heads.
+    jsons["unet"]["attention_head_dim"] = heads[0] if len(set(heads)) == 1 else list(heads)
+    # The middle has as many transformer layers as the last entry says, whether that level has any or not.
+    depths = [*(depth or 1 for depth in attention[:-1]), config.unet.middle_attention]
+    if attention[-1] not in (0, depths[-1]):
+        raise ModelError("its middle has another depth than its last level, which diffusers cannot express")
+    jsons["unet"]["transformer_layers_per_block"] = depths[0] if len(set(depths)) == 1 else depths
     if flow:
         jsons["scheduler"]["_class_name"] = FLOW_SCHEDULER
         return jsons

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..files import whole
-from .clip import CLIP, END, Tokenizer
+from .clip import CLIP
 from .config import MINI, SD15, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from .decoder import Decoder
 from .diffusion import UNet
@@ -36,6 +36,7 @@ from .model_converter import (
     structure,
 )
 from .tensors import ModelError, TensorFile, write_tensors
+from .tokenizer import END, Tokenizer
 
 MINI_PATH = Path(__file__).parent.parent / "data" / "mini.safetensors"
 PRESETS = (SD15, MINI)  # what shapes cannot tell is taken from the one with the same shapes
@@ -58,14 +59,16 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
+    make: Callable[[ModelConfig], dict[str, nn.Module]] | None = None,
 ) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
     """A model's config, its networks ("clip", "encoder", "decoder", "diffusion") and its tokenizer.
 
     source: "mini", a file, a folder of diffusers, or a hub id "owner/name". dtype: None keeps the file's.
-    config: None finds it; a file of unusual shapes that does not hold its config needs one.
+    config: None finds it; a file of unusual shapes that does not hold its config needs one. make: makes the
+    networks of a config; None for `build`.
     """
     checkpoint = _open(source, config)
-    models = _networks(checkpoint)
+    models = _networks(checkpoint, make or build)
     for name, module in models.items():
         # The modules have shapes but no memory yet; every tensor read becomes a parameter as it is.
         module.load_state_dict(checkpoint.state(name, device, dtype), assign=True)
@@ -83,7 +86,7 @@ def preload_models_from_standard_weights(
 def read_states(source: str | Path, device: str | torch.device = "cpu") -> dict[str, dict[str, Tensor]]:
     """The state dicts of a checkpoint's networks."""
     checkpoint = _open(source)
-    return {name: checkpoint.state(name, device) for name in _networks(checkpoint)}
+    return {name: checkpoint.state(name, device) for name in _networks(checkpoint, build)}
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def _open(source: str | Path, config: ModelConfig | None = None) -> _Checkpoint:
                 raise ModelError(f"there are no tensors for the {network}")
         if config is None:
             config = _config_from_shapes({rule.ours: _shape(rule, where) for rule in rules})
+        if config.unet.guidance_width is not None:  # as Luo et al. 2023 draw with their LCMs
+            config = replace(config, sampler="lcm", steps=4, cfg=8.0)
     except ModelError as error:
         raise ModelError(f"{path} is not a model that can be loaded: {error}") from None
     return _Checkpoint(path, format, config, rules, unknown, where, metadata)
@@ -210,11 +215,13 @@ def _shape(rule: Rule, where: Mapping[str, tuple[TensorFile, str]]) -> torch.Siz
     return torch.Size((sum(part[0] for part in parts), *parts[0][1:])) if all(parts) else torch.Size()
 
 
-def _networks(checkpoint: _Checkpoint) -> dict[str, nn.Module]:
+def _networks(
+    checkpoint: _Checkpoint, make: Callable[[ModelConfig], dict[str, nn.Module]]
+) -> dict[str, nn.Module]:
     """The networks, without memory for their parameters, after a check that all tensors are there and fit."""
     path = checkpoint.path
     try:
-        models = build(checkpoint.config)
+        models = make(checkpoint.config)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ModelError(f"the config of {path} makes no model: {error}") from error
     expected = {name: tuple(x.shape) for name, x in _state(models).items()}
@@ -246,14 +253,14 @@ class _Unfilled(TorchFunctionMode):
         return None
 
 
-def build(config: ModelConfig) -> dict[str, nn.Module]:
+def build(config: ModelConfig, unet: type[UNet] = UNet) -> dict[str, nn.Module]:
     """The networks of a config, on PyTorch's "meta" device: shapes without memory."""
     with _Unfilled(), torch.device("meta"):
         return {
             "clip": CLIP(config.clip),
             "encoder": Encoder(config.vae),
             "decoder": Decoder(config.vae),
-            "diffusion": UNet(config.unet),
+            "diffusion": unet(config.unet),
         }
 
 
@@ -382,7 +389,7 @@ def _config_from_header(header: Mapping[str, str]) -> ModelConfig | None:
     """The config that `save` wrote; None for a config of some other program."""
     parts = {"clip": CLIPConfig, "vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
     try:
-        given = json.loads(header["config"])
+        given = _up_to_date(json.loads(header["config"]))
         for name, part in parts.items():
             fields = {key: tuple(x) if isinstance(x, list) else x for key, x in given[name].items()}
             given[name] = part(**fields)
@@ -391,6 +398,19 @@ def _config_from_header(header: Mapping[str, str]) -> ModelConfig | None:
         if header.get("format") != "reifusion":
             return None
         raise ModelError("its header has a config that this version does not understand") from None
+
+
+def _up_to_date(given: dict[str, Any]) -> dict[str, Any]:
+    """A header's config in the words of today: heads and transformer layers once were the same in all levels."""
+    unet = given["unet"]
+    width = unet.pop("head_width", None)
+    if isinstance(unet["heads"], int):
+        unet["heads"] = [unet["heads"] if width is None else c // width for c in unet["channels"]]
+    unet["attention"] = [int(depth) for depth in unet["attention"]]
+    for old, new in (("sampler_name", "sampler"), ("n_inference_steps", "steps"), ("cfg_scale", "cfg")):
+        if old in given:
+            given[new] = given.pop(old)
+    return given
 
 
 _GUIDANCE = "diffusion.time_embedding.guidance.weight"
@@ -424,8 +444,9 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
         "out_channels": size("diffusion.conv_out.weight", 0),
         "channels": tuple(size(f"diffusion.down.{row}.0.conv_1.weight", 0) for row in rows),
         "attention": kind.unet.attention,
+        "middle_attention": kind.unet.middle_attention,
         "layers": kind.unet.layers,
-        "context_width": size("diffusion.middle.1.cross_attention.kv.weight", 1),
+        "context_width": size("diffusion.middle.1.layers.0.cross_attention.kv.weight", 1),
         "guidance_width": None if kind.unet.guidance_width is None else size(_GUIDANCE, 1),
         "linear_projection": len(shapes.get("diffusion.middle.1.proj_in.weight", ())) == 2,
     }

@@ -1,36 +1,33 @@
 """From a prompt to a picture: words to vectors, noise to latents, many small steps, latents to pixels.
 
-`StableDiffusion.denoise` is the first three of these stages, with the loop open to whoever wants to watch;
+`StableDiffusion.denoise` is the first three of these stages, with the loop open to anyone who wants to watch;
 `generate` is a few lines around it and ends with the fourth. What may be asked of them is in `request.py`.
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752.
 """
 
 from __future__ import annotations
 
-import functools
-import os
+import copy
+import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from .attention import Words
-from .clip import Tokenizer
 from .config import MINI, SD15, ModelConfig
 from .ddpm import Sampler, randn
-from .deepcache import DeepCache
-from .diffusion import UNet
-from .request import Picture, Request
+from .guidance import Denoiser, Guidance
+from .inpaint import beside, keep_known, latent_mask
+from .pictures import Picture, fit, to_picture, to_tensor
+from .request import Request, ask
 from .samplers import SAMPLERS
-from .tome import TokenMerging
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,33 @@ class Step:
 
     index: int  # 0 … total - 1
     total: int
-    t: float  # the timestep: how noisy x_t is, from 999 down; an int, but for rectified flow
+    t: float  # the timestep: how noisy x_t is, from 999 down; an int, except for rectified flow
     x_t: Tensor  # the latents before the step
-    x0: Tensor  # the clean latents that the network sees in them; `decode` shows them
-    eps: Tensor  # the noise it sees, after guidance
-    eps_cond: Tensor  # … with the prompt
-    eps_uncond: Tensor | None  # … with the negative prompt; None without guidance, or outside its interval
     latents: Tensor  # the latents after the step; after the last, the picture's
+    sampler: Sampler = field(repr=False)  # as it was before the step
+    output: Tensor = field(repr=False)  # the network's output after guidance
+    cond: Tensor = field(repr=False)  # … with the prompt
+    uncond: Tensor | None = field(repr=False)  # … with the negative prompt
+
+    @property
+    def x0(self) -> Tensor:
+        """The clean latents that the network sees in x_t; `decode` shows them."""
+        return self.sampler.predict(self.t, self.x_t, self.output)[0]
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise that the network sees in x_t, after guidance."""
+        return self.sampler.predict(self.t, self.x_t, self.output)[1]
+
+    @property
+    def eps_cond(self) -> Tensor:
+        """The noise that the network sees with the prompt."""
+        return self.sampler.predict(self.t, self.x_t, self.cond)[1]
+
+    @property
+    def eps_uncond(self) -> Tensor | None:
+        """The noise that the network sees with the negative prompt; None in a step without guidance."""
+        return None if self.uncond is None else self.sampler.predict(self.t, self.x_t, self.uncond)[1]
 
 
 @dataclass
@@ -54,9 +71,10 @@ class StableDiffusion:
 
     config: ModelConfig
     tokenizer: Any  # has .encode(text) -> list of token ids
-    models: dict[str, nn.Module]  # the seed's dict: clip, encoder, decoder, diffusion
+    models: dict[str, nn.Module]  # "clip", "encoder", "decoder" and "diffusion"
     device: torch.device | str = "cpu"
-    idle_device: torch.device | str | None = None  # where networks wait while not in use; None: there
+    idle_device: torch.device | str | None = None  # where idle networks wait; None: on `device`
+    around: Callable[[nn.Module], nn.Module] = lambda unet: unet  # stands in for the U-Net, anew in each loop
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,18 +83,18 @@ class StableDiffusion:
     def generate(
         self,
         prompt: str | Sequence[str] | Request,
-        *args: Any,
+        *,
         callback: Callable[[Step], Any] | None = None,
         progress: bool = True,
         **settings: Any,
     ) -> Image.Image | list[Image.Image]:
-        """Draws. The arguments are the fields of `Request`, and two more that do not change the picture:
+        """Draws. The settings are the fields of `Request`; two more arguments do not change the picture.
 
-        callback is called with each `Step`. It may raise, to end all, or return False, to end early: the
-        picture is then what the network sees in the noise by now (x0). progress shows a bar on stderr.
-        Returns a picture, or a list of them for a list of prompts or num_images > 1.
+        callback: called with each `Step`. It may raise, to end everything, or return False, to end early: the
+        picture is then x0, which the network sees in the noise by now. progress: shows a bar on stderr.
+        Returns a picture, or a list of them for a list of prompts or num > 1.
         """
-        request = prompt if isinstance(prompt, Request) else Request(prompt, *args, **settings)
+        request = ask(prompt, **settings).for_model(self.config)
         with closing(self.denoise(request)) as steps, tqdm(disable=not progress, unit="step") as bar:
             for step in steps:
                 latents = step.latents
@@ -88,79 +106,53 @@ class StableDiffusion:
         # 4. Decoding: (B, 4, H/8, W/8) -> B pictures of H × W
         pictures = self.decode(latents)
         for k, picture in enumerate(pictures):
-            if request.picture is not None and request.redraw is not None:
-                # The VAE alters every pixel a little; those that were to be kept are put back.
-                kept, redraw = (fit(part, *picture.size) for part in (request.picture, request.redraw))
-                pictures[k] = Image.composite(picture, kept, redraw)
+            if isinstance(request.init_image, Image.Image) and isinstance(request.mask, Image.Image):
+                # The VAE alters every pixel a little; the pixels that were to be kept are put back.
+                known, redraw = (fit(part, *picture.size) for part in (request.init_image, request.mask))
+                pictures[k] = Image.composite(picture, known, redraw)
             pictures[k].info.update(prompt=request.prompts[k], seed=request.seeds[k])
-        single = isinstance(request.prompt, str) and request.num_images == 1
+        single = isinstance(request.prompt, str) and request.num == 1
         return pictures[0] if single else pictures
 
     @torch.inference_mode()  # also while the generator runs, but not in between, in its caller
-    def denoise(
-        self, prompt: str | Sequence[str] | Request, *args: Any, **settings: Any
-    ) -> Generator[Step, None, None]:
-        """The loop of `generate`, one `Step` at a time; the arguments are the fields of `Request`."""
-        request = prompt if isinstance(prompt, Request) else Request(prompt, *args, **settings)
-        width, height = request.size(self.config)
+    def denoise(self, prompt: str | Sequence[str] | Request, **settings: Any) -> Generator[Step, None, None]:
+        """The loop of `generate`, one `Step` at a time; the settings are the fields of `Request`."""
+        request = ask(prompt, **settings).for_model(self.config)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-        sampler = self._sampler(request, generators)
-        # A distilled network (an LCM) is told how strong guidance is, and needs no second half.
-        distilled = self.config.unet.guidance_width is not None
-        scale = torch.tensor([request.cfg_scale if request.do_cfg else 1.0], device=self.device)
-        guided = request.do_cfg and request.cfg_scale != 1 and not distilled
-
-        # 1. Text encoding: B prompts -> (B, 77, 768); with guidance (2B, 77, 768), the negative prompts last
-        context = self.encode_text(request.prompts + request.negatives * guided, request.clip_skip)
-
+        sampler = self.sampler(request, generators)
+        # 1. Text encoding: B prompts -> (B, 77, 768), and as many negative ones
+        positive, negative = self.encode_words(request)
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
-        channels, factor = self.config.vae.latent_channels, self.config.vae.factor
-        noise = randn((len(generators), channels, height // factor, width // factor), generators)
-        if request.noise is not None:  # the generators have gone on all the same: later noise is not this one
-            if request.noise.shape != noise.shape:
-                raise ValueError(f"noise must be {tuple(noise.shape)}, not {tuple(request.noise.shape)}")
-            noise = request.noise.float()
-        noise = noise.to(self.device)
-        original = mask = None
-        if request.picture is None:
-            latents = noise * sampler.init_noise_sigma
-        else:  # the picture, under as much noise as strength asks for
-            original, mask = self._encode_input(request, width, height)
-            sampler.set_strength(request.strength)
-            latents = sampler.add_noise(original.expand_as(noise), sampler.timesteps[0], noise)
-        extra = self._extra_channels(request, width, height)
-
-        # 3. Denoising loop
-        words, positive = Words(context), Words(context[: len(latents)])
+        noise = self._noise(request, generators)
+        latents = noise * sampler.init_noise_sigma
         with self._borrow("diffusion") as unet:
-            call = _shortened(unet, request)
+            denoiser, step = self.denoiser(self.around(unet), request), sampler.step
+            if request.init_image is not None or self.config.unet.in_channels > noise.shape[1]:
+                latents, denoiser, step = self._begin_with_picture(request, sampler, noise, denoiser)
+            interval = request.guidance_interval or (-math.inf, math.inf)
+            guided = Guidance(denoiser, positive, negative, request.cfg, request.guidance_rescale, interval)  # type: ignore[arg-type]
+            # 3. Denoising loop
             for index, t in enumerate(sampler.timesteps):
-                # §3, Kynkäänniemi et al. 2024: the weight is w for σ in (σ_lo, σ_hi], outside it is 1: none
-                guides = guided and request.guided_from < _sigma(sampler, t) <= request.guided_to
                 x = sampler.scale_model_input(latents, t)
-                if extra is not None:
-                    x = torch.cat([x, extra.expand(len(x), -1, -1, -1)], dim=1)
-                # x (B, …) under 2B prompts -> (2B, …): both halves of the guidance in one pass
-                spoken = words if guides else positive
-                told = [t.float().reshape(1).to(self.device), *[scale] * distilled]
-                output = call(x.to(_dtype(unet)), spoken, *told).float()
-                cond, uncond = output.chunk(2) if guides else (output, None)
-                if uncond is not None:
-                    # [guidance] Eq. 6, Ho & Salimans 2022, s = 1 + w: ε = ε_uncond + s (ε_cond - ε_uncond)
-                    output = uncond + request.cfg_scale * (cond - uncond)
-                    output = _rescaled(output, cond, request.guidance_rescale)
-                x0, eps = sampler.predict(t, latents, output)
-                eps_cond = sampler.predict(t, latents, cond)[1]
-                eps_uncond = None if uncond is None else sampler.predict(t, latents, uncond)[1]
-                after = sampler.step(t, latents, output)
-                if original is not None and mask is not None and extra is None:
-                    # Eq. 8, Lugmayr et al. 2022: what is known stays, only as noisy as all the rest
-                    later = sampler.timesteps[index + 1 : index + 2]
-                    known = sampler.add_noise(original, later, noise) if len(later) else original
-                    after = mask * after + (1 - mask) * known
+                told = t.float().reshape(1).to(self.device)
+                output, cond, uncond = guided(x, told, sampler.sigma(t))
+                x_t, before = latents, copy.copy(sampler)
+                latents = step(t, x_t, output)
                 total = len(sampler.timesteps)
-                yield Step(index, total, t.item(), latents, x0, eps, eps_cond, eps_uncond, after)
-                latents = after
+                yield Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
+
+    def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:
+        """The sampler that a request asks for, with the request's timesteps.
+
+        generators: one for each picture of the request; None: made from its seeds.
+        """
+        request = request.for_model(self.config)
+        generators = generators or [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        sampler = SAMPLERS[str(request.sampler)](generators, self.config.schedule)
+        sampler.set_inference_timesteps(request.steps or self.config.steps)
+        if request.init_image is not None:
+            sampler.set_strength(request.strength)
+        return sampler
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
@@ -181,7 +173,7 @@ class StableDiffusion:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """(B, 4, H/8, W/8) -> B pictures, one by one: at full size, memory is what runs out first."""
+        """(B, 4, H/8, W/8) -> B pictures, one by one: at full size, memory runs out first."""
         pictures = []
         with self._borrow("decoder") as decoder:
             for z in latents.to(self.device).split(1):
@@ -195,32 +187,51 @@ class StableDiffusion:
                 pictures.append(to_picture(pixels[0]))
         return pictures
 
-    def _encode_input(self, request: Request, width: int, height: int) -> tuple[Tensor, Tensor | None]:
-        """The input image's latents (1, 4, H/8, W/8), and its mask (1, 1, H/8, W/8): 1 is redrawn."""
-        assert request.picture is not None
-        original = self.encode_image(to_tensor(fit(request.picture, width, height)))
-        if request.redraw is None:
-            return original, None
-        redraw = (to_tensor(fit(request.redraw, width, height)) + 1) / 2  # (1, 1, H, W)
-        # A latent stands for 8×8 pixels, and is redrawn as soon as one of them is.
-        return original, F.max_pool2d(redraw, self.config.vae.factor).to(self.device)
+    def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
+        """The U-Net, as the loop calls it for a request."""
+        return lambda x, context, t: unet(x.to(_dtype(unet)), context, t)
 
-    def _extra_channels(self, request: Request, width: int, height: int) -> Tensor | None:
-        """What a U-Net made for inpainting sees beside x, (1, 5, H/8, W/8): mask, picture without it."""
-        vae = self.config.vae
-        if self.config.unet.in_channels == vae.latent_channels:
-            return None
+    def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """The prompts' words and the negative prompts', each (B, 77, 768); no negative ones without guidance."""
+        if request.cfg == 1:
+            return self.encode_text(request.prompts, request.clip_skip), None
+        positive, negative = self.encode_text(request.prompts + request.negatives, request.clip_skip).chunk(2)
+        return positive, negative
+
+    def _noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
+        """The noise to begin with: (B, 4, H/8, W/8), float32."""
+        (width, height), vae = request.size, self.config.vae  # type: ignore[misc]
+        shape = (len(generators), vae.latent_channels, height // vae.factor, width // vae.factor)  # type: ignore[operator]
+        noise = randn(shape, generators)
+        if request.noise is not None:  # the generators have moved on all the same, so later noise is not this
+            if request.noise.shape != noise.shape:
+                raise ValueError(f"noise must be {tuple(noise.shape)}, not {tuple(request.noise.shape)}")
+            noise = request.noise.float()
+        return noise.to(self.device)
+
+    def _begin_with_picture(
+        self, request: Request, sampler: Sampler, noise: Tensor, denoiser: Denoiser
+    ) -> tuple[Tensor, Denoiser, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """Image-to-image and inpainting: the latents to begin with, the denoiser, and the step."""
+        vae, (height, width) = self.config.vae, (side * self.config.vae.factor for side in noise.shape[-2:])
         pixels, redraw = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
-        if request.picture is not None and request.redraw is not None:
-            pixels = to_tensor(fit(request.picture, width, height))
-            redraw = (to_tensor(fit(request.redraw, width, height)) >= 0).float()
-        rest = self.encode_image(pixels * (1 - redraw))
-        return torch.cat([F.max_pool2d(redraw, vae.factor).to(self.device), rest], dim=1)
-
-    def _sampler(self, request: Request, generators: list[torch.Generator]) -> Sampler:
-        sampler = SAMPLERS[request.sampler(self.config)](generators, **asdict(self.config.schedule))
-        sampler.set_inference_timesteps(request.n_inference_steps)
-        return sampler
+        latents, step = noise * sampler.init_noise_sigma, sampler.step
+        nine_channels = self.config.unet.in_channels > vae.latent_channels
+        if isinstance(request.init_image, Image.Image):
+            pixels = to_tensor(fit(request.init_image, width, height))
+            original = self.encode_image(pixels)
+            latents = sampler.add_noise(original.expand_as(noise), sampler.timesteps[0], noise)
+            if isinstance(request.mask, Image.Image):
+                redraw = (to_tensor(fit(request.mask, width, height)) + 1) / 2  # (1, 1, H, W)
+                if not nine_channels:
+                    mask = latent_mask(redraw, vae.factor).to(self.device)
+                    step = keep_known(sampler, original, mask, noise)
+        if nine_channels:
+            redraw = (redraw >= 0.5).float() if request.mask is not None else torch.ones_like(redraw)
+            known = self.encode_image(pixels * (1 - redraw))
+            mask = latent_mask(redraw, vae.factor).to(self.device)
+            denoiser = beside(denoiser, torch.cat([mask, known], dim=1))
+        return latents, denoiser, step
 
     @contextmanager
     def _borrow(self, name: str) -> Generator[nn.Module, None, None]:
@@ -232,89 +243,8 @@ class StableDiffusion:
                 self.models[name].to(self.idle_device)
 
 
-def _sigma(sampler: Sampler, t: Tensor) -> float:
-    """σ, the noise beside one part of signal, by what the sampler makes of the one and of the other."""
-    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
-    return (sampler.add_noise(zero, t, one) / sampler.add_noise(one, t, zero)).item()
-
-
-def _shortened(unet: nn.Module, request: Request) -> Callable[..., Tensor]:
-    """The U-Net, or what is asked to stand in for it."""
-    call: Callable[..., Tensor] = unet
-    if request.deepcache > 1:
-        call = DeepCache(cast(UNet, unet), request.deepcache)
-    return TokenMerging(unet, request.tome, call) if request.tome else call
-
-
-def _rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """The guided prediction (B, …), its contrast brought nearer to that of cond, by φ in [0, 1]."""
-    if phi == 0:
-        return guided
-    axes = tuple(range(1, guided.ndim))
-    # Eq. 15, Lin et al. 2023: x_rescaled = x_cfg σ_pos / σ_cfg, with each image's own σ
-    rescaled = guided * cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    # Eq. 16: x_final = φ x_rescaled + (1 - φ) x_cfg
-    return phi * rescaled + (1 - phi) * guided
-
-
 def _dtype(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
-
-
-# The way in
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def load(
-    source: str | os.PathLike = "mini",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> StableDiffusion:
-    """A model, ready to draw.
-
-    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device:
-    None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for what suits the
-    device. Raises ValueError, in one sentence, for what is no model (`ModelError`), device or dtype.
-    """
-    from .model_loader import load as load_networks
-
-    device = _device(device)
-    source = source if isinstance(source, str) else os.fspath(source)
-    config, models, tokenizer = load_networks(source, device, _parse_dtype(dtype, device))
-    for network in models.values():
-        # The order in memory in which convolutions are fastest.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return StableDiffusion(config, tokenizer, models, device)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device is None:
-        return torch.device(next(name for name, there in available.items() if there))
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"there is no device {device!r}; there are {', '.join(available)}") from None
-    if not available.get(device.type, True):
-        raise ValueError(f"PyTorch finds no {device.type} device on this machine")
-    return device
-
-
-def _parse_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        # On CPUs bfloat16 is only fast where it is built in, as AVX-512 or AMX.
-        built_in = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        dtype = {"cuda": "fp16", "cpu": "bf16" if built_in else "fp32"}.get(device.type, "fp32")
-    for short, known in DTYPES.items():
-        if dtype in (short, known, str(known).removeprefix("torch.")):
-            return known
-    raise ValueError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
-
-
-@functools.lru_cache(maxsize=1)
-def _mini(device: torch.device | str | None) -> StableDiffusion:
-    return load(device=device)
 
 
 def generate(
@@ -323,74 +253,55 @@ def generate(
     input_image: Picture | None = None,
     strength: float = 0.8,
     do_cfg: bool = True,
-    cfg_scale: float = 7.5,
-    sampler_name: str = "ddpm",
-    n_inference_steps: int = 50,
+    cfg_scale: float | None = None,
+    sampler_name: str | None = None,
+    n_inference_steps: int | None = None,
     models: Mapping[str, nn.Module] | StableDiffusion | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
     idle_device: torch.device | str | None = None,
     tokenizer: Any = None,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    num_images: int = 1,
-    mask: Picture | None = None,
-    clip_skip: int = 0,
-    guidance_rescale: float = 0.0,
-    guidance_interval: tuple[float, float] | None = None,
-    deepcache: int = 1,
-    tome: float = 0.0,
-    callback: Callable[[Step], Any] | None = None,
-    progress: bool = True,
+    **settings: Any,
 ) -> Image.Image | list[Image.Image]:
-    """Draws, with the seed's call: `StableDiffusion.generate` without a `StableDiffusion`.
+    """Draws with a dict of networks: the project's first call, in its own words.
 
-    sampler_name: the default gives way to "flow" for a model trained for that. models: the seed's dict of
-    networks (clip, encoder, decoder, diffusion), a `StableDiffusion`, or None, the mini. device: None for
-    where they are. idle_device: where networks wait while not in use. tokenizer: None for the models' own,
-    which for a dict is CLIP's. The rest is that of `StableDiffusion.generate`.
+    do_cfg: False is cfg_scale = 1. cfg_scale, sampler_name, n_inference_steps: None for the model's own.
+    models: networks by name (clip, encoder, decoder, diffusion), a `StableDiffusion`, or None for the mini.
+    device: None for the device that they are on. idle_device: where networks wait while idle. tokenizer: None
+    for the models' own, which for a dict is CLIP's. settings: height, width, num_images, and the other
+    arguments of `StableDiffusion.generate`.
     """
-    if models is None:
-        pipe = _mini(device)
-    elif isinstance(models, StableDiffusion):
-        pipe = models
-    else:
-        pipe = _from_networks(models, tokenizer)
-        if device is None and idle_device is not None:
-            device = _device(None)
-    pipe = replace(
+    pipe = models if isinstance(models, StableDiffusion) else of_networks(models, tokenizer)
+    return replace(
         pipe,
         tokenizer=tokenizer or pipe.tokenizer,
-        device=pipe.device if device is None else _device(device),
+        device=pipe.device if device is None else device,
         idle_device=idle_device or pipe.idle_device,
-    )
-    return pipe.generate(
+    ).generate(
         prompt,
-        uncond_prompt,
-        input_image,
-        strength,
-        do_cfg,
-        cfg_scale,
-        None if sampler_name == "ddpm" else sampler_name,
-        n_inference_steps,
-        seed,
-        height=height,
-        width=width,
-        num_images=num_images,
-        mask=mask,
-        clip_skip=clip_skip,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval,
-        deepcache=deepcache,
-        tome=tome,
-        callback=callback,
-        progress=progress,
+        uncond_prompt=uncond_prompt or "",
+        input_image=input_image,
+        strength=strength,
+        do_cfg=do_cfg,
+        cfg_scale=cfg_scale,
+        sampler_name=sampler_name,
+        n_inference_steps=n_inference_steps,
+        seed=seed,
+        **settings,
     )
 
 
-def _from_networks(models: Mapping[str, Any], tokenizer: Any) -> StableDiffusion:
-    """Networks know their sizes; their schedule and size of picture are those of the preset they match."""
+def of_networks(models: Mapping[str, Any] | None, tokenizer: Any = None) -> StableDiffusion:
+    """A model of networks that are there already, by name; None: of the mini.
+
+    Networks know their sizes; their schedule and their size of picture are taken from the preset that has the
+    same sizes. Raises ValueError for networks that need another tokenizer than CLIP's.
+    """
+    if models is None:
+        from .model_loader import load
+
+        config, networks, mini_tokenizer = load("mini")
+        return StableDiffusion(config, tokenizer or mini_tokenizer, networks)
     clip, vae, unet = (models[name].config for name in ("clip", "decoder", "diffusion"))
     preset = next((known for known in (SD15, MINI) if (known.clip, known.unet) == (clip, unet)), SD15)
     if tokenizer is None and clip.vocab_size != SD15.clip.vocab_size:
@@ -398,23 +309,3 @@ def _from_networks(models: Mapping[str, Any], tokenizer: Any) -> StableDiffusion
     tokenizer = tokenizer or Tokenizer(context_length=clip.context_length)
     device = next(models["diffusion"].parameters()).device
     return StableDiffusion(replace(preset, clip=clip, vae=vae, unet=unet), tokenizer, dict(models), device)
-
-
-# Pictures in and out
-
-
-def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Scaled to cover width × height; what stands over at two sides is cut off evenly."""
-    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB or grey -> (1, 3 or 1, H, W), float32 in [-1, 1]"""
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(*picture.size[::-1], -1)
-    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W), about [-1, 1] -> RGB, rounded: cutting off would darken everything by half a level."""
-    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())

@@ -1,128 +1,153 @@
-"""What can be asked of the pipeline, checked before any work starts."""
+"""What may be asked of a model, checked before any work starts."""
 
 from __future__ import annotations
 
 import math
 import operator
-import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .config import ModelConfig
+from .pictures import Picture, open_picture
 from .samplers import SAMPLERS, samplers_for
-from .tome import MOST as MOST_MERGED
-
-Picture = Image.Image | np.ndarray | str | os.PathLike  # arrays: uint8, (H, W), (H, W, 3) or (H, W, 4)
 
 
 @dataclass
 class Request:
-    """Everything that decides what is drawn: the arguments of `generate` and `denoise`.
+    """Everything that decides what is drawn: the settings of `generate` and `denoise`.
 
-    Raises ValueError, in one sentence, for what cannot be drawn.
+    None leaves a setting open: `for_model` fills it in with the model's own. Raises ValueError, in one
+    sentence, for a request that cannot be drawn.
     """
 
     prompt: str | Sequence[str]  # one picture for each; may be empty
-    uncond_prompt: str | Sequence[str] | None = None  # what to keep away from: one for all, or one for each
-    input_image: Picture | None = None  # img2img: begin with this picture, not with noise alone
-    strength: float = 0.8  # of img2img, in (0, 1]: how much noise the picture gets
-    do_cfg: bool = True  # classifier-free guidance; without it, uncond_prompt is not used
-    cfg_scale: float = 7.5  # s in the guidance equation; 1 is the same as none, and twice as fast
-    sampler_name: str | None = None  # one of SAMPLERS; None: "ddpm", or what the model was made for
-    n_inference_steps: int = 50  # 1 … 1000
-    seed: int | None = None  # picture k is drawn from seed + k; None: a new one, see picture.info["seed"]
+    negative: str | Sequence[str] = ""  # what to keep away from: one for all prompts, or one for each
     _: KW_ONLY
-    height: int | None = None  # a multiple of 8; for None see `size`
-    width: int | None = None
-    num_images: int = 1  # for each prompt
-    mask: Picture | None = None  # inpainting: white is redrawn, black is kept; as large as input_image
+    init_image: Picture | None = None  # img2img: begin with this picture, not with noise alone
+    mask: Picture | None = None  # inpainting: white is redrawn, black is kept; as large as init_image
+    strength: float = 0.8  # of img2img, in (0, 1]: how much noise the picture gets
+    cfg: float | None = None  # the guidance scale, s in the guidance equation; 1 is none, and twice as fast
+    sampler: str | None = None  # one of SAMPLERS
+    steps: int | None = None  # 1 … 1000
+    seed: int | None = None  # picture k is drawn from seed + k; None: a new one, see picture.info["seed"]
+    size: tuple[int | None, int | None] | None = None  # width and height, multiples of 8
+    num: int = 1  # pictures for each prompt
     clip_skip: int = 0  # layers of the text encoder to leave out, from the end
-    noise: Tensor | None = None  # what to start from, (B, 4, H/8, W/8); None: drawn from the seeds
+    noise: Tensor | None = None  # the noise to begin with, (B, 4, H/8, W/8); None: drawn from the seeds
     guidance_rescale: float = 0.0  # 0 … 1: how much of the contrast that guidance adds is taken back
-    # Less work, and another picture; bench/SHORTCUTS.md says how much less, and how far another.
-    guidance_interval: tuple[float, float] | None = None  # guidance where noise/signal is above … and up to …
-    deepcache: int = 1  # N: the inside of the U-Net on every N-th step only, see `deepcache.py`
-    tome: float = 0.0  # 0 … 0.75: the share of pixels that attend as part of another, see `tome.py`
+    guidance_interval: tuple[float, float] | None = None  # guidance only for σ between these two; None: always
+
+    # One of each for every picture: all of the first prompt, then all of the second, …
+    prompts: list[str] = field(init=False, repr=False)
+    negatives: list[str] = field(init=False, repr=False)
+    seeds: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        prompts = _texts(self.prompt)
-        negatives = _texts("" if self.uncond_prompt is None else self.uncond_prompt)
+        prompts, negatives = _texts(self.prompt), _texts("" if self.negative is None else self.negative)
         if len(negatives) == 1:
             negatives = negatives * len(prompts)
         if len(negatives) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts need as many negative ones, or one, not {len(negatives)}"
             )
-        if self.sampler_name not in (None, *SAMPLERS):
-            raise ValueError(f"there is no sampler {self.sampler_name!r}; there are {', '.join(SAMPLERS)}")
+        if self.sampler not in (None, *SAMPLERS):
+            raise ValueError(f"there is no sampler {self.sampler!r}; there are {', '.join(SAMPLERS)}")
         if not 0 < _number(self.strength, "strength") <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
-        if not math.isfinite(_number(self.cfg_scale, "cfg_scale")):
-            raise ValueError(f"cfg_scale must be a finite number, not {self.cfg_scale}")
+        if self.cfg is not None and not math.isfinite(_number(self.cfg, "cfg")):
+            raise ValueError(f"cfg must be a finite number, not {self.cfg}")
         if not 0 <= _number(self.guidance_rescale, "guidance_rescale") <= 1:
             raise ValueError(f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}")
-        if self.seed is None:
-            self.seed = secrets.randbelow(2**32)
+        self.seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         self.seed = _whole(self.seed, "the seed", 0, 2**63 - 1)
-        self.n_inference_steps = _whole(self.n_inference_steps, "the number of steps", 1, 1000)
-        self.num_images = _whole(self.num_images, "the number of images", 1)
+        if self.steps is not None:
+            self.steps = _whole(self.steps, "the number of steps", 1, 1000)
+        self.num = _whole(self.num, "the number of images", 1)
         self.clip_skip = _whole(self.clip_skip, "clip_skip", 0)
-        self.deepcache = _whole(self.deepcache, "deepcache", 1)
-        self.tome = _number(self.tome, "tome")
-        if not 0 <= self.tome <= MOST_MERGED:
-            raise ValueError(f"tome must be between 0 and {MOST_MERGED}, not {self.tome}")
-        self.guided_from, self.guided_to = _interval(self.guidance_interval)
-        if self.mask is not None and self.input_image is None:
+        if self.guidance_interval is not None:
+            self.guidance_interval = _interval(self.guidance_interval)
+        if self.mask is not None and self.init_image is None:
             raise ValueError("a mask needs an input image to keep the rest of")
-        self.picture = None if self.input_image is None else open_picture(self.input_image)
-        self.redraw = None if self.mask is None else open_picture(self.mask).convert("L")
-        if self.picture is not None and self.redraw is not None and self.redraw.size != self.picture.size:
-            sizes = [f"{width}×{height}" for width, height in (self.picture.size, self.redraw.size)]
-            raise ValueError(f"the mask must be as large as the input image, {sizes[0]}, not {sizes[1]}")
-        # One of each for every picture: all of the first prompt, then all of the second, …
-        self.prompts = [text for text in prompts for _ in range(self.num_images)]
-        self.negatives = [text for text in negatives for _ in range(self.num_images)]
+        if self.init_image is not None:
+            self.init_image = open_picture(self.init_image)
+        if self.mask is not None and isinstance(self.init_image, Image.Image):
+            self.mask = open_picture(self.mask).convert("L")
+            if self.mask.size != self.init_image.size:
+                sizes = [f"{width}×{height}" for width, height in (self.init_image.size, self.mask.size)]
+                raise ValueError(f"the mask must be as large as the input image, {sizes[0]}, not {sizes[1]}")
+        self.prompts = [text for text in prompts for _ in range(self.num)]
+        self.negatives = [text for text in negatives for _ in range(self.num)]
         self.seeds = [self.seed + k for k in range(len(self.prompts))]
 
-    def sampler(self, config: ModelConfig) -> str:
-        """The name of the sampler, as asked, or the first one that fits what the model was trained for."""
-        kind = config.schedule.prediction_type
-        names = samplers_for(kind)
-        distilled = config.unet.guidance_width is not None
-        name = self.sampler_name or ("lcm" if distilled else next(iter(names), "ddpm"))
-        if names and name not in names:
-            fitting = ", ".join(names)
-            raise ValueError(
-                f"the sampler {name} does not fit {config.name}, trained for {kind!r}; what fits: {fitting}"
-            )
-        return name
+    def for_model(self, config: ModelConfig) -> Request:
+        """This request with everything that it leaves open filled in with the model's own settings.
 
-    def size(self, config: ModelConfig) -> tuple[int, int]:
-        """The width and height that the model is to draw.
-
-        As asked. What was left open is the size that it was trained on, or, for an input image, the
-        image's shape with that as the shorter side, and at most twice as long as wide.
+        A size that was left open is the size that the model was trained on, or, for an input image, the
+        image's shape with that as the shorter side, and at most twice as long as wide. Raises ValueError for
+        a sampler or size that does not fit the model.
         """
-        width, height = (1, 1) if self.picture is None else self.picture.size
+        width, height = (1, 1) if self.init_image is None else self.init_image.size  # type: ignore[union-attr]
         scale, factor = config.size / min(width, height), config.vae.factor
-        return (
-            self._side("width", self.width, min(width * scale, 2 * config.size), factor),
-            self._side("height", self.height, min(height * scale, 2 * config.size), factor),
+        asked_width, asked_height = self.size or (None, None)
+        size = (
+            _side("width", asked_width, min(width * scale, 2 * config.size), factor),
+            _side("height", asked_height, min(height * scale, 2 * config.size), factor),
+        )
+        return replace(
+            self,
+            sampler=_sampler(self.sampler, config),
+            steps=config.steps if self.steps is None else self.steps,
+            cfg=config.cfg if self.cfg is None else self.cfg,
+            size=size,
         )
 
-    def _side(self, name: str, asked: int | None, otherwise: float, factor: int) -> int:
-        if asked is None:
-            return round(otherwise / factor) * factor
-        side = _whole(asked, f"the {name}", factor)
-        if side % factor:
-            raise ValueError(f"the {name} must be a multiple of {factor}, not {side}")
-        return side
+
+# The words of the project's first call, and the names that the same settings have here.
+FIRST_WORDS = {
+    "uncond_prompt": "negative",
+    "input_image": "init_image",
+    "cfg_scale": "cfg",
+    "sampler_name": "sampler",
+    "n_inference_steps": "steps",
+    "num_images": "num",
+}
+
+
+def ask(prompt: str | Sequence[str] | Request, **settings: Any) -> Request:
+    """A request, in the words of `Request` or in those of the project's first call."""
+    settings = {FIRST_WORDS.get(name, name): value for name, value in settings.items()}
+    if not settings.pop("do_cfg", True):
+        settings["cfg"] = 1.0
+    width, height = settings.pop("width", None), settings.pop("height", None)
+    if (width, height) != (None, None):
+        settings["size"] = (width, height)
+    return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+
+
+def _sampler(asked: str | None, config: ModelConfig) -> str:
+    kind = config.schedule.prediction_type
+    names = samplers_for(kind)
+    name = asked or (config.sampler if config.sampler in names or not names else names[0])
+    if names and name not in names:
+        fitting = ", ".join(names)
+        raise ValueError(
+            f"the sampler {name} does not fit {config.name}, trained for {kind!r}; what fits: {fitting}"
+        )
+    return name
+
+
+def _side(name: str, asked: int | None, otherwise: float, factor: int) -> int:
+    if asked is None:
+        return round(otherwise / factor) * factor
+    side = _whole(asked, f"the {name}", factor)
+    if side % factor:
+        raise ValueError(f"the {name} must be a multiple of {factor}, not {side}")
+    return side
 
 
 def _texts(value: Any) -> list[str]:
@@ -140,7 +165,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def _interval(value: Any) -> tuple[float, float]:
-    low, high = (-math.inf, math.inf) if value is None else _pair(value)
+    low, high = _pair(value)
     if not low < high:
         raise ValueError(f"guidance_interval must begin below its end, and not {low:g} to {high:g}")
     return low, high
@@ -162,23 +187,3 @@ def _whole(value: Any, name: str, low: int, high: float = math.inf) -> int:
         limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise ValueError(f"{name} must be {limits}, not {number}")
     return number
-
-
-def open_picture(picture: Picture) -> Image.Image:
-    """Any picture -> 8-bit RGB, upright; what is transparent becomes white."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8:
-            raise ValueError(f"a picture's array must hold uint8, not {picture.dtype}")
-        picture = Image.fromarray(picture)
-    elif not isinstance(picture, Image.Image):
-        picture = Image.open(picture)
-    picture = ImageOps.exif_transpose(picture)  # cameras write sideways and say so
-    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
-        levels = np.asarray(picture).clip(0, 65535) / 257
-        picture = Image.fromarray(levels.round().astype(np.uint8))
-    if picture.mode == "La":  # the one mode that does not convert by itself
-        picture = picture.convert("LA")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")

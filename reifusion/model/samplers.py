@@ -10,7 +10,7 @@ Three families for diffusion, by what they take the latents to be:
 
 And one for networks trained for rectified flow, where x = (1 - σ) x₀ + σ ε: Euler again.
 
-Each class is a schedule and one step. `SAMPLERS`, at the end, gives them their names.
+Each class is a name, a schedule and one step. `SAMPLERS` has all of them by their names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ddpm import DDPMSampler, Sampler, _exact
+from .ddpm import SAMPLERS, Sampler, exact, leading, trailing
 
 # The training scaling: x = √ᾱ x₀ + √(1 - ᾱ) ε
 
@@ -29,9 +29,11 @@ from .ddpm import DDPMSampler, Sampler, _exact
 class DDIMSampler(Sampler):
     """Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models", arXiv:2010.02502, with η = 0."""
 
+    name, title = "ddim", "DDIM"
+
     def _alpha_bar_after(self, i: int) -> float:
         """ᾱ at the timestep after the i-th. After the last it is ᾱ₀, not 1: `set_alpha_to_one=False`."""
-        if self.timesteps[i] == 0:  # only when all 1,000 timesteps are used: there is but 1 left to go to
+        if self.timesteps[i] == 0:  # only when all timesteps are used; all that is left is ᾱ = 1
             return 1.0
         return self.alphas_cumprod[self.timesteps[i + 1] if i + 1 < len(self.timesteps) else 0].item()
 
@@ -50,8 +52,10 @@ class PNDMSampler(DDIMSampler):
     the mean of its two ends. Its second timestep therefore comes twice.
     """
 
-    def _start(self, timesteps: Tensor) -> None:
-        super()._start(torch.cat([timesteps[:2], timesteps[1:]]))
+    name, title = "pndm", "PLMS"
+
+    def _begin(self, timesteps: Tensor) -> None:
+        super()._begin(torch.cat([timesteps[:2], timesteps[1:]]))
         self._outputs: list[Tensor] = []  # the network's last four, newest last
         self._first_x: Tensor | None = None
 
@@ -80,10 +84,12 @@ class LCMSampler(Sampler):
     Each step guesses the clean latents outright, then adds fresh noise for the next guess.
     """
 
+    name, title = "lcm", "LCM"
+
     def _spaced(self, n: int) -> Tensor:
         # Every (len / n)-th of the timesteps that the LCM was distilled on, mostly 50: 19, 39, …, 999. More
         # steps need a finer grid, which it was not distilled on; better than failing, but no use.
-        size = max(min(self.original_inference_steps, self.num_training_steps), n)
+        size = max(min(self.schedule.original_inference_steps, self.num_training_steps), n)
         grid = torch.arange(size, 0, -1) * (self.num_training_steps // size) - 1
         return grid[torch.arange(n) * size // n]
 
@@ -116,10 +122,11 @@ class EulerSampler(Sampler):
     `sigmas` has one more entry than `timesteps`: σ after the last step is 0.
     """
 
+    name, title = "euler", "Euler"
     _least_alpha_bar = _LEAST_ALPHA_BAR
 
-    def _start(self, timesteps: Tensor) -> None:
-        super()._start(timesteps)
+    def _begin(self, timesteps: Tensor) -> None:
+        super()._begin(timesteps)
         self.sigmas = _sigmas(self.alphas_cumprod[timesteps])
 
     # x₀ + σ ε is the training scaling's x over √ᾱ. The next three methods are all that this changes.
@@ -131,13 +138,13 @@ class EulerSampler(Sampler):
 
     def scale_model_input(self, x: Tensor, t: float | Tensor) -> Tensor:
         """The latents as the network wants to see them at timestep t: √ᾱ x = x / √(σ² + 1)."""
-        signal, _ = self._signal_and_noise(t, _exact(x))
-        return (signal * _exact(x)).to(x.dtype)
+        signal, _ = self._signal_and_noise(t, exact(x))
+        return (signal * exact(x)).to(x.dtype)
 
     def add_noise(self, x0: Tensor, t: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """x₀ + σₜ ε: `Sampler.add_noise` in this scaling."""
-        signal, _ = self._signal_and_noise(t, _exact(x0))
-        return (super().add_noise(_exact(x0), t, noise) / signal).to(x0.dtype)
+        signal, _ = self._signal_and_noise(t, exact(x0))
+        return (super().add_noise(exact(x0), t, noise) / signal).to(x0.dtype)
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         # [score] Eq. 1 and 3, Karras et al. 2022: dx/dσ = -σ ∇ log p(x) = (x - x₀) / σ, which is ε
@@ -153,6 +160,8 @@ def _sigmas(alpha_bar: Tensor) -> list[float]:
 
 class EulerAncestralSampler(EulerSampler):
     """Euler's step to less noise than planned, then fresh noise on top. From k-diffusion (Crowson 2022)."""
+
+    name, title = "euler_a", "Euler a"
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         _, d = self.predict(self.timesteps[i], x, model_output)
@@ -171,8 +180,10 @@ class HeunSampler(EulerSampler):
     Two calls of the network for a step, but one for the last: all timesteps but the first come twice.
     """
 
-    def _start(self, timesteps: Tensor) -> None:
-        super()._start(timesteps)
+    name, title = "heun", "Heun"
+
+    def _begin(self, timesteps: Tensor) -> None:
+        super()._begin(timesteps)
         self.timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
@@ -192,8 +203,10 @@ class LMSSampler(EulerSampler):
     A polynomial through the last four slopes is integrated from σᵢ to σᵢ₊₁.
     """
 
-    def _start(self, timesteps: Tensor) -> None:
-        super()._start(timesteps)
+    name, title = "lms", "LMS"
+
+    def _begin(self, timesteps: Tensor) -> None:
+        super()._begin(timesteps)
         self._slopes: list[Tensor] = []  # the last four, newest first
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
@@ -225,20 +238,21 @@ class DPMPP2MSampler(Sampler):
     `sigmas` has one more entry than `timesteps`: σ after the last step is 0.
     """
 
+    name, title = "dpmpp_2m", "DPM++ 2M"
     _least_alpha_bar = _LEAST_ALPHA_BAR
 
     def _spaced(self, n: int) -> Tensor:
         # `linspace`: n + 1 even points on 0 … N - 1, without the 0. That leaves N - 1 timesteps to choose
         # from; for n = N, where the reference repeats one and divides by zero, the 0 is used as well.
-        if self._trailing:
-            return self._trailed(n)
+        if self.schedule.zero_terminal_snr or self.schedule.timestep_spacing == "trailing":
+            return trailing(n, self.num_training_steps)
         if n == self.num_training_steps:
-            return torch.arange(n).flip(0)
+            return leading(n, n)
         spacing = (self.num_training_steps - 1) / n
         return (torch.arange(n, 0, -1, dtype=torch.float64) * spacing).round().long()
 
-    def _start(self, timesteps: Tensor) -> None:
-        super()._start(timesteps)
+    def _begin(self, timesteps: Tensor) -> None:
+        super()._begin(timesteps)
         self.sigmas = _sigmas(self.alphas_cumprod[timesteps])
         self._x0s: list[Tensor] = []  # the last two predictions of x₀, newest last
 
@@ -253,8 +267,8 @@ class DPMPP2MSampler(Sampler):
     def _advance(self, i: int, x: Tensor) -> Tensor:
         h = self._lambda(i + 1) - self._lambda(i)
         # [dpmpp-2m] Algorithm 2, Lu et al. 2022: xᵢ = σᵢ / σᵢ₋₁ xᵢ₋₁ - αᵢ (e⁻ʰ - 1) Dᵢ
-        sigma_ratio = _sigma(self.sigmas[i + 1]) / _sigma(self.sigmas[i])
-        return sigma_ratio * x - _alpha(self.sigmas[i + 1]) * math.expm1(-h) * self._direction(i, h)
+        sigma_ratio = _vp_sigma(self.sigmas[i + 1]) / _vp_sigma(self.sigmas[i])
+        return sigma_ratio * x - _vp_alpha(self.sigmas[i + 1]) * math.expm1(-h) * self._direction(i, h)
 
     def _direction(self, i: int, h: float) -> Tensor:
         if len(self._x0s) == 1 or i == len(self.timesteps) - 1:
@@ -264,13 +278,13 @@ class DPMPP2MSampler(Sampler):
         return (1 + 1 / (2 * r)) * self._x0s[-1] - 1 / (2 * r) * self._x0s[-2]
 
 
-def _alpha(sigma: float) -> float:
-    """αₜ = √ᾱₜ, of σ = σₜ / αₜ."""
+def _vp_alpha(sigma: float) -> float:
+    """αₜ = √ᾱₜ in the training (variance preserving) scaling, from σ = σₜ / αₜ."""
     return 1 / math.sqrt(sigma**2 + 1)
 
 
-def _sigma(sigma: float) -> float:
-    """σₜ = √(1 - ᾱₜ), of σ = σₜ / αₜ."""
+def _vp_sigma(sigma: float) -> float:
+    """σₜ = √(1 - ᾱₜ) in the training (variance preserving) scaling, from σ = σₜ / αₜ."""
     return sigma / math.sqrt(sigma**2 + 1)
 
 
@@ -280,6 +294,8 @@ class DPMPP2MKarrasSampler(DPMPP2MSampler):
     The network is told the nearest whole timestep, so with many steps `timesteps` repeats some. Up
     to 60 steps, diffusers, in float32, rounds one timestep to the other side of a half for 18, 35, 43 and 52.
     """
+
+    name, title = "dpmpp_2m_karras", "DPM++ 2M Karras"
 
     def _spaced(self, n: int) -> Tensor:
         table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
@@ -291,14 +307,14 @@ class DPMPP2MKarrasSampler(DPMPP2MSampler):
         t = np.interp(self._karras.log().numpy(), table.log().numpy(), np.arange(len(table)))
         return torch.from_numpy(t).round().long()
 
-    def _start(self, timesteps: Tensor) -> None:
-        super()._start(timesteps)
+    def _begin(self, timesteps: Tensor) -> None:
+        super()._begin(timesteps)
         self.sigmas = [*self._karras[-len(timesteps) :].tolist(), 0.0]
 
     def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         # A step's σ is not quite that of its rounded timestep. Timesteps outside the schedule have their own.
         alpha_bar = [
-            _alpha(self.sigmas[self._index(u)]) ** 2 if u in self.timesteps else self.alphas_cumprod[u].item()
+            _vp_alpha(self.sigmas[self._index(u)]) ** 2 if u in self.timesteps else self.alphas_cumprod[u].item()
             for u in torch.as_tensor(t).long().flatten().tolist()
         ]
         a = torch.tensor(alpha_bar, dtype=torch.float64).reshape(-1, *[1] * (x.ndim - 1))
@@ -311,12 +327,14 @@ class DPMPPSDESampler(DPMPP2MSampler):
     diffusers' `algorithm_type="sde-dpmsolver++"`. k-diffusion's "DPM++ SDE" is another, of two calls a step.
     """
 
+    name, title = "dpmpp_sde", "DPM++ 2M SDE"
+
     def _advance(self, i: int, x: Tensor) -> Tensor:
         h = self._lambda(i + 1) - self._lambda(i)
-        alpha, sigma = _alpha(self.sigmas[i + 1]), _sigma(self.sigmas[i + 1])
+        alpha, sigma = _vp_alpha(self.sigmas[i + 1]), _vp_sigma(self.sigmas[i + 1])
         # [dpmpp-sde] SDE-DPM-Solver++(2M), Lu et al. 2022:
         # xᵢ = σᵢ / σᵢ₋₁ e⁻ʰ xᵢ₋₁ + αᵢ (1 - e⁻²ʰ) Dᵢ + σᵢ √(1 - e⁻²ʰ) z
-        mean = sigma / _sigma(self.sigmas[i]) * math.exp(-h) * x
+        mean = sigma / _vp_sigma(self.sigmas[i]) * math.exp(-h) * x
         mean = mean - alpha * math.expm1(-2 * h) * self._direction(i, h)
         return mean + sigma * math.sqrt(-math.expm1(-2 * h)) * self._noise(x) if sigma > 0 else mean
 
@@ -327,6 +345,8 @@ class UniPCSampler(DPMPP2MSampler):
     Its predictor (UniP-2) is DPM-Solver++'s step. Its corrector (UniC) then uses what the network says at
     the point reached, which the next step needs anyway, to take the step before once more, better.
     """
+
+    name, title = "unipc", "UniPC"
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         x0, _ = self.predict(self.timesteps[i], x, model_output)
@@ -339,7 +359,7 @@ class UniPCSampler(DPMPP2MSampler):
     def _correct(self, i: int, x0: Tensor) -> Tensor:
         """The step from i - 1 to i again, knowing x0 at i."""
         h = self._lambda(i) - self._lambda(i - 1)
-        alpha, newest = _alpha(self.sigmas[i]), self._x0s[-1]
+        alpha, newest = _vp_alpha(self.sigmas[i]), self._x0s[-1]
         b = math.expm1(-h)  # B, and φ₁
         # UniC-p, Zhao et al. 2023: xᵢ = σᵢ / σᵢ₋₁ xᵢ₋₁ - αᵢ (e⁻ʰ - 1) x₀⁽ⁱ⁻¹⁾ - αᵢ B Σₘ ρₘ Dₘ / rₘ
         if len(self._x0s) == 1:
@@ -353,7 +373,7 @@ class UniPCSampler(DPMPP2MSampler):
             rho1 = (phi2 / b - 2 * phi3 / b) / (1 - r)
             rho2 = phi2 / b - rho1
             correction = rho1 * (self._x0s[-2] - newest) / r + rho2 * (x0 - newest)
-        sigma_ratio = _sigma(self.sigmas[i]) / _sigma(self.sigmas[i - 1])
+        sigma_ratio = _vp_sigma(self.sigmas[i]) / _vp_sigma(self.sigmas[i - 1])
         return sigma_ratio * self._last_x - alpha * b * newest - alpha * b * correction
 
 
@@ -369,13 +389,14 @@ class FlowSampler(Sampler):
     `timesteps`: σ after the last step is 0.
     """
 
+    name, title = "flow", "Flow Euler"
     prediction_types = ("flow",)
 
     def _spaced(self, n: int) -> Tensor:
         return torch.arange(n, 0, -1, dtype=torch.float64) / n * self.num_training_steps
 
-    def _start(self, timesteps: Tensor) -> None:
-        super()._start(timesteps)
+    def _begin(self, timesteps: Tensor) -> None:
+        super()._begin(timesteps)
         self.sigmas = [*(timesteps / self.num_training_steps).tolist(), 0.0]
 
     def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,11 +408,11 @@ class FlowSampler(Sampler):
     def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
         """What a flow network is trained to output: dx/dσ, the same at every t."""
         # [flow-velocity] Eq. 1, Liu et al. 2022: v = dx/dσ = ε - x₀
-        return (noise.to(x0.device) - _exact(x0)).to(x0.dtype)
+        return (noise.to(x0.device) - exact(x0)).to(x0.dtype)
 
     def predict(self, t: float | Tensor, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
         """(x₀, ε): the two ends of the line through `latents`. See `Sampler.predict`."""
-        x, v = _exact(latents), _exact(model_output)
+        x, v = exact(latents), exact(model_output)
         signal, sigma = self._signal_and_noise(t, x)
         # x = (1 - σ) x₀ + σ ε with v = ε - x₀, solved for both: x₀ = x - σ v and ε = x + (1 - σ) v
         return (x - sigma * v).to(latents.dtype), (x + signal * v).to(latents.dtype)
@@ -401,23 +422,6 @@ class FlowSampler(Sampler):
         return x + (self.sigmas[i + 1] - self.sigmas[i]) * model_output
 
 
-SAMPLERS: dict[str, type[Sampler]] = {
-    "ddpm": DDPMSampler,
-    "ddim": DDIMSampler,
-    "pndm": PNDMSampler,
-    "lms": LMSSampler,
-    "euler": EulerSampler,
-    "euler_a": EulerAncestralSampler,
-    "heun": HeunSampler,
-    "dpmpp_2m": DPMPP2MSampler,
-    "dpmpp_2m_karras": DPMPP2MKarrasSampler,
-    "dpmpp_sde": DPMPPSDESampler,
-    "unipc": UniPCSampler,
-    "lcm": LCMSampler,
-    "flow": FlowSampler,
-}
-
-
 def samplers_for(prediction_type: str) -> list[str]:
-    """The names of the samplers for networks with that output, the default one first."""
+    """The names of the samplers that fit networks with that output."""
     return [name for name, kind in SAMPLERS.items() if prediction_type in kind.prediction_types]

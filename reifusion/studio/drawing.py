@@ -19,7 +19,8 @@ from ..explain.schedule import signal_and_noise
 from ..explain.trajectory import _rms, _spread
 from ..explain.words import Attention, watch
 from ..model.ddpm import Sampler
-from ..model.pipeline import Step, load
+from ..api import load
+from ..model.pipeline import Step
 from ..model.request import Request
 from .wishes import keep
 

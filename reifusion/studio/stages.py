@@ -18,7 +18,8 @@ from ..model.attention import softmax_attention
 from ..model.clip import CLIPEmbedding
 from ..model.ddpm import Sampler, randn
 from ..model.encoder import scale_latents, unscale_latents
-from ..model.pipeline import StableDiffusion, to_picture
+from ..model.pictures import to_picture
+from ..model.pipeline import StableDiffusion
 from .drawing import Drawing
 
 PACKAGE = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..cli import _parse_size
 from ..files import whole
-from ..model.request import Request, open_picture
+from ..model.pictures import open_picture
+from ..model.request import Request
 
 
 def ask(

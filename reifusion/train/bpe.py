@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 
-from ..model.clip import as_bytes, merge_pair, split_words
+from ..model.tokenizer import as_bytes, merge_pair, split_words
 
 
 def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[str, str]]:

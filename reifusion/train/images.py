@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ..model.pipeline import to_tensor
+from ..model.pictures import to_tensor
 from .data import DataError
 
 # What a column, or the ending of a file in a .tar, may be called to be taken without asking.

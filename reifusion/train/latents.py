@@ -28,10 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import whole
-from ..model.clip import Tokenizer
+from ..model.tokenizer import Tokenizer
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, scale_latents
-from ..model.pipeline import fit, to_tensor
+from ..model.pictures import fit, to_tensor
 from ..model.tensors import write_tensors
 from .data import DataError
 from .images import Item, Pictures, some

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import __version__
 from ..files import whole
 from ..model.config import ModelConfig
-from ..model.lora import Place, places
+from ..weights.lora import Place, places
 from ..model.tensors import write_tensors
 from .images import open_pictures
 from .latents import cache_latents

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import whole
-from ..model.clip import Tokenizer
+from ..model.tokenizer import Tokenizer
 from ..model.config import MINI, SD15, ModelConfig
 from ..model.model_loader import load, save
 from ..model.pipeline import StableDiffusion
-from ..model.pipeline import load as load_pipeline
+from ..api import load as load_pipeline
 from ..model.tensors import ModelError, write_tensors
 from .bpe import train_bpe
 from .checkpoint import save_atomically

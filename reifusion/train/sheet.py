@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..model.pipeline import StableDiffusion, load
+from ..api import load
+from ..model.pipeline import StableDiffusion
 from ..model.samplers import samplers_for
 
 PROMPTS = (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reifusion.model.ddpm import DDPMSampler
-from reifusion.model.lora import Place
+from reifusion.weights.lora import Place
 from reifusion.train.loop import LoopConfig, train
 from reifusion.train.lora import LoRALayer
 from reifusion.train.muon import orthogonalise

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reifusion.model import model_loader
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.pipeline import StableDiffusion
 from tests.tiny import networks

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reifusion.explain.tokens import merges, tokens
-from reifusion.model.clip import Tokenizer, as_bytes
+from reifusion.model.tokenizer import Tokenizer, as_bytes
 
 from .conftest import TOKENIZER
 

@@ -13,17 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reifusion.model.clip import (
-    CLIP,
-    DATA,
-    END,
-    START,
-    Piece,
-    Tokenizer,
-    clip_merges,
-    quick_gelu,
-    split_words,
-)
+from reifusion.model.clip import CLIP, quick_gelu
+from reifusion.model.tokenizer import DATA, END, START, Piece, Tokenizer, clip_merges, split_words
 from reifusion.model.config import MINI, CLIPConfig
 from reifusion.train.bpe import train_bpe
 

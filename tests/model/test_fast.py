@@ -19,7 +19,7 @@ from reifusion.model.config import UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
 from reifusion.model.encoder import ResidualBlock
-from reifusion.model.fast import Conv2d, Linear, geglu, upsampled
+from reifusion.kernels.fast import Conv2d, Linear, geglu, upsampled
 
 UNET = UNetConfig(channels=(32, 64), attention=(True, False), layers=1, heads=4, context_width=24, groups=8)
 VAE = VAEConfig(channels=(16, 32, 64), layers=1, groups=8)
@@ -356,7 +356,7 @@ def test_unet_in_bfloat16_is_as_exact_as_the_plain_one(monkeypatch):
     exact = unet.double()(x.double(), context.double(), t)
     unet.bfloat16()
     fast = unet(x, context, t)
-    monkeypatch.setattr("reifusion.model.fast.drawing", lambda x: False)
+    monkeypatch.setattr("reifusion.kernels.fast.drawing", lambda x: False)
     monkeypatch.setattr("reifusion.model.attention.flash_attention", lambda q, k, v: None)
     plain = unet(x, context, t)
     assert not torch.equal(fast, plain), "the fast forms did not run"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reifusion.model import model_loader, tensors
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.model_converter import convert, load_from_standard_weights
 from reifusion.model.model_loader import build, info, load, preload_models_from_standard_weights, save

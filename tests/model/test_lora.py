@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from reifusion.model.clip import CLIP
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.diffusion import UNet
-from reifusion.model.lora import LoRA, Update, apply, load_lora, places, remove
+from reifusion.weights.lora import LoRA, Update, apply, load_lora, places, remove
 from reifusion.model.tensors import ModelError
 
 TINY = ModelConfig(

@@ -19,16 +19,11 @@ from reifusion.model.clip import CLIP
 from reifusion.model.config import MINI, ModelConfig, ScheduleConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
-from reifusion.model.pipeline import (
-    StableDiffusion,
-    Step,
-    _from_networks,
-    _parse_dtype,
-    generate,
-    to_picture,
-    to_tensor,
-)
-from reifusion.model.request import Request, open_picture
+from reifusion.api import generate
+from reifusion.model.pictures import to_picture, to_tensor
+from reifusion.model.pipeline import StableDiffusion, Step, _from_networks, _parse_dtype
+from reifusion.model.pictures import open_picture
+from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
 from tests.tiny import TINY, Bytes, networks
 

@@ -20,13 +20,14 @@ import reifusion
 from reifusion import cli
 from reifusion.model import model_loader
 from reifusion.model.attention import SelfAttention, Words
-from reifusion.model.clip import CLIP, Tokenizer
+from reifusion.model.clip import CLIP
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
-from reifusion.model.deepcache import DeepCache
+from reifusion.shortcuts.deepcache import DeepCache
 from reifusion.model.diffusion import UNet
 from reifusion.model.encoder import Encoder
-from reifusion.model.int8 import Int8Conv2d, Int8Linear, quantize
+from reifusion.shortcuts.int8 import Int8Conv2d, Int8Linear, quantize
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
@@ -385,7 +386,7 @@ def exact(layer: nn.Linear | nn.Conv2d, x: torch.Tensor, conv: bool) -> torch.Te
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
 def test_a_linear_layer_computes_with_whole_numbers(vnni, shape, bias, monkeypatch):
-    monkeypatch.setattr("reifusion.model.int8._suits", lambda x: vnni)
+    monkeypatch.setattr("reifusion.shortcuts.int8._suits", lambda x: vnni)
     layer = randomized(nn.Linear(20, 32, bias=bias))
     x = 3 * normal(*shape)
     out = Int8Linear(layer)(x)
@@ -397,7 +398,7 @@ def test_a_linear_layer_computes_with_whole_numbers(vnni, shape, bias, monkeypat
 @pytest.mark.parametrize(("kernel", "size"), [(3, (7, 9)), (3, (1, 1)), (1, (7, 9)), (3, (40, 30))])
 @torch.inference_mode()
 def test_a_convolution_too(vnni, kernel, size, monkeypatch):
-    monkeypatch.setattr("reifusion.model.int8._suits", lambda x: vnni)
+    monkeypatch.setattr("reifusion.shortcuts.int8._suits", lambda x: vnni)
     layer = randomized(nn.Conv2d(8, 16, kernel, padding=kernel // 2))
     x = normal(2, 8, *size) * torch.tensor([1.0, 50.0])[:, None, None, None]
     out = Int8Conv2d(layer)(x)

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import nn
 
 from reifusion import cli
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.lora import apply, load_lora
+from reifusion.weights.lora import apply, load_lora
 from reifusion.model.model_converter import config_to_diffusers, convert, match
 from reifusion.model.model_loader import _config_from_shapes, build, load, save
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.model.pipeline import load as load_pipe
+from reifusion.api import load as load_pipe
 from reifusion.model.samplers import SAMPLERS
 from reifusion.train.lora import attach, save_lora
 

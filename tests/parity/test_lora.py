@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.lora import apply, load_lora, remove
+from reifusion.weights.lora import apply, load_lora, remove
 from reifusion.model.model_loader import build, load, save
 from reifusion.train.lora import ATTENTION, LAYOUTS, TEXT_ENCODER, attach, detach, save_lora
 

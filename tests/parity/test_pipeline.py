@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from reifusion.model import model_loader
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
-from reifusion.model.pipeline import StableDiffusion, load
+from reifusion.api import load
+from reifusion.model.pipeline import StableDiffusion
 from tests.tiny import networks
 
 diffusers = pytest.importorskip("diffusers")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from reifusion.model.clip import END, START, Tokenizer, byte_letters, clip_merges, split_words
+from reifusion.model.tokenizer import END, START, Tokenizer, byte_letters, clip_merges, split_words
 
 transformers = pytest.importorskip("transformers")
 

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import VAEConfig
 from reifusion.model.encoder import Encoder
-from reifusion.model.pipeline import fit, to_tensor
+from reifusion.model.pictures import fit, to_tensor
 from reifusion.train import latents
 from reifusion.train.data import DataError
 from reifusion.train.images import Item, Pictures

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from docs.zork import LORA, draw_zork, draw_zorks
-from reifusion.model.clip import Tokenizer
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.lora import apply, load_lora
-from reifusion.model.pipeline import StableDiffusion, load, to_tensor
+from reifusion.weights.lora import apply, load_lora
+from reifusion.api import load
+from reifusion.model.pictures import to_tensor
+from reifusion.model.pipeline import StableDiffusion
 from reifusion.train import lora as module
 from reifusion.train.loop import LoopConfig
 from reifusion.train.lora import (

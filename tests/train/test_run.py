@@ -141,7 +141,7 @@ def test_a_lora_changes_the_picture(tmp_path, pictures, small_sd, recipe):
     out = tmp_path / "lora.safetensors"
     few = [f"data={pictures}", f"start={small_sd}", "size=64", "steps=3", "batch=2", "lr=0.05", "warmup=1"]
     assert main(["lora", "--config", recipe, *few, f"folder={tmp_path}/r", f"out={out}"]) == 0
-    from reifusion.model.lora import apply, load_lora
+    from reifusion.weights.lora import apply, load_lora
 
     pipe = reifusion.load(small_sd, dtype="fp32")
     before = draw(pipe, "a ball").tobytes()

@@ -1,8 +1,7 @@
 """Weights of 8 bits and products of whole numbers: half the memory, and on some CPUs less time.
 
-Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, without its exceptions for outliers: a weight's
-rows are scaled once, what they are multiplied with as it comes. Off unless asked for, since it changes the
-picture. On a CPU without instructions for it (VNNI), and on a GPU, weights are widened for each use: that
+Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, without its exceptions for outliers: the rows of a weight
+are scaled once, and the input in every call. Off unless asked for, since it changes the picture. On a CPU without instructions for it (VNNI), and on a GPU, weights are widened for each use: that
 saves memory alone.
 """
 
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .diffusion import AttentionBlock, ResidualBlock
+from ..model.diffusion import AttentionBlock, ResidualBlock
+from ..swap import swap
 
 if TYPE_CHECKING:
-    from .pipeline import StableDiffusion
+    from ..model.pipeline import StableDiffusion
 
-LEAST = 512  # terms of a sum; where there are fewer, to scale takes longer than to multiply
+LEAST = 512  # terms of a sum; where there are fewer, scaling takes longer than multiplying
 ROWS = 256  # at a time, so that their sums of 32 bits stay in the cache
 
 
@@ -30,18 +30,27 @@ def quantize(pipe: StableDiffusion | Mapping[str, nn.Module]) -> None:
     pipe: a model, or a dict with its "diffusion". LoRAs are to be added before: later they find no weights.
     """
     models = pipe if isinstance(pipe, Mapping) else pipe.models
-    for block in list(models["diffusion"].modules()):
+    for block in models["diffusion"].modules():
         if isinstance(block, ResidualBlock | AttentionBlock):
-            for parent in list(block.modules()):
-                for name, layer in list(parent.named_children()):
-                    if isinstance(layer, nn.Linear) and layer.in_features >= LEAST:
-                        setattr(parent, name, Int8Linear(layer))
-                    elif isinstance(layer, nn.Conv2d) and layer.weight[0].numel() >= LEAST:
-                        setattr(parent, name, Int8Conv2d(layer))
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear) and layer.in_features >= LEAST:
+                    _quantize(layer, Int8Linear, layer.weight)
+                elif isinstance(layer, nn.Conv2d) and layer.weight[0].numel() >= LEAST:
+                    # (out, in, k, k) -> (out, k·k·in)
+                    _quantize(layer, Int8Conv2d, layer.weight.permute(0, 2, 3, 1).flatten(1))
+
+
+def _quantize(layer: nn.Module, kind: type[nn.Module], weight: Tensor) -> None:
+    rows, scale = whole_numbers(weight.detach(), (1,))
+    del layer.weight
+    layer.register_buffer("weight", rows)
+    layer.register_buffer("scale", scale.flatten())
+    layer.requires_grad_(False)
+    swap(layer, kind)
 
 
 def whole_numbers(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """x -> int8 in ±127, and the float32 scale that makes x of it again, one for all that lies along axes."""
+    """Returns x as int8 in ±127, and the float32 scale that makes it x again: one scale for all numbers along axes."""
     scale = x.abs().amax(axes, keepdim=True).float().clamp(min=1e-12) / 127
     # §2.1, Dettmers et al. 2022: x₈ = ⌊127 x / max|x|⌉
     return (x / scale).round_().to(torch.int8), scale
@@ -50,18 +59,12 @@ def whole_numbers(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 class _Int8(nn.Module):
     """A layer whose weight is int8, (out, in), with a scale for each row."""
 
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: Tensor):
-        super().__init__()
-        rows, scale = whole_numbers(weight.detach(), (1,))
-        self.register_buffer("weight", rows)
-        self.register_buffer("scale", scale.flatten())
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+    weight: Tensor  # (out, in), int8
+    scale: Tensor  # (out,)
+    bias: Tensor | None
 
     def widened(self, dtype: torch.dtype) -> Tensor:
-        """The weight as it was, but for the rounding."""
+        """The weight in a floating-point dtype, rounded."""
         return (self.weight * self.scale[:, None]).to(dtype)
 
     def multiply(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,15 +76,12 @@ class _Int8(nn.Module):
 
 
 def _suits(x: Tensor) -> bool:
-    """Can the CPU do it?"""
+    """True if the CPU multiplies whole numbers fast."""
     return x.device.type == "cpu" and getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
 class Int8Linear(_Int8):
     """x Wᵀ + b, each row of x with its own scale."""
-
-    def __init__(self, layer: nn.Linear):
-        super().__init__(layer, layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)"""
@@ -97,20 +97,18 @@ class Int8Linear(_Int8):
 class Int8Conv2d(_Int8):
     """A convolution of 1×1, or of 3×3 padded by 1. Where pixels are shared, a picture has one scale."""
 
-    def __init__(self, layer: nn.Conv2d):
-        # (out, in, k, k) -> (out, k·k·in)
-        super().__init__(layer, layer.weight.permute(0, 2, 3, 1).flatten(1))
-        self.size = layer.kernel_size[0]
+    kernel_size: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W)"""
         if not _suits(x):
-            kernel = self.widened(x.dtype).unflatten(1, (self.size, self.size, -1)).permute(0, 3, 1, 2)
-            return F.conv2d(x, kernel, self.bias, padding=self.size // 2)
-        pad, width = self.size // 2, x.shape[3]
+            kernel = self.widened(x.dtype).unflatten(1, (self.kernel_size[0], self.kernel_size[0], -1)).permute(0, 3, 1, 2)
+            return F.conv2d(x, kernel, self.bias, padding=self.kernel_size[0] // 2)
+        size = self.kernel_size[0]
+        pad, width = size // 2, x.shape[3]
         whole, scale = whole_numbers(x, (1, 2, 3))  # (B, in, H, W), (B, 1, 1, 1)
         whole = F.pad(whole.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))  # (B, H + 2, W + 2, in)
-        windows = whole.unfold(1, self.size, 1).unfold(2, self.size, 1)  # (B, H, W, in, k, k)
+        windows = whole.unfold(1, size, 1).unfold(2, size, 1)  # (B, H, W, in, k, k)
         out = x.new_empty(*windows.shape[:3], len(self.weight))
         for part, to in zip(*(y.split(max(1, ROWS // (len(x) * width)), dim=1) for y in (windows, out))):
             rows = part.permute(0, 1, 2, 4, 5, 3).reshape(-1, self.weight.shape[1])

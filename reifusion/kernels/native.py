@@ -1,6 +1,6 @@
-"""Compiles `attention.c` when it is first needed, where it is faster than PyTorch's own kernel.
+"""Our own attention kernel, `attention.c`, compiled when it is first needed, where it beats PyTorch's.
 
-That is on CPUs with AVX-512 BF16 and without AMX, which PyTorch's kernel uses: a step of SD 1.5 takes three
+It does on CPUs with AVX-512 BF16 and without AMX, which PyTorch's kernel uses: a step of SD 1.5 takes three
 fifths of the time there. Where there is no compiler, or it fails, or REIFUSION_NATIVE=0 forbids it, PyTorch's
 kernel does the work: slower, and the same to the last bits of bfloat16.
 """
@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..model import attention as textbook
+
 SOURCE = Path(__file__).with_name("attention.c")
-# Named one by one, not -march=native: what was compiled here runs on every CPU that passes `_suits`.
+# Named one by one, not -march=native, so that the library runs on every CPU that passes `_suits`.
 FLAGS = ["-O3", "-shared", "-fPIC", "-fopenmp", "-mfma"]
 FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
 
@@ -34,6 +36,13 @@ class _View(ctypes.Structure):
         ("head", ctypes.c_int64),
         ("row", ctypes.c_int64),
     )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """`model.attention.attention` by the faster of the two kernels, for the slot of an attention layer."""
+    if not (causal or q.requires_grad) and (out := flash_attention(q, k, v)) is not None:
+        return out
+    return textbook.attention(q, k, v, causal)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -56,7 +65,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """attention.c, compiled once for all processes."""
+    """Compiles attention.c, once for all processes; None where that is impossible or of no use."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if not _suits() or compiler is None or os.environ.get("REIFUSION_NATIVE") == "0":
         return None
@@ -81,7 +90,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _suits() -> bool:
-    """Is this a CPU that can run it, and whose own fast path PyTorch does not use already?"""
+    """True if this CPU can run the kernel and has no AMX, with which PyTorch's own kernel is faster."""
     bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return os.name == "posix" and bf16 and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
@@ -91,6 +100,6 @@ def _cache() -> Path:
 
 
 def _private(path: Path) -> bool:
-    """Is it ours, and can nobody else have written it? What is loaded is run."""
+    """True if only this user can have written the path. A library is executed when it is loaded."""
     facts = path.stat()
     return facts.st_uid == os.getuid() and not facts.st_mode & 0o022

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .model_converter import rules
-from .tensors import ModelError, TensorFile
+from ..model.config import ModelConfig
+from ..model.model_converter import rules
+from ..model.tensors import ModelError, TensorFile
 
 if TYPE_CHECKING:
-    from .pipeline import StableDiffusion
+    from ..model.pipeline import StableDiffusion
 
 # What a tensor's name ends in, in the files of kohya, of PEFT and diffusers, and of diffusers before 0.22.
 ENDINGS = {
@@ -97,6 +97,7 @@ class Place:
     parts: int
     diffusers: str  # its name there, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     compvis: str  # … and there, "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
+    convolution: bool = False  # a linear layer here, a 1×1 convolution there
 
     @property
     def name(self) -> str:
@@ -177,7 +178,8 @@ def places(config: ModelConfig) -> list[Place]:
         if network in ("clip", "diffusion") and inner.endswith(".weight"):
             for part, names in enumerate(zip(one.theirs, other.theirs)):
                 theirs = (name.removesuffix(".weight") for name in names)
-                found.append(Place(network, inner.removesuffix(".weight"), part, len(one.theirs), *theirs))
+                layer = inner.removesuffix(".weight")
+                found.append(Place(network, layer, part, len(one.theirs), *theirs, one.convolution))
     return found
 
 

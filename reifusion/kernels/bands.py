@@ -1,29 +1,48 @@
 """The decoder's large maps, a band of rows at a time and in place: the same picture in half the memory.
 
-A convolution sees one row above and one below, so a band can be made of its own rows and those two. Only
-GroupNorm sees the whole map. Its two numbers for each group are therefore taken first, in their own pass, and
-then used in every band. Nothing is blended, and nothing depends on how many rows a band has.
+A convolution sees one row above and one row below, so a band can be computed from its own rows and those two.
+Only GroupNorm sees the whole map. Its two numbers for each group are therefore computed first, in a pass of their
+own, and then used in every band. Nothing is blended, and nothing depends on the number of rows in a band.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .encoder import ResidualBlock
+from ..model import decoder
+from ..model.encoder import ResidualBlock, unscale_latents
 
 BAND = 2**22  # bytes, about: small beside a map, large beside the overhead of a call
 
 
-def suits(network: nn.Module, x: Tensor, pixels: int) -> bool:
-    """Do maps as wide as x, of so many pixels, fill many bands? And is nobody to see what happens inside?"""
+class Decoder(decoder.Decoder):
+    """The VAE's decoder, which works in bands where its maps are large."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> picture (B, 3, 8h, 8w), about [-1, 1] (not clamped)."""
+        pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
+        if not suits(self, latents, self.config.channels[-1] * pixels // 4):
+            return super().forward(latents)
+        x = self.middle(self.conv_in(self.post_quant(unscale_latents(latents, self.config))))
+        return torch.cat([self._in_bands(part) for part in x.split(1)])
+
+    def _in_bands(self, x: Tensor) -> Tensor:
+        """(1, C, h, w) after the middle -> the picture (1, 3, 8h, 8w)"""
+        x = run(itertools.chain(*self.up), x)
+        return torch.cat([y for _, y in norm_silu_conv(x, self.norm, self.conv_out)], dim=2)
+
+
+def suits(network: nn.Module, x: Tensor, numbers: int) -> bool:
+    """True if the largest map, of so many numbers, fills many bands, and no hook watches the layers in between."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
-        and x.shape[1] * pixels * x.element_size() > 2 * BAND
+        and numbers * x.element_size() > 2 * BAND
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
@@ -31,7 +50,7 @@ def suits(network: nn.Module, x: Tensor, pixels: int) -> bool:
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """`for block in blocks: x = block(x)`. x (1, C, h, w) is lost -> (1, C', H, W)"""
+    """Does `for block in blocks: x = block(x)`, and overwrites x: (1, C, h, w) -> (1, C', H, W)"""
     x, room = x.contiguous(memory_format=torch.channels_last), None
     for block in blocks:
         if isinstance(block, ResidualBlock):
@@ -43,7 +62,7 @@ def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Iterator[tuple[slice, Tensor]]:
-    """conv(silu(norm(x))), band by band: the rows, and what belongs there. By then x may lose them."""
+    """Yields conv(silu(norm(x))) band by band: its rows, and their values. The caller may overwrite these rows of x."""
     height = x.shape[2]
     mean, var = group_statistics(x, norm)
     weight, bias = norm.weight.float(), norm.bias.float()
@@ -53,12 +72,12 @@ def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Iterator[t
         # GroupNorm whose statistics are known is BatchNorm. One row more than the band: the one below.
         h = F.batch_norm(_rows(x, rows.start, rows.stop + 1), mean, var, weight, bias, eps=norm.eps)
         window = torch.cat([above, h] + [zeros] * (rows.stop == height), dim=2)
-        above = h[:, :, rows.stop - rows.start - 1 :][:, :, :1].clone()  # x will have lost it by then
+        above = h[:, :, rows.stop - rows.start - 1 :][:, :, :1].clone()  # x may be overwritten before it is needed
         yield rows, F.conv2d(F.silu(window, inplace=True), conv.weight, conv.bias, padding=(0, 1))
 
 
 def group_statistics(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """x (1, C, H, W) -> mean and variance of each channel's group over all pixels, each (C,), float32."""
+    """Returns mean and variance of each channel's group over all pixels of x (1, C, H, W): each (C,), float32."""
     channels, groups = norm.num_channels, norm.num_groups
     one, zero = torch.ones(channels), torch.zeros(channels)
     count, mean, spread = 0, torch.zeros(groups).double(), torch.zeros(groups).double()
@@ -78,7 +97,7 @@ def group_statistics(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
 
 
 def bands(x: Tensor) -> Iterator[slice]:
-    """The rows of a map, cut into bands of about BAND bytes."""
+    """Yields the rows of a map, cut into bands of about BAND bytes."""
     rows = max(1, BAND // (x[:, :, 0].numel() * x.element_size()))
     for top in range(0, x.shape[2], rows):
         yield slice(top, min(top + rows, x.shape[2]))
@@ -89,7 +108,7 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _residual(block: ResidualBlock, x: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The block's output, in the memory of x, and a map as large that is free to be written over."""
+    """Returns the block's output, in the memory of x, and another map of that size whose values are not needed."""
     height, width = x.shape[-2:]
     wide, narrow = block.conv_1.in_channels, block.conv_1.out_channels
     if wide == narrow:
@@ -98,7 +117,7 @@ def _residual(block: ResidualBlock, x: Tensor, room: Tensor | None) -> tuple[Ten
             h[:, :, rows] = y
     else:
         halves = x.permute(0, 2, 3, 1) if wide == 2 * narrow else x.new_empty(1, height, width, 2 * narrow)
-        # Where a row of x was, a row of h and one of out find room: (1, H, 2, W, C/2) -> twice (1, C/2, H, W)
+        # The memory of a row of x holds a row of h and a row of out: (1, H, 2, W, C/2) -> twice (1, C/2, H, W)
         h, out = halves.view(1, height, 2, width, narrow).permute(2, 0, 4, 1, 3)
         for rows, y in norm_silu_conv(x, block.norm_1, block.conv_1):
             skip = block.skip(x[:, :, rows])

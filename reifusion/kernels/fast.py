@@ -1,8 +1,7 @@
-"""The same arithmetic in fewer turns, for drawing on a CPU. What each function buys is in bench/NOTES.md.
+"""The same arithmetic in fewer passes over memory, for drawing on a CPU. bench/NOTES.md says what each form buys.
 
-All of it is PyTorch and keeps nothing between calls, so that weights may change at any time. `drawing` says
-where it is used: on a CPU, without gradients. Everywhere else the plain form runs, which stands first in each
-function. The tests hold the two equal.
+All of it is PyTorch and keeps nothing between calls, so that weights may change at any time. A fast form is
+used where `drawing` is true; everywhere else the plain `forward` of the class runs that it stands on.
 """
 
 from __future__ import annotations
@@ -11,26 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..model import decoder, diffusion
+from ..model.diffusion import Given
+
 
 def drawing(x: Tensor) -> bool:
-    """Is x on its way to a picture, on a CPU, and not to a gradient or a compiler?"""
+    """True if x is used to draw a picture on a CPU: no gradient, no autocast and no compiler needs the plain form."""
     return (
         x.device.type == "cpu"
         and x.dtype in _DTYPES
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")  # which knows the plain forms only
+        and not torch.is_autocast_enabled("cpu")  # autocast knows the plain forms only
         and not torch.compiler.is_compiling()
     )
 
 
-# What oneDNN computes in on this CPU.
+# The dtypes in which oneDNN computes on this CPU.
 _DTYPES = [torch.float32] if torch.backends.mkldnn.is_available() else []
 if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _DTYPES.append(torch.bfloat16)
 
 
-def _bare(module: nn.Module, kind: type) -> bool:
-    """Does nobody stand around the module (LoRA) or watch it (a hook)? Then it need not be called by name."""
+def bare(module: nn.Module, kind: type) -> bool:
+    """True if the module is neither swapped for another kind (LoRA) nor hooked, so that its call may be skipped."""
     return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
@@ -72,35 +74,58 @@ def _patches(x: Tensor, size: int) -> Tensor:
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
-def geglu(x: Tensor, linear: nn.Linear) -> Tensor:
-    """(xW + b) ⊗ GELU(xV + c), with the exact GELU: (B, L, width) -> (B, L, 4·width)"""
-    if not (drawing(x) and _bare(linear, Linear)):
-        value, gate = linear(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-    # The same, GELU and product done as oneDNN writes its results.
-    (W, V), (b, c) = linear.weight.chunk(2), linear.bias.chunk(2)
-    gate = torch.ops.mkldnn._linear_pointwise.default(x, V, c, "gelu", [], "none")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, gate, W, b, "mul")
+class GEGLU(diffusion.GEGLU):
+    """The feed-forward, with GELU and the product done while oneDNN writes its results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, width) -> (B, L, width)"""
+        linear = self.linear_1
+        if not (drawing(x) and bare(linear, Linear)):
+            return super().forward(x)
+        (W, V), (b, c) = linear.weight.chunk(2), linear.bias.chunk(2)
+        gate = torch.ops.mkldnn._linear_pointwise.default(x, V, c, "gelu", [], "none")
+        return self.linear_2(torch.ops.mkldnn._linear_pointwise.binary(x, gate, W, b, "mul"))
 
 
-# Of the three rows that a 3×3 kernel sees in an enlarged picture, two are the same pixel's. From an even
-# row it sees the pixel above once and its own twice, from an odd row its own twice and the one below.
-# So with columns.
+class UNetUpsample(diffusion.Upsample):
+    """The U-Net's upsampling, where it doubles both sides, on the small map."""
+
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W), or (B, C, *given.size)"""
+        doubled = given.size is None or tuple(given.size) == tuple(2 * side for side in x.shape[-2:])
+        if doubled and drawing(x) and bare(self.conv, Conv2d):
+            return doubled_and_smoothed(x, self.conv)
+        return super().forward(x, given)
+
+
+class VAEUpsample(decoder.Upsample):
+    """The VAE's upsampling, on the small map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)"""
+        if drawing(x) and bare(self.conv, Conv2d):
+            return doubled_and_smoothed(x, self.conv)
+        return super().forward(x)
+
+
+# Of the three rows that a 3×3 kernel sees in an enlarged map, two repeat the same pixel. From an even row the
+# kernel sees the pixel above once and its own pixel twice; from an odd row, its own pixel twice and the pixel
+# below once. The same holds for columns.
 _ROWS = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (phase, row of 2, row of 3)
 _PHASES = torch.einsum("pak,qbl->pqabkl", _ROWS, _ROWS).reshape(4, 4, 9)  # (phase, pixel of 2×2, of 3×3)
 
 
-def upsampled(x: Tensor, conv: nn.Conv2d, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Grown to `size` by repeating pixels, then smoothed. x (B, C, h, w) -> (B, C', H, W)"""
+def doubled_and_smoothed(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv` of x with every pixel repeated four times: x (B, C, h, w) -> (B, C', 2h, 2w)
+
+    Four 2×2 kernels on the small map, one for each pixel that grows out of one. That is 16 products for four
+    pixels, where the 3×3 kernel needs 36. Sums of weights are rounded once more.
+    """
     batch, _, height, width = x.shape
-    doubled = tuple(size) == (2 * height, 2 * width)
-    if not (doubled and drawing(x) and _bare(conv, Conv2d)):
-        return conv(F.interpolate(x, size=size, mode="nearest"))
-    # The same: four 2×2 kernels on the small picture, one for each pixel that grows out of one. 16 products
-    # for four pixels, where the 3×3 kernel needs 36. Sums of weights are rounded once more.
     weight = conv.weight.permute(2, 3, 0, 1).flatten(0, 1)  # (C', C, 3, 3) -> (9, C', C)
     kernels = torch.einsum("pak,koi->paoi", _PHASES.to(x.dtype), weight)  # -> (4 phases, 2×2, C', C)
-    y = torch.empty(batch, conv.out_channels, *size, dtype=x.dtype, memory_format=torch.channels_last)
+    size = (batch, conv.out_channels, 2 * height, 2 * width)
+    y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
     for top in range(0, height, 32):  # some rows at a time, for the sake of memory
         rows = min(32, height - top)
         window = F.pad(x, (1, 1, 1 - top, top + rows + 1 - height))  # (B, C, rows + 2, w + 2)

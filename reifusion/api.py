@@ -1,0 +1,89 @@
+"""The way in: `load` finds a model and makes it ready, `generate` draws with one call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+
+from . import families, kernels
+from .model import pipeline
+from .model.model_loader import load as load_networks
+from .model.pipeline import StableDiffusion
+from .shortcuts.deepcache import deepcached
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load(
+    source: str | os.PathLike = "mini",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> StableDiffusion:
+    """A model, ready to draw.
+
+    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device:
+    None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that suits the
+    device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), for a device or
+    for a dtype that does not exist.
+    """
+    device = find_device(device)
+    source = source if isinstance(source, str) else os.fspath(source)
+    config, models, tokenizer = load_networks(source, device, find_dtype(dtype, device), make=families.build)
+    for network in models.values():
+        # The order in memory in which convolutions are fastest.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kernels.install(models)
+    return families.adapted(StableDiffusion(config, tokenizer, models, device))
+
+
+def find_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name; for None the best there is. Raises ValueError if this machine has none such."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(name for name, there in available.items() if there))
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"there is no device {device!r}; there are {', '.join(available)}") from None
+    if not available.get(device.type, True):
+        raise ValueError(f"PyTorch finds no {device.type} device on this machine")
+    return device
+
+
+def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name; for None the one that suits the device. Raises ValueError for another name."""
+    if dtype is None:
+        # On CPUs bfloat16 is only fast where it is built in, as AVX-512 or AMX.
+        built_in = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        dtype = {"cuda": "fp16", "cpu": "bf16" if built_in else "fp32"}.get(device.type, "fp32")
+    for short, known in DTYPES.items():
+        if dtype in (short, known, str(known).removeprefix("torch.")):
+            return known
+    raise ValueError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+
+
+@functools.lru_cache(maxsize=1)
+def _mini(device: torch.device | str | None) -> StableDiffusion:
+    return load(device=device)
+
+
+@functools.wraps(pipeline.generate)
+def generate(*args: Any, deepcache: int = 1, **settings: Any) -> Image.Image | list[Image.Image]:
+    call = inspect.signature(pipeline.generate).bind(*args, **settings)
+    asked = call.arguments
+    models, device = asked.get("models"), asked.get("device")
+    if models is None:
+        models = _mini(device)
+    elif isinstance(models, Mapping):
+        models = families.adapted(pipeline.of_networks(models, asked.get("tokenizer")))
+        if device is None and asked.get("idle_device") is not None:
+            device = find_device(None)
+    asked["models"] = deepcached(models, deepcache)
+    asked["device"] = None if device is None else find_device(device)
+    return pipeline.generate(*call.args, **call.kwargs)

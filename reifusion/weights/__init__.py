@@ -1,0 +1,1 @@
+"""Files with weights beside the checkpoint itself: LoRAs."""
