@@ -75,9 +75,9 @@ class Reifusion:
             return lambda: models["decoder"](latents).float().cpu()
         size = {"height": row["height"], "width": row["width"]}
         settings: dict[str, Any] = {
-            "sampler_name": "ddim",
-            "n_inference_steps": row["steps"],
-            "cfg_scale": SCALE,
+            "sampler": "ddim",
+            "steps": row["steps"],
+            "cfg": SCALE,
         }
         return lambda: pipe.generate(PROMPT, seed=SEED, progress=False, **settings, **size)
 
@@ -247,7 +247,7 @@ class StableDiffusionCpp:
     def row(self, row: dict[str, Any]) -> Run | None:
         if row["kind"] != "picture":
             return None
-        settings: dict[str, Any] = {"sample_steps": row["steps"], "cfg_scale": SCALE, "seed": SEED}
+        settings: dict[str, Any] = {"sample_steps": row["steps"], "cfg": SCALE, "seed": SEED}
         size = {"height": row["height"], "width": row["width"]}
         return lambda: self.model.generate_image(prompt=PROMPT, sample_method="euler", **settings, **size)[0]
 

@@ -443,9 +443,9 @@ def main(arguments: list[str] | None = None) -> int:
         best = pipe.config.best
         best |= {name: value for name in best if (value := getattr(given, name)) is not None}
         settings = {
-            "sampler_name": best["sampler"],
-            "n_inference_steps": best["steps"],
-            "cfg_scale": best["cfg"],
+            "sampler": best["sampler"],
+            "steps": best["steps"],
+            "cfg": best["cfg"],
         }
         Request("a cat", **settings).sampler(pipe.config)
     except ValueError as error:

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from reifusion.model.tome import TokenMerging
 
 import reifusion
 from reifusion.model.attention import Words
 from reifusion.model.config import SD15, UNetConfig
-from reifusion.shortcuts.deepcache import DeepCache
 from reifusion.model.diffusion import UNet
-from reifusion.shortcuts.int8 import quantize
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.model.tome import TokenMerging
+from reifusion.shortcuts.deepcache import DeepCache
+from reifusion.shortcuts.int8 import quantize
 
 HERE = Path(__file__).parent
 PROMPTS = ["a red apple", "a house in the snow", "a purple cat", "a smiling face"]
@@ -53,8 +53,8 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
 }
 # What else changes a picture, to measure the shortcuts by.
 YARDSTICKS: dict[str, dict[str, Any]] = {
-    "a step less": {"n_inference_steps": STEPS - 1},
-    "half the steps": {"n_inference_steps": STEPS // 2},
+    "a step less": {"steps": STEPS - 1},
+    "half the steps": {"steps": STEPS // 2},
     "float32 in place of the usual dtype": {"dtype": "fp32"},
     "the next seed": {"seed": 1},
 }
@@ -93,7 +93,7 @@ def measure_pictures(rounds: int) -> tuple[list[Row], dict[str, list[Image.Image
     quantize(pipes["int8"])
 
     def draw(wish: Mapping[str, Any]) -> list[Image.Image]:
-        asked = {"seed": 0, "n_inference_steps": STEPS, "cfg_scale": SCALE, "sampler_name": "ddim", **wish}
+        asked = {"seed": 0, "steps": STEPS, "cfg": SCALE, "sampler": "ddim", **wish}
         pipe: StableDiffusion = pipes["int8" if asked.pop("int8", False) else asked.pop("dtype", "")]
         first, height = asked.pop("seed"), pipe.config.size
         # One by one, as the command line draws.
@@ -135,7 +135,7 @@ def sheet(drawn: Mapping[str, Sequence[Image.Image]], side: int = 96) -> Image.I
 
 def measure_steps(rounds: int, quick: bool) -> tuple[list[Row], dict[str, float]]:
     """The times of one step with guidance, as each shortcut has it; and the networks' sizes, in MB."""
-    config = UNetConfig(channels=(64, 128), attention=(True, True)) if quick else SD15.unet
+    config = UNetConfig(channels=(64, 128), attention=(1, 1)) if quick else SD15.unet
     dtype = reifusion.load().dtype
     unet = random_unet(config).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     small = copy.deepcopy(unet)
@@ -253,8 +253,8 @@ def median(times: Sequence[float]) -> float:
 def guided_steps() -> int:
     """How many of the steps have guidance in the interval: the same for every model with SD 1.5's schedule."""
     asked: dict[str, Any] = {
-        "n_inference_steps": STEPS,
-        "sampler_name": "ddim",
+        "steps": STEPS,
+        "sampler": "ddim",
         "guidance_interval": (0.3, 5),
     }
     return sum(step.eps_uncond is not None for step in reifusion.load().denoise("a cat", **asked))

@@ -27,7 +27,7 @@ def make_weights(quick: bool) -> Path:
             name="quick",
             clip=CLIPConfig(width=64, layers=2, heads=2),
             vae=VAEConfig(channels=(32, 64, 64, 64), layers=1),
-            unet=UNetConfig(channels=(32, 64, 64, 64), layers=1, heads=2, context_width=64),
+            unet=UNetConfig(channels=(32, 64, 64, 64), layers=1, heads=(2, 2, 2, 2), context_width=64),
         )
     models = model_loader.build(config)
     generator = torch.Generator().manual_seed(0)

@@ -20,9 +20,9 @@ from PIL import Image
 from bench.judge import all_pictures, fingerprint, get_judge
 from bench.prompts import make_prompts
 from bench.quality import draw, portion, score, verdicts
+from reifusion.api import load
 from reifusion.files import whole, write_json
 from reifusion.model.model_loader import ModelError
-from reifusion.api import load
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.train.scenes import Sprites
 
@@ -44,7 +44,7 @@ def measured(pipe: StableDiffusion, sampler: str, steps: int, count: int) -> dic
     """What share of `count` prompts comes out right, by kind."""
     judge, drawings = get_judge(), Sprites(*all_pictures())
     prompts = make_prompts(counts=portion(count))
-    settings = {"sampler_name": sampler, "n_inference_steps": steps, "cfg_scale": CFG}
+    settings = {"sampler": sampler, "steps": steps, "cfg": CFG}
     with tempfile.TemporaryDirectory() as folder:
         images = draw(pipe, prompts, settings, Path(folder))
     said, _ = verdicts(images, prompts, judge, drawings)
@@ -55,9 +55,7 @@ def pictures(pipe: StableDiffusion, sampler: str) -> np.ndarray:
     """A row for each number of steps, a column for each prompt: (H, W, 3) uint8"""
     rows = []
     for steps in STEPS:
-        made: Any = pipe.generate(
-            list(SHOWN), seed=1, sampler_name=sampler, n_inference_steps=steps, cfg_scale=CFG, progress=False
-        )
+        made: Any = pipe.generate(list(SHOWN), seed=1, sampler=sampler, steps=steps, cfg=CFG, progress=False)
         rows.append(np.concatenate([np.asarray(picture) for picture in made], axis=1))
     return np.concatenate(rows)
 

@@ -53,7 +53,7 @@ def ours() -> dict[str, list[int]]:
     import reifusion
 
     pipe = reifusion.load()
-    settings: dict[str, Any] = {"n_inference_steps": STEPS, "sampler_name": "dpmpp_2m", "seed": 0}
+    settings: dict[str, Any] = {"steps": STEPS, "sampler": "dpmpp_2m", "seed": 0}
     return walked(lambda: pipe.generate("a cat", progress=False, **settings), "reifusion")
 
 
@@ -64,17 +64,17 @@ def theirs() -> dict[str, Any]:
 
     from reifusion.model import model_loader
     from reifusion.model.clip import CLIP
-    from reifusion.model.tokenizer import Tokenizer
     from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
     from reifusion.model.decoder import Decoder
     from reifusion.model.diffusion import UNet
     from reifusion.model.encoder import Encoder
+    from reifusion.model.tokenizer import Tokenizer
 
     config = ModelConfig(
         size=64,
         clip=CLIPConfig(width=32, layers=2, heads=2),
         vae=VAEConfig(channels=(16, 16, 32, 32), layers=1, groups=8),
-        unet=UNetConfig(channels=(32, 64), attention=(True, False), heads=4, context_width=32, groups=16),
+        unet=UNetConfig(channels=(32, 64), attention=(1, 0), heads=(4, 4), context_width=32, groups=16),
     )
     networks = {"clip": CLIP(config.clip), "diffusion": UNet(config.unet)}
     models = {**networks, "encoder": Encoder(config.vae), "decoder": Decoder(config.vae)}

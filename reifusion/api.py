@@ -27,10 +27,10 @@ def load(
 ) -> StableDiffusion:
     """A model, ready to draw.
 
-    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device:
-    None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that suits the
-    device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), for a device or
-    for a dtype that does not exist.
+    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device: None
+    for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that suits the
+    device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device
+    or a dtype that does not exist.
     """
     device = find_device(device)
     source = source if isinstance(source, str) else os.fspath(source)
@@ -43,7 +43,7 @@ def load(
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """The device of that name; for None the best there is. Raises ValueError if this machine has none such."""
+    """Returns the device of that name, or the best there is. Raises ValueError if this machine lacks it."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device is None:
         return torch.device(next(name for name, there in available.items() if there))
@@ -57,7 +57,7 @@ def find_device(device: torch.device | str | None) -> torch.device:
 
 
 def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The dtype of that name; for None the one that suits the device. Raises ValueError for another name."""
+    """Returns the dtype of that name, or the one that suits the device. Raises ValueError for others."""
     if dtype is None:
         # On CPUs bfloat16 is only fast where it is built in, as AVX-512 or AMX.
         built_in = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()

@@ -1,7 +1,7 @@
 """Replacing what a module does, and putting it back: the one way in which this package changes a network.
 
-Fast kernels, 8-bit weights, LoRA layers, muted attention and deliberate bugs all go through `swap`. Watching a
-network, which changes nothing, is done with hooks.
+Fast kernels, 8-bit weights, LoRA layers, muted attention and deliberate bugs all go through `swap`. Hooks are
+for watching a network, which changes nothing.
 """
 
 from __future__ import annotations

@@ -44,13 +44,13 @@ def test_generate_has_the_seeds_signature():
     parameters = inspect.signature(reifusion.generate).parameters
     seeds = {
         "prompt": inspect.Parameter.empty,
-        "uncond_prompt": None,
-        "input_image": None,
+        "negative": None,
+        "init_image": None,
         "strength": 0.8,
         "do_cfg": True,
-        "cfg_scale": 7.5,
-        "sampler_name": "ddpm",
-        "n_inference_steps": 50,
+        "cfg": 7.5,
+        "sampler": "ddpm",
+        "steps": 50,
         "models": None,
         "seed": None,
         "device": None,

@@ -1,6 +1,6 @@
-"""Latent consistency models: a U-Net that was distilled with guidance, and is told how strong it is to be.
+"""Latent consistency models: a U-Net that was distilled with guidance, and is told the guidance scale.
 
-Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378. The sampler for them is in `model/samplers.py`.
+Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378. `model/samplers.py` has the sampler for them.
 """
 
 from __future__ import annotations

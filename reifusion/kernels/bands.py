@@ -1,8 +1,8 @@
 """The decoder's large maps, a band of rows at a time and in place: the same picture in half the memory.
 
 A convolution sees one row above and one row below, so a band can be computed from its own rows and those two.
-Only GroupNorm sees the whole map. Its two numbers for each group are therefore computed first, in a pass of their
-own, and then used in every band. Nothing is blended, and nothing depends on the number of rows in a band.
+Only GroupNorm sees the whole map. Its two numbers for each group are therefore computed first, in a pass of
+their own, and then used in every band. Nothing is blended, and nothing depends on the height of a band.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Decoder(decoder.Decoder):
 
 
 def suits(network: nn.Module, x: Tensor, numbers: int) -> bool:
-    """True if the largest map, of so many numbers, fills many bands, and no hook watches the layers in between."""
+    """True if the largest map, with that many numbers, fills many bands, and no hook watches the layers."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
@@ -62,7 +62,7 @@ def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Iterator[tuple[slice, Tensor]]:
-    """Yields conv(silu(norm(x))) band by band: its rows, and their values. The caller may overwrite these rows of x."""
+    """Yields conv(silu(norm(x))) band by band: the rows and their values. Then x may lose these rows."""
     height = x.shape[2]
     mean, var = group_statistics(x, norm)
     weight, bias = norm.weight.float(), norm.bias.float()
@@ -72,12 +72,12 @@ def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Iterator[t
         # GroupNorm whose statistics are known is BatchNorm. One row more than the band: the one below.
         h = F.batch_norm(_rows(x, rows.start, rows.stop + 1), mean, var, weight, bias, eps=norm.eps)
         window = torch.cat([above, h] + [zeros] * (rows.stop == height), dim=2)
-        above = h[:, :, rows.stop - rows.start - 1 :][:, :, :1].clone()  # x may be overwritten before it is needed
+        above = h[:, :, rows.stop - rows.start - 1 :][:, :, :1].clone()  # before the caller overwrites it
         yield rows, F.conv2d(F.silu(window, inplace=True), conv.weight, conv.bias, padding=(0, 1))
 
 
 def group_statistics(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Returns mean and variance of each channel's group over all pixels of x (1, C, H, W): each (C,), float32."""
+    """Returns mean and variance of each channel's group over all pixels of x (1, C, H, W): each (C,)."""
     channels, groups = norm.num_channels, norm.num_groups
     one, zero = torch.ones(channels), torch.zeros(channels)
     count, mean, spread = 0, torch.zeros(groups).double(), torch.zeros(groups).double()
@@ -108,7 +108,7 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _residual(block: ResidualBlock, x: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the block's output, in the memory of x, and another map of that size whose values are not needed."""
+    """Returns the block's output, in the memory of x, and a second map whose memory is free for use."""
     height, width = x.shape[-2:]
     wide, narrow = block.conv_1.in_channels, block.conv_1.out_channels
     if wide == narrow:
@@ -117,7 +117,7 @@ def _residual(block: ResidualBlock, x: Tensor, room: Tensor | None) -> tuple[Ten
             h[:, :, rows] = y
     else:
         halves = x.permute(0, 2, 3, 1) if wide == 2 * narrow else x.new_empty(1, height, width, 2 * narrow)
-        # The memory of a row of x holds a row of h and a row of out: (1, H, 2, W, C/2) -> twice (1, C/2, H, W)
+        # A row of x makes room for a row of h and a row of out: (1, H, 2, W, C/2) -> twice (1, C/2, H, W)
         h, out = halves.view(1, height, 2, width, narrow).permute(2, 0, 4, 1, 3)
         for rows, y in norm_silu_conv(x, block.norm_1, block.conv_1):
             skip = block.skip(x[:, :, rows])

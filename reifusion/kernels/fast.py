@@ -1,4 +1,4 @@
-"""The same arithmetic in fewer passes over memory, for drawing on a CPU. bench/NOTES.md says what each form buys.
+"""The same arithmetic in fewer passes over memory, for drawing on a CPU. bench/NOTES.md has what each buys.
 
 All of it is PyTorch and keeps nothing between calls, so that weights may change at any time. A fast form is
 used where `drawing` is true; everywhere else the plain `forward` of the class runs that it stands on.
@@ -15,7 +15,7 @@ from ..model.diffusion import Given
 
 
 def drawing(x: Tensor) -> bool:
-    """True if x is used to draw a picture on a CPU: no gradient, no autocast and no compiler needs the plain form."""
+    """True if x is used to draw on a CPU: no gradient, autocast or compiler needs the plain form."""
     return (
         x.device.type == "cpu"
         and x.dtype in _DTYPES
@@ -32,7 +32,7 @@ if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 
 def bare(module: nn.Module, kind: type) -> bool:
-    """True if the module is neither swapped for another kind (LoRA) nor hooked, so that its call may be skipped."""
+    """True if the module is of that kind and no hook watches it, so that its call may be skipped."""
     return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 

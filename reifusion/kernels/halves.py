@@ -1,7 +1,7 @@
-"""What both halves of the guidance have in common is computed once.
+"""The beginning of the U-Net, computed once for both halves of the guidance.
 
-Guidance puts the same latents under two prompts into one batch. Until the first cross-attention, the two halves
-of that batch are the same numbers, so the rows of the U up to there need only one of them.
+Guidance puts the same latents under two prompts into one batch. Until the first cross-attention, the two
+halves of that batch are the same numbers, so the rows of the U up to there need only one of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def same_halves(x: Tensor) -> bool:
         return False
     one, other = x.chunk(2)
     # Most rows see two different halves, and a few of their numbers show it.
-    return torch.equal(one[:, :8].flatten(1)[:, :64], other[:, :8].flatten(1)[:, :64]) and torch.equal(one, other)
+    return torch.equal(one[:, :8].flatten(1)[:, :64], other[:, :8].flatten(1)[:, :64]) and torch.equal(
+        one, other
+    )
 
 
 def _open(block: AttentionBlock) -> bool:

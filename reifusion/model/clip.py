@@ -1,7 +1,7 @@
 """From tokens to vectors: CLIP's text encoder (Radford et al. 2021, §2.4).
 
-A prompt is cut into tokens (`tokenizer.py`), and each becomes a vector that has seen all tokens before it. The
-U-Net looks at these vectors to know what to draw.
+A prompt is cut into tokens (`tokenizer.py`), and each token becomes a vector that has seen all tokens before
+it. The U-Net looks at these vectors to know what to draw.
 """
 
 from __future__ import annotations

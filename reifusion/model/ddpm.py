@@ -73,7 +73,7 @@ class Sampler:
     """The noise schedule, and the methods that every sampler has. Subclasses add `name` and `_step`.
 
     generator: see `randn`. schedule: the forward process that the network was trained on; None for Stable
-    Diffusion 1.5's. fields: fields of `ScheduleConfig` that differ from it, as in `beta_end=0.02`. Raises
+    Diffusion 1.5's, a number for the same with that many training steps. fields: fields of `ScheduleConfig` that differ from it, as in `beta_end=0.02`. Raises
     ValueError for a schedule that does not exist or that the sampler cannot undo.
 
     A new sampler has all num_training_steps timesteps; `set_inference_timesteps` picks fewer.
@@ -90,9 +90,11 @@ class Sampler:
             SAMPLERS[cls.name] = cls
 
     def __init__(
-        self, generator: Generators = None, schedule: ScheduleConfig | None = None, **fields: Any
+        self, generator: Generators = None, schedule: ScheduleConfig | int | None = None, **fields: Any
     ) -> None:
-        schedule = schedule or ScheduleConfig(prediction_type=self.prediction_types[0])
+        if not isinstance(schedule, ScheduleConfig):
+            steps = ScheduleConfig.num_training_steps if schedule is None else schedule
+            schedule = ScheduleConfig(steps, prediction_type=self.prediction_types[0])
         schedule = replace(schedule, **fields)
         if schedule.prediction_type not in self.prediction_types:
             known = " or ".join(map(repr, self.prediction_types))
@@ -165,7 +167,7 @@ class Sampler:
         self._next = 0  # the index of the step that comes next
 
     def _index(self, t: float | Tensor) -> int:
-        """The index of t in `timesteps`; where a sampler visits t twice, that of the visit that comes next."""
+        """The index of t in `timesteps`; where a sampler visits t twice, the index of the next visit."""
         t = float(t)
         at = (self.timesteps - t).abs() <= 1e-6 * t  # not ==, as a fraction may have been through float32
         if self._next < len(at) and at[self._next]:
@@ -293,5 +295,5 @@ class DDPMSampler(Sampler):
 
 
 def exact(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is float64 already: half precision is too coarse for a sum of many small steps."""
+    """x in float32, or float64 if it is float64: half precision is too coarse for many small steps."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -262,7 +262,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, context: Tensor, t: Tensor) -> Tensor:
-        """latents (B, 4, h, w) of any size, context (B, S, width), t (B,) or (1,), 0 … 1000 -> (B, 4, h, w)"""
+        """latents (B, 4, h, w), context (B, S, width), t (B,) or (1,) in 0 … 1000 -> (B, 4, h, w)"""
         return self.walk(latents, Given(self.time_embedding(t), context))  # t (B,) -> (B, 1280)
 
     def walk(self, x: Tensor, given: Given) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A U-Net, or anything that is called like one: (latents (B, C, h, w), context (B, S, width), t (1,)) -> (B, 4, h, w)
+# A U-Net, or anything that is called like one: x (B, C, h, w), context (B, S, width), t (1,) -> (B, 4, h, w)
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

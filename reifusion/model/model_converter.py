@@ -270,17 +270,37 @@ MARKS = {
     "diffusers": r"text_encoder\.|vae\.|unet\.",
 }
 
-# What is counted in the names of a checkpoint to know how many blocks it has. #: any number, *: anything.
-COUNTS = """
-what         ours                      CompVis                             diffusers
-clip_layers  clip.layers.#             *.text_model.encoder.layers.#       *.text_model.encoder.layers.#
-vae_levels   encoder.down.#            *_model.encoder.down.#              vae.encoder.down_blocks.#
-vae_layers   encoder.down.0.#.norm_1   *_model.encoder.down.0.block.#      vae.encoder.down_blocks.0.resnets.#
-halvings     diffusion.down.#.0.conv.  *_model.input_blocks.#.0.op         unet.down_blocks.#.downsamplers
-unet_layers  diffusion.down.#.0.conv_1 *_model.input_blocks.#.0.in_layers  unet.down_blocks.#.resnets.#
-attention    diffusion.down.#.1.layers.#.  *_model.input_blocks.#.1.transformer_blocks.#.  unet.down_blocks.#.attentions.0.transformer_blocks.#.
-middle       diffusion.middle.1.layers.#.  *_model.middle_block.1.transformer_blocks.#.  unet.mid_block.attentions.0.transformer_blocks.#.
-"""
+# Names that are counted to know the blocks of a checkpoint: ours, CompVis's, diffusers's. #: any number,
+# *: anything.
+COUNTS = {
+    "clip_layers": ("clip.layers.#", "*.text_model.encoder.layers.#", "*.text_model.encoder.layers.#"),
+    "vae_levels": ("encoder.down.#", "*_model.encoder.down.#", "vae.encoder.down_blocks.#"),
+    "vae_layers": (
+        "encoder.down.0.#.norm_1",
+        "*_model.encoder.down.0.block.#",
+        "vae.encoder.down_blocks.0.resnets.#",
+    ),
+    "halvings": (
+        "diffusion.down.#.0.conv.",
+        "*_model.input_blocks.#.0.op",
+        "unet.down_blocks.#.downsamplers",
+    ),
+    "unet_layers": (
+        "diffusion.down.#.0.conv_1",
+        "*_model.input_blocks.#.0.in_layers",
+        "unet.down_blocks.#.resnets.#",
+    ),
+    "transformers": (
+        "diffusion.down.#.1.layers.#.",
+        "*_model.input_blocks.#.1.transformer_blocks.#.",
+        "unet.down_blocks.#.attentions.0.transformer_blocks.#.",
+    ),
+    "middle": (
+        "diffusion.middle.1.layers.#.",
+        "*_model.middle_block.1.transformer_blocks.#.",
+        "unet.mid_block.attentions.0.transformer_blocks.#.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -327,7 +347,9 @@ def rules(config: ModelConfig, format: str) -> list[Rule]:
                 found.append(Rule(ours, tuple(parts)))
                 continue
             for suffix in (".weight", ".bias"):
-                pointwise = kind in ("vae attention", "attention") and suffix == ".weight" and row[0] != "norm"
+                pointwise = (
+                    kind in ("vae attention", "attention") and suffix == ".weight" and row[0] != "norm"
+                )
                 convolution = pointwise and (
                     format == "compvis" if kind == "vae attention" else format != "native" and not linear
                 )
@@ -347,7 +369,7 @@ def detect(names: Collection[str]) -> str:
 def structure(names: Collection[str], format: str) -> ModelConfig:
     """How many blocks of what kind a model has, counted from its names; the sizes in it mean nothing."""
     numbers: dict[str, set[tuple[str, ...]]] = {}  # what is counted -> the different numbers found at its #
-    for what, *patterns in (row.split() for row in COUNTS.strip().splitlines()[1:]):
+    for what, patterns in COUNTS.items():
         escaped = re.escape(patterns[FORMATS.index(format)])
         pattern = re.compile(escaped.replace(r"\#", r"(\d+)").replace(r"\*", ".*"))
         numbers[what] = {m.groups() for name in names if (m := pattern.match(name))}
@@ -355,7 +377,7 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
     layers = len(numbers["unet_layers"]) // levels
     # A row's number tells its level, as in `blocks`; diffusers's names have the level itself.
     per_row = 1 if format == "diffusers" else layers + 1
-    transformers = {((int(i) - (format != "diffusers")) // per_row, d) for i, d in numbers["attention"]}
+    transformers = {((int(i) - (format != "diffusers")) // per_row, d) for i, d in numbers["transformers"]}
     depths = Counter(level for level, _ in transformers)
     config = ModelConfig()
     return replace(
@@ -456,11 +478,11 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
         implied = fields["scheduler"]["zero_terminal_snr"]
         fields["scheduler"]["timestep_spacing"] = None if implied else "trailing"
     unet, kinds = fields["unet"], jsons["unet"]["down_block_types"]
-    for field in ("heads", "attention"):  # one number for all levels, or one for each
-        if not isinstance(unet[field], tuple):
-            unet[field] = (unet[field],) * len(kinds)
-        if len(unet[field]) != len(kinds) or len(unet["channels"]) != len(kinds):
-            raise ModelError("its unet has lists for another number of levels than it has blocks")
+    for field, key in (("heads", "attention_head_dim"), ("attention", "transformer_layers_per_block")):
+        value = unet[field]  # one number for all levels, or one for each
+        unet[field] = value if isinstance(value, tuple) else (value,) * len(kinds)
+        if len(unet[field]) != len(kinds) or not all(isinstance(n, int) for n in unet[field]):
+            raise ModelError(f"its unet has {key} = {value!r}, which does not fit its {len(kinds)} levels")
     unet["middle_attention"] = unet["attention"][-1]
     unet["attention"] = tuple(n if "CrossAttn" in kind else 0 for n, kind in zip(unet["attention"], kinds))
     vae = VAEConfig(**fields["vae"])

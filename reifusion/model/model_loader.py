@@ -401,7 +401,7 @@ def _config_from_header(header: Mapping[str, str]) -> ModelConfig | None:
 
 
 def _up_to_date(given: dict[str, Any]) -> dict[str, Any]:
-    """A header's config in the words of today: heads and transformer layers once were the same in all levels."""
+    """Translates an older header's config, which had one number of heads for all levels."""
     unet = given["unet"]
     width = unet.pop("head_width", None)
     if isinstance(unet["heads"], int):

@@ -192,7 +192,7 @@ class StableDiffusion:
         return lambda x, context, t: unet(x.to(_dtype(unet)), context, t)
 
     def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
-        """The prompts' words and the negative prompts', each (B, 77, 768); no negative ones without guidance."""
+        """Encodes the prompts and, for guidance, the negative prompts: each (B, 77, 768)."""
         if request.cfg == 1:
             return self.encode_text(request.prompts, request.clip_skip), None
         positive, negative = self.encode_text(request.prompts + request.negatives, request.clip_skip).chunk(2)

@@ -40,7 +40,7 @@ class Request:
     clip_skip: int = 0  # layers of the text encoder to leave out, from the end
     noise: Tensor | None = None  # the noise to begin with, (B, 4, H/8, W/8); None: drawn from the seeds
     guidance_rescale: float = 0.0  # 0 … 1: how much of the contrast that guidance adds is taken back
-    guidance_interval: tuple[float, float] | None = None  # guidance only for σ between these two; None: always
+    guidance_interval: tuple[float, float] | None = None  # guidance only for σ between the two
 
     # One of each for every picture: all of the first prompt, then all of the second, …
     prompts: list[str] = field(init=False, repr=False)
@@ -64,11 +64,11 @@ class Request:
         if not 0 <= _number(self.guidance_rescale, "guidance_rescale") <= 1:
             raise ValueError(f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}")
         self.seed = secrets.randbelow(2**32) if self.seed is None else self.seed
-        self.seed = _whole(self.seed, "the seed", 0, 2**63 - 1)
+        self.seed = whole_number(self.seed, "the seed", 0, 2**63 - 1)
         if self.steps is not None:
-            self.steps = _whole(self.steps, "the number of steps", 1, 1000)
-        self.num = _whole(self.num, "the number of images", 1)
-        self.clip_skip = _whole(self.clip_skip, "clip_skip", 0)
+            self.steps = whole_number(self.steps, "the number of steps", 1, 1000)
+        self.num = whole_number(self.num, "the number of images", 1)
+        self.clip_skip = whole_number(self.clip_skip, "clip_skip", 0)
         if self.guidance_interval is not None:
             self.guidance_interval = _interval(self.guidance_interval)
         if self.mask is not None and self.init_image is None:
@@ -144,7 +144,7 @@ def _sampler(asked: str | None, config: ModelConfig) -> str:
 def _side(name: str, asked: int | None, otherwise: float, factor: int) -> int:
     if asked is None:
         return round(otherwise / factor) * factor
-    side = _whole(asked, f"the {name}", factor)
+    side = whole_number(asked, f"the {name}", factor)
     if side % factor:
         raise ValueError(f"the {name} must be a multiple of {factor}, not {side}")
     return side
@@ -178,7 +178,7 @@ def _pair(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _whole(value: Any, name: str, low: int, high: float = math.inf) -> int:
+def whole_number(value: Any, name: str, low: int, high: float = math.inf) -> int:
     try:
         number = operator.index(value)
     except TypeError:

@@ -314,7 +314,9 @@ class DPMPP2MKarrasSampler(DPMPP2MSampler):
     def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         # A step's σ is not quite that of its rounded timestep. Timesteps outside the schedule have their own.
         alpha_bar = [
-            _vp_alpha(self.sigmas[self._index(u)]) ** 2 if u in self.timesteps else self.alphas_cumprod[u].item()
+            _vp_alpha(self.sigmas[self._index(u)]) ** 2
+            if u in self.timesteps
+            else self.alphas_cumprod[u].item()
             for u in torch.as_tensor(t).long().flatten().tolist()
         ]
         a = torch.tensor(alpha_bar, dtype=torch.float64).reshape(-1, *[1] * (x.ndim - 1))

@@ -1,7 +1,7 @@
 """From a prompt to numbers: CLIP's tokenizer (Radford et al. 2021, §2.4).
 
-Byte-pair encoding: a word is bytes, and merges that were learned from text glue them together. `clip.py` turns
-the ids into vectors.
+Byte-pair encoding: a word is bytes, and merges that were learned from text glue the bytes together. `clip.py`
+turns the ids into vectors.
 """
 
 from __future__ import annotations

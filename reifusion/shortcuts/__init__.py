@@ -1,1 +1,1 @@
-"""Less work for another picture: options that are off unless asked for. bench/SHORTCUTS.md has their prices."""
+"""Less work, and another picture: options that are off by default. bench/SHORTCUTS.md has their prices."""

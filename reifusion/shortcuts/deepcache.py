@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from ..model.diffusion import Given, UNet
 from ..model.pipeline import StableDiffusion
+from ..model.request import whole_number
+
+
 class DeepCache(nn.Module):
     """Stands in for a U-Net during one generation. Calls 0, N, 2N, … are whole; the others are shallow.
 
@@ -26,7 +29,7 @@ class DeepCache(nn.Module):
         self.unet = unet
         self.every = every
         self._shallow_calls = 0  # since the last whole one
-        self._deep: Tensor | None = None  # the input that the last row of the way up had from below, (B, C', h, w)
+        self._deep: Tensor | None = None  # input of the last row of the way up, from below: (B, C', h, w)
 
     def forward(self, latents: Tensor, context: Tensor, t: Tensor, **more: Any) -> Tensor:
         """Takes the arguments of `UNet.forward`, and returns its output."""
@@ -57,9 +60,8 @@ class DeepCache(nn.Module):
 
 
 def deepcached(pipe: StableDiffusion, every: int) -> StableDiffusion:
-    """The same networks, of which the U-Net works whole in every N-th step only. Raises ValueError for N < 1."""
-    if every < 1:
-        raise ValueError(f"deepcache must be at least 1, not {every}")
+    """The same model, whose U-Net works whole in every N-th step only. Raises ValueError for N < 1."""
+    every = whole_number(every, "deepcache", 1)
     if every == 1:
         return pipe
     return replace(pipe, around=lambda unet: DeepCache(cast(UNet, pipe.around(unet)), every))

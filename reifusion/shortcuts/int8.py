@@ -1,8 +1,8 @@
 """Weights of 8 bits and products of whole numbers: half the memory, and on some CPUs less time.
 
 Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, without its exceptions for outliers: the rows of a weight
-are scaled once, and the input in every call. Off unless asked for, since it changes the picture. On a CPU without instructions for it (VNNI), and on a GPU, weights are widened for each use: that
-saves memory alone.
+are scaled once, its input in every call. Off unless asked for, since it changes the picture. On a CPU without
+instructions for it (VNNI), and on a GPU, weights are widened for each use: that saves memory alone.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ def quantize(pipe: StableDiffusion | Mapping[str, nn.Module]) -> None:
     for block in models["diffusion"].modules():
         if isinstance(block, ResidualBlock | AttentionBlock):
             for layer in block.modules():
-                if isinstance(layer, nn.Linear) and layer.in_features >= LEAST:
-                    _quantize(layer, Int8Linear, layer.weight)
-                elif isinstance(layer, nn.Conv2d) and layer.weight[0].numel() >= LEAST:
-                    # (out, in, k, k) -> (out, k·k·in)
-                    _quantize(layer, Int8Conv2d, layer.weight.permute(0, 2, 3, 1).flatten(1))
+                if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight[0].numel() >= LEAST:
+                    quantize_layer(layer)
 
 
-def _quantize(layer: nn.Module, kind: type[nn.Module], weight: Tensor) -> None:
-    rows, scale = whole_numbers(weight.detach(), (1,))
+def quantize_layer(layer: nn.Linear | nn.Conv2d) -> None:
+    """Gives the weight of one layer 8 bits, in place and for good."""
+    weight = layer.weight.detach()
+    if weight.ndim == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)  # (out, in, k, k) -> (out, k·k·in)
+    rows, scale = whole_numbers(weight, (1,))
     del layer.weight
     layer.register_buffer("weight", rows)
     layer.register_buffer("scale", scale.flatten())
     layer.requires_grad_(False)
-    swap(layer, kind)
+    swap(layer, Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear)
 
 
 def whole_numbers(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Returns x as int8 in ±127, and the float32 scale that makes it x again: one scale for all numbers along axes."""
+    """Returns x as int8 in ±127, and the float32 scale, one for all numbers along axes, that makes it x again."""
     scale = x.abs().amax(axes, keepdim=True).float().clamp(min=1e-12) / 127
     # §2.1, Dettmers et al. 2022: x₈ = ⌊127 x / max|x|⌉
     return (x / scale).round_().to(torch.int8), scale
@@ -101,8 +102,13 @@ class Int8Conv2d(_Int8):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W)"""
+        size = self.kernel_size[0]
         if not _suits(x):
-            kernel = self.widened(x.dtype).unflatten(1, (self.kernel_size[0], self.kernel_size[0], -1)).permute(0, 3, 1, 2)
+            kernel = (
+                self.widened(x.dtype)
+                .unflatten(1, (self.kernel_size[0], self.kernel_size[0], -1))
+                .permute(0, 3, 1, 2)
+            )
             return F.conv2d(x, kernel, self.bias, padding=self.kernel_size[0] // 2)
         size = self.kernel_size[0]
         pad, width = size // 2, x.shape[3]

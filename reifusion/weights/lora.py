@@ -92,7 +92,7 @@ class Place:
     """A layer that a LoRA can change; of stacked projections (q, k and v in one matrix), one of them."""
 
     network: str  # "clip" or "diffusion"
-    layer: str  # our name in there, "middle.1.self_attention.qkv"
+    layer: str  # our name in there, "middle.1.layers.0.self_attention.qkv"
     part: int  # of `parts` equal slices of the rows
     parts: int
     diffusers: str  # its name there, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -101,7 +101,7 @@ class Place:
 
     @property
     def name(self) -> str:
-        """Ours for a part too: "diffusion.middle.1.self_attention.q"."""
+        """Ours for a part too: "diffusion.middle.1.layers.0.self_attention.q"."""
         path = f"{self.network}.{self.layer}"
         return path if self.parts == 1 else path[: -self.parts] + path[-self.parts :][self.part]
 

@@ -14,7 +14,7 @@ TINY = ModelConfig(
     size=16,
     clip=CLIPConfig(vocab_size=256, context_length=8, width=16, layers=1, heads=2),
     vae=VAEConfig(channels=(8, 8), layers=1, groups=4),
-    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=8),
+    unet=UNetConfig(channels=(16, 32), attention=(1, 1), layers=1, heads=(2, 2), context_width=16, groups=8),
 )
 
 
@@ -26,7 +26,7 @@ def guided_noise() -> Pair:
     opinions = []
     models["diffusion"].register_forward_hook(lambda *call: opinions.append(call[-1]))
     pipe = StableDiffusion(TINY, Bytes(), models)
-    settings = {"seed": 1, "sampler_name": "ddim", "n_inference_steps": 3, "cfg_scale": 7.5}
+    settings = {"seed": 1, "sampler": "ddim", "steps": 3, "cfg": 7.5}
     ours = [step.eps for step in pipe.denoise("a cat", **settings)]
     cond, uncond = torch.stack(opinions).double().numpy().swapaxes(0, 1)  # (steps, 2, 4, h, w)
     return torch.cat(ours), uncond + 7.5 * (cond - uncond)

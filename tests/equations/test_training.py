@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from reifusion.model.ddpm import DDPMSampler
-from reifusion.weights.lora import Place
 from reifusion.train.loop import LoopConfig, train
 from reifusion.train.lora import LoRALayer
 from reifusion.train.muon import orthogonalise
 from reifusion.train.text2image import add_offset, loss, loss_weights
+from reifusion.weights.lora import Place
 from tests.equations.check import ALPHA_BAR, SINGLE, Pair, checks, normal
 
 

@@ -18,7 +18,7 @@ from reifusion.model.request import Request
 
 from .conftest import TINY, tiny
 
-REQUEST = Request("a cat", "a dog", seed=1, cfg_scale=3, sampler_name="ddim", n_inference_steps=2)
+REQUEST = Request("a cat", "a dog", seed=1, cfg=3, sampler="ddim", steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_nothing_is_left_hooked(pipe, table):
 
 
 def test_without_guidance_the_unet_sees_one_picture(pipe):
-    table = trace(pipe, Request("a cat", seed=1, cfg_scale=1))
+    table = trace(pipe, Request("a cat", seed=1, cfg=1))
     assert table.networks[1].takes[0] == [1, 4, 8, 8]
 
 

@@ -26,7 +26,7 @@ from .conftest import TINY, tiny
 
 
 def ask(prompt: str = "a cat on a rocket", **settings: Any) -> Request:
-    defaults: dict[str, Any] = {"sampler_name": "euler_a", "n_inference_steps": 3, "seed": 1, "cfg_scale": 3}
+    defaults: dict[str, Any] = {"sampler": "euler_a", "steps": 3, "seed": 1, "cfg": 3}
     return Request(prompt, **defaults | settings)
 
 
@@ -105,10 +105,10 @@ def test_pieces_of_a_word_are_joined(attention):
 
 def test_the_prompts_half_is_kept_not_the_negative_ones(pipe):
     def first(**settings: Any) -> Tensor:
-        maps = recorded(pipe, ask(n_inference_steps=1, **settings)).maps
+        maps = recorded(pipe, ask(steps=1, **settings)).maps
         return torch.cat([part.float().flatten() for part in maps.values()])
 
-    guided = first(uncond_prompt="dog dog dog")
+    guided = first(negative="dog dog dog")
     assert torch.allclose(guided, first(do_cfg=False), atol=2e-3)
     assert not torch.allclose(guided, first(prompt="a dog on a rocket", do_cfg=False), atol=2e-3)
 
@@ -238,7 +238,7 @@ def test_the_minis_words_are_looked_at_where_their_things_are():
         "a tree on a yellow background",
         "a house on a blue background",
     ):
-        request = ask(prompt, seed=0, n_inference_steps=8, cfg_scale=4)
+        request = ask(prompt, seed=0, steps=8, cfg=4)
         attention = recorded(pipe, request)
         picture = pipe.decode(list(pipe.denoise(request))[-1].latents)[0]
         things = foreground(picture)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from reifusion.model.clip import CLIP, quick_gelu
-from reifusion.model.tokenizer import DATA, END, START, Piece, Tokenizer, clip_merges, split_words
 from reifusion.model.config import MINI, CLIPConfig
+from reifusion.model.tokenizer import DATA, END, START, Piece, Tokenizer, clip_merges, split_words
 from reifusion.train.bpe import train_bpe
 
 TINY = CLIPConfig(vocab_size=99, context_length=12, width=32, layers=3, heads=2)

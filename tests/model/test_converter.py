@@ -33,7 +33,7 @@ TINY = ModelConfig(
     clip=CLIPConfig(vocab_size=50, context_length=9, width=8, layers=2, heads=2),
     vae=VAEConfig(channels=(4, 8, 12), layers=1, groups=2),
     unet=UNetConfig(
-        channels=(4, 8, 12), attention=(False, True, True), layers=1, heads=2, context_width=8, groups=2
+        channels=(4, 8, 12), attention=(0, 1, 1), layers=1, heads=(2, 2, 2), context_width=8, groups=2
     ),
 )
 
@@ -62,7 +62,12 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def configs(draw: st.DrawFn) -> ModelConfig:
     channels = st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=4).map(tuple)
     unet_channels = draw(channels)
-    flags = st.lists(st.booleans(), min_size=len(unet_channels), max_size=len(unet_channels)).map(tuple)
+
+    def a_level(strategy: st.SearchStrategy) -> st.SearchStrategy:
+        levels = len(unet_channels)
+        return st.lists(strategy, min_size=levels, max_size=levels).map(tuple)
+
+    attention = draw(a_level(st.integers(0, 3)))
     return replace(
         TINY,
         clip=replace(TINY.clip, layers=draw(st.integers(1, 12))),
@@ -70,7 +75,9 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         unet=replace(
             TINY.unet,
             channels=unet_channels,
-            attention=draw(flags),
+            attention=attention,
+            middle_attention=attention[-1] or draw(st.integers(1, 3)),  # diffusers knows no other
+            heads=draw(a_level(st.sampled_from([1, 2, 4]))),
             layers=draw(st.integers(1, 3)),
             in_channels=draw(st.sampled_from([4, 8, 9])),
             linear_projection=draw(st.booleans()),
@@ -146,9 +153,9 @@ def test_fused_projections_are_stacked_in_the_order_q_k_v():
     theirs = convert(native, "diffusers")
     block = "unet.mid_block.attentions.0.transformer_blocks.0"
     parts = [theirs[f"{block}.attn1.to_{x}.weight"] for x in "qkv"]
-    assert torch.equal(torch.cat(parts), native["diffusion.middle.1.self_attention.qkv.weight"])
+    assert torch.equal(torch.cat(parts), native["diffusion.middle.1.layers.0.self_attention.qkv.weight"])
     parts = [theirs[f"{block}.attn2.to_{x}.weight"] for x in "kv"]
-    assert torch.equal(torch.cat(parts), native["diffusion.middle.1.cross_attention.kv.weight"])
+    assert torch.equal(torch.cat(parts), native["diffusion.middle.1.layers.0.cross_attention.kv.weight"])
 
 
 def test_decoder_levels_are_counted_from_the_other_side_in_compvis():
@@ -328,8 +335,8 @@ def test_any_config_survives_diffusers(config):
     )
 
 
-def test_heads_of_one_width_survive_diffusers():
-    config = replace(TINY, unet=replace(TINY.unet, head_width=2, heads=8))
+def test_heads_of_each_level_survive_diffusers():
+    config = replace(TINY, unet=replace(TINY.unet, heads=(2, 4, 6)))
     jsons = config_to_diffusers(config)
     assert jsons["unet"]["attention_head_dim"] == [2, 4, 6]
     assert config_from_diffusers(jsons, "tiny") == config
@@ -394,7 +401,6 @@ def test_published_config_of_sd15_is_ours():
     [
         ("unet", "addition_embed_type", "text_time"),
         ("unet", "class_embed_type", "projection"),
-        ("unet", "transformer_layers_per_block", [1, 2, 10]),
         ("unet", "flip_sin_to_cos", False),
         ("vae", "shift_factor", 0.1159),
         ("vae", "use_quant_conv", False),
@@ -406,6 +412,20 @@ def test_what_would_silently_draw_something_else_is_refused(part, key, value):
     jsons[part][key] = value
     with pytest.raises(ModelError, match=f"its {part} has {key} = .*, which is not built in"):
         config_from_diffusers(jsons)
+
+
+@pytest.mark.parametrize("key", ["transformer_layers_per_block", "attention_head_dim"])
+@pytest.mark.parametrize("value", [[1, 2], ["a", "b", "c"], [[1], [2], [3]]])
+def test_a_list_that_does_not_fit_the_levels_is_refused(key, value):
+    jsons = config_to_diffusers(TINY)
+    jsons["unet"][key] = value
+    with pytest.raises(ModelError, match=f"its unet has {key} = .*, which does not fit its 3 levels"):
+        config_from_diffusers(jsons)
+
+
+def test_a_middle_that_diffusers_cannot_express_is_refused():
+    with pytest.raises(ModelError, match="its middle has another depth than its last level"):
+        config_to_diffusers(replace(TINY, unet=replace(TINY.unet, attention=(0, 1, 2), middle_attention=3)))
 
 
 def test_a_config_without_a_size_is_refused():

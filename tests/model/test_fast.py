@@ -1,7 +1,8 @@
-"""The fast forms against the plain ones. Whatever is done in fewer turns must give the same numbers."""
+"""The fast forms against the plain ones: fewer passes over memory must give the same numbers."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,15 +14,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from reifusion.model import bands, native
-from reifusion.model.attention import CrossAttention, Words, attention, softmax_attention
+from reifusion import kernels
+from reifusion.kernels import bands, native
+from reifusion.kernels.fast import Conv2d, Linear
+from reifusion.kernels.native import attention
+from reifusion.model.attention import softmax_attention
 from reifusion.model.config import UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
-from reifusion.model.diffusion import UNet
+from reifusion.model.decoder import Upsample as VAEUpsample
+from reifusion.model.diffusion import GEGLU, Given, UNet, Upsample
 from reifusion.model.encoder import ResidualBlock
-from reifusion.kernels.fast import Conv2d, Linear, geglu, upsampled
 
-UNET = UNetConfig(channels=(32, 64), attention=(True, False), layers=1, heads=4, context_width=24, groups=8)
+UNET = UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=8)
 VAE = VAEConfig(channels=(16, 32, 64), layers=1, groups=8)
 
 bf16 = pytest.mark.skipif(
@@ -46,6 +50,17 @@ def randomized(module: Any, seed: int = 0) -> Any:
     return module.eval()
 
 
+def installed(module: Any) -> Any:
+    """The module with its fast forms."""
+    kernels.install({"network": nn.ModuleList([module])})
+    return module
+
+
+def plain(module: Any) -> Any:
+    kernels.uninstall({"network": nn.ModuleList([module])})
+    return module
+
+
 def error(x: torch.Tensor, exact: torch.Tensor) -> float:
     """Of the norm."""
     assert x.shape == exact.shape and exact.isfinite().all() and exact.norm() > 0
@@ -53,7 +68,7 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def as_exact_as(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Is the fast form as near to the numbers in float64 as the plain one, both in bfloat16?
+    """True if the fast form is as near to the numbers in float64 as the plain form, both in bfloat16.
 
     Where there are few numbers, one of them may be rounded luckily; hence the last term, 2⁻⁸ for one number.
     """
@@ -124,8 +139,7 @@ def test_compiled_attention_leaves_alone_what_it_is_not_made_for():
     wide = normal(1, 1, 2, 514).bfloat16()
     assert native.flash_attention(wide, wide, wide) is None
     x = x.bfloat16()
-    plain = F.scaled_dot_product_attention(x, x, x, is_causal=True)
-    assert torch.equal(attention(x, x, x, causal=True), plain)
+    assert torch.equal(attention(x, x, x, True), F.scaled_dot_product_attention(x, x, x, is_causal=True))
 
 
 @compiled
@@ -237,17 +251,13 @@ def test_convolution_of_a_small_map_is_the_same_as_a_matrix_product(height, widt
 
 @bf16
 @torch.inference_mode()
-def test_geglu_in_two_turns_is_as_exact_as_in_four():
-    linear = Linear(32, 256).bfloat16()
+def test_geglu_in_two_passes_is_as_exact_as_in_four():
+    geglu = randomized(GEGLU(32)).bfloat16()
     x = 2 * normal(2, 7, 32).bfloat16()
-    plain, exact = (
-        value * F.gelu(gate)
-        for value, gate in (
-            F.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype)).chunk(2, dim=-1)
-            for dtype in (torch.bfloat16, torch.float64)
-        )
-    )
-    assert as_exact_as(geglu(x, linear), plain, exact)
+    in_four, exact = geglu(x), geglu.double()(x.double())
+    in_two = installed(geglu.bfloat16())(x)
+    assert not torch.equal(in_two, in_four), "the fast form did not run"
+    assert as_exact_as(in_two, in_four, exact)
 
 
 @bf16
@@ -255,71 +265,143 @@ def test_geglu_in_two_turns_is_as_exact_as_in_four():
 @settings(max_examples=20, deadline=None)
 @given(height=st.integers(1, 150), width=st.integers(1, 9), batch=st.integers(1, 2))
 def test_upsampling_by_four_small_kernels_is_upsampling(height, width, batch):
-    conv = randomized(Conv2d(16, 24, 3, padding=1)).bfloat16().to(memory_format=torch.channels_last)
+    layer = randomized(VAEUpsample(16)).bfloat16().to(memory_format=torch.channels_last)
     x = normal(batch, 16, height, width).bfloat16().to(memory_format=torch.channels_last)
-    size = (2 * height, 2 * width)
-    plain = F.conv2d(F.interpolate(x, size=size), conv.weight, conv.bias, padding=1)
-    exact = F.conv2d(
-        F.interpolate(x.double(), size=size), conv.weight.double(), conv.bias.double(), padding=1
-    )
-    out = upsampled(x, conv, size)
-    assert error(plain, exact) < 0.003
-    assert error(out, exact) < 0.004  # sums of weights are rounded once more
+    slow, exact = layer(x), layer.double()(x.double())
+    assert error(slow, exact) < 0.003
+    assert error(installed(layer.bfloat16())(x), exact) < 0.004  # sums of weights are rounded once more
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [None, (6, 8), (5, 8), (5, 7)])
+def test_the_unets_upsampling_grows_to_any_size(size):
+    layer, x = randomized(Upsample(16)), normal(2, 16, 3, 4)
+    given_ = Given(normal(1, 64), normal(2, 7, 24), None if size is None else torch.Size(size))
+    want = layer(x, given_)
+    assert want.shape[-2:] == (size or (6, 8))
+    assert error(installed(layer)(x, given_), want) < 1e-5
 
 
 @bf16
 def test_fast_forms_step_aside_for_a_hook_and_for_gradients():
-    conv, linear = Conv2d(16, 24, 3, padding=1).bfloat16(), Linear(16, 128).bfloat16()
+    layer, geglu = installed(VAEUpsample(16)).bfloat16(), installed(GEGLU(16)).bfloat16()
     x = normal(1, 16, 3, 3).bfloat16().requires_grad_()
-    upsampled(x, conv, (6, 6)).sum().backward()
-    geglu(x.flatten(2).mT, linear).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in (x, *conv.parameters(), linear.weight))
+    layer(x).sum().backward()
+    geglu(x.flatten(2).mT).sum().backward()
+    parameters = (x, *layer.parameters(), *geglu.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
     seen: list[nn.Module] = []
-    for module in conv, linear:
+    for module in layer.conv, geglu.linear_1:
         module.register_forward_hook(lambda module, given, output: seen.append(module))
     with torch.no_grad():
-        upsampled(x, conv, (6, 6))
-        geglu(x.flatten(2).mT, linear)
-    assert seen == [conv, linear]
+        layer(x)
+        geglu(x.flatten(2).mT)
+    assert seen == [layer.conv, geglu.linear_1]
 
 
 @bf16
 @torch.no_grad()
 def test_fast_forms_leave_autocast_its_choice_of_precision():
-    linear, conv = Linear(16, 128), Conv2d(16, 24, 3, padding=1)
+    linear, conv, layer, geglu = Linear(16, 128), Conv2d(16, 24, 3, padding=1), VAEUpsample(16), GEGLU(16)
     x = normal(1, 16, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
         for half in (x, x.bfloat16()):
             rows = half.flatten(2).mT
-            outputs = linear(rows), geglu(rows, linear), conv(half), upsampled(half, conv, (6, 6))
+            outputs = linear(rows), installed(geglu)(rows), conv(half), installed(layer)(half)
             assert [y.dtype for y in outputs] == [torch.bfloat16] * 4
-            plain = F.linear(rows, linear.weight, linear.bias)
-            assert torch.equal(outputs[0], plain)
+            assert torch.equal(outputs[0], F.linear(rows, linear.weight, linear.bias))
 
 
-# The U-Net: what does not change during a generation is computed once
+# Installing
+
+
+def networks() -> dict[str, nn.Module]:
+    return {"decoder": randomized(Decoder(VAE)), "diffusion": randomized(UNet(UNET))}
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("attention", [(True, False), (False, True), (False, False)])
-def test_guidance_halves_are_computed_once_until_they_meet_the_words(attention):
+def test_what_is_installed_is_taken_out_again_to_the_bit():
+    models = networks()
+    x, context, t = normal(2, 4, 8, 8).repeat(2, 1, 1, 1), normal(4, 7, 24), torch.tensor([5])
+    before = models["diffusion"](x, context, t), models["decoder"](x[:1])
+    kinds = [type(module) for model in models.values() for module in model.modules()]
+    weights = {name: p for model in models.values() for name, p in model.named_parameters()}
+    kernels.install(models)
+    assert [type(module) for model in models.values() for module in model.modules()] != kinds
+    assert {name: p for model in models.values() for name, p in model.named_parameters()} == weights
+    with kernels.plain(models):
+        assert torch.equal(models["diffusion"](x, context, t), before[0])
+    fast = models["diffusion"](x, context, t), models["decoder"](x[:1])
+    assert all(error(a, b) < 1e-5 for a, b in zip(fast, before))
+    kernels.uninstall(models)
+    assert [type(module) for model in models.values() for module in model.modules()] == kinds
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip((models["diffusion"](x, context, t), models["decoder"](x[:1])), before)
+    )
+
+
+def test_a_copy_and_a_hook_know_nothing_of_what_is_installed():
+    models = networks()
+    calls: list[int] = []
+    models["diffusion"].down[1][0].conv_1.register_forward_hook(lambda *_: calls.append(1))
+    kernels.install(models)
+    twin = copy.deepcopy(models["diffusion"])
+    with torch.inference_mode():
+        x, context = normal(1, 4, 8, 8), normal(1, 7, 24)
+        one, other = (unet(x, context, torch.tensor([5])) for unet in (models["diffusion"], twin))
+    assert torch.equal(one, other) and len(calls) == 2
+
+
+@torch.inference_mode()
+def test_a_change_of_weights_is_seen_in_the_next_call():
+    unet = installed(randomized(UNet(UNET)))
+    x, context, t = normal(1, 4, 8, 8).repeat(2, 1, 1, 1), normal(2, 7, 24), torch.tensor([5])
+    before = unet(x, context, t)
+    unet.down[1][1].layers[0].cross_attention.kv.weight.data.mul_(2)
+    after = unet(x, context, t)
+    assert error(after, plain(unet)(x, context, t)) < 1e-5 < error(after, before)
+
+
+# The U-Net: both halves of the guidance begin with the same numbers
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("attention", [(1, 0), (0, 1), (0, 0), (2, 1)])
+@pytest.mark.parametrize("times", [1, 4])
+def test_guidance_halves_are_computed_once_until_they_meet_the_words(attention, times):
     unet = randomized(UNet(replace(UNET, attention=attention)))
-    x, context, t = normal(2, 4, 8, 12), normal(4, 7, 24), torch.tensor([3, 700])
-    twice = unet(x.repeat(2, 1, 1, 1), context, t.repeat(2))
-    assert error(unet(x, context, t), twice) < 1e-5
-    assert error(unet(x, Words(context), t), twice) < 1e-5
-    same = unet(x.repeat(2, 1, 1, 1), context, torch.tensor([700] * 4))
-    assert error(unet(x, context, torch.tensor([700])), same) < 1e-5
+    x, context = normal(2, 4, 8, 12).repeat(2, 1, 1, 1), normal(4, 7, 24)
+    t = torch.tensor([3, 700, 3, 700])[:times]
+    want = unet(x, context, t)
+    assert error(installed(unet)(x, context, t), want) < 1e-5
 
     sizes: list[int] = []
-    unet.down[0].register_forward_hook(lambda module, given, output: sizes.append(len(output)))
+    first = unet.down[0][0]
+    first.register_forward_hook(lambda module, given, output: sizes.append(len(output)))
     unet(x, context, t)
-    assert sizes == [2]
+    unet(x + torch.arange(4.0).view(4, 1, 1, 1), context, t)
+    assert sizes == [2, 4]
+
+
+@torch.inference_mode()
+def test_other_halves_other_times_and_odd_batches_are_computed_whole():
+    unet = randomized(UNet(UNET))
+    x, context = normal(2, 4, 8, 12), normal(2, 7, 24)
+    cases = [
+        (x, context, torch.tensor([5])),
+        (x[:1].repeat(2, 1, 1, 1), context, torch.tensor([5, 700])),
+        (x[:1].repeat(3, 1, 1, 1), normal(3, 7, 24), torch.tensor([5])),
+        (x[:1], context[:1], torch.tensor([5])),
+    ]
+    wanted = [unet(*case) for case in cases]
+    installed(unet)
+    assert all(error(unet(*case), want) < 1e-5 for case, want in zip(cases, wanted))
 
 
 @torch.inference_mode()
 def test_guidance_halves_keep_the_layout_that_convolutions_like():
-    unet = randomized(UNet(UNET)).to(memory_format=torch.channels_last)
+    unet = installed(randomized(UNet(UNET))).to(memory_format=torch.channels_last)
     layouts: list[bool] = []
     for module in unet.modules():
         if isinstance(module, nn.Conv2d):
@@ -328,39 +410,21 @@ def test_guidance_halves_keep_the_layout_that_convolutions_like():
                     given[0].is_contiguous(memory_format=torch.channels_last)
                 )
             )
-    unet(normal(1, 4, 8, 8).to(memory_format=torch.channels_last), normal(2, 7, 24), torch.tensor([5]))
+    x = normal(1, 4, 8, 8).repeat(2, 1, 1, 1).to(memory_format=torch.channels_last)
+    unet(x, normal(2, 7, 24), torch.tensor([5]))
     assert len(layouts) > 10 and all(layouts)
-
-
-@torch.inference_mode()
-def test_words_are_read_once_in_a_generation():
-    layer = randomized(CrossAttention(2, 16, 24))
-    calls: list[int] = []
-    layer.kv.register_forward_hook(lambda module, given, output: calls.append(1))
-    context, x = normal(2, 7, 24), normal(2, 5, 16)
-    words = Words(context)
-    first, second = layer(x, words), layer(x + 1, words)
-    assert len(calls) == 1
-    assert torch.equal(first, layer(x, context)) and torch.equal(second, layer(x + 1, context))
-    other = Words(context + 1)
-    assert not torch.equal(layer(x, other), first)
 
 
 @bf16
 @torch.inference_mode()
-def test_unet_in_bfloat16_is_as_exact_as_the_plain_one(monkeypatch):
-    unet = randomized(UNet(UNET)).to(memory_format=torch.channels_last)
-    x, context, t = normal(1, 4, 16, 8), normal(2, 7, 24), torch.tensor([300])
-    unet = unet.bfloat16()
+def test_unet_in_bfloat16_is_as_exact_as_the_plain_one():
+    unet = randomized(UNet(UNET)).to(memory_format=torch.channels_last).bfloat16()
+    x, context, t = normal(1, 4, 16, 8).repeat(2, 1, 1, 1), normal(2, 7, 24), torch.tensor([300])
     x, context = x.bfloat16(), context.bfloat16()
-    exact = unet.double()(x.double(), context.double(), t)
-    unet.bfloat16()
-    fast = unet(x, context, t)
-    monkeypatch.setattr("reifusion.kernels.fast.drawing", lambda x: False)
-    monkeypatch.setattr("reifusion.model.attention.flash_attention", lambda q, k, v: None)
-    plain = unet(x, context, t)
-    assert not torch.equal(fast, plain), "the fast forms did not run"
-    assert as_exact_as(fast, plain, exact)
+    slow, exact = unet(x, context, t), unet.double()(x.double(), context.double(), t)
+    fast = installed(unet.bfloat16())(x, context, t)
+    assert not torch.equal(fast, slow), "the fast forms did not run"
+    assert as_exact_as(fast, slow, exact)
 
 
 # The decoder in bands
@@ -375,6 +439,7 @@ def test_decoder_in_bands_draws_the_same_picture(monkeypatch, rows, dtype):
     exact = decoder(z)
     decoder, z = decoder.to(dtype), z.to(dtype)
     plain = decoder(z)
+    installed(decoder)
     monkeypatch.setattr(bands, "suits", lambda *_: True)
     monkeypatch.setattr(bands, "BAND", rows * 16 * 20 * z.element_size())
     before = z.clone()
@@ -389,10 +454,11 @@ def test_decoder_in_bands_draws_the_same_picture(monkeypatch, rows, dtype):
 @torch.inference_mode()
 def test_decoder_in_bands_takes_half_the_memory(monkeypatch):
     """Counted: what is allocated and not yet freed, at most."""
-    decoder = randomized(Decoder(replace(VAE, channels=(32, 64, 64)))).to(memory_format=torch.channels_last)
+    decoder = installed(randomized(Decoder(replace(VAE, channels=(32, 64, 64)))))
+    decoder.to(memory_format=torch.channels_last)
     z = normal(1, 4, 96, 24)
     monkeypatch.setattr(bands, "BAND", 2**17)
-    assert bands.suits(decoder, torch.empty(1, 64, 1, 1), 384 * 96 // 4)
+    assert bands.suits(decoder, z, 64 * 384 * 96 // 4)
 
     def peak() -> int:
         with torch.profiler.profile(profile_memory=True) as profile:
@@ -424,12 +490,11 @@ def test_statistics_of_bands_are_those_of_the_map(monkeypatch):
 
 def test_bands_are_not_for_small_maps_for_training_or_for_observers():
     decoder = Decoder(VAE)
-    x = torch.empty(1, 64, 1, 1)
-    large = 2**20
+    x, large = torch.empty(1, 4, 1, 1), 2**26
     assert not bands.suits(decoder, x, large)  # gradients
     with torch.inference_mode():
         assert bands.suits(decoder, x, large)
-        assert not bands.suits(decoder, x, 64)
+        assert not bands.suits(decoder, x, 2**12)
         assert not bands.suits(decoder, x.half(), large)
         handle = decoder.conv_out.register_forward_hook(lambda *_: None)
         assert not bands.suits(decoder, x, large)

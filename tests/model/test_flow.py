@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from reifusion.model.tokenizer import Tokenizer
+from reifusion.api import generate
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import DDPMSampler, randn
 from reifusion.model.model_converter import config_from_diffusers, config_to_diffusers
 from reifusion.model.model_loader import info, save
-from reifusion.api import generate
 from reifusion.model.pictures import to_tensor
 from reifusion.model.pipeline import StableDiffusion, Step
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS, FlowSampler, samplers_for
 from reifusion.model.tensors import ModelError
+from reifusion.model.tokenizer import Tokenizer
 from tests.tiny import Bytes, networks
 
 TINY = ModelConfig(
@@ -35,7 +35,7 @@ TINY = ModelConfig(
     size=64,
     clip=CLIPConfig(vocab_size=49408, context_length=8, width=8, layers=1, heads=2),
     vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
-    unet=UNetConfig(channels=(16, 32), attention=(True, False), layers=1, heads=2, context_width=8, groups=8),
+    unet=UNetConfig(channels=(16, 32), attention=(1, 0), layers=1, heads=(2, 2), context_width=8, groups=8),
     schedule=ScheduleConfig(prediction_type="flow"),
 )
 ZERO_SNR = ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True)
@@ -138,12 +138,12 @@ def pipe() -> StableDiffusion:
 
 
 def draw(pipe: StableDiffusion, **asked: Any) -> np.ndarray:
-    settings: dict[str, Any] = {"n_inference_steps": 4, "seed": 0, "progress": False}
+    settings: dict[str, Any] = {"steps": 4, "seed": 0, "progress": False}
     return np.array(pipe.generate("a cat", **settings | asked)).astype(int)
 
 
 def steps(pipe: StableDiffusion, **asked: Any) -> list[Step]:
-    settings: dict[str, Any] = {"n_inference_steps": 4, "seed": 0}
+    settings: dict[str, Any] = {"steps": 4, "seed": 0}
     return list(pipe.denoise("a cat", **settings | asked))
 
 
@@ -153,10 +153,10 @@ def photo() -> Image.Image:
 
 
 def test_no_sampler_named_means_the_one_that_fits(pipe: StableDiffusion) -> None:
-    assert Request("a cat").sampler(TINY) == "flow"
-    assert Request("a cat").sampler(ModelConfig()) == "ddpm"
-    assert np.array_equal(draw(pipe), draw(pipe, sampler_name="flow"))
-    seeds_call = generate("a cat", n_inference_steps=4, seed=0, models=pipe, progress=False)
+    assert Request("a cat").for_model(TINY).sampler == "flow"
+    assert Request("a cat").for_model(ModelConfig()).sampler == "dpmpp_2m_karras"
+    assert np.array_equal(draw(pipe), draw(pipe, sampler="flow"))
+    seeds_call = generate("a cat", steps=4, seed=0, models=pipe, progress=False)
     assert np.array_equal(np.array(seeds_call), draw(pipe))
 
 
@@ -164,11 +164,11 @@ def test_a_sampler_that_does_not_fit_is_refused_before_any_work(pipe: StableDiff
     says = "the sampler ddim does not fit tiny, trained for 'flow'; what fits: flow"
     idle = replace(pipe, models={})  # nothing to work with
     with pytest.raises(ValueError, match=f"^{says}$"):
-        draw(idle, sampler_name="ddim")
+        draw(idle, sampler="ddim")
 
 
 def test_a_step_of_flow_is_a_point_between_picture_and_noise(pipe: StableDiffusion) -> None:
-    found = steps(pipe, n_inference_steps=3)
+    found = steps(pipe, steps=3)
     assert [step.t for step in found] == pytest.approx([1000, 2000 / 3, 1000 / 3])
     for step in found:
         sigma = step.t / 1000
@@ -190,7 +190,7 @@ def test_the_network_is_told_the_fraction(pipe: StableDiffusion, monkeypatch: py
         return forward(x, context, t)
 
     monkeypatch.setattr(unet, "forward", spy)
-    steps(pipe, n_inference_steps=3)
+    steps(pipe, steps=3)
     assert all((t == t[0]).all() for t in seen)  # one time for all of the batch
     torch.testing.assert_close(torch.stack([t[0] for t in seen]), torch.tensor([1000, 2000 / 3, 1000 / 3]))
 
@@ -198,9 +198,7 @@ def test_the_network_is_told_the_fraction(pipe: StableDiffusion, monkeypatch: py
 def test_more_strength_changes_more(pipe: StableDiffusion) -> None:
     original = pipe.encode_image(to_tensor(photo()))
     distances = [
-        (steps(pipe, input_image=photo(), strength=s, n_inference_steps=20)[-1].latents - original)
-        .square()
-        .mean()
+        (steps(pipe, init_image=photo(), strength=s, steps=20)[-1].latents - original).square().mean()
         for s in (0.05, 0.2, 0.5, 0.8, 1.0)
     ]
     assert distances == sorted(distances)
@@ -212,7 +210,7 @@ def test_strength_is_the_share_of_noise_at_the_start(
 ) -> None:
     original = pipe.encode_image(to_tensor(photo()))
     noise = latents(0)
-    first = steps(pipe, input_image=photo(), strength=strength, n_inference_steps=10)[0]
+    first = steps(pipe, init_image=photo(), strength=strength, steps=10)[0]
     assert first.t == pytest.approx(start)
     torch.testing.assert_close(first.x_t, (1 - start / 1000) * original + start / 1000 * noise)
 
@@ -220,12 +218,12 @@ def test_strength_is_the_share_of_noise_at_the_start(
 def test_the_mask_keeps_what_is_black_and_redraws_what_is_white(pipe: StableDiffusion) -> None:
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
-    drawn = draw(pipe, input_image=photo(), mask=mask, strength=1)
+    drawn = draw(pipe, init_image=photo(), mask=mask, strength=1)
     original = np.array(photo()).astype(int)
     assert np.array_equal(drawn[:, 32:], original[:, 32:])
     assert np.abs(drawn[:, :32] - original[:, :32]).mean() > 5
     known = pipe.encode_image(to_tensor(photo()))
-    found = steps(pipe, input_image=photo(), mask=mask, strength=1)
+    found = steps(pipe, init_image=photo(), mask=mask, strength=1)
     noise = latents(0)
     for step in found:  # what is known is as noisy as the rest, at every step
         expected = (1 - step.t / 1000) * known + step.t / 1000 * noise
@@ -283,7 +281,7 @@ def test_trailing_begins_at_the_last_timestep() -> None:
 def test_a_model_with_zero_terminal_snr_draws_with_every_sampler(pipe: StableDiffusion) -> None:
     pipe = replace(pipe, config=replace(TINY, schedule=ZERO_SNR))
     for name in samplers_for("v_prediction"):
-        found = steps(pipe, sampler_name=name, n_inference_steps=2, guidance_rescale=0.7)
+        found = steps(pipe, sampler=name, steps=2, guidance_rescale=0.7)
         assert found[0].t == 999
         assert found[-1].latents.isfinite().all()
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reifusion.model import model_loader, tensors
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.model_converter import convert, load_from_standard_weights
 from reifusion.model.model_loader import build, info, load, preload_models_from_standard_weights, save
 from reifusion.model.tensors import ModelError
+from reifusion.model.tokenizer import Tokenizer
 
 TINY = ModelConfig(
     name="tiny",
@@ -34,7 +34,7 @@ TINY = ModelConfig(
     clip=CLIPConfig(width=8, layers=2, heads=2),
     vae=VAEConfig(channels=(4, 8, 12), layers=1, groups=2),
     unet=UNetConfig(
-        channels=(4, 8, 12), attention=(False, True, True), layers=1, heads=2, context_width=8, groups=2
+        channels=(4, 8, 12), attention=(0, 1, 1), layers=1, heads=(2, 2, 2), context_width=8, groups=2
     ),
 )
 
@@ -299,7 +299,7 @@ def test_loading_sd1_needs_little_more_memory_than_its_weights(tmp_path, stored)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's measure of memory")
 def test_loading_a_pickle_needs_little_more_memory_than_its_weights(tmp_path):
     path = tmp_path / "sd.ckpt"
-    config = replace(SD15, unet=replace(SD15.unet, channels=(320, 640), attention=(True, False)))
+    config = replace(SD15, unet=replace(SD15.unet, channels=(320, 640), attention=(1, 0), heads=(8, 8)))
     native = {
         f"{net}.{k}": torch.zeros(x.shape)
         for net, m in build(config).items()
@@ -307,7 +307,9 @@ def test_loading_a_pickle_needs_little_more_memory_than_its_weights(tmp_path):
     }
     size = sum(x.numel() for x in native.values())
     torch.save({"state_dict": convert(native, "compvis")}, path)
-    config_code = "replace(SD15, unet=replace(SD15.unet, channels=(320, 640), attention=(True, False)))"
+    config_code = (
+        "replace(SD15, unet=replace(SD15.unet, channels=(320, 640), attention=(1, 0), heads=(8, 8)))"
+    )
     assert 2 * size > 500e6
     assert peak_memory(path, "torch.float16", config_code) < 1.3 * 2 * size
 

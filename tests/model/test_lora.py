@@ -19,17 +19,15 @@ from torch.nn import functional as F
 from reifusion.model.clip import CLIP
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.diffusion import UNet
-from reifusion.weights.lora import LoRA, Update, apply, load_lora, places, remove
 from reifusion.model.tensors import ModelError
+from reifusion.weights.lora import LoRA, Update, apply, load_lora, places, remove
 
 TINY = ModelConfig(
     name="tiny",
     size=32,
     clip=CLIPConfig(vocab_size=600, context_length=8, width=24, layers=2, heads=4),
     vae=VAEConfig(channels=(16, 32), layers=1, groups=8),
-    unet=UNetConfig(
-        channels=(16, 32), attention=(True, False), layers=1, heads=4, context_width=24, groups=8
-    ),
+    unet=UNetConfig(channels=(16, 32), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=8),
 )
 R = 3  # the rank of the LoRAs made here
 
@@ -113,7 +111,7 @@ def test_every_layout_changes_the_same_rows_of_the_u_net(tmp_path, names):
     before = state(models)
     apply(models, load_lora(written(tmp_path / "x.safetensors", dict(zip(names, (down, up))))))
     after = state(models)
-    name = "diffusion.down.1.1.self_attention.qkv.weight"
+    name = "diffusion.down.1.1.layers.0.self_attention.qkv.weight"
     assert changed(before, after) == [name]
     change = torch.cat([torch.zeros(16, 16), up @ down, torch.zeros(16, 16)])  # q, k, v
     assert torch.equal(after[name], before[name] + change)
@@ -140,7 +138,7 @@ def test_the_output_projection_is_found_by_its_old_name_too(tmp_path, name):
     before = state(models)
     tensors = {f"{name}.down.weight": down, f"{name}.up.weight": up}
     apply(models, load_lora(written(tmp_path / "x.safetensors", tensors)))
-    assert changed(before, state(models)) == ["diffusion.middle.1.cross_attention.out.weight"]
+    assert changed(before, state(models)) == ["diffusion.middle.1.layers.0.cross_attention.out.weight"]
 
 
 def test_pickles_are_read_and_code_in_them_is_not_run(tmp_path):
@@ -204,7 +202,7 @@ def test_what_the_header_says_is_kept(tmp_path):
 @given(st.integers(1, 20), st.floats(0.1, 32), st.floats(-3, 3), st.integers(0, 2**31))
 def test_the_weight_becomes_w_plus_weight_times_alpha_over_rank_times_ba(rank, alpha, weight, seed):
     models, down, up = tiny(), random(rank, 32, seed=seed), random(32, rank, seed=seed + 1)
-    layer = models["diffusion"].middle[1].cross_attention.out
+    layer = models["diffusion"].middle[1].layers[0].cross_attention.out
     before = layer.weight.detach().clone()
     apply(
         models,
@@ -249,8 +247,8 @@ def test_there_is_a_place_for_every_row_of_every_weight():
     assert rows == {name: len(x) for name, x in state(models).items() if name.endswith(".weight")}
     names = [place.name for place in places(TINY)]
     assert len(set(names)) == len(names)
-    assert {f"diffusion.middle.1.self_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
-    assert {f"diffusion.middle.1.cross_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
+    assert {f"diffusion.middle.1.layers.0.self_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
+    assert {f"diffusion.middle.1.layers.0.cross_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
 
 
 OUT = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -303,19 +301,19 @@ def test_loras_add_up():
     for lora, weight in zip(some_loras(), (1.0, -0.5, 2.0)):
         apply(models, lora, weight)
     total = sum(w * lora.updates[OUT].delta() for lora, w in zip(some_loras(), (1.0, -0.5, 2.0)))
-    name = "diffusion.middle.1.cross_attention.out.weight"
+    name = "diffusion.middle.1.layers.0.cross_attention.out.weight"
     torch.testing.assert_close(state(models)[name], before[name] + total)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once_from_float32(dtype):
     models, (one, two, _) = tiny(dtype), some_loras()
-    before = state(models)["diffusion.middle.1.cross_attention.out.weight"]
+    before = state(models)["diffusion.middle.1.layers.0.cross_attention.out.weight"]
     assert before.dtype == dtype
     apply(models, one, 0.01)
     apply(models, two, 0.01)
     exact = before.float() + 0.01 * one.updates[OUT].delta() + 0.01 * two.updates[OUT].delta()
-    assert torch.equal(state(models)["diffusion.middle.1.cross_attention.out.weight"], exact.to(dtype))
+    assert torch.equal(state(models)["diffusion.middle.1.layers.0.cross_attention.out.weight"], exact.to(dtype))
 
 
 def test_a_network_stays_in_the_order_of_memory_it_was_in():

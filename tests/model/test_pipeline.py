@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from reifusion.api import generate
 from reifusion.model.clip import CLIP
 from reifusion.model.config import MINI, ModelConfig, ScheduleConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
-from reifusion.api import generate
-from reifusion.model.pictures import to_picture, to_tensor
+from reifusion.model.pictures import open_picture, to_picture, to_tensor
 from reifusion.model.pipeline import StableDiffusion, Step, _from_networks, _parse_dtype
-from reifusion.model.pictures import open_picture
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
 from tests.tiny import TINY, Bytes, networks
@@ -41,7 +40,7 @@ def pipe() -> StableDiffusion:
     return tiny()
 
 
-QUICK: dict[str, Any] = {"sampler_name": "ddim", "n_inference_steps": 3, "progress": False}
+QUICK: dict[str, Any] = {"sampler": "ddim", "steps": 3, "progress": False}
 
 
 def draw(pipe: StableDiffusion, *args, **kwargs) -> np.ndarray:
@@ -65,20 +64,20 @@ def photo(width: int = 64, height: int = 64) -> Image.Image:
 
 def test_same_seed_gives_same_picture_in_any_batch_position(pipe):
     prompts = ["a cat", "a dog", "a hat"]
-    together = draw(pipe, prompts, seed=5, sampler_name="ddpm")
-    alone = [draw(pipe, prompt, seed=5 + k, sampler_name="ddpm") for k, prompt in enumerate(prompts)]
+    together = draw(pipe, prompts, seed=5, sampler="ddpm")
+    alone = [draw(pipe, prompt, seed=5 + k, sampler="ddpm") for k, prompt in enumerate(prompts)]
     assert np.abs(together - np.stack(alone)).max() <= 1
     assert np.abs(together[0] - together[1]).max() > 1
 
 
 def test_several_images_of_one_prompt_have_seeds_that_count_up(pipe):
-    drawn = pipe.generate("a cat", num_images=3, seed=7, **QUICK)
+    drawn = pipe.generate("a cat", num=3, seed=7, **QUICK)
     assert [picture.info["seed"] for picture in drawn] == [7, 8, 9]
     assert np.abs(np.array(drawn[2]).astype(int) - draw(pipe, "a cat", seed=9)).max() <= 1
 
 
 def test_prompts_and_images_multiply_prompt_by_prompt(pipe):
-    drawn = pipe.generate(["a cat", "a dog"], num_images=2, seed=1, **QUICK)
+    drawn = pipe.generate(["a cat", "a dog"], num=2, seed=1, **QUICK)
     assert [picture.info["prompt"] for picture in drawn] == ["a cat", "a cat", "a dog", "a dog"]
 
 
@@ -94,9 +93,9 @@ def test_no_seed_means_a_new_one_that_the_picture_carries(pipe):
 
 
 def test_guidance_of_1_is_no_guidance(pipe):
-    one = draw(pipe, "a cat", "ugly", cfg_scale=1, seed=0)
+    one = draw(pipe, "a cat", "ugly", cfg=1, seed=0)
     assert np.array_equal(one, draw(pipe, "a cat", "beautiful", do_cfg=False, seed=0))
-    assert not np.array_equal(one, draw(pipe, "a cat", "ugly", cfg_scale=7, seed=0))
+    assert not np.array_equal(one, draw(pipe, "a cat", "ugly", cfg=7, seed=0))
 
 
 def inputs(pipe: StableDiffusion, monkeypatch) -> list[torch.Tensor]:
@@ -123,21 +122,21 @@ def test_guidance_is_one_pass_under_twice_the_words(pipe, monkeypatch):
 
     monkeypatch.setattr(pipe.models["diffusion"], "forward", spy)
     draw(pipe, ["a", "b"], seed=0)
-    draw(pipe, ["a", "b"], seed=0, cfg_scale=1)
+    draw(pipe, ["a", "b"], seed=0, cfg=1)
     assert seen == 3 * [(2, 4)] + 3 * [(2, 2)]
 
 
 def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
-    for step in pipe.denoise("a cat", "a dog", cfg_scale=5.0, seed=0, n_inference_steps=2):
+    for step in pipe.denoise("a cat", "a dog", cfg=5.0, seed=0, steps=2):
         expected = step.eps_uncond + 5.0 * (step.eps_cond - step.eps_uncond)
         torch.testing.assert_close(step.eps, expected)
-    swapped = next(iter(pipe.denoise("a dog", "a cat", cfg_scale=5.0, seed=0, n_inference_steps=2)))
-    first = next(iter(pipe.denoise("a cat", "a dog", cfg_scale=5.0, seed=0, n_inference_steps=2)))
+    swapped = next(iter(pipe.denoise("a dog", "a cat", cfg=5.0, seed=0, steps=2)))
+    first = next(iter(pipe.denoise("a cat", "a dog", cfg=5.0, seed=0, steps=2)))
     torch.testing.assert_close(swapped.eps_cond, first.eps_uncond)
 
 
 def test_rescaled_guidance_has_the_contrast_of_none_or_a_part_of_it(pipe):
-    request = Request(["a", "b"], cfg_scale=9.0, seed=0, sampler_name="ddim", n_inference_steps=2)
+    request = Request(["a", "b"], cfg=9.0, seed=0, sampler="ddim", steps=2)
     plain, half, whole = (
         next(iter(pipe.denoise(replace(request, guidance_rescale=phi)))) for phi in (0.0, 0.5, 1.0)
     )
@@ -176,11 +175,9 @@ def test_clip_skip_changes_the_picture(pipe):
 def test_every_sampler_draws_with_any_number_of_steps(pipe, name):
     pipe = replace(pipe, config=trained_for(SAMPLERS[name].prediction_types[-1]))
     for n in (1, 2, 5):
-        assert draw(pipe, "a cat", sampler_name=name, n_inference_steps=n, seed=0).shape == (64, 64, 3)
-        kwargs = {"input_image": photo(), "mask": Image.new("L", (64, 64), 255), "strength": 0.5}
-        assert (
-            latents(pipe, "a cat", sampler_name=name, n_inference_steps=n, seed=0, **kwargs).isfinite().all()
-        )
+        assert draw(pipe, "a cat", sampler=name, steps=n, seed=0).shape == (64, 64, 3)
+        kwargs = {"init_image": photo(), "mask": Image.new("L", (64, 64), 255), "strength": 0.5}
+        assert latents(pipe, "a cat", sampler=name, steps=n, seed=0, **kwargs).isfinite().all()
 
 
 # Sizes
@@ -196,7 +193,7 @@ def test_the_picture_has_the_size_asked_for(pipe, width, height):
     [((64, 64), (64, 64)), ((640, 480), (88, 64)), ((30, 50), (64, 104)), ((1000, 10), (128, 64))],
 )
 def test_an_input_image_keeps_its_shape_at_the_models_size(pipe, given, drawn):
-    assert pipe.generate("a cat", input_image=photo(*given), **QUICK).size == drawn
+    assert pipe.generate("a cat", init_image=photo(*given), **QUICK).size == drawn
 
 
 # From a picture
@@ -206,9 +203,7 @@ def test_more_strength_changes_more(pipe):
     original = pipe.encode_image(to_tensor(photo()))
     distances = []
     for strength in (0.05, 0.2, 0.4, 0.6, 0.8):
-        last = latents(
-            pipe, "a cat", input_image=photo(), strength=strength, n_inference_steps=20, cfg_scale=1, seed=0
-        )
+        last = latents(pipe, "a cat", init_image=photo(), strength=strength, steps=20, cfg=1, seed=0)
         distances.append((last - original).square().mean().item())
     assert distances == sorted(distances)
 
@@ -216,7 +211,7 @@ def test_more_strength_changes_more(pipe):
 def test_the_mask_keeps_every_pixel_under_black_and_redraws_under_white(pipe):
     mask = np.zeros((64, 64), dtype=np.uint8)
     mask[20:50, 10:30] = 255
-    drawn = draw(pipe, "a cat", input_image=photo(), mask=mask, seed=0, strength=1)
+    drawn = draw(pipe, "a cat", init_image=photo(), mask=mask, seed=0, strength=1)
     original = np.array(photo()).astype(int)
     assert np.array_equal(drawn[mask == 0], original[mask == 0])
     assert np.abs(drawn[mask == 255] - original[mask == 255]).mean() > 5
@@ -226,7 +221,7 @@ def test_the_masks_surroundings_are_known_at_every_step(pipe):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
     steps = list(
-        pipe.denoise("a cat", input_image=photo(), mask=mask, strength=1, seed=0, **without_progress())
+        pipe.denoise("a cat", init_image=photo(), mask=mask, strength=1, seed=0, **without_progress())
     )
     original = pipe.encode_image(to_tensor(photo()))
     torch.testing.assert_close(steps[-1].latents[..., 4:], original[..., 4:])
@@ -242,7 +237,7 @@ def test_a_nine_channel_unet_sees_the_mask_and_what_is_kept(monkeypatch):
     seen = inputs(pipe, monkeypatch)
     mask = Image.new("1", (64, 64))
     mask.paste(1, (0, 0, 32, 64))
-    draw(pipe, "a cat", input_image=photo(), mask=mask)
+    draw(pipe, "a cat", init_image=photo(), mask=mask)
     pixels = to_tensor(photo())
     pixels[..., :32] = 0
     kept = pipe.encode_image(pixels)
@@ -323,7 +318,7 @@ def test_pixels_are_rounded_to_the_nearest_level():
 def test_a_picture_can_be_an_array_or_a_path(pipe, tmp_path):
     photo().save(tmp_path / "photo.png")
     drawn = [
-        draw(pipe, "a cat", input_image=given, seed=0)
+        draw(pipe, "a cat", init_image=given, seed=0)
         for given in (photo(), np.array(photo()), tmp_path / "photo.png")
     ]
     assert np.array_equal(drawn[0], drawn[1])
@@ -347,7 +342,7 @@ def test_the_loop_yields_what_generate_decodes(pipe):
 def test_a_step_is_signal_plus_noise(prediction_type):
     pipe = tiny(trained_for(prediction_type))
     alpha_bar = SAMPLERS["ddim"]().alphas_cumprod.float()
-    for step in pipe.denoise("a cat", seed=0, n_inference_steps=4):
+    for step in pipe.denoise("a cat", seed=0, steps=4):
         signal, noise = alpha_bar[int(step.t)].sqrt(), (1 - alpha_bar[int(step.t)]).sqrt()
         again = signal * step.x0 + noise * step.eps
         torch.testing.assert_close(again, step.x_t, atol=1e-4, rtol=1e-4)
@@ -380,7 +375,7 @@ def test_a_callback_that_raises_ends_all(pipe):
 
 
 def test_the_caller_of_the_loop_is_not_in_inference_mode(pipe):
-    for _ in pipe.denoise("a cat", n_inference_steps=2):
+    for _ in pipe.denoise("a cat", steps=2):
         assert not torch.is_inference_mode_enabled()
         assert torch.ones(1, requires_grad=True).mul(2).requires_grad
 
@@ -402,7 +397,7 @@ def test_networks_are_on_the_device_only_while_in_use(monkeypatch):
 
     for name, network in pipe.models.items():
         monkeypatch.setattr(network, "to", spy(name, network.to))
-    draw(pipe, "a cat", input_image=photo())
+    draw(pipe, "a cat", init_image=photo())
     order = ["clip", "encoder", "diffusion", "decoder"]
     assert moves == [(name, device) for name in order for device in (pipe.device, pipe.idle_device)]
     moves.clear()
@@ -416,7 +411,7 @@ def test_nothing_of_the_callers_is_changed(pipe):
     picture, mask = np.array(photo()), np.full((64, 64), 255, dtype=np.uint8)
     first = picture.copy()
     random = torch.get_rng_state()
-    draw(pipe, "a cat", input_image=picture, mask=mask)
+    draw(pipe, "a cat", init_image=picture, mask=mask)
     assert np.array_equal(picture, first)
     assert torch.equal(torch.get_rng_state(), random)
     for name, network in pipe.models.items():
@@ -517,20 +512,20 @@ def test_the_dtype_suits_the_device(monkeypatch):
         ({"prompt": None}, "text"),
         ({"prompt": 3}, "text"),
         ({"prompt": ["a", None]}, "text"),
-        ({"prompt": ["a", "b", "c"], "uncond_prompt": ["d", "e"]}, "3 prompts"),
-        ({"sampler_name": "magic"}, "ddpm, ddim"),
+        ({"prompt": ["a", "b", "c"], "negative": ["d", "e"]}, "3 prompts"),
+        ({"sampler": "magic"}, "ddpm, ddim"),
         ({"strength": 0}, "strength"),
         ({"strength": 2}, "strength"),
         ({"strength": "much"}, "strength"),
-        ({"cfg_scale": float("nan")}, "finite"),
-        ({"cfg_scale": float("inf")}, "finite"),
-        ({"n_inference_steps": 0}, "between 1 and 1000"),
-        ({"n_inference_steps": 1001}, "between 1 and 1000"),
-        ({"n_inference_steps": 2.5}, "whole"),
-        ({"num_images": 0}, "number of images"),
+        ({"cfg": float("nan")}, "finite"),
+        ({"cfg": float("inf")}, "finite"),
+        ({"steps": 0}, "between 1 and 1000"),
+        ({"steps": 1001}, "between 1 and 1000"),
+        ({"steps": 2.5}, "whole"),
+        ({"num": 0}, "number of images"),
         ({"guidance_rescale": 1.5}, "guidance_rescale must be between 0 and 1"),
         ({"guidance_rescale": "much"}, "guidance_rescale must be a number"),
-        ({"sampler_name": "flow"}, "flow does not fit tiny, trained for 'epsilon'; what fits: ddpm, ddim"),
+        ({"sampler": "flow"}, "flow does not fit tiny, trained for 'epsilon'; what fits: ddpm, ddim"),
         ({"seed": -1}, "seed"),
         ({"seed": "x"}, "seed"),
         ({"clip_skip": -1}, "clip_skip"),
@@ -539,8 +534,8 @@ def test_the_dtype_suits_the_device(monkeypatch):
         ({"width": 0}, "width"),
         ({"width": -8}, "width"),
         ({"mask": photo()}, "input image"),
-        ({"mask": photo(32, 64), "input_image": photo()}, "32×64"),
-        ({"input_image": np.zeros((8, 8), dtype=np.float32)}, "uint8"),
+        ({"mask": photo(32, 64), "init_image": photo()}, "32×64"),
+        ({"init_image": np.zeros((8, 8), dtype=np.float32)}, "uint8"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(pipe, wrong, says):
@@ -551,6 +546,6 @@ def test_what_cannot_be_drawn_is_one_sentence(pipe, wrong, says):
 
 
 def test_a_request_is_checked_once_and_can_be_drawn_again(pipe):
-    request = Request("a cat", sampler_name="ddim", n_inference_steps=2)
+    request = Request("a cat", sampler="ddim", steps=2)
     first, second = (np.array(pipe.generate(request, progress=False)) for _ in range(2))
     assert np.array_equal(first, second)

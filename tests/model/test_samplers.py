@@ -486,7 +486,23 @@ def test_four_times_the_steps_are_much_nearer_to_the_truth(name: str) -> None:
 
 
 def test_samplers_have_the_names_that_users_type() -> None:
-    assert [
-        *("ddpm", "ddim", "pndm", "lms", "euler", "euler_a", "heun"),
-        *("dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "lcm", "flow"),
-    ] == NAMES
+    names = "ddpm ddim pndm lms euler euler_a heun dpmpp_2m dpmpp_2m_karras dpmpp_sde unipc lcm flow"
+    assert sorted(NAMES) == sorted(names.split())
+    assert all(SAMPLERS[name].name == name and SAMPLERS[name].title for name in NAMES)
+
+
+def test_a_sampler_of_ones_own_is_a_class_with_a_name_and_a_step(monkeypatch) -> None:
+    monkeypatch.setattr("reifusion.model.ddpm.SAMPLERS", registered := dict(SAMPLERS))
+
+    class Nothing(Sampler):
+        name, title = "nothing", "Nothing at all"
+
+        def _step(self, i: int, x: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Still(Nothing):  # has no name of its own, so that it is not listed
+        pass
+
+    assert [kind for name, kind in registered.items() if name not in SAMPLERS] == [Nothing]
+    latents = noise_like_latents(1)
+    assert torch.equal(sample(Nothing(), latents), latents)

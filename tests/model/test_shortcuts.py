@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -19,28 +18,24 @@ from torch.nn import functional as F
 import reifusion
 from reifusion import cli
 from reifusion.model import model_loader
-from reifusion.model.attention import SelfAttention, Words
 from reifusion.model.clip import CLIP
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
-from reifusion.shortcuts.deepcache import DeepCache
-from reifusion.model.diffusion import UNet
+from reifusion.model.diffusion import Given, UNet
 from reifusion.model.encoder import Encoder
-from reifusion.shortcuts.int8 import Int8Conv2d, Int8Linear, quantize
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
-from reifusion.model.tome import Merging, TokenMerging, stay
+from reifusion.model.tokenizer import Tokenizer
+from reifusion.shortcuts.deepcache import DeepCache, deepcached
+from reifusion.shortcuts.int8 import Int8Conv2d, Int8Linear, quantize, quantize_layer
 
 TINY = ModelConfig(
     name="tiny",
     size=32,
     clip=CLIPConfig(width=16, layers=1, heads=2),
     vae=VAEConfig(channels=(8, 8, 8), layers=1, groups=4),
-    unet=UNetConfig(
-        channels=(16, 32), attention=(True, False), layers=1, heads=2, context_width=16, groups=8
-    ),
+    unet=UNetConfig(channels=(16, 32), attention=(1, 0), layers=1, heads=(2, 2), context_width=16, groups=8),
 )
 
 
@@ -77,8 +72,8 @@ def pipe() -> StableDiffusion:
 
 
 def steps(pipe: StableDiffusion, **wishes: Any) -> list:
-    asked: dict[str, Any] = {"sampler_name": "dpmpp_2m", "n_inference_steps": 8, "seed": 1, **wishes}
-    return list(pipe.denoise("a cat", **asked))
+    asked: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 8, "seed": 1, **wishes}
+    return list(deepcached(pipe, asked.pop("deepcache", 1)).denoise("a cat", **asked))
 
 
 def outcome(pipe: StableDiffusion, **wishes: Any) -> torch.Tensor:
@@ -88,14 +83,13 @@ def outcome(pipe: StableDiffusion, **wishes: Any) -> torch.Tensor:
 # None of it, unless asked for
 
 
-@pytest.mark.parametrize("off", [{"guidance_interval": None}, {"deepcache": 1}, {"tome": 0}, {"tome": 0.0}])
+@pytest.mark.parametrize("off", [{"guidance_interval": None}, {"deepcache": 1}])
 def test_off_is_as_if_it_were_not_there(pipe, off):
     assert torch.equal(outcome(pipe, **off), outcome(pipe))
 
 
-def test_without_shortcuts_the_loop_calls_the_network_and_nothing_else(pipe, monkeypatch):
-    for standing_in in "DeepCache", "TokenMerging":
-        monkeypatch.setattr(f"reifusion.model.pipeline.{standing_in}", None)
+def test_without_shortcuts_the_loop_calls_the_network_and_nothing_else(pipe):
+    assert deepcached(pipe, 1) is pipe
     calls: list = []
     pipe.models["diffusion"].register_forward_hook(lambda *call: calls.append(call[-1]))
     drawn = steps(pipe)
@@ -104,7 +98,7 @@ def test_without_shortcuts_the_loop_calls_the_network_and_nothing_else(pipe, mon
         assert torch.equal(step.eps, uncond + 7.5 * (cond - uncond))
 
 
-@pytest.mark.parametrize("wish", [{"guidance_interval": (0.5, 5)}, {"deepcache": 2}, {"tome": 0.5}])
+@pytest.mark.parametrize("wish", [{"guidance_interval": (0.5, 5)}, {"deepcache": 2}])
 def test_on_it_changes_the_picture_but_not_the_network(pipe, wish):
     before = outcome(pipe)
     changed = outcome(pipe, **wish)
@@ -113,10 +107,11 @@ def test_on_it_changes_the_picture_but_not_the_network(pipe, wish):
 
 
 @pytest.mark.parametrize(
-    "wish", [{"guidance_interval": (0.5, 5)}, {"deepcache": 3}, {"tome": 0.5}, {"deepcache": 2, "tome": 0.3}]
+    "wish",
+    [{"guidance_interval": (0.5, 5)}, {"deepcache": 3}, {"deepcache": 2, "guidance_interval": (0.5, 5)}],
 )
 def test_no_picture_depends_on_its_place_in_the_batch(pipe, wish):
-    several = outcome(pipe, num_images=3, **wish)
+    several = outcome(pipe, num=3, **wish)
     for k in range(3):
         assert error(several[k : k + 1], outcome(pipe, seed=1 + k, **wish)) < 1e-4
 
@@ -132,16 +127,20 @@ def test_no_picture_depends_on_its_place_in_the_batch(pipe, wish):
         ({"guidance_interval": (1,)}, r"guidance_interval must be two numbers, like \(0.3, 5\), not \(1,\)"),
         ({"guidance_interval": "12"}, "guidance_interval must be two numbers"),
         ({"guidance_interval": (0, "x")}, "an end of guidance_interval must be a number, not 'x'"),
-        ({"deepcache": 0}, "deepcache must be at least 1, not 0"),
-        ({"deepcache": 1.5}, "deepcache must be a whole number, not 1.5"),
-        ({"tome": 0.8}, "tome must be between 0 and 0.75, not 0.8"),
-        ({"tome": -0.1}, "tome must be between 0 and 0.75, not -0.1"),
-        ({"tome": math.nan}, "tome must be between 0 and 0.75, not nan"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(wish, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Request("a cat", **wish)
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [(0, "deepcache must be at least 1, not 0"), (1.5, "deepcache must be a whole number, not 1.5")],
+)
+def test_a_deepcache_that_cannot_be_is_one_sentence(pipe, every, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        deepcached(pipe, every)
 
 
 # Guidance in an interval
@@ -151,7 +150,7 @@ def test_what_cannot_be_is_one_sentence(wish, message):
 def test_guidance_is_where_the_noise_is_in_the_interval_and_nowhere_else(pipe, sampler):
     batches: list[int] = []
     pipe.models["diffusion"].register_forward_hook(lambda *call: batches.append(len(call[-1])))
-    drawn = steps(pipe, sampler_name=sampler, guidance_interval=(0.4, 6), n_inference_steps=10)
+    drawn = steps(pipe, sampler=sampler, guidance_interval=(0.4, 6), steps=10)
     alpha_bar = SAMPLERS["ddpm"]().alphas_cumprod
     for step, batch in zip(drawn, batches, strict=True):
         sigma = ((1 - alpha_bar[int(step.t)]) / alpha_bar[int(step.t)]).sqrt().item()
@@ -165,7 +164,7 @@ def test_guidance_is_where_the_noise_is_in_the_interval_and_nowhere_else(pipe, s
 
 def test_the_interval_of_a_flow_is_told_in_the_same_terms(pipe):
     pipe.config = ModelConfig(**{**vars(TINY), "schedule": ScheduleConfig(prediction_type="flow")})
-    drawn = steps(pipe, sampler_name="flow", guidance_interval=(0.5, 3), n_inference_steps=8)
+    drawn = steps(pipe, sampler="flow", guidance_interval=(0.5, 3), steps=8)
     # x = (1 - σ) x₀ + σ ε: of σ = 7/8 … 1/8, σ / (1 - σ) is 7, 3, 5/3, 1, 3/5, 1/3, 1/7; at first it is ∞
     guided = [step.eps_uncond is not None for step in drawn]
     assert guided == [False, False, True, True, True, True, False, False]
@@ -187,43 +186,43 @@ def told(unet: UNet, batch: int = 1, size: tuple[int, int] = (9, 12)) -> list[tu
     """The arguments of five calls, as of a generation with guidance."""
     words = normal(2 * batch, 7, unet.config.context_width, seed=50)
     times = (999.0, 800.0, 600.0, 400.0, 200.0)
-    return [(normal(batch, 4, *size, seed=i), words, torch.tensor([t])) for i, t in enumerate(times)]
+    latents = [normal(batch, 4, *size, seed=i).repeat(2, 1, 1, 1) for i in range(len(times))]
+    return [(x, words, torch.tensor([t])) for x, t in zip(latents, times)]
 
 
 CONFIGS = {
     "two levels": TINY.unet,
-    "one level": UNetConfig(channels=(16,), attention=(True,), layers=2, heads=2, context_width=16, groups=8),
+    "one level": UNetConfig(channels=(16,), attention=(1,), layers=2, heads=(2,), context_width=16, groups=8),
     "three levels": UNetConfig(
         channels=(16, 24, 32),
-        attention=(True, True, False),
+        attention=(1, 1, 0),
         layers=2,
-        head_width=8,
         context_width=16,
         groups=8,
         linear_projection=True,
+        heads=(2, 3, 4),
     ),
 }
 
 
 def cached_by_the_paper(unet: UNet, calls: list[tuple], every: int) -> list[torch.Tensor]:
-    """DeepCache written out: the whole U with both halves apart; U₂'s output kept, D₁ and U₁ always run."""
+    """DeepCache written out: U₂'s output is kept, D₁ and U₁ always run."""
     outputs: list[torch.Tensor] = []
     kept = torch.empty(0)
     for i, (latents, words, t) in enumerate(calls):
-        latents = torch.cat([latents] * (len(words) // len(latents)))
-        time = unet.time_embedding(t.expand(len(latents)))
-        pile = [unet.down[0](latents, words, time)]
+        given_ = Given(unet.time_embedding(t), words)
+        pile = [unet.down[0](latents, given_)]
         if i % every == 0:
             x = pile[0]
             for row in unet.down[1:]:
-                x = row(x, words, time)
+                x = row(x, given_)
                 pile.append(x)
-            x = unet.middle(x, words, time)
+            x = unet.middle(x, given_)
             for row in unet.up[:-1]:
                 skip = pile.pop()
-                x = row(torch.cat([x, skip], dim=1), words, time, size=pile[-1].shape[-2:])
+                x = row(torch.cat([x, skip], dim=1), given_._replace(size=pile[-1].shape[-2:]))
             kept = x
-        x = unet.up[-1](torch.cat([kept, pile[0]], dim=1), words, time)
+        x = unet.up[-1](torch.cat([kept, pile[0]], dim=1), given_)
         outputs.append(unet.conv_out(F.silu(unet.norm(x))))
     return outputs
 
@@ -235,9 +234,8 @@ def test_deepcache_is_what_the_paper_says(name, every):
     unet = randomized(UNet(CONFIGS[name]))
     calls = told(unet)
     cache = DeepCache(unet, every)
-    for given_, expected in zip(calls, cached_by_the_paper(unet, calls, every), strict=True):
-        latents, words, t = given_
-        assert error(cache(latents, Words(words), t), expected) < 1e-5
+    for call, expected in zip(calls, cached_by_the_paper(unet, calls, every), strict=True):
+        assert error(cache(*call), expected) < 1e-5
 
 
 @torch.inference_mode()
@@ -265,10 +263,10 @@ def test_deepcache_computes_anew_when_guidance_sets_in_and_not_when_it_ends():
     unet.middle.register_forward_hook(lambda *call: whole.append(len(call[-1])))
     cache = DeepCache(unet, 9)
     latents, words, t = told(unet)[0]
-    cache(latents, words[:1], t)
+    cache(latents[:1], words[:1], t)
     both = cache(latents, words, t)
     assert whole == [1, 2]
-    alone = cache(latents, words[:1], t)
+    alone = cache(latents[:1], words[:1], t)
     assert whole == [1, 2]  # the first half of what is kept
     assert error(alone, both[:1]) < 1e-5
 
@@ -280,90 +278,13 @@ def test_deepcache_leaves_nothing_behind_even_when_the_network_fails():
     assert not unet.up[-1]._forward_pre_hooks
 
 
-# Token merging
-
-
-def merged_by_the_paper(x: torch.Tensor, dst: list[int], ratio: float) -> list[list[int]]:
-    """Which tokens of x (L, C) go together, each group's staying token first."""
-    src = [i for i in range(len(x)) if i not in dst]
-    cosine = F.cosine_similarity(x[:, None], x[None], dim=-1)
-    best = {i: max(dst, key=lambda j: cosine[i, j].item()) for i in src}
-    leaving = sorted(src, key=lambda i: -cosine[i, best[i]].item())[: int(ratio * len(x))]
-    alone = [[i] for i in src if i not in leaving]
-    return alone + [[j, *(i for i in leaving if best[i] == j)] for j in dst]
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    batch=st.integers(1, 3),
-    ratio=st.floats(0, 0.75),
-    seed=st.integers(0, 1000),
-)
-def test_tokens_are_merged_as_the_paper_says(height, width, batch, ratio, seed):
-    x = normal(batch, height * width, 5, seed=seed).double()
-    dst = stay(height, width, torch.Generator().manual_seed(seed))
-    merging = Merging(x, dst, ratio)
-    small = merging.merge(x)
-    large = merging.unmerge(small)
-    assert large.shape == x.shape
-    for k in range(batch):
-        groups = merged_by_the_paper(x[k], dst.tolist(), ratio)
-        assert small.shape[1] == len(groups)
-        for group in groups:
-            mean = x[k, group].mean(0)
-            torch.testing.assert_close(large[k, group], mean.expand(len(group), -1))
-
-
-def test_one_pixel_of_each_2_by_2_stays_by_chance():
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.zeros(4)
-    for _ in range(200):
-        chosen = stay(5, 6, generator)
-        rows, columns = chosen // 6, chosen % 6
-        cells = sorted(zip((rows // 2).tolist(), (columns // 2).tolist()))
-        assert cells == [(i, j) for i in range(2) for j in range(3)]
-        seen += torch.bincount(2 * (rows % 2) + columns % 2, minlength=4)
-    assert (seen / seen.sum() - 0.25).abs().max() < 0.05
-
-
-def test_nothing_merged_is_the_same_tokens_in_another_order():
-    x = normal(2, 24, 8)
-    merging = Merging(x, stay(4, 6, torch.Generator().manual_seed(0)), 0.0)
-    assert torch.equal(merging.unmerge(merging.merge(x)), x)
-
-
-@torch.inference_mode()
-def test_only_the_self_attention_at_full_resolution_sees_fewer_tokens():
-    unet = randomized(UNet(CONFIGS["three levels"]))
-    seen: list[tuple[int, int]] = []
-    for layer in unet.modules():
-        if isinstance(layer, SelfAttention):
-            layer.qkv.register_forward_hook(lambda _, x, y: seen.append((x[0].shape[-1], x[0].shape[1])))
-    latents, words, t = normal(1, 4, 8, 10), normal(2, 7, 16), torch.tensor([500.0])
-    merging = TokenMerging(unet, 0.5)
-    out = merging(latents, words, t)
-    assert set(seen) == {(16, 40), (24, 20), (32, 6)}  # 80 tokens are 40, but 20 are 20 and 6 are 6
-    assert out.shape == (2, 4, 8, 10)
-    assert 1e-4 < error(out, unet(latents, words, t)) < 1
-    assert not any(m._forward_pre_hooks for m in unet.modules())
-
-
-@torch.inference_mode()
-def test_pixels_that_are_all_alike_lose_nothing_by_merging():
-    unet = randomized(UNet(CONFIGS["one level"]))
-    attention = next(m for m in unet.modules() if isinstance(m, SelfAttention))
-    x = normal(2, 1, 16).expand(-1, 48, -1)
-    merging = Merging(x, stay(6, 8, torch.Generator().manual_seed(0)), 0.75)
-    torch.testing.assert_close(merging.unmerge(attention(merging.merge(x))), attention(x))
-
-
-def test_the_same_seed_gives_the_same_picture_again(pipe):
-    assert torch.equal(outcome(pipe, tome=0.5), outcome(pipe, tome=0.5))
-
-
 # Weights of 8 bits
+
+
+def in_8_bits(layer: Any) -> Any:
+    quantize_layer(layer := copy.deepcopy(layer))
+    assert isinstance(layer, Int8Linear | Int8Conv2d)
+    return layer
 
 
 def exact(layer: nn.Linear | nn.Conv2d, x: torch.Tensor, conv: bool) -> torch.Tensor:
@@ -389,7 +310,7 @@ def test_a_linear_layer_computes_with_whole_numbers(vnni, shape, bias, monkeypat
     monkeypatch.setattr("reifusion.shortcuts.int8._suits", lambda x: vnni)
     layer = randomized(nn.Linear(20, 32, bias=bias))
     x = 3 * normal(*shape)
-    out = Int8Linear(layer)(x)
+    out = in_8_bits(layer)(x)
     assert error(out, exact(layer, x, conv=False)) < (1e-5 if vnni else 0.02)
     assert error(out, layer(x)) < 0.03
 
@@ -401,7 +322,7 @@ def test_a_convolution_too(vnni, kernel, size, monkeypatch):
     monkeypatch.setattr("reifusion.shortcuts.int8._suits", lambda x: vnni)
     layer = randomized(nn.Conv2d(8, 16, kernel, padding=kernel // 2))
     x = normal(2, 8, *size) * torch.tensor([1.0, 50.0])[:, None, None, None]
-    out = Int8Conv2d(layer)(x)
+    out = in_8_bits(layer)(x)
     assert error(out, exact(layer, x, conv=True)) < (1e-5 if vnni else 0.02)
     assert error(out[0], layer(x)[0]) < 0.03  # the second picture's scale is its own
 
@@ -409,9 +330,9 @@ def test_a_convolution_too(vnni, kernel, size, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_a_network_of_8_bits_is_smaller_and_almost_the_same(dtype):
-    config = UNetConfig(channels=(64, 128), attention=(True, True), layers=1, heads=4, context_width=512)
+    config = UNetConfig(channels=(64, 128), attention=(1, 1), layers=1, heads=(4, 4), context_width=512)
     unet = randomized(UNet(config)).to(dtype)
-    call = normal(1, 4, 8, 8).to(dtype), normal(2, 7, 512).to(dtype), torch.tensor([500.0])
+    call = normal(2, 4, 8, 8).to(dtype), normal(2, 7, 512).to(dtype), torch.tensor([500.0])
     before, weighed = unet(*call), sum(x.nbytes for x in unet.state_dict().values())
     quantize({"diffusion": unet})
     after = unet(*call)
@@ -428,12 +349,12 @@ def test_layers_of_short_sums_keep_their_weights():
     unet = randomized(UNet(TINY.unet))
     quantize({"diffusion": unet})
     assert isinstance(unet.middle[0].conv_1, nn.Conv2d)  # 9 · 32 terms
-    config = UNetConfig(channels=(64,), attention=(True,), layers=1, heads=4, context_width=512)
+    config = UNetConfig(channels=(64,), attention=(1,), layers=1, heads=(4,), context_width=512)
     unet = randomized(UNet(config))
     quantize({"diffusion": unet})
     assert isinstance(unet.middle[0].conv_1, Int8Conv2d)  # 9 · 64 terms
-    assert isinstance(unet.middle[1].cross_attention.kv, Int8Linear)
-    assert isinstance(unet.middle[1].cross_attention.q, nn.Linear)
+    assert isinstance(unet.middle[1].layers[0].cross_attention.kv, Int8Linear)
+    assert isinstance(unet.middle[1].layers[0].cross_attention.q, nn.Linear)
     assert isinstance(unet.time_embedding.linear_2, nn.Linear)  # what is not in a block stays
 
 
@@ -445,7 +366,7 @@ def model(tmp_path_factory) -> str:
     config = ModelConfig(
         **{
             **vars(TINY),
-            "unet": UNetConfig(channels=(64,), attention=(True,), layers=1, heads=2, context_width=16),
+            "unet": UNetConfig(channels=(64,), attention=(1,), layers=1, heads=(2,), context_width=16),
         }
     )
     models: dict[str, nn.Module] = {
@@ -479,7 +400,6 @@ def draw(model, tmp_path, monkeypatch, capsys):
     [
         (["--guidance-interval", "0.3:5"], {"guidance_interval": "0.3:5"}),
         (["--deepcache", 2], {"deepcache": 2}),
-        (["--tome", 0.5], {"tome": 0.5}),
         (["--int8"], {"int8": True}),
     ],
 )
@@ -490,7 +410,7 @@ def test_a_shortcut_is_taken_remembered_and_given_up_again(draw, model, flags, k
     assert carried | kept == carried
     assert not np.array_equal(pixels, plain)
     assert np.array_equal(draw("--like", path)[1], pixels)
-    off = ["--guidance-interval", "0:inf", "--deepcache", 1, "--tome", 0, "--no-int8"]
+    off = ["--guidance-interval", "0:inf", "--deepcache", 1, "--no-int8"]
     assert np.array_equal(draw("--like", path, *off)[1], plain)
 
 
@@ -501,7 +421,6 @@ def test_a_shortcut_is_taken_remembered_and_given_up_again(draw, model, flags, k
         (["--guidance-interval", "a:b"], "a guidance interval is from:to, like 0.3:5, not 'a:b'"),
         (["--guidance-interval", "5:1"], "guidance_interval must begin below its end, and not 5 to 1"),
         (["--deepcache", "0"], "deepcache must be at least 1, not 0"),
-        (["--tome", "0.9"], "tome must be between 0 and 0.75, not 0.9"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(capsys, flags, message):
@@ -510,8 +429,9 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(capsys, flags, message):
 
 
 def test_the_shortcuts_are_arguments_of_generate_too(pipe):
-    usual: dict[str, Any] = {"seed": 1, "sampler_name": "ddim", "n_inference_steps": 4, "progress": False}
-    wish: dict[str, Any] = {"guidance_interval": (0.3, 5), "deepcache": 2, "tome": 0.5}
-    picture = reifusion.generate("a cat", models=pipe, **usual, **wish)
-    assert np.array_equal(np.array(picture), np.array(pipe.generate("a cat", **usual, **wish)))
+    usual: dict[str, Any] = {"seed": 1, "sampler": "ddim", "steps": 4, "progress": False}
+    wish: dict[str, Any] = {"guidance_interval": (0.3, 5)}
+    picture = reifusion.generate("a cat", models=pipe, deepcache=2, **usual, **wish)
+    again = deepcached(pipe, 2).generate("a cat", **usual, **wish)
+    assert np.array_equal(np.array(picture), np.array(again))
     assert not np.array_equal(np.array(picture), np.array(pipe.generate("a cat", **usual)))

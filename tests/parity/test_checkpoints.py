@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.model_loader import build, info, load, save
+from reifusion.model.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
@@ -27,16 +27,14 @@ TINY = ModelConfig(
     size=32,
     clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, width=24, layers=2, heads=4),
     vae=VAEConfig(channels=(16, 32, 32), layers=1, groups=8, scale_factor=0.3),
-    unet=UNetConfig(
-        channels=(32, 64), attention=(True, False), layers=1, heads=4, context_width=24, groups=16
-    ),
+    unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 # SD 2.x in small: heads of one width, linear projections, exact GELU.
 TINY_2 = replace(
     TINY,
     clip=replace(TINY.clip, activation="gelu"),
-    unet=replace(TINY.unet, heads=8, head_width=16, linear_projection=True),
+    unet=replace(TINY.unet, heads=(2, 4), linear_projection=True),
 )
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.weights.lora import apply, load_lora, remove
 from reifusion.model.model_loader import build, load, save
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.train.lora import ATTENTION, LAYOUTS, TEXT_ENCODER, attach, detach, save_lora
+from reifusion.weights.lora import apply, load_lora, remove
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
@@ -27,12 +27,10 @@ TINY = ModelConfig(
     size=32,
     clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, width=24, layers=2, heads=4),
     vae=VAEConfig(channels=(16, 32), layers=1, groups=8),
-    unet=UNetConfig(
-        channels=(32, 64), attention=(True, False), layers=1, heads=4, context_width=24, groups=16
-    ),
+    unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
 )
 # As SD 2.x and the mini have it: heads of one width, and linear layers around the transformer.
-TINY_2 = replace(TINY, unet=replace(TINY.unet, head_width=16, linear_projection=True))
+TINY_2 = replace(TINY, unet=replace(TINY.unet, heads=(2, 4), linear_projection=True))
 
 TARGETS = {
     "attention": (ATTENTION, TEXT_ENCODER),

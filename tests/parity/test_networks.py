@@ -25,18 +25,23 @@ TOLERANCE_BF16 = 0.05  # bfloat16 keeps 8 bits, one part in 256, and tens of lay
 TINY_VAE = VAEConfig(channels=(32, 64, 96), layers=1, groups=16)
 TINY_UNETS = {
     "plain": UNetConfig(
-        channels=(32, 64, 96), attention=(True, True, False), layers=1, heads=4, context_width=24, groups=8
+        channels=(32, 64, 96), attention=(1, 1, 0), layers=1, heads=(4, 4, 4), context_width=24, groups=8
     ),
     "linear, attention in other places": UNetConfig(
-        channels=(64, 64),
-        attention=(False, True),
-        layers=2,
-        head_width=32,
-        context_width=40,
+        channels=(64, 64), attention=(0, 1), layers=2, context_width=40, linear_projection=True, heads=(2, 2)
+    ),
+    "several transformer layers, a deep middle": UNetConfig(
+        channels=(32, 32, 64),
+        attention=(0, 2, 3),
+        middle_attention=3,
+        heads=(1, 2, 4),
+        layers=1,
+        context_width=24,
+        groups=8,
         linear_projection=True,
     ),
     "nine channels in, one level": UNetConfig(
-        in_channels=9, channels=(32,), attention=(True,), layers=2, heads=2, context_width=16
+        in_channels=9, channels=(32,), attention=(1,), layers=2, heads=(2,), context_width=16
     ),
 }
 
@@ -76,7 +81,8 @@ def unet_pair(config: UNetConfig) -> tuple[nn.Module, nn.Module]:
             layers_per_block=config.layers,
             down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention],
             up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
-            attention_head_dim=[config.heads_at(c) for c in config.channels],
+            attention_head_dim=list(config.heads),
+            transformer_layers_per_block=[depth or config.middle_attention for depth in config.attention],
             cross_attention_dim=config.context_width,
             norm_num_groups=config.groups,
             use_linear_projection=config.linear_projection,
@@ -297,7 +303,7 @@ def test_time_is_cosines_then_sines():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("time_dtype", [torch.int64, torch.float32])
 def test_unet_takes_times_of_any_dtype(dtype, time_dtype):
-    config = replace(TINY_UNETS["plain"], attention=(False, True, False))
+    config = replace(TINY_UNETS["plain"], attention=(0, 1, 0))
     with torch.device("meta"):
         unet = UNet(config)
     randomize(unet).to(dtype)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from reifusion.api import load
 from reifusion.model import model_loader
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
-from reifusion.api import load
 from reifusion.model.pipeline import StableDiffusion
+from reifusion.model.tokenizer import Tokenizer
 from tests.tiny import networks
 
 diffusers = pytest.importorskip("diffusers")
@@ -25,7 +25,7 @@ TINY = ModelConfig(
     clip=CLIPConfig(width=32, layers=2, heads=2),
     vae=VAEConfig(channels=(16, 16, 32, 32), layers=1, groups=8),
     unet=UNetConfig(
-        channels=(32, 64, 64), attention=(True, True, False), layers=2, heads=4, context_width=32, groups=16
+        channels=(32, 64, 64), attention=(1, 1, 0), layers=2, heads=(4, 4, 4), context_width=32, groups=16
     ),
 )
 # Our name: its class in diffusers, and what it is told beyond the scheduler configuration that we wrote
@@ -95,10 +95,10 @@ def assert_same(pictures: list, expected: np.ndarray) -> None:
 def test_the_picture_is_that_of_diffusers(ours, theirs, sampler, width, height):
     pictures = ours.generate(
         PROMPTS,
-        NEGATIVES,
-        cfg_scale=SCALE,
-        sampler_name=sampler,
-        n_inference_steps=STEPS,
+        negative=NEGATIVES,
+        cfg=SCALE,
+        sampler=sampler,
+        steps=STEPS,
         seed=SEED,
         width=width,
         height=height,
@@ -108,9 +108,7 @@ def test_the_picture_is_that_of_diffusers(ours, theirs, sampler, width, height):
 
 
 def test_without_guidance_too(ours, theirs):
-    pictures = ours.generate(
-        PROMPTS, do_cfg=False, sampler_name="ddim", n_inference_steps=STEPS, seed=SEED, progress=False
-    )
+    pictures = ours.generate(PROMPTS, do_cfg=False, sampler="ddim", steps=STEPS, seed=SEED, progress=False)
     assert_same(pictures, reference(theirs, "ddim", 64, 64, guidance_scale=1.0))
 
 
@@ -121,8 +119,8 @@ def test_clip_skip_1_is_that_of_diffusers(ours, theirs, monkeypatch):
     pictures = ours.generate(
         PROMPTS,
         do_cfg=False,
-        sampler_name="ddim",
-        n_inference_steps=STEPS,
+        sampler="ddim",
+        steps=STEPS,
         seed=SEED,
         clip_skip=1,
         progress=False,

@@ -18,7 +18,7 @@ TINY = ModelConfig(
     size=16,
     clip=CLIPConfig(vocab_size=20, context_length=6, width=16, layers=1, heads=2),
     vae=VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0),
-    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=4),
+    unet=UNetConfig(channels=(16, 32), attention=(1, 1), layers=1, heads=(2, 2), context_width=16, groups=4),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 

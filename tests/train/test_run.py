@@ -21,7 +21,7 @@ SMALL_SD = ModelConfig(
     size=64,
     clip=CLIPConfig(width=16, layers=1, heads=2),
     vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
-    unet=UNetConfig(channels=(8, 16), attention=(True, False), layers=1, heads=2, context_width=16, groups=4),
+    unet=UNetConfig(channels=(8, 16), attention=(1, 0), layers=1, heads=(2, 2), context_width=16, groups=4),
 )
 
 SMALL_MINI = replace(
@@ -61,7 +61,7 @@ def build_random(config):
 
 
 def draw(pipe, prompt):
-    picture = pipe.generate(prompt, seed=1, n_inference_steps=2, progress=False)
+    picture = pipe.generate(prompt, seed=1, steps=2, progress=False)
     assert isinstance(picture, Image.Image)
     return picture
 
