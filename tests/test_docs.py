@@ -1,4 +1,4 @@
-"""What the book counts and draws about the code is true of the code."""
+"""The book's counts and drawings of the code are true."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_the_model_imports_none_of_those_who_use_it():
 
 def test_the_command_line_imports_the_rest_only_when_it_is_used():
     at_once = {whom for (who, whom), now in imports.imports().items() if who == "cli" and now}
-    assert at_once <= {"files"}  # which needs nothing itself
+    assert at_once <= {"files"}  # which imports no other part
     assert not any(who == "files" for who, _ in imports.imports())
 
 

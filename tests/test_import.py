@@ -1,4 +1,4 @@
-"""What `import reifusion` promises."""
+"""The promises of `import reifusion`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import reifusion
 
 
 def python(code: str) -> str:
-    """Runs it in an interpreter of its own -> stdout."""
+    """Runs the code in an interpreter of its own; returns stdout."""
     env = os.environ | {"PYTHONPATH": str(Path(reifusion.__file__).parents[1])}  # installed or not
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout

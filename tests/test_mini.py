@@ -1,4 +1,4 @@
-"""The built-in model: it is there, it is small, it is a real one."""
+"""The built-in model is there, is small, and is a real model."""
 
 from functools import cache
 from typing import Any
@@ -33,7 +33,7 @@ def draw(prompts: list[str], *args: Any, **more: Any) -> list[np.ndarray]:
 
 
 def edge_colour(picture: np.ndarray) -> np.ndarray:
-    """The median colour of the outermost 4 pixels, (3,) in 0 … 255."""
+    """Returns the median colour of the outermost 4 pixels, (3,) in 0 … 255."""
     rim = np.ones(picture.shape[:2], bool)
     rim[4:-4, 4:-4] = False
     return np.median(picture[rim], axis=0)
@@ -78,7 +78,7 @@ def test_a_negative_prompt_takes_away_what_it_names():
     colours = {"a car": ("a red car", 0), "an apple": ("red", 0), "a tree": ("a green tree", 1)}
 
     def strengths(pictures: list[np.ndarray]) -> np.ndarray:
-        """How much more of its colour than of the other two each picture has, in levels of 255."""
+        """Returns how much more of its colour than of the other two each picture has, in levels of 255."""
         own = [picture[..., channel].mean() for picture, (_, channel) in zip(pictures, colours.values())]
         return 1.5 * (np.array(own) - [picture.mean() for picture in pictures])
 
@@ -89,7 +89,7 @@ def test_a_negative_prompt_takes_away_what_it_names():
 
 def test_img2img_goes_the_further_from_its_input_the_greater_the_strength():
     given = np.asarray(sketch(), float)
-    back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # what the VAE alone changes
+    back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # the change by the VAE alone
     pictures = [draw(["a tiger face"], input_image=sketch(), strength=s)[0] for s in (0.1, 0.25, 0.9)]
     least, little, much = (np.abs(picture - given).mean() for picture in pictures)
     assert least < 2 * np.abs(np.asarray(back) - given).mean() < 2 * little

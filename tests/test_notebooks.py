@@ -1,4 +1,4 @@
-"""The notebooks ask questions, and are kept small and clean. That they run, `make demo` sees."""
+"""The notebooks ask questions, and are kept small and clean. `make demo` checks that they run."""
 
 import ast
 import base64
@@ -81,7 +81,7 @@ def test_each_chapter_of_the_book_is_in_a_notebook_or_needs_none():
     text = "".join(source(cell) for path in PARTS for cell in cells(path))
     chapters = {path.name for path in (ROOT / "docs" / "book").glob("*.md")}
     left = {name for name in chapters if f"docs/book/{name}" not in text}
-    assert left == {"checkpoints.md", "speed.md"}  # which need a real checkpoint, and a quiet machine
+    assert left == {"checkpoints.md", "speed.md"}  # they need a real checkpoint, and a quiet machine
 
 
 def test_a_large_picture_is_made_small_enough_and_stays_the_same_picture():

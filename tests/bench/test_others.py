@@ -1,4 +1,4 @@
-"""Other hands' drawings, from packages as small as can be."""
+"""Other artists' drawings, from the smallest possible packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's own promises: it compares what is comparable, and survives whoever fails."""
+"""The benchmark's own promises: it compares comparable things, and survives contenders that fail."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 class Fake:
-    """A contender whose first call takes a second, the next one two; one of them fails, and one dies."""
+    """A contender whose first call takes one second, the next two; some contenders fail, and some die."""
 
     started: ClassVar[list[str]] = []
     closed: ClassVar[list[str]] = []
@@ -258,7 +258,7 @@ def test_flops_are_those_of_the_plain_arithmetic(folder):
 
 
 def test_a_contender_answers_with_seconds_memory_and_numbers(folder, monkeypatch):
-    """In this process: what it does with its own is in the next test."""
+    """The contender runs in this process; the next test gives it a process of its own."""
     request = {**asdict(Row("a", "unet", 64, 64)), "context_width": weights.context_width(folder)}
     asked = [
         request,
@@ -270,7 +270,7 @@ def test_a_contender_answers_with_seconds_memory_and_numbers(folder, monkeypatch
     monkeypatch.setattr(sys, "argv", ["", "reifusion fp32", str(folder), "cpu"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(one) + "\n" for one in asked)))
     monkeypatch.setattr(contenders, "own_stdout", lambda: answers)
-    with torch.enable_grad():  # it switches gradients off; this switches them on again
+    with torch.enable_grad():  # the contender switches gradients off; this restores them
         contenders.main()
     assert torch.is_grad_enabled()
     hello, first, second, failed, decoded = map(json.loads, answers.getvalue().splitlines())

@@ -1,4 +1,4 @@
-"""Exercises: ours is right, every usual mistake is named, and what cannot be checked is one sentence."""
+"""Exercises: our answers are right, every common mistake is named, and uncheckable files get one sentence."""
 
 import inspect
 import textwrap

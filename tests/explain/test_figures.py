@@ -1,4 +1,4 @@
-"""Pictures of pictures: pixels stay what they are, texts are carried along, no file is ever half there."""
+"""Figures: pixels stay what they are, texts are carried along, and no file is ever half-written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokenizer, opened: the merges that are shown are those that it makes."""
+"""The exhibit of the tokenizer shows the merges that the tokenizer makes."""
 
 from __future__ import annotations
 

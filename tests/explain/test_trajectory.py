@@ -1,4 +1,4 @@
-"""Every step is kept as it was, and what is written can be read."""
+"""Every step is kept as it was, and the written files can be read."""
 
 from __future__ import annotations
 

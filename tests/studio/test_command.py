@@ -1,4 +1,4 @@
-"""`reifusion studio`: what is wrong is one sentence, before a page opens."""
+"""`reifusion studio`: wrong input gets one sentence, before a page opens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing for several pages: what is kept, that it is the same picture, that it ends when told to."""
+"""Drawing for several pages: the right steps are kept, the picture is the same, and it stops when told to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a drawing looks like: its words with their heat, the schedule, the equations of each stage."""
+"""The views of a drawing: its words with their heat, the schedule, the equations of each stage."""
 
 from __future__ import annotations
 

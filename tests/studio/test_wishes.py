@@ -1,4 +1,4 @@
-"""From the fields of the page to a request, and from a picture's settings to what repeats it."""
+"""From the fields of the page to a request, and from a picture's settings to the command that repeats it."""
 
 from __future__ import annotations
 
