@@ -97,7 +97,7 @@ def test_nothing_is_overwritten(draw):
     assert Path("out.png").read_text() == "mine"
 
 
-def test_num_counts_seeds_up_and_no_picture_depends_on_it(draw):
+def test_num_counts_seeds_up_and_changes_no_picture(draw):
     several = draw("a cat", "--seed", 3, "--num", 3)
     assert [settings(path)["seed"] for path in several] == [3, 4, 5]
     assert np.array_equal(pixels(several[2]), pixels(*draw("a cat", "--seed", 5)))
@@ -370,7 +370,7 @@ def test_a_full_disk_leaves_nothing_half_written(run, model, monkeypatch):
     assert not list(Path().rglob("*"))
 
 
-def test_no_memory_is_said_in_plain_words(run, model, monkeypatch):
+def test_running_out_of_memory_is_told_in_plain_words(run, model, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:120] err == 0. DefaultCPUAllocator: can't allocate memory"

@@ -73,5 +73,5 @@ def test_load_has_its_signature():
     ]
 
 
-def test_what_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(reifusion, "nothing")

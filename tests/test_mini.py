@@ -87,7 +87,7 @@ def test_a_negative_prompt_takes_away_what_it_names():
     assert (without < plain).all() and without.mean() < 0.75 * plain.mean()
 
 
-def test_img2img_goes_the_further_from_its_input_the_greater_the_strength():
+def test_img2img_moves_further_from_its_input_with_greater_strength():
     given = np.asarray(sketch(), float)
     back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # the change by the VAE alone
     pictures = [draw(["a tiger face"], input_image=sketch(), strength=s)[0] for s in (0.1, 0.25, 0.9)]
@@ -109,7 +109,7 @@ def test_inpainting_redraws_the_hole_and_keeps_the_rest_to_the_bit():
 
 
 @pytest.mark.parametrize("background", ["white", "steelblue"])
-def test_vae_gives_back_what_it_is_given(background):
+def test_vae_returns_its_input(background):
     picture = Image.new("RGB", (128, 128), background)
     pen = ImageDraw.Draw(picture)
     pen.ellipse((24, 24, 104, 104), fill="gold")

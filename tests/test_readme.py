@@ -64,7 +64,7 @@ def test_flags_of_the_readme_exist():
         "studio": r"Opens a page, on this machine only",
     }.items(),
 )
-def test_what_the_readme_says_to_run_first_does_what_it_says(target, printed, tmp_path):
+def test_the_first_commands_of_the_readme_do_what_it_says(target, printed, tmp_path):
     (line,) = re.findall(rf"^make {target}\b.*?(?=#|$)", README, re.M)
     alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     plan = subprocess.run(

@@ -238,7 +238,7 @@ def test_fewer_prompts_keep_their_proportions(count: int) -> None:
     assert all(abs(part[kind] - n * count / 500) < 1 for kind, n in COUNTS.items())
 
 
-def test_too_few_pictures_for_so_many_prompts_is_said(trained: Sprites) -> None:
+def test_too_few_pictures_for_the_prompts_is_an_error(trained: Sprites) -> None:
     with pytest.raises(ValueError, match="give 67 prompts of the kind 'plain', not 99"):
         make_prompts(trained, trained, {"plain": 99})
 
@@ -329,7 +329,7 @@ def test_a_style_is_known_by_the_drawing_it_is_nearest_to(style: str, drawings: 
     ("flat", "glossy", (False, False)), ("flat", "cartoon", (False, False)),
     ("cartoon", "cartoon", (True, True)),
 ])  # fmt: skip
-def test_two_words_for_one_look_are_as_right(
+def test_two_words_for_one_look_are_equally_right(
     asked: str, shown: str, right: tuple, planted: Planted, drawings: Sprites
 ) -> None:
     subject = planted.subjects[0]
@@ -424,7 +424,7 @@ def test_the_cards_figures_are_the_reports() -> None:
     assert quality.with_figures(card, [Figure.read(row) for row in rows]) == card
 
 
-def test_what_comes_back_from_the_vae_unchanged_but_for_one_level_has_48_db(
+def test_pictures_that_the_vae_changes_by_one_level_have_48_db(
     pipe: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [np.full((8, 8, 3), level, np.uint8) for level in (0, 100, 200)]

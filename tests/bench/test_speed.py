@@ -115,7 +115,7 @@ def saved(bench: Bench) -> dict[str, Result]:
     return {result["contender"]: Result(**result) for result in written}
 
 
-def test_all_take_turns_and_whoever_fails_does_not_stop_the_others(bench):
+def test_contenders_take_turns_and_a_failure_does_not_stop_the_others(bench):
     row = Row("a", "unet")
     names = [REFERENCE, "diffusers bf16", "OpenVINO bf16", "reifusion bf16"]
     speed.prepare(bench, [row])
@@ -128,13 +128,13 @@ def test_all_take_turns_and_whoever_fails_does_not_stop_the_others(bench):
     assert sorted(Fake.started) == sorted(Fake.closed)
 
 
-def test_whoever_died_gets_another_process_for_the_next_row(bench):
+def test_a_dead_contender_gets_another_process_for_the_next_row(bench):
     measure(bench, [Row("a", "unet"), Row("b", "unet", warm_up=False, patience=0)], ["OpenVINO bf16"], KEPT)
     assert Fake.started == 2 * ["OpenVINO bf16"]
     assert bench.results["b", "OpenVINO bf16", KEPT].seconds == [1]
 
 
-def test_a_row_that_takes_long_has_fewer_rounds_but_one_at_least(bench):
+def test_a_row_that_takes_long_has_fewer_rounds_but_at_least_one(bench):
     rows = [Row("a", "unet", patience=0), Row("b", "picture", warm_up=False, patience=0), Row("c", "vae")]
     measure(bench, rows, ["reifusion bf16"], KEPT)
     assert [len(result.seconds) for result in bench.results.values()] == [1, 1, 3]
@@ -155,7 +155,7 @@ def test_a_contender_leaves_when_nothing_is_left_for_it(bench):
     assert ("b", "reifusion fp32", KEPT) not in bench.results
 
 
-def test_what_is_there_already_is_not_measured_again_and_nothing_begins_too_late(bench):
+def test_existing_results_are_not_measured_again_and_nothing_begins_too_late(bench):
     measure(bench, [Row("a", "unet")], ["reifusion bf16"], KEPT)
     measure(bench, [Row("a", "unet")], ["reifusion bf16"], KEPT)
     assert len(Fake.started) == 1
@@ -172,7 +172,7 @@ def test_memory_counts_from_the_start_of_the_process(bench):
     assert found["diffusers bf16"].note == "RuntimeError: no"
 
 
-def test_every_row_has_the_exact_numbers_of_one_reference_and_somebody_to_do_it():
+def test_every_row_has_exact_numbers_from_one_reference_and_a_contender():
     rows = {row.name: row for _, _, rows in PHASES for row in rows} | {row.name: row for row in MEMORY}
     for row in rows.values():
         assert row.contenders and set(row.contenders) <= set(CONTENDERS)

@@ -36,7 +36,7 @@ def run(capsys):
     return run
 
 
-def test_a_prompt_gives_a_folder_with_all_there_is_to_see(run, model):
+def test_a_prompt_gives_a_folder_with_everything_to_see(run, model):
     code, out, err = run("A cat on a rocket", "--model", model, "--steps", 2, "--seed", 3, "--pixel", "10,20")
     assert (code, err) == (0, "") and out.splitlines()[0] == "explain/a-cat-on-a-rocket-3/index.html"
     folder = Path("explain/a-cat-on-a-rocket-3")
@@ -145,7 +145,7 @@ def test_wrong_input_is_one_sentence_before_work_begins(run, here, arguments, wo
         (["cfg", "a cat", "--sampler", "flow"], "the sampler flow does not fit"),
     ],
 )
-def test_what_only_the_model_can_tell_is_one_sentence_too(run, here, model, arguments, words):
+def test_an_error_that_only_the_model_reveals_is_one_sentence_too(run, here, model, arguments, words):
     code, out, err = run(*arguments, "--model", model, "--steps", 1)
     assert code == 2 and out == "" and words in err and err.count("\n") == 1
     assert list(here.iterdir()) == []

@@ -138,7 +138,7 @@ def test_an_empty_prompt_shows_the_special_tokens(pipe):
     assert [name for name, _ in shown] == ["start", "end", "padding"]
 
 
-def test_what_is_not_there_is_named(pipe, attention):
+def test_a_missing_word_or_pixel_is_named(pipe, attention):
     with pytest.raises(ValueError, match="no word 'dog'; its words are a, cat, on, rocket"):
         attention.find("dog")
     with (
@@ -148,7 +148,7 @@ def test_what_is_not_there_is_named(pipe, attention):
         pass
 
 
-def test_what_is_saved_can_be_read(attention, tmp_path):
+def test_saved_files_can_be_read(attention, tmp_path):
     attention.save(tmp_path)
     tensors, facts = (
         load_file(tmp_path / "words.safetensors"),

@@ -236,7 +236,7 @@ def test_it_is_written_and_read_in_every_format(distilled, tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
-def test_a_file_that_says_nothing_of_itself_is_known_by_its_shapes(to, tmp_path):
+def test_a_file_without_metadata_is_recognised_by_its_shapes(to, tmp_path):
     config = replace(SD15, unet=replace(SD15.unet, guidance_width=256))
     shapes = {
         f"{net}.{key}": x for net, module in build(config).items() for key, x in module.state_dict().items()
@@ -249,6 +249,6 @@ def test_a_file_that_says_nothing_of_itself_is_known_by_its_shapes(to, tmp_path)
     assert _config_from_shapes(ours).unet == config.unet
 
 
-def test_a_usual_model_is_none():
+def test_an_ordinary_model_is_not_an_lcm():
     assert TINY.best["sampler"] != "lcm" and LCM.best["sampler"] == "lcm"
     assert "original_inference_steps" not in config_to_diffusers(TINY)["scheduler"]

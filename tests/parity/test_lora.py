@@ -137,7 +137,7 @@ def test_what_peft_made_is_read_here(ours, theirs, tmp_path, modules, more):
     assert error(outputs(ours), reference) < 1e-5
 
 
-def test_a_u_net_s_alone_is_read_here(ours, theirs, tmp_path):
+def test_a_lora_for_the_u_net_alone_is_read_here(ours, theirs, tmp_path):
     torch.manual_seed(3)
     theirs.unet.add_adapter(
         peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)

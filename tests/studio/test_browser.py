@@ -316,7 +316,7 @@ def test_a_picture_of_the_gallery_gives_its_settings_back(open_tab):
     assert DEFAULT["sampler_name"] in page.inner_text("#facts")
 
 
-def test_all_is_done_by_keyboard(open_tab):
+def test_everything_can_be_done_by_keyboard(open_tab):
     page = open_tab()
     page.focus("#prompt textarea, #prompt input")
     page.keyboard.press("Tab")
