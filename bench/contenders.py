@@ -1,7 +1,7 @@
 """The contenders of `bench.speed`: the same weights, the same inputs, each in a process of its own.
 
 `python -m bench.contenders NAME FOLDER DEVICE` is such a process. Each line of stdin asks it for a row; it
-answers on stdout with the seconds that it took, its peak memory, and at first with the numbers that came out.
+answers on stdout with the seconds that it took, its peak memory, and the first time also with its output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMPT, STEPS, SCALE, SEED = "a cat stretching on the floor", 20, 7.5, 0
 
 # name -> the module that it needs
 CONTENDERS = {
-    "diffusers fp32": "diffusers",  # the first is the reference for the numbers
+    "diffusers fp32": "diffusers",  # the first is the reference for the output
     "diffusers bf16": "diffusers",
     "diffusers bf16 channels-last": "diffusers",
     "diffusers bf16 channels-last compiled": "diffusers",
@@ -33,7 +33,7 @@ CONTENDERS = {
     "reifusion fp32": "reifusion",
     "reifusion bf16": "reifusion",
 }
-# What a lazy package must be asked for, so that its import is over when loading begins.
+# Names to ask of a lazy package, so that its import is complete when loading begins.
 ENTRY = {"diffusers": "StableDiffusionPipeline", "reifusion": "load"}
 Run = Callable[[], Any]  # does the row's work once and returns an array, or what np.asarray takes
 
@@ -43,7 +43,7 @@ def installed(name: str) -> bool:
 
 
 def inputs(row: dict[str, Any]) -> dict[str, Any]:
-    """What goes in, the same for all: float32 tensors, drawn from fixed seeds."""
+    """Returns the input, the same for all contenders: float32 tensors, drawn from fixed seeds."""
     import torch
 
     def normal(*shape: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ class Diffusers:
         diffusers.utils.logging.disable_progress_bar()
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         if device == "cuda" and dtype == "bf16":
-            kind = torch.float16  # what both use there
+            kind = torch.float16  # as reifusion does on CUDA
         self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             str(folder / "diffusers"), torch_dtype=kind, safety_checker=None, requires_safety_checker=False
         ).to(device)
@@ -129,7 +129,7 @@ class Diffusers:
 
 
 class OpenVINO:
-    """Converted from diffusers's networks once and kept as files; compiled for each size, its favourite."""
+    """OpenVINO: converted from diffusers's networks once and kept as files, and compiled for each size."""
 
     def __init__(self, folder: Path):
         import openvino  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -190,7 +190,7 @@ class OpenVINO:
 
 
 def convert_to_openvino(folder: Path) -> None:
-    """Writes diffusers's networks as OpenVINO's files, one network in memory at a time. Done once."""
+    """Writes diffusers's networks as OpenVINO's files, with one network in memory at a time. Runs once."""
     import openvino  # type: ignore[import-untyped,import-not-found,unused-ignore]
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -232,12 +232,12 @@ def convert_to_openvino(folder: Path) -> None:
             del call
             unfinished = folder / "openvino" / "unfinished"
             openvino.save_model(model, str(unfinished / path.name), compress_to_fp16=True)
-            for suffix in (".bin", ".xml"):  # .xml last: where it is, all is
+            for suffix in (".bin", ".xml"):  # .xml last: if it is there, the rest is too
                 (unfinished / path.name).with_suffix(suffix).replace(path.with_suffix(suffix))
 
 
 class StableDiffusionCpp:
-    """Whole pictures only: its parts cannot be called. Its noise is its own, so its picture is another."""
+    """Draws whole pictures only: its parts cannot be called. Its noise is its own, so its picture differs."""
 
     def __init__(self, folder: Path):
         from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -262,7 +262,7 @@ def make(name: str, folder: Path, device: str) -> Any:
 
 
 def memory(kind: str) -> float:
-    """Resident, in MB: VmRSS, now; VmHWM, at most since `forget_peak`. 0 where the system does not say."""
+    """Returns resident memory in MB: VmRSS now, VmHWM at most since `forget_peak`; 0 if it is unknown."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(kind)), 0.0)
@@ -274,7 +274,7 @@ def forget_peak() -> None:
 
 
 def own_stdout() -> TextIO:
-    """The one that answers go to. What a library prints must not be taken for one: it goes to stderr."""
+    """Opens stdout for answers. A library's prints must not be mistaken for answers: they go to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
@@ -309,7 +309,7 @@ def main() -> None:
             forget_peak()
             first = row["name"] not in runs
             if first:
-                runs.clear()  # the last row's compiled networks and arrays go
+                runs.clear()  # frees the last row's compiled networks and arrays
                 runs[row["name"]] = contender.row(row)
             run = runs[row["name"]]
             if run is None:

@@ -1,9 +1,9 @@
-"""The judge: it looks at a picture and says which of some names fits best what is shown.
+"""The judge: it looks at a picture and says which of several names fits it best.
 
-CLIP's idea at a small size: a network for pictures and one for words send what belongs together to nearby
-points. It learns from the real pictures, those included that the mini is never shown, and from what generated
-pictures look like: other places and sizes, dyes, backgrounds, and the blur of a VAE. And it is judged itself:
-it learns first without one drawing of every subject, and `Judge.unseen` says how many of those it can name.
+It is CLIP's idea at a small size: a network for pictures and one for words map things that belong together to
+nearby points. The judge learns from the real pictures, including those that the mini never sees, and from
+the look of generated pictures: other places and sizes, dyes, backgrounds, and the blur of a VAE. It is judged
+itself: it first learns without one drawing of every subject, and `Judge.unseen` counts those it can name.
 
 Source: Radford et al. 2021, "Learning transferable visual models from natural language supervision", §2.3.
 """
@@ -41,20 +41,20 @@ from .pixels import crop, on_white
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a judge, beside the pictures; a change trains a new one."""
+    """Everything that decides a judge, apart from the pictures; a change trains a new judge."""
 
-    side: int = 64  # of what it looks at: a crop around the foreground
+    side: int = 64  # of the crop around the foreground, its input
     channels: tuple[int, ...] = (64, 128, 256)  # one per resolution, from side / 4 down
     width: int = 256  # of its features
-    joint: int = 128  # of the space that pictures and words share
-    scenes: int = 4  # of every picture; one of them goes through the VAE
-    batch: int = 64  # subjects a step, each with one picture
+    joint: int = 128  # the width of the space that pictures and words share
+    scenes: int = 4  # scenes for every picture; one of them goes through the VAE
+    batch: int = 64  # subjects per step, each with one picture
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
             steps=2_400, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
         )
     )
-    more: float = 0.25  # so many of these steps again, at half the rate, with the drawings left out at first
+    more: float = 0.25  # a share of these steps follows at half the rate, with the drawings left out before
 
 
 # ---- the two networks -------------------------------------------------------------------------------------
@@ -88,24 +88,24 @@ class Eye(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(x)  # (B, 3, side, side) -> (B, C, left, left)
-        features = self.layout(F.silu(x).flatten(1))  # crops are centred, so where a part is tells something
+        features = self.layout(F.silu(x).flatten(1))  # crops are centred, so a part's place means something
         return F.layer_norm(features.float(), features.shape[1:])
 
 
 class DualEncoder(nn.Module):
-    """Pictures and names into one space."""
+    """Maps pictures and names into one space."""
 
     def __init__(self, recipe: Recipe, words: int):
         super().__init__()
         self.eye = Eye(recipe)
         self.shown = nn.Linear(recipe.width, recipe.joint)
-        self.words = nn.Linear(words, recipe.joint, bias=False)  # a vector for each
+        self.words = nn.Linear(words, recipe.joint, bias=False)  # a vector for each word
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))  # as in CLIP
 
     def forward(self, x: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures x (B, 3, side, side), N names as in `bags` -> (B, joint), (N, joint).
 
-        The pictures' vectors have the length s = 1 / temperature, the names' have 1.
+        The pictures' vectors have the length s = 1 / temperature, and the names' vectors have length 1.
         """
         return self.log_scale.exp().clamp(max=100) * self.look(x)[1], self.read(names)
 
@@ -115,18 +115,18 @@ class DualEncoder(nn.Module):
         return features, F.normalize(self.shown(features).float(), dim=-1)
 
     def read(self, names: Tensor) -> Tensor:
-        """Names (N, words) -> unit vectors (N, joint): the sum of a name's words, for names are short."""
+        """Names (N, words) -> unit vectors (N, joint): the sum of a name's words, since names are short."""
         return F.normalize(self.words(names).float(), dim=-1)
 
 
 def bags(names: list[str]) -> Tensor:
-    """N names -> (N, words) float32: how often each of the words that occur in them is in each."""
+    """N names -> (N, words) float32: how often each name contains each of the words that occur in them."""
     words = sorted({word for name in names for word in name.split()})
     return torch.tensor([[name.split().count(word) for word in words] for name in names]).float()
 
 
 def loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """What `DualEncoder` makes of B pictures of different subjects and of their names, (B, joint) both.
+    """Takes `DualEncoder`'s vectors of B pictures of different subjects and of their names, both (B, joint).
 
     Returns the loss, and figures for the log.
     """
@@ -142,7 +142,7 @@ def loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float]]:
 
 
 class Seen(NamedTuple):
-    """What the judge makes of N pictures."""
+    """The judge's view of N pictures."""
 
     features: Tensor  # (N, width)
     subjects: Tensor  # (N, subjects): the cosine to each name
@@ -157,12 +157,12 @@ class Judge:
     subjects: list[str]
     id: str
     vae: str  # the fingerprint of the VAE whose blur it has seen
-    # Style -> of the drawings it had not seen, those named right among 20, and how many there were.
+    # Style -> how many unseen drawings the judge named right among 20, and how many there were.
     unseen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @torch.inference_mode()
     def see(self, images: Sequence[np.ndarray]) -> Seen:
-        """Pictures (H, W, 3) uint8 of any size -> features and cosines. It looks at the foreground only."""
+        """Pictures (H, W, 3) uint8 of any size -> features and cosines. Only the foreground counts."""
         parts = []
         for start in range(0, len(images), 64):
             crops = np.stack([crop(image, self.side) for image in images[start : start + 64]])
@@ -172,13 +172,13 @@ class Judge:
 
 
 def choices(rng: np.random.Generator, subjects: int, right: list[int], among: int = 20) -> list[int]:
-    """The numbers of `among` subjects to choose from: the right ones, and others at random."""
+    """Draws the numbers of `among` subjects to choose from: the right ones, and others at random."""
     others = [i for i in rng.permutation(subjects).tolist() if i not in right]
     return sorted(right + others[: among - len(right)])
 
 
 def retrieved(scores: Tensor, right: int, among: list[int]) -> bool:
-    """Whether, of the subjects in `among`, the right one has the highest of the scores (subjects,)."""
+    """True if the right subject has the highest of the scores (subjects,) among the subjects in `among`."""
     return among[int(scores[among].argmax())] == right
 
 
@@ -191,7 +191,7 @@ def _as_input(pixels: Tensor) -> Tensor:
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """SHA-256 of the networks' weights, in float32."""
+    """Returns the SHA-256 of the networks' weights in float32."""
     sha = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -203,9 +203,9 @@ def fingerprint(*modules: nn.Module) -> str:
 def through_vae(
     pipe: StableDiffusion, images: Sequence[np.ndarray], noise: float = 0.0, seed: int = 0
 ) -> list[np.ndarray]:
-    """Pictures (H, W, 3) uint8, encoded and decoded again.
+    """Encodes and decodes pictures (H, W, 3) uint8.
 
-    noise: in between, each one's latents get Gaussian noise of up to this standard deviation.
+    noise: in between, the latents of each picture get Gaussian noise of up to this standard deviation.
     """
     back = []
     for start in tqdm(range(0, len(images), 16), desc="through the VAE", unit="16 pictures", mininterval=10):
@@ -222,10 +222,10 @@ def through_vae(
 
 
 def get_judge(recipe: Recipe = Recipe(), cache_dir: Path | None = None) -> Judge:
-    """The judge, from the cache or, once, by training it: ten minutes on 2 cores.
+    """Returns the judge from the cache, or trains it once: ten minutes on 2 cores.
 
-    Training that was stopped goes on. Another VAE needs no other judge. Raises DataError where the pictures
-    cannot be had.
+    Training that was stopped is resumed. Another VAE needs no other judge. Raises DataError if the pictures
+    are not available.
     """
     cache = cache_dir or default_cache()
     made_of = json.dumps([asdict(recipe), prepared_path(cache).name, others.PACKAGES])
@@ -243,7 +243,7 @@ def get_judge(recipe: Recipe = Recipe(), cache_dir: Path | None = None) -> Judge
 
 
 def all_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
-    """Those to train on, and then those held out."""
+    """Returns the pictures to train on, followed by those held out."""
     trained, held_out = pictures(cache_dir), held_out_pictures(cache_dir)
     return np.concatenate([trained[0], held_out[0]]), trained[1] + held_out[1]
 
@@ -251,9 +251,9 @@ def all_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Pictur
 def train_judge(
     pixels: np.ndarray, records: list[Picture], pipe: StableDiffusion, recipe: Recipe, folder: Path, id: str
 ) -> Judge:
-    """Sprites (N, 128, 128, 4) uint8 and what they show -> a judge trained on all of them.
+    """Trains a judge on sprites (N, 128, 128, 4) uint8 and the records of what they show.
 
-    It learns without one drawing of every subject, says what those show, and then learns them too.
+    It first learns without one drawing of every subject, names these drawings, and then learns them too.
     """
     subjects = list(dict.fromkeys(p.subject for p in records))
     labels = torch.tensor([subjects.index(p.subject) for p in records])  # (N,)
@@ -280,7 +280,7 @@ def train_judge(
 
 
 def _one_of_each(records: list[Picture]) -> Tensor:
-    """(N,) bool: of every subject that has several drawings in the mini's styles, one that its name decides."""
+    """(N,) bool: True for one drawing, chosen by name, of each subject with several in the mini's styles."""
     of: dict[str, list[int]] = {}
     for i, picture in enumerate(records):
         if picture.style in STYLES:
@@ -297,7 +297,7 @@ def _bank(
 ) -> Tensor:
     """N sprites -> (N, scenes, s, s, 3) uint8: the foregrounds of scenes, scene 0 through the VAE.
 
-    s is an eighth more than the judge looks at, to leave room for shifts. Kept in the folder.
+    s is an eighth more than the judge's input, to leave room for shifts. The result is kept in the folder.
     """
     path, side = folder / "bank.safetensors", recipe.side * 9 // 8
     if path.exists():
@@ -305,7 +305,7 @@ def _bank(
     folder.mkdir(parents=True, exist_ok=True)
     rows, whole = [], []
     for i, picture in enumerate(tqdm(records, desc="composing", unit="picture", mininterval=10)):
-        # `compose` knows the mini's styles only; the caption, where one would be read, is not looked at.
+        # `compose` knows the mini's styles only; the caption, which names the style, is not used.
         one = Sprites(pixels[i : i + 1], [replace(picture, style="3d")])
         dyed = 0.3 * can_be_dyed(picture)
         shares = {"plain": 0.55 - dyed, "background": 0.25, "dyed": dyed, "placed": 0.2, "two": 0.0}
@@ -323,7 +323,7 @@ def _bank(
 
 
 def _train(judge: Judge, bank: Tensor, labels: Tensor, taken: Tensor, recipe: Recipe, folder: Path) -> None:
-    """On the pictures that are `taken` (N,) bool; labels (N,) are the numbers of their subjects."""
+    """Trains on the pictures that are `taken` (N,) bool; labels (N,) are the numbers of their subjects."""
     of: dict[int, list[int]] = {}  # subject -> its pictures
     for n in taken.nonzero()[:, 0].tolist():
         of.setdefault(int(labels[n]), []).append(n)
@@ -345,7 +345,7 @@ def _train(judge: Judge, bank: Tensor, labels: Tensor, taken: Tensor, recipe: Re
 
 
 def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """(B, 3, s, s) -> (B, 3, side, side): moved, turned, zoomed, lit; some blurred, some noisy."""
+    """(B, 3, s, s) -> (B, 3, side, side): moved, turned, zoomed and lit; some also blurred, some noisy."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(x), generator=generator)
@@ -367,7 +367,7 @@ def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 
 def save_judge(judge: Judge, path: Path) -> None:
-    """Writes the weights, with all else that a judge is in the file's header."""
+    """Writes the weights, with everything else that belongs to a judge in the file's header."""
     about = {name: getattr(judge, name) for name in ("subjects", "id", "vae", "unseen")}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     weights = {name: weight.contiguous() for name, weight in judge.model.state_dict().items()}
@@ -376,7 +376,7 @@ def save_judge(judge: Judge, path: Path) -> None:
 
 
 def load_judge(path: Path, recipe: Recipe) -> Judge:
-    """What `save_judge` wrote, of the same recipe."""
+    """Reads a file of `save_judge`; the recipe must be the same."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["judge"])
     about["unseen"] = {style: (right, of) for style, (right, of) in about["unseen"].items()}

@@ -1,4 +1,4 @@
-"""What the machine is, and what its single kernels reach: the most that anything made of them can hope for."""
+"""Describes the machine and the speed of its single kernels, the limit for everything built from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "diffusers", "openvino", "stable-diffusion-cpp-python")
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What figures depend on: those of another machine, or of other versions, are not put beside these."""
+    """Returns everything on which figures depend; figures of other machines or versions are kept apart."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -44,7 +44,7 @@ def machine(device: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure_limits(device: str) -> dict[str, float]:
-    """The fastest of several calls: a matrix product, a convolution, a copy."""
+    """Measures the fastest of several calls of a matrix product, a convolution and a copy."""
     half = torch.float16 if device == "cuda" else torch.bfloat16
     limits = {}
     for dtype in (half, torch.float32):
@@ -64,7 +64,7 @@ def measure_limits(device: str) -> dict[str, float]:
 
 
 def best(call: Callable[[], Any], times: int = 7) -> float:
-    """Seconds of the fastest call but the first."""
+    """Returns the seconds of the fastest call after the first."""
     seconds = []
     for _ in range(times + 1):
         start = time.perf_counter()

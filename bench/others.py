@@ -1,7 +1,7 @@
-"""The subjects once more, drawn by other hands: from them the judge alone learns, and by none it is judged.
+"""The same subjects, drawn by other artists. Only the judge learns from these drawings, and none tests it.
 
-Three of the mini's four styles are by one hand, so whoever learns from these what a fox is may learn how Fluent Emoji
-draws it. Three more hands tell the fox from the drawing.
+Three of the mini's four styles come from one artist, so a judge that learns from them may learn how Fluent
+Emoji draws a fox instead of what a fox is. Drawings by three more artists tell the fox from the style.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LICENCES = dict(zip(PACKAGES, ("CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-4.0"), strict
 
 
 def other_pictures(subjects: list[str], cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
-    """Sprites (N, 128, 128, 4) uint8 and what each shows, its package as the style.
+    """Returns sprites (N, 128, 128, 4) uint8 and the record of each, with its package as the style.
 
-    Raises DataError, and ValueError where there is no drawing of any subject.
+    Raises DataError, or ValueError if there is no drawing of any subject.
     """
     wanted = {EMOJIBASE: data.PACKAGES[EMOJIBASE]} | PACKAGES
     archives = data.fetch(cache_dir or data.default_cache(), wanted)
@@ -41,7 +41,7 @@ def other_pictures(subjects: list[str], cache_dir: Path | None = None) -> tuple[
     ]
     sprites, records = [], []
     for package, licence in LICENCES.items():
-        # Emoji One has no codes, but its names are Twemoji's.
+        # Emoji One has no codes, but it has Twemoji's names.
         find = drawings(archives[package], archives[TWEMOJI] if package == EMOJIONE else None)
         for codes, picture in chosen:
             drawing = next(filter(None, map(find, codes)), None)

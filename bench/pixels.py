@@ -1,7 +1,7 @@
-"""What can be told of a picture without a network: what stands out, where, how large, in which colour.
+"""Facts about a picture that need no network: what stands out, where, how large, and in which colour.
 
-All of it begins with the rim. The colour that most of the rim has is the background, and what differs from it
-is the foreground. Colours are compared in Oklab, where equal distances look equal.
+All of them begin with the rim. The colour of most of the rim is the background, and pixels that differ from
+it are the foreground. Colours are compared in Oklab, where equal distances look equal.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from PIL import Image
 
 from reifusion.train.scenes import COLOURS, DYES, to_oklab
 
-NAMED = {"white": (255, 255, 255), **COLOURS}  # what a background can be called
+NAMED = {"white": (255, 255, 255), **COLOURS}  # the names of backgrounds
 RIM = 4  # pixels
-FAINT = 0.1  # distance in Oklab below which a pixel is still background: more than the VAE's ripples
-MARGIN = 0.06  # of the box's longer side, around what is cropped
+FAINT = 0.1  # the distance in Oklab below which a pixel is still background: more than the VAE's ripples
+MARGIN = 0.06  # the margin around the box in a crop, as a share of the box's longer side
 
 
 def on_white(sprite: np.ndarray) -> np.ndarray:
-    """(H, W, 4) uint8 -> (H, W, 3): as it is shown when nothing else is said."""
+    """(H, W, 4) uint8 -> (H, W, 3): the picture on the default background, white."""
     image = Image.fromarray(np.ascontiguousarray(sprite))
     return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
 def rim(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> its outermost pixels (P, 3)."""
+    """(H, W, 3) -> (P, 3): the outermost pixels."""
     inside = np.zeros(image.shape[:2], bool)
     inside[RIM:-RIM, RIM:-RIM] = True
     return image[~inside]
@@ -37,9 +37,9 @@ def foreground(image: np.ndarray) -> np.ndarray:
 
 
 def box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(H, W) bool -> left, top, right, bottom of what is True, but for 1 % of it: specks do not count.
+    """(H, W) bool -> left, top, right, bottom of the True pixels, except 1 % of them: specks do not count.
 
-    All of the picture where less than 1 % of it is True.
+    The box is the whole picture if less than 1 % of it is True.
     """
     height, width = mask.shape
     if mask.mean() < 0.01:
@@ -51,7 +51,7 @@ def box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def crop(image: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (side, side, 3): a square around the foreground, filled up with background."""
+    """(H, W, 3) uint8 -> (side, side, 3): a square around the foreground, padded with background."""
     left, top, right, bottom = box(foreground(image))
     reach = (0.5 + MARGIN) * max(right - left, bottom - top)
     x, y = (left + right) / 2, (top + bottom) / 2
@@ -64,7 +64,7 @@ def crop(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def halves(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The left and the right half."""
+    """Returns the left and the right half."""
     middle = image.shape[1] // 2
     return image[:, :middle], image[:, middle:]
 
@@ -73,7 +73,7 @@ def halves(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def background_name(image: np.ndarray) -> str:
-    """The named colour that most of the rim is nearest to, or "" where none has more than half of it."""
+    """Returns the named colour that is nearest to more than half of the rim, or "" if there is none."""
     names = list(NAMED)
     palette = to_oklab(np.array([NAMED[name] for name in names], np.uint8))  # (C, 3)
     away = np.linalg.norm(to_oklab(rim(image))[:, None] - palette, axis=-1)  # (P, C)
@@ -82,10 +82,10 @@ def background_name(image: np.ndarray) -> str:
 
 
 def dye_name(image: np.ndarray) -> str:
-    """The dye that most of the foreground's colour is nearest to, or "" where there is next to no colour.
+    """Returns the dye nearest to most of the foreground's colour, or "" if there is hardly any colour.
 
-    Pixels vote with their chroma, so outlines and the whites of eyes have no say. Lightness counts half:
-    a dyed thing keeps its shading.
+    Pixels vote with their chroma, so outlines and the whites of eyes have no vote. Lightness counts half,
+    because a dyed thing keeps its shading.
     """
     lab = to_oklab(image[foreground(image)]) * (0.5, 1, 1)  # (P, 3)
     chroma = np.hypot(lab[:, 1], lab[:, 2])
@@ -97,7 +97,7 @@ def dye_name(image: np.ndarray) -> str:
 
 
 def side_name(image: np.ndarray) -> str:
-    """ "left" or "right" of the middle by more than a sixteenth of the width, or "middle"."""
+    """Returns "left" or "right" if the foreground lies over a sixteenth of the width off "middle"."""
     mask = foreground(image)
     x = np.nonzero(mask)[1]
     if x.size == 0:
@@ -107,6 +107,6 @@ def side_name(image: np.ndarray) -> str:
 
 
 def extent(image: np.ndarray) -> float:
-    """The longer side of the foreground's box, as a share of the picture's. Unasked, it is 0.875."""
+    """Returns the longer side of the foreground's box, as a share of the picture's side; usually 0.875."""
     left, top, right, bottom = box(foreground(image))
     return max((right - left) / image.shape[1], (bottom - top) / image.shape[0])

@@ -1,8 +1,8 @@
 """The 500 prompts of the evaluation, each with a real picture that fulfils it.
 
-Nobody picked them: subjects, styles and colours are drawn, with a fixed seed, from the lists of training,
-the words are training's own captions, and the real pictures are its scenes. So the same tests that judge a
-model's pictures can be put to real ones, which shows how far the tests themselves can be trusted.
+Nobody picked them: subjects, styles and colours are drawn with a fixed seed from the lists of the training,
+the words are the training's own captions, and the real pictures are its scenes. So the tests that judge a
+model's pictures can also judge real ones, which shows how far the tests themselves can be trusted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .pixels import dye_name, on_white
 COUNTS = {  # kind of prompt -> how many of them
     "plain": 100,  # "a cat"
     "style": 100,  # "a flat drawing of a cat": the model was trained on this drawing
-    "style held out": 80,  # … it was trained on cats, and on flat drawings, but never on this one
+    "style held out": 80,  # the model was trained on cats and on flat drawings, but never on this drawing
     "background": 50,  # "a cat on a blue background"
-    "dye": 40,  # "a purple cat": this colour was trained with this subject
-    "dye held out": 40,  # … it was not
+    "dye": 40,  # "a purple cat": the model was trained on this colour of this subject
+    "dye held out": 40,  # the model was not trained on this colour of this subject
     "left or right": 30,  # "a cat on the left"
     "small": 30,  # "a small cat"
     "two": 30,  # "a cat next to a tree"
@@ -36,15 +36,15 @@ class Prompt:
     kind: str  # one of COUNTS
     text: str
     seed: int  # of the picture to draw
-    scene: Scene  # a real picture of it, (128, 128, 3) uint8, and what it shows
+    scene: Scene  # a real picture for the prompt, (128, 128, 3) uint8, and what it shows
 
 
 def make_prompts(
     trained: Sprites | None = None, held_out: Sprites | None = None, counts: dict[str, int] = COUNTS
 ) -> list[Prompt]:
-    """The prompts, kind by kind; smaller counts give the beginning of each kind.
+    """Returns the prompts, kind by kind; smaller counts give the beginning of each kind.
 
-    Raises ValueError where the sprites are too few for so many.
+    Raises ValueError if there are too few sprites for the counts.
     """
     trained = trained or Sprites(*pictures())
     held_out = held_out or Sprites(*held_out_pictures())
@@ -60,7 +60,7 @@ def make_prompts(
 
 
 def _scenes(kind: str, number: int, sprites: Sprites) -> Iterator[Scene]:
-    """Scenes of this kind; the i-th that is tried depends on the kind and i alone."""
+    """Draws scenes of this kind; the i-th that is tried depends only on the kind and on i."""
     drawn_as = {"background": "background", "left or right": "placed", "small": "placed", "two": "two"}
     shares = {name: float(name == drawn_as.get(kind, "plain")) for name in KINDS}
     styled = float(kind.startswith("style"))
@@ -80,7 +80,7 @@ def _is_of(kind: str, scene: Scene) -> bool:
     if kind == "style held out":
         return LOOKS[tags["style"]] != "3d"  # a glossy drawing's twin in 3d is never held out
     if kind == "background":
-        return tags["background"] != "white"  # there are subjects that stand out of no colour
+        return tags["background"] != "white"  # some subjects do not stand out from any colour
     if kind == "left or right":
         return tags["size"] == "medium" and tags["position"] in ("left", "right")
     if kind == "small":
@@ -89,7 +89,7 @@ def _is_of(kind: str, scene: Scene) -> bool:
 
 
 def _dyed(rng: np.random.Generator, sprites: Sprites, config: SceneConfig, held_out: bool) -> Scene | None:
-    """A dyed subject. None where no colour is (not) held out, or where it has the colour by nature."""
+    """Draws a dyed subject; None if no colour is (not) held out, or if the subject has it by nature."""
     subject = sprites.dyeable[int(rng.integers(len(sprites.dyeable)))]
     colours = [colour for colour in DYES if held_out_colour(subject, colour) == held_out]
     if not colours:
@@ -104,7 +104,7 @@ def _dyed(rng: np.random.Generator, sprites: Sprites, config: SceneConfig, held_
 
 
 def _distinct(scenes: Iterator[Scene]) -> Iterator[Scene]:
-    """Leaves out what was asked before, in whatever words."""
+    """Leaves out scenes that were asked for before, in whatever words."""
     before = set()
     for scene in scenes:
         tags = scene.tags

@@ -1,8 +1,8 @@
-"""How good is a model? It draws 500 prompts, and a judge and the pixels say what came out right.
+"""Measures how good a model is: it draws 500 prompts, and a judge and the pixels check the pictures.
 
-`python -m bench.quality` prints the table and writes bench/quality.json and, as evidence, sheets of what was
-drawn into bench/quality-sheets/. Every test is put to real pictures of the same prompts too, sent through the model's
-own VAE: what they reach is the most that a model can reach here.
+`python -m bench.quality` prints the table and writes bench/quality.json and, as evidence, sheets of pictures
+into bench/quality-sheets/. Every test is also applied to real pictures of the same prompts, sent through the
+model's own VAE: their results are the most that a model can reach here.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from .unseen import unseen_pictures
 CARD = Path(__file__).parents[1] / "reifusion" / "data" / "MODEL_CARD.md"
 BATCH = 20  # pictures drawn at a time
 SMALL = 0.4  # extent: "small" is 0.33 in training, and the next size 0.44
-GOOD_JUDGE = 0.95  # of the subjects of drawings that it has not seen
+GOOD_JUDGE = 0.95  # the share of unseen drawings whose subject the judge has to find
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: of the pictures of these kinds, how many have everything right that is needed."""
+    """A line of the table: the share of the pictures of these kinds in which all `needs` are right."""
 
     name: str
     kinds: tuple[str, ...]  # of prompts
-    needs: tuple[str, ...]  # of what `verdicts` says
+    needs: tuple[str, ...]  # keys of `verdicts`
     target: float | None = None
 
 
@@ -79,15 +79,15 @@ UNITS = {"share": (100, 1, " %"), "dB": (1, 2, " dB"), "s": (1, 2, " s"), "×10�
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is reported, with its 95 % interval."""
+    """A reported number with its 95 % interval."""
 
     name: str
     value: float
     low: float
     high: float
-    of: int  # pictures
-    real: float | None = None  # the same of real pictures, through the VAE
-    target: float | None = None  # the least that is good enough; of seconds, the most
+    of: int  # the number of pictures
+    real: float | None = None  # the same number for real pictures, through the VAE
+    target: float | None = None  # the least value that is good enough; for seconds, the greatest
     unit: str = "share"  # one of UNITS
 
     @property
@@ -98,11 +98,11 @@ class Figure:
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> Figure:
-        """From a line of the report."""
+        """Reads a figure from a line of the report."""
         return cls(**{name: value for name, value in row.items() if name != "met"})
 
     def texts(self) -> tuple[str, ...]:
-        """Name, value, interval, pictures, real, target, and whether that is met: the cells of a table."""
+        """Returns the cells of a table: name, value, interval, pictures, real, target, and if it is met."""
         scale, digits, unit = UNITS[self.unit]
 
         def text(x: float | None) -> str:
@@ -123,7 +123,7 @@ def share(name: str, right: int, of: int, real: float | None = None, target: flo
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """The figures as text, a line each."""
+    """Returns the figures as text, a line each."""
     rows = [HEAD, *(figure.texts() for figure in figures)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     return "\n".join(
@@ -138,9 +138,9 @@ def table(figures: Sequence[Figure]) -> str:
 def draw(
     pipe: StableDiffusion, prompts: Sequence[Prompt], settings: dict[str, Any], folder: Path
 ) -> list[np.ndarray]:
-    """The model's pictures, (H, W, 3) uint8, each from its prompt's own seed.
+    """Draws the model's pictures, (H, W, 3) uint8, each from its prompt's own seed.
 
-    They are kept in the folder, and those that are there are not drawn again.
+    They are kept in the folder, and existing pictures are not drawn again.
     """
 
     def path(prompt: Prompt) -> Path:
@@ -163,9 +163,9 @@ def draw(
 def verdicts(
     images: Sequence[np.ndarray], prompts: Sequence[Prompt], judge: Judge, drawings: Sprites
 ) -> tuple[list[dict[str, bool]], Tensor]:
-    """For every picture what is right of subject, style, background, dye, place; and features (N, d).
+    """Returns what is right in every picture (subject, style, background, dye, place), and features (N, d).
 
-    drawings: the real ones, those held out as well.
+    drawings: the real drawings, including those held out.
     """
     seen = judge.see(images)
     two = [i for i, prompt in enumerate(prompts) if prompt.kind == "two"]
@@ -199,9 +199,9 @@ def verdicts(
 
 
 def style_name(image: np.ndarray, subject: str, drawings: Sprites) -> str:
-    """The style of that of a subject's drawings that the picture is nearest to, mirrored or not.
+    """Returns the style of the subject's drawing that is nearest to the picture, mirrored or not.
 
-    A network cannot tell: much of what makes a style is in the drawings, and little in a single picture.
+    A network cannot tell: a style shows in many drawings, and little of it in a single picture.
     """
     of = drawings.index[subject]
     theirs = thumbnails([on_white(drawings.pixels[place]) for place in of.values()])
@@ -213,10 +213,10 @@ def style_name(image: np.ndarray, subject: str, drawings: Sprites) -> str:
 
 
 def examined(judge: Judge) -> list[Figure]:
-    """What the judge itself is worth, before what it says of the model.
+    """Returns figures for the judge itself, which come before its verdicts on the model.
 
-    Three styles are by the same hand, so of each of these drawings it had seen two that are much alike; of a
-    cartoon none.
+    Three styles come from the same artist, so the judge had seen two similar drawings for each of theirs, but
+    none for a cartoon.
     """
 
     def of(name: str, styles: Iterable[str], target: float | None = None) -> Figure:
@@ -234,7 +234,7 @@ def examined(judge: Judge) -> list[Figure]:
 def score(
     prompts: Sequence[Prompt], drawn: Sequence[dict[str, bool]], real: Sequence[dict[str, bool]]
 ) -> list[Figure]:
-    """The figures of `ROWS`, from the verdicts on what was drawn and on real pictures."""
+    """Returns the figures of `ROWS`, from the verdicts on the model's pictures and on real ones."""
     made = []
     for row in ROWS:
         chosen = [i for i, prompt in enumerate(prompts) if prompt.kind in row.kinds]
@@ -247,10 +247,10 @@ def score(
 
 
 def distance(prompts: Sequence[Prompt], drawn: Tensor, real: Tensor, held_out: Tensor) -> Figure:
-    """KID between drawings that the model was trained on, as it draws them, and those held out.
+    """Returns the KID between the model's pictures of training drawings and the held-out drawings.
 
-    In the three styles that have any held out; all as features (N, d). `real` is the floor: the same drawings
-    through the VAE.
+    Only the three styles with held-out drawings count; all are features (N, d). `real` is the floor: the
+    training drawings themselves, through the VAE.
     """
     mine = [i for i, p in enumerate(prompts) if p.kind == "style" and p.scene.tags["style"] != "3d"]
     value, floor = kid(drawn[mine], held_out), kid(real[mine], held_out)
@@ -264,11 +264,11 @@ def memory(
     rebuilt: Sequence[np.ndarray],
     folder: Path | None,
 ) -> list[Figure]:
-    """Two shares of pictures that are too near to a training picture, pixel by pixel.
+    """Returns two shares of pictures that are too near to a training picture, pixel by pixel.
 
-    First where the model was trained on the drawing that was asked for, so `real` is a copy of it. Then where
-    it never was: there `real` tells how often other drawings are as near without being copies. 24 pictures
-    and their nearest ones go into the folder, if there is one.
+    The first is for drawings on which the model was trained, so `real` is a copy of the drawing. The second
+    is for held-out drawings: there `real` says how often other drawings are as near without being copies. 24
+    pictures and their nearest training pictures go into the folder, if there is one.
     """
     sprites, records = pictures()
     training = [on_white(sprite) for sprite in sprites]
@@ -302,7 +302,7 @@ def thumbnails(images: Sequence[np.ndarray]) -> Tensor:
 def psnr(
     name: str, pipe: StableDiffusion, images: Sequence[np.ndarray], target: float | None = None
 ) -> Figure:
-    """How well pictures (H, W, 3) uint8 come back from the VAE."""
+    """Returns how well pictures (H, W, 3) uint8 come back from the VAE."""
     error = np.stack(through_vae(pipe, images)).astype(np.float32) - np.stack(images)
     mse = torch.from_numpy(error).square().mean((1, 2, 3)).clamp(min=1e-3)  # (N, H, W, 3) -> (N,)
     # PSNR = 10 log₁₀(255² / MSE), in dB
@@ -310,7 +310,7 @@ def psnr(
 
 
 def speed(pipe: StableDiffusion, settings: dict[str, Any]) -> Figure:
-    """Seconds for one picture, after one to warm up: the median of 5, the quickest and the slowest."""
+    """Returns the seconds for one picture, after a warm-up: the median of 5, the quickest and the slowest."""
     times = []
     for seed in range(6):
         began = time.perf_counter()
@@ -326,9 +326,9 @@ def speed(pipe: StableDiffusion, settings: dict[str, Any]) -> Figure:
 def evaluate(
     pipe: StableDiffusion, settings: dict[str, Any], count: int, evidence: Path | None
 ) -> dict[str, Any]:
-    """Everything that is reported: figures, settings and hashes.
+    """Returns the whole report: figures, settings and hashes.
 
-    settings: arguments of `generate`. count: of prompts. evidence: a folder for sheets, or None.
+    settings: arguments of `generate`. count: the number of prompts. evidence: a folder for sheets, or None.
     """
     began = time.time()
     judge = get_judge()
@@ -367,7 +367,7 @@ def evaluate(
 
 
 def portion(count: int) -> dict[str, int]:
-    """So many prompts in all, in the proportions of `COUNTS`."""
+    """Returns the counts of `count` prompts in all, in the proportions of `COUNTS`."""
     ends = np.cumsum([0, *COUNTS.values()]) * count // sum(COUNTS.values())
     return dict(zip(COUNTS, np.diff(ends).tolist(), strict=True))
 
@@ -395,7 +395,7 @@ def save_text(text: str, path: Path) -> None:
 
 
 def with_figures(card: str, figures: Sequence[Figure]) -> str:
-    """The model card with its table of figures, between two marks, made anew."""
+    """Returns the model card with a new table of figures between the two marks."""
     start, end = "<!-- python -m bench.quality --card -->\n", "<!-- end -->"
     before, _, rest = card.partition(start)
     _, found, after = rest.partition(end)
@@ -407,7 +407,7 @@ def with_figures(card: str, figures: Sequence[Figure]) -> str:
 
 
 def write_card(report: Path) -> int:
-    """The figures of a report into the model card; returns the exit code."""
+    """Writes the figures of a report into the model card; returns the exit code."""
     try:
         rows = json.loads(report.read_text(encoding="utf-8"))["figures"]
         card = with_figures(CARD.read_text(encoding="utf-8"), [Figure.read(row) for row in rows])

@@ -1,4 +1,4 @@
-"""What `bench.speed` measured, for people: RESULTS.md and speed.svg out of results.json."""
+"""Turns the results of `bench.speed`, results.json, into a report for people: RESULTS.md and speed.svg."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def table(row: str, results: Sequence[Result], limits: dict[str, float]) -> list
 
 
 def limit_of(limits: dict[str, float], contender: str) -> float:
-    """TFLOP/s, of the faster of matmul and convolution in the contender's dtype."""
+    """Returns the TFLOP/s of matmul or convolution, the faster of the two, in the contender's dtype."""
     full = contender.split()[1:2] == ["fp32"]
     return max(value for name, value in limits.items() if "FLOP" in name and ("float32" in name) == full)
 
@@ -128,7 +128,7 @@ def fastest(results: Iterable[Result], row: str, names: Sequence[str]) -> float 
 
 
 def targets(results: Sequence[Result]) -> list[tuple[str, str, str, str]]:
-    """What, the aim, what was found, and whether that is enough. Each side with its better allocator."""
+    """Returns each target's name, aim and result, and whether it is met, each side with its better allocator."""
 
     def seconds(row: str, *names: str) -> float | None:
         return fastest(results, row, names)
@@ -173,7 +173,7 @@ def at_most(value: float, aim: float) -> bool:
 
 
 def plot(results: Sequence[Result], path: Path) -> bool:
-    """Bars, a panel for each row. False where there is nothing to show, or no matplotlib."""
+    """Draws bars, a panel for each row. Returns False if there is nothing to show, or no matplotlib."""
     rows = [row.name for row in ROWS if any(r.seconds for r in results if r.row == row.name)]
     try:
         import matplotlib

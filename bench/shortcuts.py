@@ -1,8 +1,9 @@
-"""What do the shortcuts save, and what do they change? `python -m bench.shortcuts`, in under four minutes.
+"""Measures what the shortcuts save, and what they change: `python -m bench.shortcuts`, in under four minutes.
 
-The change is that of the mini's pictures: the same prompts and seeds, with and without. The time is that of
-its pictures and of one step of a U-Net as large as SD 1.5's with random weights, since speed does not ask what
-for. Contenders take turns, and the median counts. Writes SHORTCUTS.md, shortcuts.json and shortcuts.png.
+The change is measured on the mini's pictures: the same prompts and seeds, with and without each shortcut. The
+time is that of these pictures and of one step of a U-Net as large as SD 1.5's, with random weights, since
+their values do not affect speed. Contenders take turns, and the median counts. Writes SHORTCUTS.md,
+shortcuts.json and shortcuts.png.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PROMPTS = ["a red apple", "a house in the snow", "a purple cat", "a smiling face
 STEPS = 25
 SCALE = 4.0  # of guidance
 
-# What is asked for beyond the usual; "int8" is no wish of a request, but another network.
+# The settings beyond the usual ones; "int8" is not a setting of a request, but another network.
 SHORTCUTS: dict[str, dict[str, Any]] = {
     "none": {},
     "guidance only for σ in 0.3–5": {"guidance_interval": (0.3, 5)},
@@ -51,7 +52,7 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
     "weights of 8 bits": {"int8": True},
     "σ in 0.3–5, every 2nd step, 8 bits": {"guidance_interval": (0.3, 5), "deepcache": 2, "int8": True},
 }
-# What else changes a picture, to measure the shortcuts by.
+# Other changes to a picture, for comparison with the shortcuts.
 YARDSTICKS: dict[str, dict[str, Any]] = {
     "a step less": {"steps": STEPS - 1},
     "half the steps": {"steps": STEPS // 2},
@@ -63,8 +64,8 @@ YARDSTICKS: dict[str, dict[str, Any]] = {
 @dataclass
 class Row:
     name: str
-    wall: list[float] = field(default_factory=list)  # s, each round's
-    cpu: list[float] = field(default_factory=list)  # s of all threads together
+    wall: list[float] = field(default_factory=list)  # seconds of each round
+    cpu: list[float] = field(default_factory=list)  # seconds of all threads together
     change: float | None = None  # of the pictures, or of the U-Net's output
 
     def time(self, call: Callable[[], Any]) -> Any:
@@ -76,7 +77,7 @@ class Row:
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, Row], dict[str, Any]]:
-    """Each call's times and what it returned. The first turn is to warm up, and for that."""
+    """Returns each call's times and result. The first turn warms up and gives the result."""
     rows = {name: Row(name) for name in calls}
     results = {name: call() for name, call in calls.items()}
     for _ in range(rounds):
@@ -111,7 +112,7 @@ def measure_pictures(rounds: int) -> tuple[list[Row], dict[str, list[Image.Image
 
 
 def difference(pictures: Sequence[Image.Image], plain: Sequence[Image.Image]) -> float:
-    """The mean over all pixels of what a value, 0 … 255, is off by."""
+    """Returns by how much a pixel's value, 0 … 255, is off on average."""
     pairs = [
         (np.array(a, dtype=float), np.array(b, dtype=float)) for a, b in zip(pictures, plain, strict=True)
     ]
@@ -134,8 +135,8 @@ def sheet(drawn: Mapping[str, Sequence[Image.Image]], side: int = 96) -> Image.I
 
 
 def measure_steps(rounds: int, quick: bool) -> tuple[list[Row], dict[str, float]]:
-    """The times of one step with guidance, as each shortcut has it; and the networks' sizes, in MB."""
-    config = UNetConfig(channels=(64, 128), attention=(1, 1)) if quick else SD15.unet
+    """Returns the times of one step with guidance for each shortcut, and the networks' sizes in MB."""
+    config = UNetConfig(channels=(64, 128), attention=(True, True)) if quick else SD15.unet
     dtype = reifusion.load().dtype
     unet = random_unet(config).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     small = copy.deepcopy(unet)
@@ -145,7 +146,7 @@ def measure_steps(rounds: int, quick: bool) -> tuple[list[Row], dict[str, float]
     context = torch.randn(2, 77, config.context_width, generator=generator).to(dtype)
     both, positive = Words(context), Words(context[:1])
     t = torch.tensor([500.0])
-    cached = DeepCache(unet, sys.maxsize)  # after the first call, the shallow ones
+    cached = DeepCache(unet, sys.maxsize)  # only the first call is deep
     merging = {ratio: TokenMerging(unet, ratio) for ratio in (0.25, 0.5)}
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "a step": lambda: unet(latents, both, t),
@@ -251,7 +252,7 @@ def median(times: Sequence[float]) -> float:
 
 
 def guided_steps() -> int:
-    """How many of the steps have guidance in the interval: the same for every model with SD 1.5's schedule."""
+    """Counts the steps with guidance in the interval, the same for every model with SD 1.5's schedule."""
     asked: dict[str, Any] = {
         "steps": STEPS,
         "sampler": "ddim",

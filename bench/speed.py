@@ -1,11 +1,11 @@
-"""How fast is it? Every contender in one go, in turns, on the same weights and inputs: `make bench`.
+"""Measures speed: all contenders in one run, in turns, on the same weights and inputs: `make bench`.
 
-A row is a piece of work: one step of the U-Net, a decoded picture. In each round every contender does it
-once, so that what else the machine is busy with meets all alike; the median of the rounds counts. The numbers
-that come out are held against those of diffusers in float32: a fast wrong answer is no result.
+A row is a piece of work: one step of the U-Net, or a decoded picture. In each round every contender does the
+row once, so that other work on the machine slows all of them alike; the median of the rounds counts. Every
+output is compared with that of diffusers in float32: a fast wrong answer is no result.
 
-Each contender is a process, so none can take the others with it. What is measured is in `results.json` at
-once: `--resume` goes on where a run stopped, `--render` only writes the report again.
+Each contender is a process, so its crash cannot stop the others. Results are written to `results.json` at
+once: `--resume` continues a run that stopped, and `--render` only writes the report again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OURS = ("reifusion bf16",)
 CPP = ("stable-diffusion.cpp f16",)
 
 # glibc gives large blocks back to the system at once and asks for them again in the next layer, page by page.
-# Kept, and in huge pages, they are there at once. The command line does that for its users.
+# Blocks that are kept, in huge pages, need no asking. The command line keeps them for its users.
 AS_IS, KEPT = "as it is", "blocks kept"
 ALLOCATORS: dict[str, dict[str, str]] = {
     AS_IS: {},
@@ -59,8 +59,8 @@ class Row:
     batch: int = 1
     steps: int = STEPS
     contenders: tuple[str, ...] = (*FULL, *HALF)
-    warm_up: bool = True  # once, not counted; what takes minutes is warm before it is over
-    patience: float = 45  # seconds of rounds, after which no other begins; one round counts at least
+    warm_up: bool = True  # one uncounted run first; a row that takes minutes warms up while it runs
+    patience: float = 45  # seconds of rounds after which no other round begins; at least one round counts
 
 
 STEP, DECODE = "U-Net step with guidance, 512×512", "VAE decode, 512×512"
@@ -85,7 +85,7 @@ MEMORY = [
     Row("memory of a process that decodes 512×512", "vae", contenders=BEST),
     Row("memory of a process that draws 512×512", "picture", steps=2, contenders=BEST),
 ]
-# Who is there together, how memory is kept, what they do. In the order in which it matters.
+# Contenders that run together, how they keep memory, and their rows; the most important first.
 PHASES: list[tuple[tuple[str, ...], str, list[Row]]] = [
     (FULL, KEPT, ROWS),
     (HALF, KEPT, ROWS + SCALING),
@@ -102,17 +102,17 @@ PROCESSES = [LOAD, IMPORT, SHELL]  # rows that need a fresh process each time
 
 @dataclass
 class Result:
-    """What one contender made of one row."""
+    """One contender's result for one row."""
 
     row: str
     contender: str
     allocator: str
     seconds: list[float] = field(default_factory=list)
-    error: float | None = None  # of the numbers, relative to the reference's; None: they are not comparable
-    peak: float = 0.0  # MB, resident, at most
-    added: float = 0.0  # MB, of which not before the row began
-    gflop: float = 0.0  # of the plain arithmetic, so that doing less of it counts as speed
-    note: str = ""  # why there is nothing else here
+    error: float | None = None  # of the output, relative to the reference's; None: it is not comparable
+    peak: float = 0.0  # MB of resident memory, at most
+    added: float = 0.0  # MB of the peak beyond the memory before the row
+    gflop: float = 0.0  # of the plain arithmetic, so that doing less arithmetic counts as speed
+    note: str = ""  # the reason if there is no result
 
     @property
     def median(self) -> float:
@@ -126,7 +126,7 @@ class Result:
 
 
 class Worker:
-    """A contender's process. Whatever becomes of it, it answers: with figures, or with what went wrong."""
+    """A contender's process. Even if it crashes, it answers: with figures, or with the error."""
 
     def __init__(self, name: str, folder: Path, device: str, environment: dict[str, str], limit: float = 600):
         command = [sys.executable, "-m", "bench.contenders", name, str(folder), device]
@@ -138,7 +138,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=HERE.parent,
-            # What compiled contenders compile is kept.
+            # Keeps the compiled contenders' code.
             env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"), **environment},
         )
         self.hello = self._read()
@@ -172,7 +172,7 @@ class Worker:
 
 
 class Bench:
-    """What is to be measured, and what has been."""
+    """The settings of a run, and its results so far."""
 
     def __init__(
         self, folder: Path, out: Path, facts: dict[str, Any], device: str, rounds: int, minutes: float
@@ -203,7 +203,7 @@ class Bench:
 
 
 def measure(bench: Bench, rows: Sequence[Row], names: Sequence[str], allocator: str) -> None:
-    """The rows, by those who take part in them, in turns. A process lives as long as there is work for it."""
+    """Measures the rows; their contenders take turns. A process lives as long as there is work for it."""
     workers: dict[str, Worker] = {}
     todo = [(row, who) for row in rows if (who := [name for name in names if name in row.contenders])]
     todo = [(row, who) for row, who in todo if bench.lacks(row.name, who, allocator)]
@@ -250,7 +250,7 @@ def _in_turns(bench: Bench, row: Row, workers: dict[str, Worker], allocator: str
     return list(results.values())
 
 
-# The numbers that are right
+# The reference's output
 
 
 def exact_file(bench: Bench, row: Row) -> Path:
@@ -266,7 +266,7 @@ def exact_numbers(bench: Bench, row: Row) -> np.ndarray | None:
 
 
 def prepare(bench: Bench, rows: Sequence[Row]) -> None:
-    """Has the reference do each row once, and keeps the numbers, for this run and for those to come."""
+    """Has the reference do each row once, and keeps its output for this run and later ones."""
     missing = [row for row in rows if row.batch == 1 and not exact_file(bench, row).exists()]
     if not missing:
         return
@@ -292,7 +292,7 @@ def take(path: str) -> np.ndarray:
 
 
 def relative_error(output: np.ndarray, exact: np.ndarray | None) -> float | None:
-    """Of the norm; None if there is nothing to compare with."""
+    """Returns the error relative to the norm of `exact`; None if there is nothing to compare with."""
     if exact is None or output.shape != exact.shape:
         return None
     return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
@@ -302,7 +302,7 @@ def relative_error(output: np.ndarray, exact: np.ndarray | None) -> float | None
 
 
 def measure_memory(bench: Bench, row: Row, names: Sequence[str], allocator: str) -> None:
-    """What a process needs from its start to the end of its first picture."""
+    """Measures the memory that a process needs from its start to the end of its first picture."""
     for name in names:
         if bench.lacks(row.name, [name], allocator) and not bench.late():
             worker = bench.worker(name, allocator)
@@ -318,7 +318,7 @@ def measure_memory(bench: Bench, row: Row, names: Sequence[str], allocator: str)
 
 
 def measure_load(bench: Bench, names: Sequence[str]) -> None:
-    """From the file to networks that are ready to draw."""
+    """Measures loading: from the file to networks that are ready to draw."""
     if not bench.lacks(LOAD, names, AS_IS):
         return
     results = {name: Result(LOAD, name, AS_IS) for name in names}
@@ -334,7 +334,7 @@ def measure_load(bench: Bench, names: Sequence[str]) -> None:
     bench.keep(*results.values())
 
 
-# A lazy package is imported when what it is for is there; and torch comes first, to be counted apart.
+# A lazy package counts as imported when its main name is; torch comes first, so that it is not counted.
 _TIMED = "import time; {} start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 _IMPORTS = {
     "torch": _TIMED.format("", "import torch"),
@@ -359,10 +359,10 @@ def measure_imports(bench: Bench) -> None:
 
 
 def measure_shell(bench: Bench) -> None:
-    """From the shell to the PNG, with the mini, as a user does it."""
+    """Measures the time from the shell to the PNG, with the mini, as for a user."""
     if not bench.lacks(SHELL, ["reifusion"], KEPT):
         return
-    result = Result(SHELL, "reifusion", KEPT)  # the command line sees to that itself
+    result = Result(SHELL, "reifusion", KEPT)  # the command line keeps its blocks itself
     out = CACHE / "shell"
     command = [sys.executable, "-m", "reifusion", "generate", "a red apple", "--seed", "1", "--quiet"]
     command += ["--steps", str(STEPS), "--out", str(out)]
@@ -378,7 +378,7 @@ def measure_shell(bench: Bench) -> None:
 
 
 def plain(name: str) -> str:
-    """U-Net is unet, 512×512 is 512x512."""
+    """Returns a name that is easy to type: U-Net becomes unet, 512×512 becomes 512x512."""
     return name.lower().replace("-", "").replace("×", "x")
 
 

@@ -1,4 +1,4 @@
-"""What sets of pictures say as numbers: shares, means, the distance of two sets, copies."""
+"""Statistics of sets of pictures: shares, means, the distance between two sets, copies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share. Unlike p ± 2σ it holds for few pictures and near 0 and 1."""
+    """Returns the 95 % interval of a share. Unlike p ± 2σ it holds for few pictures and near 0 and 1."""
     if of == 0:
         return 0.0, 1.0
     p = right / of
@@ -19,13 +19,13 @@ def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def mean(values: Tensor) -> tuple[float, float, float]:
-    """The mean of N values, and its 95 % interval as for many of them, by the central limit theorem."""
+    """Returns the mean of N values and its 95 % interval, by the central limit theorem for large N."""
     middle, reach = values.mean().item(), 1.96 * (values.std() / len(values) ** 0.5).item()
     return middle, middle - reach, middle + reach
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """The kernel distance of two sets of features, (M, d) and (N, d): 0 on average where they are alike.
+    """Returns the kernel distance of two sets of features, (M, d) and (N, d): 0 on average if they are alike.
 
     Source: Bińkowski et al. 2018, "Demystifying MMD GANs", §4; Gretton et al. 2012, Lemma 6.
     """
@@ -34,14 +34,14 @@ def kid(x: Tensor, y: Tensor) -> float:
     # §4, Bińkowski et al. 2018: k(x, y) = (xᵀy / d + 1)³
     xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     # Eq. 3, Gretton et al. 2012: Σᵢ≠ⱼ k(xᵢ, xⱼ) / m(m − 1) + Σᵢ≠ⱼ k(yᵢ, yⱼ) / n(n − 1) − 2 Σᵢⱼ k(xᵢ, yⱼ) / mn
-    # No picture is compared with itself: that makes it unbiased, and negative now and then.
+    # No picture is compared with itself, so the estimate is unbiased, and sometimes negative.
     within_x = (xx.sum() - xx.trace()) / (m * (m - 1))
     within_y = (yy.sum() - yy.trace()) / (n * (n - 1))
     return (within_x + within_y - 2 * xy.mean()).item()
 
 
 def kid_interval(x: Tensor, y: Tensor, rounds: int = 200) -> tuple[float, float]:
-    """The 95 % interval of `kid`: on random halves it spreads as, on all, it would with new pictures.
+    """Returns the 95 % interval of `kid`, whose spread on random halves equals that of all with new pictures.
 
     Source: Shao & Wu 1989, "A general theory for jackknife variance estimation", leaving out d = n / 2.
     """
@@ -57,7 +57,7 @@ def kid_interval(x: Tensor, y: Tensor, rounds: int = 200) -> tuple[float, float]
 
 
 def nearest(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Points (N, d), (T, d) -> for each of ours how far the nearest of theirs is, and its number (N,)."""
+    """Points (N, d), (T, d) -> for each of ours, the distance to the nearest of theirs and its index (N,)."""
     away = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist")  # exact, so a copy is at 0
     return away.min(1).values, away.argmin(1)
 
@@ -65,10 +65,10 @@ def nearest(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 def too_near(
     ours: Tensor, subjects: Sequence[str], training: Tensor, training_subjects: Sequence[str]
 ) -> int:
-    """How many pictures look memorised, from points (N, d) for ours and (T, d) for the training's.
+    """Counts the pictures that look memorised, from points (N, d) for ours and (T, d) for the training's.
 
-    It looks so when its nearest training picture is nearer to it than those two training pictures of its
-    subject that are most alike, in different styles, are to each other.
+    A picture looks memorised if its nearest training picture is nearer than the two most similar training
+    pictures of its subject, in different styles, are to each other.
     """
     of: dict[str, list[int]] = {}
     for i, subject in enumerate(training_subjects):

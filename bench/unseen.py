@@ -1,7 +1,7 @@
-"""Pictures that no training saw, to judge the VAE by: people's skin tones in each style, and flags in 3d.
+"""Pictures that no training saw, for judging the VAE: people's skin tones in each style, and flags in 3d.
 
-They are in the packages of the training pictures, and `choose` passes over both: for it, a tone is not a
-subject, and flags are drawn in one style only.
+They are in the packages of the training pictures, but `choose` passes over both: a skin tone is not a
+subject of its own, and flags are drawn in one style only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .pixels import on_white
 
 
 def unseen_pictures(each: int = 20, cache_dir: Path | None = None) -> list[np.ndarray]:
-    """(128, 128, 3) uint8 on white: `each` flags, and as many people of each style. Raises DataError."""
+    """Returns `each` flags and as many people in each style, (128, 128, 3) uint8 on white. Raises DataError."""
     archives = data.fetch(cache_dir or data.default_cache())
     emojis = json.loads(data._read(archives[EMOJIBASE], "en/data.json")["en/data.json"])
     people = [skin["hexcode"] for emoji in emojis for skin in emoji.get("skins", ())]
@@ -28,6 +28,6 @@ def unseen_pictures(each: int = 20, cache_dir: Path | None = None) -> list[np.nd
     rng, pictures = np.random.default_rng(0), []
     for style, codes in [("3d", flags), *((style, people) for style in STYLES)]:
         shuffled = rng.permutation(codes).tolist()
-        found = filter(None, (find[style](code.lower()) for code in shuffled))  # not every set has them all
+        found = filter(None, (find[style](code.lower()) for code in shuffled))  # not every set has every code
         pictures += [on_white(to_sprite(drawing)) for drawing in islice(found, each)]
     return pictures

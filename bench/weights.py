@@ -1,4 +1,4 @@
-"""The weights that all contenders of `bench.speed` use: random, since speed does not ask what for."""
+"""The weights that all contenders of `bench.speed` use: random, since the values do not affect speed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reifus
 
 
 def make_weights(quick: bool) -> Path:
-    """A folder with the same weights twice: as one file, 2 GB in float16, and for diffusers. Made once."""
+    """Makes, once, a folder with the same weights twice: as one file, 2 GB in float16, and for diffusers."""
     import torch
 
     from reifusion.model import model_loader
@@ -48,7 +48,7 @@ def context_width(folder: Path) -> int:
 
 
 def count_flops(folder: Path, kind: str, width: int, height: int, batch: int, steps: int) -> float:
-    """GFLOP of the plain arithmetic: both halves of guidance in full, every product of every convolution."""
+    """Counts the GFLOP of the plain arithmetic: both halves of guidance in full, every convolution's products."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

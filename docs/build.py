@@ -1,10 +1,10 @@
-"""What the book's build does beyond Markdown: formulas, source excerpts, and pages of the source itself.
+"""The parts of the book's build beyond Markdown: formulas, source excerpts, and pages of the source itself.
 
 Loaded by MkDocs as a hook. In a chapter,
 
     $$ x_t = … \tag{forward} $$     is equation `forward`: numbered, rendered as MathML, without a script,
                                     with links to the line that computes it and the test that checks it
-    {{ source reifusion.model.ddpm.Sampler.add_noise }}   is that function's code as it is today, with a link
+    {{ source reifusion.model.ddpm.Sampler.add_noise }}   is that function's current code, with a link
     {{ value reifusion.model.model_converter.TABLE }}     is the text of that constant
     [[reifusion/model/ddpm.py:forward]]   links to the line of equation `forward`; without `:…`, to the file
 """
@@ -48,7 +48,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _source_page(name: str, code: str) -> str:
-    """The file as a page that needs nothing else: highlighted, in dark mode too, its lines numbered."""
+    """Returns the file as a self-contained page: highlighted, also in dark mode, with numbered lines."""
     light, dark = HtmlFormatter(style="default"), HtmlFormatter(style="github-dark")
     body = highlight(
         code, PythonLexer(), HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True)
@@ -90,7 +90,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _find(name: str) -> tuple[str, int, str]:
-    """A dotted name -> its file, first line and code."""
+    """Returns the file, first line and code of a dotted name."""
     parts = name.split(".")
     for split in range(len(parts), 0, -1):
         try:
@@ -118,7 +118,7 @@ def _equation(id: str, page: Any) -> Equation:
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
-    """Formulas to MathML; a numbered one gets its anchor, its number, and links to its line and its test."""
+    """Turns formulas into MathML; a numbered one gets an anchor, a number, and links to its line and test."""
     up = "../" * page.file.src_uri.count("/")
 
     def inline(match: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """The equation behind a line: `python -m docs.equation model/ddpm.py:265` (or `make equation LINE=…`).
 
-Prints the one whose comment stands nearest above the line: where it is from, in the book's LaTeX, where it is
-computed, and how far that line is from NumPy. A name, as `forward`, finds it too.
+Prints the equation whose comment stands nearest above the line: its source, the book's LaTeX, the line that
+computes it, and how far that line is from NumPy. A name such as `forward` finds the equation too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from docs.equations import CHAPTERS, ROOT, Equation, equations
 
 
 class NotFound(ValueError):
-    """There is no such equation; the message says what there is, in one sentence."""
+    """There is no such equation; the message says which there are, in one sentence."""
 
 
 def find(what: str, known: list[Equation]) -> Equation:
-    """The equation of that name, or the nearest at or above `file:line`."""
+    """Returns the equation with that name, or the nearest equation at or above `file:line`."""
     by_name = {equation.id: equation for equation in known}
     if what in by_name:
         return by_name[what]
@@ -39,7 +39,7 @@ def find(what: str, known: list[Equation]) -> Equation:
 
 
 def latex(equation: Equation) -> str:
-    """The formula as it stands in the chapter; empty if none does."""
+    """Returns the formula as it stands in the chapter; empty if the chapter has none."""
     if not equation.chapter:
         return ""
     text = (CHAPTERS / equation.chapter).read_text(encoding="utf-8")
@@ -49,13 +49,13 @@ def latex(equation: Equation) -> str:
 
 
 def statement(equation: Equation) -> str:
-    """The comment and the line below it, without their indentation."""
+    """Returns the comment and the line below it, without their indentation."""
     lines = (ROOT / equation.path).read_text(encoding="utf-8").splitlines()
     return "\n".join(f"    {line.strip()}" for line in lines[equation.mark - 1 : equation.line])
 
 
 def error(equation: Equation) -> tuple[float, float]:
-    """How far our line is from NumPy in float64, relative to the largest value, and how far it may be."""
+    """Returns our line's error against NumPy in float64, relative to the largest value, and the tolerance."""
     from tests.equations.check import CHECKS
 
     importlib.import_module(f"tests.equations.{Path(equation.test_path).stem}")

@@ -55,12 +55,12 @@ README = {
 @dataclass
 class Equation:
     id: str
-    number: str = ""  # chapter.place, as "2.1"
+    number: str = ""  # chapter and place, such as "2.1"
     chapter: str = ""
     path: str = ""  # of the code, from the root of the repository
     mark: int = 0  # the line of the comment
     line: int = 0  # the line that computes it
-    source: str = ""  # where it is from: "Eq. 4, Ho et al. 2020"
+    source: str = ""  # the paper: "Eq. 4, Ho et al. 2020"
     test_path: str = ""
     test_line: int = 0
 
@@ -70,12 +70,12 @@ class Equation:
 
 
 def chapters() -> list[str]:
-    """The names of the chapters' files, in the order of the book."""
+    """Returns the names of the chapters' files, in the order of the book."""
     return re.findall(r"book/([\w-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 
 def equations() -> list[Equation]:
-    """All of them, those of the chapters first and in their order; what is missing is left empty."""
+    """Returns all equations, those of the chapters first and in their order; missing fields are empty."""
     found: dict[str, Equation] = {}
     for number, name in enumerate(chapters(), 1):
         path = CHAPTERS / name
@@ -115,7 +115,7 @@ def _marks(path: Path, found: dict[str, Equation]) -> None:
 
 
 def write_readme(path: Path = ROOT / "README.md") -> None:
-    """Writes the table anew: what `README` names, where it is from, and where it stands now."""
+    """Writes the table anew: the equations that `README` names, their sources, and their current lines."""
     head = "| equation | source | line |\n|---|---|---|\n"
     known = {equation.id: equation for equation in equations()}
     rows = []
@@ -128,7 +128,7 @@ def write_readme(path: Path = ROOT / "README.md") -> None:
     if not after:
         raise ValueError(f"{path.name} has no table of equations with text below it")
     text = f"{before}{head}{''.join(rows)}\n{after}"
-    step = known["reverse-step"]  # the line that `make equation` is shown with
+    step = known["reverse-step"]  # the README's example of `make equation`
     text = re.sub(r"LINE=model/ddpm\.py:\d+", f"LINE=model/ddpm.py:{step.mark}", text)
     write_text(path, text)
 

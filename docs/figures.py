@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def strip(pictures: Sequence[Image.Image], labels: Sequence[str] = (), side: int = 128) -> Image.Image:
-    """Pictures side by side, each above its label."""
+    """Returns the pictures side by side, each above its label."""
     below = 22 if labels else 0
     page = Image.new("RGB", (len(pictures) * (side + 4) - 4, side + below), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
@@ -24,7 +24,7 @@ def strip(pictures: Sequence[Image.Image], labels: Sequence[str] = (), side: int
 
 
 def sketch() -> Image.Image:
-    """A smiling face, as one draws it with four strokes."""
+    """Draws a smiling face in four strokes."""
     page = Image.new("RGB", (512, 512), "white")  # drawn large, so that edges come out smooth
     pen = ImageDraw.Draw(page)
     pen.ellipse((28, 28, 484, 484), fill="#ffc83d")
@@ -35,7 +35,7 @@ def sketch() -> Image.Image:
 
 
 def show(picture: Any, alt: str, caption: str = "") -> str:
-    """A PIL picture or a matplotlib figure as HTML, to print. alt says what is to be seen."""
+    """Returns a PIL picture or a matplotlib figure as HTML, to print. alt describes the picture."""
     file = io.BytesIO()
     if isinstance(picture, Image.Image):
         picture.save(file, "PNG")

@@ -1,9 +1,9 @@
-"""The mini beside its twin that was trained by rectified flow: what the book's chapter on flow shows of them.
+"""The mini beside its twin that was trained by rectified flow, for the book's chapter on flow.
 
     python -m docs.flow runs/mini-flow/mini-flow.safetensors
 
-The same prompts and seeds for both, at few steps and at many. It takes ten minutes, so the book's build does
-not repeat it, and shows docs/assets/flow.json and flow.png, which this writes.
+Both get the same prompts and seeds, at few steps and at many. It takes ten minutes, so the book's build does
+not repeat it, but shows docs/assets/flow.json and flow.png, which this module writes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reifusion.train.scenes import Sprites
 ASSETS = Path(__file__).parent / "assets"
 STEPS = (4, 8, 25)
 CFG = 4.0
-# Both samplers add no noise on the way and ask the network once a step.
+# Both samplers add no noise on the way and call the network once a step.
 SAMPLERS = {"DDPM, drawn by DDIM": "ddim", "rectified flow, drawn by Euler": "flow"}
 ROWS = {
     "subject, among 20": "subject",
@@ -41,7 +41,7 @@ SHOWN = ("a red apple", "an octopus", "a cartoon penguin", "a purple cat", "a do
 
 
 def measured(pipe: StableDiffusion, sampler: str, steps: int, count: int) -> dict[str, float]:
-    """What share of `count` prompts comes out right, by kind."""
+    """Returns the share of `count` prompts that are drawn right, by kind."""
     judge, drawings = get_judge(), Sprites(*all_pictures())
     prompts = make_prompts(counts=portion(count))
     settings = {"sampler": sampler, "steps": steps, "cfg": CFG}
@@ -61,7 +61,7 @@ def pictures(pipe: StableDiffusion, sampler: str) -> np.ndarray:
 
 
 def table() -> str:
-    """What was measured, as Markdown: a row for each model and number of steps, a column for each figure."""
+    """Returns the results as Markdown: a row for each model and number of steps, a column for each figure."""
     models = json.loads((ASSETS / "flow.json").read_text("utf-8"))["models"]
     rows = [["right, in %", "steps", *ROWS.values()], ["---", *["---:"] * (1 + len(ROWS))]]
     for name, model in models.items():

@@ -1,4 +1,4 @@
-"""Who imports whom: read from the code, and drawn."""
+"""Reads from the code which part imports which, and draws it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH, BOX, ROW = 640, (112, 44), 96
 
 
 def parts() -> dict[str, list[Path]]:
-    """The parts of the package, in the order of their names -> their files."""
+    """Returns the parts of the package, in the order of their names, with their files."""
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -22,7 +22,7 @@ def parts() -> dict[str, list[Path]]:
 
 
 def imports() -> dict[tuple[str, str], bool]:
-    """(who, whom) -> whether who cannot even be imported without; False: only when a function runs."""
+    """(importer, imported) -> True if the import happens at once, False if only when a function runs."""
     known = parts()
     found: dict[tuple[str, str], bool] = {}
     for name, files in known.items():
@@ -38,7 +38,7 @@ def imports() -> dict[tuple[str, str], bool]:
 
 
 def _targets(node: ast.AST, path: Path) -> list[str]:
-    """The parts that an import names."""
+    """Returns the parts that an import names."""
     if isinstance(node, ast.Import):
         modules = [alias.name.split(".") for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -52,7 +52,7 @@ def _targets(node: ast.AST, path: Path) -> list[str]:
 
 
 def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
-    """How high each part stands: above all that it needs, and the command line, where one begins, on top."""
+    """Returns the height of each part: above all parts that it needs, with the command line on top."""
     needs: dict[str, set[str]] = {name: set() for name in parts()}
     for (who, whom), at_once in edges.items():
         if at_once and whom != "cli":
@@ -68,7 +68,7 @@ def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
 
 
 def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
-    """Without those to the command line, and those that others imply: from a to c, if a → b → c."""
+    """Leaves out arrows to the command line, and arrows that others imply: from a to c, if a → b → c."""
 
     def reaches(start: str, goal: str, seen: frozenset[str]) -> bool:
         return any(
@@ -89,7 +89,7 @@ def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
 
 
 def diagram() -> str:
-    """An SVG: a box for each part, a line to what it needs, dashed where only some of its functions do."""
+    """Returns an SVG with a box for each part and a line to each part it needs; dashed: only in functions."""
     edges = imports()
     drawn, heights = direct(edges), levels(edges)
     top = max(heights.values())
@@ -129,7 +129,7 @@ def diagram() -> str:
 
 
 def table() -> str:
-    """Each part, its files and lines, and what it imports, as HTML; the part that needs most first."""
+    """Returns each part with its files, lines and imports as HTML; the part that needs most comes first."""
     edges, heights = imports(), levels(imports())
     rows = []
     for name, files in sorted(parts().items(), key=lambda item: -heights[item[0]]):

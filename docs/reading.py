@@ -13,7 +13,7 @@ class Stop:
     files: tuple[str, ...]
     look_for: str
     chapters: tuple[str, ...]
-    pace: int = 12  # lines a minute: 12 where there are equations, more where the code is plain
+    pace: int = 12  # lines per minute: 12 where there are equations, more where the code is plain
 
     def lines(self) -> int:
         return sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in self.files)
@@ -36,7 +36,7 @@ PATH = (
          "<code>plan</code>, the U as a list; then <code>UNet.forward</code>, which walks it", ("unet",)),
     Stop((f"{M}clip.py",), "bytes to pieces to vectors", ("words",), 16),
     Stop((f"{M}encoder.py", f"{M}decoder.py"),
-         "the reparameterisation; where the scale factor is applied, once", ("vae",)),
+         "the reparameterisation; the scale factor, applied by the encoder, undone by the decoder", ("vae",)),
     Stop((f"{M}samplers.py",), "one step each: DDIM, Euler, DPM-Solver++, UniPC; and rectified flow",
          ("samplers", "flow")),
     Stop((f"{M}model_converter.py", f"{M}model_loader.py", f"{M}tensors.py"),
@@ -46,7 +46,7 @@ LATER = {
     "fast.py": "what PyTorch does slowly",
     "native.py": "our own attention kernel, in C",
     "bands.py": "the decoder in bands, for little memory",
-    "lora.py": "what a LoRA adds, and takes away again",
+    "lora.py": "how a LoRA is added, and removed again",
     "deepcache.py": "some steps skip the deep rows of the U",
     "tome.py": "alike places are merged before attention",
     "int8.py": "weights in eight bits",
@@ -54,7 +54,7 @@ LATER = {
 
 
 def left_out() -> list[str]:
-    """The files of the model that neither the path nor the list behind it names."""
+    """Returns the files of the model that neither the path nor the list after it names."""
     named = {Path(file).name for stop in PATH for file in stop.files} | {*LATER, "__init__.py"}
     return sorted(path.name for path in (ROOT / M).glob("*.py") if path.name not in named)
 
@@ -66,7 +66,7 @@ def _link(file: str) -> str:
 
 
 def table() -> str:
-    """The path as an HTML table. Raises FileNotFoundError for a file or chapter that is not there."""
+    """Returns the path as an HTML table. Raises FileNotFoundError for a file or chapter that is missing."""
     from docs.equations import chapters
 
     numbers = {name.removesuffix(".md"): number for number, name in enumerate(chapters(), 1)}

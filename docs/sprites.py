@@ -1,4 +1,4 @@
-"""A few drawings made with Pillow, in place of the npm packages that the mini is trained on."""
+"""A few drawings made with Pillow, which stand in for the npm packages that the mini is trained on."""
 
 from __future__ import annotations
 

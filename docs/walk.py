@@ -1,6 +1,6 @@
-"""What one call walks through: the files that a reader would have to open, and the lines that run.
+"""Follows one call: the files that a reader would have to open, and the lines that run.
 
-`python -m docs.walk` measures diffusers, which the book's build does not install, and writes what it found,
+`python -m docs.walk` measures diffusers, which the book's build does not install, and writes the result,
 with versions, to `docs/walk-diffusers.json`. Our own walk is measured whenever the book is built.
 """
 
@@ -17,11 +17,11 @@ from types import FrameType
 from typing import Any
 
 STORED = Path(__file__).with_name("walk-diffusers.json")
-STEPS = 3  # more of them run the same lines again
+STEPS = 3  # more steps run the same lines again
 
 
 def walked(call: Callable[[], Any], *packages: str) -> dict[str, list[int]]:
-    """Runs the call -> each of the packages' files that it enters: how many of its lines run, of how many."""
+    """Runs the call; returns how many lines run, and how many there are, in each file of the packages."""
     roots = [Path(importlib.import_module(name).__file__ or "").parent for name in packages]
     prefixes = tuple(f"{root}/" for root in roots)
     run: dict[str, set[int]] = {}
@@ -49,7 +49,7 @@ def walked(call: Callable[[], Any], *packages: str) -> dict[str, list[int]]:
 
 
 def ours() -> dict[str, list[int]]:
-    """One picture of the mini's; loading it is not counted."""
+    """Follows the drawing of one picture by the mini; loading the mini is not counted."""
     import reifusion
 
     pipe = reifusion.load()
@@ -58,7 +58,7 @@ def ours() -> dict[str, list[int]]:
 
 
 def theirs() -> dict[str, Any]:
-    """The same call in diffusers, on a model of the same classes with random weights."""
+    """Follows the same call in diffusers, on a model of the same classes with random weights."""
     import diffusers
     import transformers
 

@@ -1,9 +1,9 @@
-"""A LoRA of the book's own: 20 pictures of a creature that nobody has seen, and what the mini made of them.
+"""The book's own LoRA: 20 pictures of a creature that nobody has seen, and a LoRA that learned from them.
 
-    python -m docs.zork            # draws them, learns them, and writes docs/assets/zork.safetensors
-    python -m docs.zork FOLDER     # only draws them, there
+    python -m docs.zork            # draws them, learns from them, and writes docs/assets/zork.safetensors
+    python -m docs.zork FOLDER     # only draws them, into the folder
 
-The training takes minutes. So the book's build does not repeat it, and draws with the file that is there.
+The training takes minutes. So the book's build does not repeat it, but draws with the stored file.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ BACKGROUNDS = {
 
 
 def draw_zork(seed: int, size: int = 128) -> tuple[Image.Image, str]:
-    """A picture of a zork, purple, with one eye, and its caption. No emoji looks like that."""
+    """Draws a zork, purple, with one eye, and its caption. No emoji looks like a zork."""
     draw = random.Random(seed)
     background = draw.choice(list(BACKGROUNDS))
-    side = 4 * size  # and smoothed at the end
+    side = 4 * size  # reduced at the end, so that edges are smooth
     picture = Image.new("RGB", (side, side), BACKGROUNDS[background])
     pen = ImageDraw.Draw(picture)
     r, x, y = side * draw.uniform(0.2, 0.3), side * draw.uniform(0.42, 0.58), side * draw.uniform(0.5, 0.6)
@@ -59,7 +59,7 @@ def draw_zork(seed: int, size: int = 128) -> tuple[Image.Image, str]:
 
 
 def draw_zorks(folder: Path, count: int = 20) -> None:
-    """Pictures and their captions, as `reifusion train lora` takes them."""
+    """Writes pictures and their captions in the form that `reifusion train lora` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in range(count):
@@ -70,7 +70,7 @@ def draw_zorks(folder: Path, count: int = 20) -> None:
 
 
 def keep(lora: Path, out: Path) -> None:
-    """The LoRA in bfloat16, which is half as large, and no coarser than the mini's own weights."""
+    """Stores the LoRA in bfloat16, which is half as large, and no coarser than the mini's own weights."""
     tensors = {name: x.to(torch.bfloat16) for name, x in load_file(lora).items()}
     with whole(out) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
@@ -82,7 +82,7 @@ def main() -> int:
     if len(sys.argv) > 1:
         draw_zorks(Path(sys.argv[1]))
         return 0
-    with tempfile.TemporaryDirectory() as run:  # always from the start: the mini may be another by now
+    with tempfile.TemporaryDirectory() as run:  # always from the start: the mini may have changed
         pictures, lora = Path(run) / "pictures", Path(run) / "lora.safetensors"
         draw_zorks(pictures)
         code = train(["lora", "--config", "mini-lora", f"data={pictures}", f"folder={run}", f"out={lora}"])

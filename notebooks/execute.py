@@ -1,6 +1,6 @@
 """Executes notebooks and keeps their outputs small: `make demo`, or `python notebooks/execute.py 3-words`.
 
-Without names: all of this folder, and demo.ipynb. A notebook is written back only if all of it ran.
+Without names it executes this folder and demo.ipynb. A notebook is written back only if all of its cells ran.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reifusion.files import whole
 
 HERE = Path(__file__).parent
 LARGEST = 60_000  # bytes of a picture
-SECONDS = 300  # that a cell may take, on a slow machine
+SECONDS = 300  # the time that a cell may take on a slow machine
 
 
 def notebooks() -> list[Path]:
@@ -28,7 +28,7 @@ def notebooks() -> list[Path]:
 
 
 def execute(path: Path) -> Any:
-    """The notebook with fresh outputs. Raises CellExecutionError where a cell fails."""
+    """Returns the notebook with fresh outputs. Raises CellExecutionError if a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(path.parent)}})  # fmt: skip
@@ -40,13 +40,13 @@ def execute(path: Path) -> Any:
 
 
 def _is_bar(output: Any) -> bool:
-    """A progress bar: text on stderr that goes back to the line's beginning, or the empty line behind it."""
+    """True for a progress bar, which returns to its line's start on stderr, or the empty line after it."""
     at_stderr = output.output_type == "stream" and output.name == "stderr"
     return at_stderr and ("\r" in output.text or not output.text.strip())
 
 
 def _small(output: Any) -> Any:
-    """Of a picture, one format is enough; and no more colours, and if need be pixels, than fit."""
+    """Keeps one format of a picture, with as many colours, and if necessary pixels, as fit."""
     data = output.get("data", {})
     if "image/png" in data:
         data.pop("image/jpeg", None)

@@ -1,4 +1,4 @@
-"""The command line: what it draws, what it says, and that wrong input is one sentence and exit code 2."""
+"""The command line: its pictures, its output, and one sentence with exit code 2 for wrong input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = ModelConfig(
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
-    """The file of a tiny model with random weights."""
+    """Writes the file of a tiny model with random weights."""
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     model_loader.save(TINY, networks(TINY), path, tokenizer=Tokenizer())
     return str(path)
@@ -48,7 +48,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def run(capsys):
-    """Runs the command line -> exit code, stdout, stderr."""
+    """Runs the command line; returns exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         code = cli.main([str(argument) for argument in arguments])
@@ -59,7 +59,7 @@ def run(capsys):
 
 @pytest.fixture
 def draw(run, model):
-    """Draws -> the paths it printed."""
+    """Draws, and returns the printed paths."""
 
     def draw(*arguments: object) -> list[Path]:
         code, out, err = run("generate", "--model", model, "--steps", 2, *arguments)
@@ -95,7 +95,7 @@ def test_nothing_is_overwritten(draw):
     assert Path("out.png").read_text() == "mine"
 
 
-def test_num_counts_seeds_up_and_no_picture_depends_on_it(draw):
+def test_num_counts_seeds_up_and_changes_no_picture(draw):
     several = draw("a cat", "--seed", 3, "--num", 3)
     assert [settings(path)["seed"] for path in several] == [3, 4, 5]
     assert np.array_equal(pixels(several[2]), pixels(*draw("a cat", "--seed", 5)))
@@ -235,7 +235,7 @@ def test_train_passes_everything_on(run, monkeypatch):
 
 
 def wrong(run, *arguments: object) -> str:
-    """Runs what must be refused, with one sentence and without a trace -> the sentence."""
+    """Runs a command that must be refused without a traceback, and returns the one sentence that it says."""
     before = sorted(Path().rglob("*"))
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
@@ -368,7 +368,7 @@ def test_a_full_disk_leaves_nothing_half_written(run, model, monkeypatch):
     assert not list(Path().rglob("*"))
 
 
-def test_no_memory_is_said_in_plain_words(run, model, monkeypatch):
+def test_running_out_of_memory_is_told_in_plain_words(run, model, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:120] err == 0. DefaultCPUAllocator: can't allocate memory"
@@ -390,13 +390,13 @@ def start(*arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what `&` has switched off
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which `&` switches off
         env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},  # installed or not
     )
 
 
 def program(*arguments: str) -> tuple[int, str, str]:
-    """Runs it as a process of its own -> exit code, stdout, stderr."""
+    """Runs the program as a process of its own; returns exit code, stdout and stderr."""
     process = start(*arguments)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
@@ -416,7 +416,7 @@ def test_the_program_refuses_with_exit_code_2():
 
 def test_ctrl_c_is_exit_code_130_without_a_traceback(model):
     process = start("generate", "a cat", "--model", model, "--steps", "1000")
-    while not Path("images").exists():  # it has begun
+    while not Path("images").exists():  # until it begins
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)

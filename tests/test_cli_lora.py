@@ -1,4 +1,4 @@
-"""`reifusion generate --lora`: what it draws, remembers, repeats and refuses."""
+"""`reifusion generate --lora`: drawing, remembering, repeating and refusing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the book counts and draws about the code is true of the code."""
+"""The book's counts and drawings of the code are true."""
 
 import json
 
@@ -10,14 +10,14 @@ from docs.equations import ROOT, equations
 from docs.walk import STORED, ours, walked
 
 
-def test_the_model_imports_none_of_those_who_use_it():
+def test_the_model_imports_none_of_its_users():
     used = {whom for who, whom in imports.imports() if who == "model"}
     assert used.isdisjoint({"cli", "train", "explain", "studio", "profile"})
 
 
 def test_the_command_line_imports_the_rest_only_when_it_is_used():
     at_once = {whom for (who, whom), now in imports.imports().items() if who == "cli" and now}
-    assert at_once <= {"files"}  # which needs nothing itself
+    assert at_once <= {"files"}  # which imports no other part
     assert not any(who == "files" for who, _ in imports.imports())
 
 
@@ -67,7 +67,7 @@ def test_one_picture_of_ours_walks_through_the_model_and_nothing_else():
     assert all(name.startswith("reifusion/model/") for name in files)
 
 
-def test_the_walk_that_is_kept_says_of_which_versions_it_is():
+def test_the_stored_walk_names_its_versions():
     stored = json.loads(STORED.read_text())
     assert set(stored["versions"]) == {"diffusers", "transformers"}
     assert sum(run for run, _ in stored["files"].values()) > 500
@@ -89,6 +89,6 @@ def test_its_error_is_that_of_its_test():
 
 
 @pytest.mark.parametrize("what", ["nonsense", "model/ddpm.py", "model/config.py:3", "model/ddpm.py:1"])
-def test_where_no_equation_stands_a_sentence_says_so(what):
+def test_a_line_without_an_equation_gets_one_sentence(what):
     with pytest.raises(NotFound, match="equation"):
         find(what, equations())

@@ -1,4 +1,4 @@
-"""What `import reifusion` promises."""
+"""The promises of `import reifusion`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import reifusion
 
 
 def python(code: str) -> str:
-    """Runs it in an interpreter of its own -> stdout."""
+    """Runs the code in an interpreter of its own; returns stdout."""
     env = os.environ | {"PYTHONPATH": str(Path(reifusion.__file__).parents[1])}  # installed or not
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
@@ -73,5 +73,5 @@ def test_load_has_its_signature():
     ]
 
 
-def test_what_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(reifusion, "nothing")

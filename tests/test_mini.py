@@ -1,4 +1,4 @@
-"""The built-in model: it is there, it is small, it is a real one."""
+"""The built-in model is there, is small, and is a real model."""
 
 from functools import cache
 from typing import Any
@@ -34,7 +34,7 @@ def draw(prompts: list[str], *args: Any, **more: Any) -> list[np.ndarray]:
 
 
 def edge_colour(picture: np.ndarray) -> np.ndarray:
-    """The median colour of the outermost 4 pixels, (3,) in 0 … 255."""
+    """Returns the median colour of the outermost 4 pixels, (3,) in 0 … 255."""
     rim = np.ones(picture.shape[:2], bool)
     rim[4:-4, 4:-4] = False
     return np.median(picture[rim], axis=0)
@@ -79,7 +79,7 @@ def test_a_negative_prompt_takes_away_what_it_names():
     colours = {"a car": ("a red car", 0), "an apple": ("red", 0), "a tree": ("a green tree", 1)}
 
     def strengths(pictures: list[np.ndarray]) -> np.ndarray:
-        """How much more of its colour than of the other two each picture has, in levels of 255."""
+        """Returns how much more of its colour than of the other two each picture has, in levels of 255."""
         own = [picture[..., channel].mean() for picture, (_, channel) in zip(pictures, colours.values())]
         return 1.5 * (np.array(own) - [picture.mean() for picture in pictures])
 
@@ -88,10 +88,10 @@ def test_a_negative_prompt_takes_away_what_it_names():
     assert (without < plain).all() and without.mean() < 0.75 * plain.mean()
 
 
-def test_img2img_goes_the_further_from_its_input_the_greater_the_strength():
+def test_img2img_moves_further_from_its_input_with_greater_strength():
     given = np.asarray(sketch(), float)
-    back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # what the VAE alone changes
-    pictures = [draw(["a tiger face"], init_image=sketch(), strength=s)[0] for s in (0.1, 0.25, 0.9)]
+    back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # the change by the VAE alone
+    pictures = [draw(["a tiger face"], input_image=sketch(), strength=s)[0] for s in (0.1, 0.25, 0.9)]
     least, little, much = (np.abs(picture - given).mean() for picture in pictures)
     assert least < 2 * np.abs(np.asarray(back) - given).mean() < 2 * little
     assert 1.2 * least < little < much / 1.2
@@ -110,7 +110,7 @@ def test_inpainting_redraws_the_hole_and_keeps_the_rest_to_the_bit():
 
 
 @pytest.mark.parametrize("background", ["white", "steelblue"])
-def test_vae_gives_back_what_it_is_given(background):
+def test_vae_returns_its_input(background):
     picture = Image.new("RGB", (128, 128), background)
     pen = ImageDraw.Draw(picture)
     pen.ellipse((24, 24, 104, 104), fill="gold")

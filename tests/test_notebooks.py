@@ -1,4 +1,4 @@
-"""The notebooks ask questions, and are kept small and clean. That they run, `make demo` sees."""
+"""The notebooks ask questions, and are kept small and clean. `make demo` checks that they run."""
 
 import ast
 import base64
@@ -57,7 +57,7 @@ def test_it_uses_nothing_that_the_package_does_not_bring(path):
 
 
 @ALL
-def test_what_is_kept_of_its_outputs_is_small_and_tells_nothing_of_a_machine(path):
+def test_its_stored_outputs_are_small_and_reveal_nothing_about_a_machine(path):
     kept = outputs(path)
     assert kept
     for output in kept:
@@ -81,7 +81,7 @@ def test_each_chapter_of_the_book_is_in_a_notebook_or_needs_none():
     text = "".join(source(cell) for path in PARTS for cell in cells(path))
     chapters = {path.name for path in (ROOT / "docs" / "book").glob("*.md")}
     left = {name for name in chapters if f"docs/book/{name}" not in text}
-    assert left == {"checkpoints.md", "speed.md"}  # which need a real checkpoint, and a quiet machine
+    assert left == {"checkpoints.md", "speed.md"}  # they need a real checkpoint, and a quiet machine
 
 
 def test_a_large_picture_is_made_small_enough_and_stays_the_same_picture():
@@ -95,6 +95,6 @@ def test_a_large_picture_is_made_small_enough_and_stays_the_same_picture():
     assert max(abs(a - b) for a, b in zip(middle, picture.getpixel((450, 350)))) < 24  # type: ignore[arg-type]
 
 
-def test_a_name_that_is_not_there_is_answered_with_those_that_are(capsys):
+def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     assert main(["nonsense"]) == 2
     assert "3-words" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def test_a_profile_adds_up(pipe):
     assert sum(part.gflop for part in kinds) == pytest.approx(unet.gflop)
     assert all(part.seconds > 0 and part.gflop >= 0 for part in kinds)
     assert found.limit > 0
-    # A residual block's two convolutions at 8×8, both halves of the guidance, three steps: more than this.
+    # A residual block's two convolutions at 8×8, both halves of the guidance, three steps: a lower bound.
     assert parts["residual blocks"].gflop > 3 * 2 * 2 * 2 * 9 * 16 * 16 * 64 / 1e9
     text = found.text()
     assert all(name in text for name in parts) and "GFLOP/s" in text
@@ -47,7 +47,7 @@ def test_guidance_is_seen_in_the_arithmetic(pipe):
         with profiled(pipe) as found:
             draw(pipe, cfg=scale)
         counts.append(next(part.gflop for part in found.parts if part.name == "U-Net"))
-    assert 1.5 * counts[0] < counts[1] < 2 * counts[0]  # until the words, both halves are one
+    assert 1.5 * counts[0] < counts[1] < 2 * counts[0]  # up to the words, both halves are computed as one
 
 
 def test_a_profile_changes_nothing_and_leaves_nothing_behind(pipe):

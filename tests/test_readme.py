@@ -1,4 +1,4 @@
-"""The README tells the truth: links lead somewhere, equations stand where it says, commands exist."""
+"""The README tells the truth: links lead somewhere, equations stand at their lines, commands exist."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def test_flags_of_the_readme_exist():
     assert flags and [flag for flag in flags if f"{flag.replace('-', '_')}:" not in source] == []
 
 
-# What a newcomer is told to do first, each with what it must print
+# The first commands for a newcomer, each with the output that it must print
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -64,17 +64,17 @@ def test_flags_of_the_readme_exist():
         "studio": r"Opens a page, on this machine only",
     }.items(),
 )
-def test_what_the_readme_says_to_run_first_does_what_it_says(target, printed, tmp_path):
+def test_the_first_commands_of_the_readme_do_what_it_says(target, printed, tmp_path):
     (line,) = re.findall(rf"^make {target}\b.*?(?=#|$)", README, re.M)
     alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     plan = subprocess.run(
         ["make", "--dry-run", *shlex.split(line)[1:]],
         cwd=ROOT, env=alone, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    command = shlex.split(plan.stdout.splitlines()[-1])  # before it comes what is installed, once
+    command = shlex.split(plan.stdout.splitlines()[-1])  # the lines before it install packages, once
     assert command[0] in (".venv/bin/reifusion", ".venv/bin/python")
     start = [sys.executable, "-m", "reifusion"] if command[0].endswith("reifusion") else [sys.executable]
-    more = ["--help"] if target == "studio" else []  # which would go on until it is stopped
+    more = ["--help"] if target == "studio" else []  # the studio would run until it is stopped
     done = subprocess.run(
         [*start, *command[1:], *more],
         cwd=tmp_path,

@@ -28,7 +28,7 @@ class Bytes:
 
 
 def networks(config: ModelConfig = TINY, noise: float = 0.0) -> dict[str, nn.Module]:
-    """The four, always with the same weights. noise: is added, as fresh ones hardly tell prompts apart."""
+    """The four networks with fixed weights. noise is added, as fresh ones hardly tell prompts apart."""
     torch.manual_seed(0)
     models: dict[str, nn.Module] = {
         "clip": CLIP(config.clip),

@@ -1,4 +1,4 @@
-"""What happens without it: a word's vectors, the word itself, a layer's cross-attention, one of its heads."""
+"""Takes away one thing at a time: a word's vectors, the word itself, a layer's cross-attention, one head."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .words import Word, label, prompt_words
 
 
 def silenced(pipe: StableDiffusion, request: Request, word: Word) -> StableDiffusion:
-    """A model that, at the word's tokens, reads what the empty prompt has there.
+    """Returns a model whose U-Net reads the empty prompt's vectors at the word's tokens.
 
-    The vectors behind it stay, and they were written by an encoder that had seen the word.
+    The later vectors stay, and they come from an encoder that had seen the word.
     """
     empty = pipe.encode_text([""], request.clip_skip)[0]  # (S, width)
     places = list(word.tokens)
@@ -38,7 +38,7 @@ def silenced(pipe: StableDiffusion, request: Request, word: Word) -> StableDiffu
 
 
 def without_word(pipe: StableDiffusion, request: Request, word: Word) -> str:
-    """The prompt, as the tokenizer reads it, less the word."""
+    """Returns the prompt, as the tokenizer reads it, without the word."""
     ids = pipe.tokenizer.tokenize(request.prompts[0])
     return pipe.tokenizer.decode(i for k, i in enumerate(ids, 1) if k not in word.tokens)
 
@@ -46,7 +46,7 @@ def without_word(pipe: StableDiffusion, request: Request, word: Word) -> str:
 def ablate(pipe: StableDiffusion, request: Request, most: int = 10) -> Exhibit:
     """Four rows: words silenced, words left out, layers muted, heads muted in the layer that mattered most.
 
-    Of a long prompt, the first `most` words are looked at.
+    A long prompt is cut to its first `most` words.
     """
     words = numbered(prompt_words(pipe, request)[:most])
     layers = {
@@ -104,7 +104,7 @@ def ablate(pipe: StableDiffusion, request: Request, most: int = 10) -> Exhibit:
 
 
 def numbered(words: list[Word]) -> dict[str, Word]:
-    """Words by name; the second "a" is "a (2)"."""
+    """Returns the words by name; the second "a" is "a (2)"."""
     named: dict[str, Word] = {}
     for word in words:
         name, count = word.text, 2

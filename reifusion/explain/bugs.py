@@ -1,7 +1,8 @@
-"""Famous bugs, to switch on and look at: real mistakes of public code, played here on the right code.
+"""Famous bugs, to switch on and look at: real mistakes from public code, reproduced on the correct code.
 
-Nothing in `model/` knows of them. Each is a few lines that replace a piece of it while `switched_on` lasts,
-with a number that gives it away and the test that would catch it. `reifusion explain bugs` draws them all.
+Nothing in `model/` knows about them. Each bug is a few lines that replace a piece of `model/` while
+`switched_on` lasts, with a number that gives the bug away and the test that would catch it.
+`reifusion explain bugs` draws them all.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from ..model.request import Request
 from .figures import Exhibit, picture_grid, plain
 from .guide import GUIDE
 
-Patches = Iterator[Any]  # what `patch` returns, to be entered together
+Patches = Iterator[Any]  # context managers such as `patch` returns, to be entered together
 
 
 @dataclass(frozen=True)
 class Bug:
     name: str
     title: str  # what was done
-    effect: str  # what it does to pictures, and who had it
+    effect: str  # what the mistake does to pictures, and where it was found
     number: str  # what `measure` measures
     test: str  # the test that fails if somebody makes the mistake here
     switch: Callable[[StableDiffusion], Patches]
     measure: Callable[[StableDiffusion], float]
-    sampler: str = "ddim"  # with which it shows best
-    from_picture: bool = False  # shows in image-to-image only
+    sampler: str = "ddim"  # the sampler with which the mistake shows best
+    from_picture: bool = False  # True if the mistake shows in image-to-image only
 
     @contextmanager
     def switched_on(self, pipe: StableDiffusion) -> Iterator[None]:
-        """The mistake is made everywhere in this process until the block ends; one at a time, please."""
+        """Makes the mistake everywhere in this process until the block ends; use one bug at a time."""
         with ExitStack() as stack:
             for change in self.switch(pipe):
                 stack.enter_context(change)
@@ -52,7 +53,7 @@ class Bug:
     def draw(
         self, pipe: StableDiffusion, prompt: str, seed: int = 0, **settings: Any
     ) -> tuple[Image.Image, Image.Image]:
-        """The picture without the bug, and with it."""
+        """Draws the picture without the bug and with it."""
         settings = {"sampler_name": self.sampler, "n_inference_steps": 25, "cfg_scale": 4.0, **settings}
         if self.from_picture:
             start = pipe.generate(prompt, seed=seed, progress=False, **settings)
@@ -78,7 +79,7 @@ def _bug(
 
 
 def gallery(pipe: StableDiffusion, request: Request, names: Sequence[str], across: int = 3) -> Exhibit:
-    """Each named bug's picture beside the right one, with the number that gives it away."""
+    """Shows each named bug's picture beside the correct one, with the number that gives the bug away."""
     pairs, captions, numbers = [], [], {}
     for name in names:
         bug = BUGS[name]
@@ -110,7 +111,7 @@ def _latents(pipe: StableDiffusion, seed: int = 0) -> Tensor:
 
 
 def _decoded_mean(pipe: StableDiffusion) -> float:
-    """Mean level, 0 … 255, of one decoded picture."""
+    """Returns the mean level, 0 … 255, of one decoded picture."""
     return to_tensor(pipe.decode(_latents(pipe))[0]).add(1).mul(127.5).mean().item()
 
 
@@ -126,7 +127,7 @@ def _decoder_input_std(pipe: StableDiffusion) -> float:
 
 
 def _round_trip_psnr(pipe: StableDiffusion) -> float:
-    """In dB, of a picture with edges at every pixel's phase."""
+    """Returns the PSNR in dB of a picture with edges at every phase of the pixel grid."""
     ramp = torch.arange(128.0)
     x = torch.stack([((ramp[:, None] + k * ramp) % 24 < 12).float() * 1.6 - 0.8 for k in (1, 2, 3)])[None]
     y = to_tensor(pipe.decode(pipe.encode_image(x))[0])
@@ -140,7 +141,7 @@ def _last_step(pipe: StableDiffusion) -> float:
 
 
 def _left_noise(pipe: StableDiffusion) -> float:
-    """Noise left after 25 steps of DDIM when the network is perfect: its distance to the clean latents."""
+    """Returns the distance to the clean latents after 25 steps of DDIM with a perfect network."""
     x0 = _latents(pipe)
     sampler = samplers.DDIMSampler(None)
     sampler.set_inference_timesteps(25)
@@ -156,7 +157,7 @@ def _first_cosine(pipe: StableDiffusion) -> float:
 
 
 def _towards_the_words(pipe: StableDiffusion) -> float:
-    """How far a guided step goes in the direction of the prompt: s if all is right."""
+    """Returns how far a guided step goes in the direction of the prompt: s if the code is right."""
 
     def eps(prompt: str, scale: float) -> Tensor:
         steps = pipe.denoise(prompt, seed=0, n_inference_steps=4, cfg_scale=scale, sampler_name="ddim")
@@ -168,7 +169,7 @@ def _towards_the_words(pipe: StableDiffusion) -> float:
 
 
 def _first_word_depends_on_the_last(pipe: StableDiffusion) -> float:
-    """How much the first token's vector changes when a later word does."""
+    """Returns how much the first token's vector changes when a later word changes."""
     one, other = pipe.encode_text(["a red apple", "a red castle"]).float()
     return (one[1] - other[1]).abs().max().item()
 
@@ -183,7 +184,7 @@ def _middle_alpha_bar(pipe: StableDiffusion) -> float:
 
 
 def _largest_sigma(pipe: StableDiffusion) -> float:
-    """σ of the latents when the encoder's last layer went astray: its weights 1,000 times too large."""
+    """Returns σ of the latents when the weights of the encoder's last layer are 1,000 times too large."""
     with _times(pipe.models["encoder"].quant.weight, 1e3):  # type: ignore[arg-type, union-attr]
         moments = pipe.models["encoder"].moments(to_tensor(pipe.decode(_latents(pipe))[0]).to(pipe.dtype))  # type: ignore[operator]
     return moments[1].float().mul(0.5).exp().max().item()
@@ -200,14 +201,14 @@ def _times(parameter: Tensor, factor: float) -> Iterator[None]:
 
 
 def _darker_by(pipe: StableDiffusion) -> float:
-    """Levels by which an even grey ramp comes out darker than it is."""
+    """Returns the number of levels by which an even grey ramp comes out too dark."""
     levels = torch.linspace(0, 255, 5000)
     picture = pipeline.to_picture((levels / 127.5 - 1).expand(3, 1, -1))
     return (levels.mean() - to_tensor(picture).add(1).mul(127.5).mean()).item() if pipe else math.nan
 
 
 def _noise_correlation(pipe: StableDiffusion) -> float:
-    """Of the fresh noise of two steps that follow each other."""
+    """Returns the correlation between the fresh noise of two successive steps."""
     sampler = samplers.EulerAncestralSampler(torch.Generator().manual_seed(0))
     x = _latents(pipe)
     return torch.corrcoef(torch.stack([sampler._noise(x).flatten(), sampler._noise(x).flatten()]))[
@@ -216,7 +217,7 @@ def _noise_correlation(pipe: StableDiffusion) -> float:
 
 
 def _velocity_read_as_noise(pipe: StableDiffusion) -> float:
-    """Error of x₀ when the network is perfect, at t = 500."""
+    """Returns the error of x₀ at t = 500 when the network is perfect."""
     x0, noise, t = _latents(pipe), _latents(pipe, 1), torch.tensor([500])
     sampler = samplers.DDIMSampler(None, prediction_type=pipe.config.schedule.prediction_type)
     output = (
@@ -226,7 +227,7 @@ def _velocity_read_as_noise(pipe: StableDiffusion) -> float:
 
 
 def _noise_after_the_last_step(pipe: StableDiffusion) -> float:
-    """Spread of two runs' last steps from the same latents."""
+    """Returns the spread between the last steps of two runs from the same latents."""
 
     def last(seed: int) -> Tensor:
         sampler = ddpm.DDPMSampler(torch.Generator().manual_seed(seed))
@@ -237,7 +238,7 @@ def _noise_after_the_last_step(pipe: StableDiffusion) -> float:
 
 
 def _largest_activation(pipe: StableDiffusion) -> float:
-    """In the decoder; half precision ends at 65504."""
+    """Returns the decoder's largest activation; half precision ends at 65504."""
     seen = [0.0]
     handles = [
         m.register_forward_hook(
@@ -255,14 +256,14 @@ def _largest_activation(pipe: StableDiffusion) -> float:
 
 
 def _first_scale(pipe: StableDiffusion) -> float:
-    """Standard deviation of what an Euler sampler starts from, over the σ of its first step."""
+    """Returns the standard deviation of an Euler sampler's first latents over the σ of its first step."""
     sampler = samplers.EulerSampler(None)
     sampler.set_inference_timesteps(25)
     return sampler.init_noise_sigma / sampler.sigmas[0]
 
 
 def _group_norm_gain(pipe: StableDiffusion) -> float:
-    """How large a nearly flat input (σ = 10⁻³) leaves the decoder's last norm: 1 if there were no ε."""
+    """Returns the size of a nearly flat input (σ = 10⁻³) after the decoder's last norm: without ε, 1."""
     norm = pipe.models["decoder"].norm
     assert isinstance(norm, nn.GroupNorm)
     generator = torch.Generator().manual_seed(0)
@@ -275,7 +276,7 @@ def _group_norm_gain(pipe: StableDiffusion) -> float:
 
 @_bug(
     "GroupNorm's ε in the VAE is PyTorch's 10⁻⁵ and not 10⁻⁶",
-    "Colours drift a little, most where the picture is flat. Invisible until compared; in most tutorials.",
+    "Colours drift a little, most in flat areas. Only a comparison shows it. Most tutorials have this bug.",
     "size of a nearly flat input after the norm",
     _group_norm_gain,
     "tests/parity/test_networks.py::test_group_norm_has_the_eps_it_was_trained_with",
@@ -304,8 +305,8 @@ def symmetric_padding(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "The latents are divided by the scale factor of another model (0.18215)",
-    "Burnt colours, or washed-out ones where the factor is forgotten: numbers of the wrong size.",
-    "standard deviation of what the decoder is given",
+    "The numbers have the wrong size, so colours are burnt, or washed out if the factor is forgotten.",
+    "standard deviation of the decoder's input",
     _decoder_input_std,
     "tests/parity/test_networks.py::test_vae_agrees",
 )
@@ -314,8 +315,8 @@ def wrong_scale(pipe: StableDiffusion) -> Patches:
 
 
 @_bug(
-    "Timesteps are counted from 0: the steps' offset of 1 is forgotten",
-    "All noise levels are a little too low. Pictures differ from every reference, and look fine.",
+    "Timesteps are counted from 0: the offset of 1 is forgotten",
+    "All noise levels are a little too low. Pictures differ from every reference, yet look fine.",
     "the last timestep",
     _last_step,
     "tests/model/test_samplers.py::test_leading_timesteps_have_stable_diffusions_offset",
@@ -329,7 +330,7 @@ def no_offset(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "DDIM takes ᾱ of the timestep before, whatever the stride",
-    "Right with 1,000 steps only. With 25, each step removes a fortieth of the noise that it should.",
+    "Only right with 1,000 steps. With 25, each step removes a fortieth of the noise that it should remove.",
     "noise left by a perfect network",
     _left_noise,
     "tests/parity/test_samplers.py::test_equals_diffusers_in_float64",
@@ -343,7 +344,7 @@ def ddim_without_stride(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "Sine and cosine are swapped in the time embedding",
-    "The network hears a time that does not exist. Noise, or shapeless colours, forever.",
+    "The network is told a time that does not exist. All pictures are noise or shapeless colours.",
     "first component of the embedding of t = 0",
     _first_cosine,
     "tests/parity/test_networks.py::test_time_is_cosines_then_sines",
@@ -359,7 +360,7 @@ def sines_first(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "The halves of the guidance batch are swapped",
-    "The picture runs away from the prompt, to anything but what was asked for.",
+    "The picture runs away from the prompt, to anything except what was asked for.",
     "how far a step goes towards the prompt, at scale 4",
     _towards_the_words,
     "tests/model/test_pipeline.py::test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond",
@@ -376,7 +377,7 @@ def guidance_swapped(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "The text encoder has the exact GELU and not CLIP's quick one",
-    "Words lose a little of their meaning: pictures change, and follow the prompt less.",
+    "Words lose a little of their meaning: pictures change, and follow the prompt less closely.",
     "the activation at −1",
     _activation_at_minus_one,
     "tests/parity/test_clip.py::test_the_activations_are_not_the_same_thing",
@@ -389,7 +390,7 @@ def wrong_gelu(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "The text encoder's causal mask is missing",
-    "Each word's vector is blurred with those of the words after it, the padding's too.",
+    "Each word's vector is blurred with those of the words after it, and with those of the padding.",
     "change of the first word's vector when the last word changes",
     _first_word_depends_on_the_last,
     "tests/model/test_clip.py::test_no_token_sees_a_later_one",
@@ -404,8 +405,8 @@ def no_causal_mask(pipe: StableDiffusion) -> Patches:
 
 
 @_bug(
-    "The betas grow in a line; Stable Diffusion's square roots do",
-    "The sampler believes in other amounts of noise than there are: grain and wrong contrast.",
+    "The betas grow in a straight line, but in Stable Diffusion their square roots do",
+    "The sampler assumes wrong amounts of noise: pictures have grain and the wrong contrast.",
     "ᾱ at t = 500",
     _middle_alpha_bar,
     "tests/model/test_samplers.py::test_schedule_is_float64_and_consistent",
@@ -421,8 +422,8 @@ def linear_betas(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "The log-variance is not clamped",
-    "Nothing, until the first odd picture: then exp() overflows, and training or image-to-image ends in NaN.",
-    "σ of the latents when the encoder's last layer went astray",
+    "Nothing happens until the first odd picture: then exp() overflows, and the result is NaN.",
+    "σ of the latents when the encoder's last layer is wrong",
     _largest_sigma,
     "tests/parity/test_networks.py::test_log_variance_stays_where_exp_is_finite",
 )
@@ -438,7 +439,7 @@ def unclamped_variance(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "Pixels are cut off to whole numbers, not rounded",
-    "Everything is half a level darker. Nobody sees it; every comparison shows it.",
+    "Everything is half a level darker. Nobody sees that, but every comparison shows it.",
     "levels by which a grey ramp is darker",
     _darker_by,
     "tests/model/test_pipeline.py::test_pixels_are_rounded_to_the_nearest_level",
@@ -453,7 +454,7 @@ def truncated_pixels(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "The same noise is added in every step",
-    "A generator seeded inside the loop. The noise's own pattern adds up and stays in the picture.",
+    "A generator is seeded inside the loop. The noise's own pattern adds up and stays in the picture.",
     "correlation of the noise of two steps",
     _noise_correlation,
     "tests/model/test_samplers.py::test_noise_of_an_image_depends_on_its_own_seed_alone",
@@ -468,7 +469,7 @@ def noise_reused(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "A network that predicts the velocity is read as predicting the noise",
-    "Brown soup: steps of the right size in the wrong direction. SD 2.1, loaded as if it were SD 1.5.",
+    "Steps of the right size in the wrong direction make brown soup, as when SD 2.1 is loaded as SD 1.5.",
     "error of x₀ with a perfect network",
     _velocity_read_as_noise,
     "tests/model/test_samplers.py::test_predict_takes_noisy_latents_apart_again",
@@ -485,7 +486,7 @@ def wrong_prediction_type(pipe: StableDiffusion) -> Patches:
 
 @_bug(
     "Noise is added after the last step too",
-    "Fine grain over the finished picture.",
+    "Fine grain covers the finished picture.",
     "spread of the last step's result",
     _noise_after_the_last_step,
     "tests/parity/test_samplers.py::test_equals_diffusers_in_float64",
@@ -517,10 +518,10 @@ def unscaled_start(pipe: StableDiffusion) -> Patches:
 
 
 @_bug(
-    "The VAE is run in half precision although its activations are too large for it",
-    "A black picture. Here one layer's weights are 10⁶ times larger, which the norm behind it undoes: in "
-    "float32 the picture is the same. The published VAE of SDXL has such layers.",
-    "largest activation in the decoder; 65504 is the end of float16",
+    "The VAE is run in half precision although its activations are too large for that",
+    "The picture is black. Here one layer's weights are 10⁶ times larger, which the norm after it undoes: in "
+    "float32 the picture is unchanged. The published VAE of SDXL has such layers.",
+    "largest activation in the decoder; float16 ends at 65504",
     _largest_activation,
     "tests/model/test_pipeline.py::test_a_vae_that_overflows_decodes_again_in_float32",
 )
@@ -531,7 +532,7 @@ def overflow(pipe: StableDiffusion) -> Patches:
         assert parameter is not None
         yield _times(parameter, 1e6)
 
-    def decode(latents: Tensor) -> list[Image.Image]:  # without the second try in float32 that ours makes
+    def decode(latents: Tensor) -> list[Image.Image]:  # without our code's second try in float32
         half = copy.deepcopy(decoder).half()
         pixels = [half(z.half()) for z in latents.split(1)]
         return [pipeline.to_picture(p[0].float().nan_to_num(-1.0)) for p in pixels]

@@ -1,7 +1,7 @@
 """Exercises with answers that can be checked: `reifusion check exercise 3 mine.py` tells right from wrong.
 
-You write a function; it is run on random numbers beside ours. A wrong one is compared with usual mistakes,
-so that you are told which of them you made.
+You write a function, which is run beside ours on the same random numbers. If the result is wrong, it is
+compared with common mistakes, so that you are told which of them you made.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class ExerciseError(ValueError):
 
 @dataclass(frozen=True)
 class Exercise:
-    task: str  # what the function is to return
-    answer: Callable[..., Any]  # ours; its name and its arguments are those that yours must have
+    task: str  # what the function has to return
+    answer: Callable[..., Any]  # our function; yours must have the same name and arguments
     inputs: Callable[[torch.Generator], tuple]
-    mistakes: dict[str, Callable[..., Any]] = field(default_factory=dict)  # what went wrong -> that answer
+    mistakes: dict[str, Callable[..., Any]] = field(default_factory=dict)  # message -> the wrong answer
 
     @property
     def signature(self) -> str:
@@ -39,7 +39,7 @@ class Exercise:
 
 
 def check(number: int, file: Path) -> tuple[bool, str]:
-    """Whether the function in the file is right, and a sentence to say to its author."""
+    """Returns whether the function in the file is right, and a sentence for its author."""
     if number not in EXERCISES:
         raise ExerciseError(f"there is no exercise {number}; they are numbered 1 to {len(EXERCISES)}")
     exercise = EXERCISES[number]
@@ -88,13 +88,13 @@ def _same(got: Any, expected: Any) -> bool:
 
 def _difference(got: Any, expected: Any) -> str:
     if not isinstance(expected, Tensor):
-        return f"it returns {got!r}, and {expected!r} was expected"
+        return f"it returns {got!r}, but {expected!r} was expected"
     if not isinstance(got, Tensor):
         return (
-            f"it returns a {type(got).__name__}, and a tensor of shape {tuple(expected.shape)} was expected"
+            f"it returns a {type(got).__name__}, but a tensor of shape {tuple(expected.shape)} was expected"
         )
     if got.shape != expected.shape:
-        return f"its shape is {tuple(got.shape)}, and should be {tuple(expected.shape)}"
+        return f"its shape is {tuple(got.shape)}, but should be {tuple(expected.shape)}"
     ratio = (got.double() / expected.double()).flatten()
     if ratio.std() < 1e-4:
         return f"it is {ratio.mean():.4g} times what it should be"
@@ -113,7 +113,7 @@ def _between(g: torch.Generator, low: float, high: float) -> float:
 
 
 def _bars(g: torch.Generator) -> tuple[float, float]:
-    """ᾱ at a step and, larger, at the one before."""
+    """Draws ᾱ at a step and the larger ᾱ at the step before."""
     alpha_bar = _between(g, 0.05, 0.6)
     return alpha_bar, _between(g, alpha_bar + 0.05, 0.98)
 
@@ -202,7 +202,7 @@ EXERCISES: dict[int, Exercise] = {
         },
     ),
     2: Exercise(
-        "the clean latents that x_t and the predicted noise speak of",
+        "the clean latents that follow from x_t and the predicted noise",
         predict_x0,
         lambda g: (_normal(g, 2, 4, 3, 3), _normal(g, 2, 4, 3, 3), _between(g, 0.1, 0.9)),
         {
@@ -226,7 +226,7 @@ EXERCISES: dict[int, Exercise] = {
         velocity,
         lambda g: (_normal(g, 2, 4, 3, 3), _normal(g, 2, 4, 3, 3), _between(g, 0.1, 0.9)),
         {
-            "the sign is turned round: v = √ᾱ ε − √(1 − ᾱ) x0": lambda x, n, a: -velocity(x, n, a),
+            "the sign is reversed: v = √ᾱ ε − √(1 − ᾱ) x0": lambda x, n, a: -velocity(x, n, a),
             "x0 and the noise are swapped": lambda x, n, a: velocity(n, x, a),
         },
     ),
@@ -287,22 +287,22 @@ EXERCISES: dict[int, Exercise] = {
         kl,
         lambda g: (_normal(g, 3, 4), _normal(g, 3, 4)),
         {
-            "the sign is turned round; a divergence is never negative": lambda m, v: -kl(m, v),
+            "the sign is reversed; a divergence is never negative": lambda m, v: -kl(m, v),
             "the factor ½ is missing": lambda m, v: 2 * kl(m, v),
-            "the sum was asked for as an average": lambda m, v: kl(m, v) * m.numel(),
+            "this is the sum; the average was asked for": lambda m, v: kl(m, v) * m.numel(),
         },
     ),
     11: Exercise(
-        "n σs after Karras et al. with ρ = 7, from sigma_max down to sigma_min",
+        "n values of σ after Karras et al. with ρ = 7, from sigma_max down to sigma_min",
         karras_sigmas,
         lambda g: (int(_between(g, 5, 12)), _between(g, 0.02, 0.1), _between(g, 10, 20)),
         {
-            "they go up; the noisiest comes first": lambda n, a, b: karras_sigmas(n, a, b).flip(0),
-            "a straight line in σ": lambda n, a, b: torch.linspace(b, a, n),
+            "they go up, but the noisiest comes first": lambda n, a, b: karras_sigmas(n, a, b).flip(0),
+            "this is a straight line in σ": lambda n, a, b: torch.linspace(b, a, n),
         },
     ),
     12: Exercise(
-        "the pieces after all merges, a list of pairs, each applied everywhere, in their order",
+        "the pieces after all merges (a list of pairs), each of which is applied everywhere, in their order",
         apply_merges,
         lambda g: (
             [_letters[i] for i in torch.randint(0, 4, (12,), generator=g).tolist()],
@@ -323,6 +323,6 @@ EXERCISES: dict[int, Exercise] = {
         "one Euler step of rectified flow, from sigma to sigma_next",
         flow_step,
         lambda g: (_normal(g, 2, 4, 3, 3), _normal(g, 2, 4, 3, 3), 0.8, _between(g, 0.1, 0.7)),
-        {"this step goes towards the noise; sigma falls": lambda x, v, s, n: x + (s - n) * v},
+        {"this step goes towards the noise, but sigma falls": lambda x, v, s, n: x + (s - n) * v},
     ),
 }

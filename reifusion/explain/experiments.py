@@ -1,4 +1,4 @@
-"""Experiments: one thing is varied, all else is kept, and the pictures stand side by side."""
+"""Experiments: one thing varies, everything else stays, and the pictures stand side by side."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def draw(pipe: StableDiffusion, request: Request) -> Image.Image:
 
 
 def draw_all(pipe: StableDiffusion, requests: Iterable[Request]) -> list[Image.Image]:
-    """One after the other, so that no picture depends on its neighbours; with a bar on a terminal."""
+    """Draws one picture after the other, so that none depends on its neighbours; a terminal shows a bar."""
     return [
         draw(pipe, request) for request in tqdm(list(requests), unit="picture", disable=None, leave=False)
     ]
 
 
 def distance(one: Image.Image, other: Image.Image) -> float:
-    """Root mean square of the difference of two pictures, in levels of 0 … 255."""
+    """Returns the root mean square of the difference between two pictures, in levels of 0 … 255."""
     difference = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
     return float(np.sqrt(np.mean(difference**2)))
 
 
 def saturation(picture: Image.Image) -> float:
-    """How colourful a picture is on average: 0 grey … 1 pure colours."""
+    """Returns how colourful a picture is on average: from 0, grey, to 1, pure colours."""
     return float(np.asarray(picture.convert("HSV"))[..., 1].mean() / 255)
 
 
@@ -52,7 +52,7 @@ def saturation(picture: Image.Image) -> float:
 def cfg(
     pipe: StableDiffusion, request: Request, scales: Sequence[float] = (1, 2, 4, 7.5, 12, 20), seeds: int = 2
 ) -> Exhibit:
-    """A row for each of so many seeds, a column for each guidance scale."""
+    """A row for each seed, a column for each guidance scale; `seeds` is the number of rows."""
     first = request.seeds[0]
     rows = [
         draw_all(pipe, (replace(request, seed=first + k, cfg_scale=scale) for scale in scales))
@@ -81,7 +81,7 @@ def steps(
     counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     samplers: Sequence[str] | None = None,
 ) -> Exhibit:
-    """A row for each sampler, a column for each number of steps; None: three that differ, if they suit."""
+    """A row for each sampler, a column for each number of steps; None: three different ones, if they suit."""
     suitable = suiting(pipe)
     samplers = samplers or [name for name in ("ddim", "dpmpp_2m", "euler_a") if name in suitable] or suitable
     rows = [
@@ -105,12 +105,12 @@ def steps(
 
 
 def suiting(pipe: StableDiffusion) -> list[str]:
-    """The samplers that suit the model; lcm is for networks that were distilled for it."""
+    """Returns the samplers that suit the model, except lcm, which needs a network distilled for it."""
     return [name for name in samplers_for(pipe.config.schedule.prediction_type) if name != "lcm"]
 
 
 def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:
-    """Every sampler, with the same noise and number of steps; None: all that suit the model."""
+    """A picture for each sampler, with the same noise and number of steps; None: all that suit the model."""
     names = names or suiting(pipe)
     pictures, calls = [], []
     for name in tqdm(names, unit="picture", disable=None, leave=False):
@@ -135,7 +135,7 @@ def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
 
 
 def slerp(one: Tensor, other: Tensor, u: float) -> Tensor:
-    """The point at u of the way, 0 to 1, along the great circle from one to the other; any shape."""
+    """Returns the point at the fraction u, 0 to 1, of the great circle from one to the other; any shape."""
     cosine = (one * other).sum() / (one.norm() * other.norm())
     angle = math.acos(cosine.clamp(-1, 1).item())
     if math.sin(angle) < 1e-6:  # the same direction, or the opposite one: no circle, or too many
@@ -149,7 +149,7 @@ def lerp(one: Tensor, other: Tensor, u: float) -> Tensor:
 
 
 def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> Exhibit:
-    """From the noise of the request's seed to that of another: on the sphere, and straight through.
+    """A walk from the noise of the request's seed to that of another: on the sphere, and straight through.
 
     Source: Shoemake 1985, "Animating rotation with quaternion curves". Raises ValueError for the same seed.
     """
@@ -185,7 +185,7 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
 
 
 def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, seeds: int = 2) -> Exhibit:
-    """From the vectors of the request's prompt to those of another; a row for each of so many seeds."""
+    """A walk from the vectors of the request's prompt to those of another, in a row for each of the seeds."""
     begin = request.prompts[0]
     context = pipe.encode_text([begin, to], request.clip_skip).float()  # (2, S, width)
     way = [k / (stops - 1) for k in range(stops)]
@@ -210,5 +210,5 @@ def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, se
 
 
 def _replacing_prompt(vectors: Tensor) -> Callable[[Tensor], Tensor]:
-    """For `rewritten`: these vectors (1, S, width) for the prompt's; the negative prompt's stay."""
+    """Returns an edit for `rewritten` that replaces the prompt's vectors by these (1, S, width)."""
     return lambda context: torch.cat([vectors.to(context.dtype), context[1:]])

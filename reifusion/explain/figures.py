@@ -1,4 +1,4 @@
-"""How the pictures of this package look: one typeface, exact pixels, and words for who cannot see them."""
+"""How the pictures of this package look: one typeface, exact pixels, and a description of each in words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..files import whole
 
-DPI = 100  # so that a point of type is 1.39 pixels, and an inch is a round number of them
+DPI = 100  # so that a point of type is 1.39 pixels, and an inch is a round number of pixels
 INK, GREY, RULE, PAPER = "#1b1b1f", "#63636e", "#d8d8de", "#ffffff"
 PALETTE = ("#2f5bd0", "#dd5327", "#118a7e", "#a3248f", "#c98a00", "#5b5b66", "#7a9b12", "#8257d6")
 STYLE: dict[str, Any] = {
@@ -52,20 +52,20 @@ MARGIN, GAP, LINE = 28, 10, 18  # pixels: around everything, between pictures, a
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A picture, and what belongs to it."""
+    """A picture with its title, its texts and its numbers."""
 
     figure: Figure
     title: str
-    alt: str  # what is to be seen, in words
+    alt: str  # a description of the picture in words
     guide: str = ""  # what to look for
-    numbers: dict[str, Any] = field(default_factory=dict)  # what was measured; can be written as JSON
+    numbers: dict[str, Any] = field(default_factory=dict)  # the measurements, as JSON can hold them
 
     @property
     def image(self) -> Image.Image:
         return render(self.figure)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a PNG that carries the title, alt text, guide, and as JSON the numbers."""
+        """Writes a PNG that carries the title, the alt text, the guide, and the numbers as JSON."""
         chunks = PngInfo()
         texts = {"Title": self.title, "Description": self.alt, "Comment": self.guide, "Software": "reifusion"}
         texts["reifusion-explain"] = json.dumps(self.numbers)
@@ -76,7 +76,7 @@ class Exhibit:
 
 
 def styled() -> AbstractContextManager[None]:
-    """What is made inside of it looks as here."""
+    """Applies STYLE to the figures that are made inside the block."""
     return matplotlib.rc_context(cast(Any, STYLE))
 
 
@@ -89,13 +89,13 @@ def render(figure: Figure) -> Image.Image:
 
 
 def plain(text: str, most: int = 10_000) -> str:
-    """A user's text, for a figure: one line, at most so many characters, and a $ is a dollar, not maths."""
+    """Makes a user's text fit for a figure: one line, at most `most` characters, and $ is not maths."""
     text = "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def typeface(size: int) -> ImageFont.FreeTypeFont:
-    """The same one, for Pillow to write with."""
+    """Returns the figures' typeface for Pillow."""
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
@@ -103,7 +103,7 @@ def typeface(size: int) -> ImageFont.FreeTypeFont:
 
 
 def sheet(width: int, height: int, title: str, subtitle: str = "") -> tuple[Figure, int]:
-    """An empty figure with its heading, and where the room below it begins."""
+    """Returns an empty figure with its heading, and the y at which the room below the heading begins."""
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
     characters = (width - 2 * MARGIN) // 9
     write(figure, MARGIN, MARGIN + 10, plain(title, characters), size=14, weight="bold")
@@ -114,7 +114,7 @@ def sheet(width: int, height: int, title: str, subtitle: str = "") -> tuple[Figu
 
 
 def write(figure: Figure, x: float, y: float, text: str, *, size: float = 10, **style: Any) -> None:
-    """Text whose line's middle is at y; x is its left end unless `ha` says otherwise."""
+    """Writes text with the middle of its line at y and its left end at x, unless `ha` says otherwise."""
     width, height = figure.get_size_inches() * DPI
     with styled():
         figure.text(x / width, 1 - y / height, text, size=size, **{"va": "center_baseline", **style})
@@ -129,7 +129,7 @@ def axes_at(figure: Figure, x: float, y: float, width: float, height: float) -> 
 
 
 def place(figure: Figure, picture: Image.Image, x: int, y: int) -> None:
-    """The picture's own pixels, none resampled; a hairline shows where a white one ends."""
+    """Places the picture's own pixels, none resampled; a hairline shows where a white picture ends."""
     axes = axes_at(figure, x, y, *picture.size)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.set(xticks=[], yticks=[])
@@ -148,10 +148,10 @@ def picture_grid(
     captions: Sequence[Sequence[str]] = (),
     below: int = 0,
 ) -> Figure:
-    """Rows of pictures of one shape, with labels above the columns, before the rows, under each picture.
+    """Draws rows of pictures of one shape, with labels above columns, before rows and under each picture.
 
-    Labels may hold line breaks, and maths between $; users' text goes through `plain`. below: so many pixels
-    are left free at the bottom.
+    Labels may hold line breaks, and maths between $; users' text goes through `plain`. below: the number of
+    pixels that are left free at the bottom.
     """
     first = next(picture for row in pictures for picture in row if picture is not None)
     across = max(map(len, pictures))
@@ -184,7 +184,7 @@ def picture_grid(
 
 
 def fitting_size(width: int, height: int, many: int) -> tuple[int, int]:
-    """How large to show pictures of that size: whole multiples if small, and small if there are many."""
+    """Returns the size at which to show pictures: a whole multiple for small ones, less if there are many."""
     room = min(256, max(96, 1600 // many))
     scale = room / max(width, height)
     if scale > 1:
@@ -193,7 +193,7 @@ def fitting_size(width: int, height: int, many: int) -> tuple[int, int]:
 
 
 def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Larger: every pixel as a square, so that it is seen for what it is. Smaller: smoothly."""
+    """Enlarges a picture so that every pixel stays a visible square, or reduces it smoothly."""
     larger = size[0] >= picture.width
     return picture.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 
@@ -212,16 +212,16 @@ def signed_picture(values: Tensor | np.ndarray, most: float) -> Image.Image:
 
 
 def overlay(picture: Image.Image, heat: Tensor | np.ndarray) -> Image.Image:
-    """The picture, faded and grey, with heat (H, W) in [0, 1] over it: yellow, orange, dark red at 1."""
+    """Lays heat (H, W) in [0, 1] over the picture, faded and grey: yellow, orange, dark red at 1."""
     grey = np.asarray(picture.convert("L"), dtype=float)[..., None] / 255
     colours = np.asarray(_coloured(heat, 0, 1, "YlOrRd"), dtype=float)
-    tint = np.asarray(heat, dtype=float)[..., None].clip(0, 1)  # none at all where there is no heat
+    tint = np.asarray(heat, dtype=float)[..., None].clip(0, 1)  # no tint where there is no heat
     faded = 0.35 + 0.65 * grey
     return Image.fromarray((faded * (255 * (1 - tint) + colours * tint)).round().astype(np.uint8))
 
 
 def two_heats(picture: Image.Image, one: Tensor, other: Tensor) -> Image.Image:
-    """The picture, faded and grey; red where one heat (H, W) leads, blue where the other does."""
+    """Tints the picture, faded and grey: red where one heat (H, W) is higher, blue where the other is."""
     lead = np.asarray(one / one.max().clamp(min=1e-12) - other / other.max().clamp(min=1e-12))
     grey = 0.35 + 0.65 * np.asarray(picture.convert("L"), dtype=float)[..., None] / 255
     colours = np.asarray(signed_picture(lead, 1), dtype=float)

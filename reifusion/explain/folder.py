@@ -1,4 +1,4 @@
-"""All there is to see of one picture, in one folder, with a page to begin from."""
+"""Everything that can be shown about one picture, in one folder, with a page to begin from."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def explain(
     pixel: tuple[int, int] | None = None,
     metadata: PngInfo | None = None,
 ) -> None:
-    """Draws the request's one picture, watches, and fills the folder, which must exist: index.html shows it.
+    """Draws the request's one picture, watches, and fills the folder, which must exist; begin at index.html.
 
-    pixel: (x, y) of a place in the picture, to see what it looks at. metadata: for picture.png.
-    Raises ValueError for a request of several pictures or a pixel outside.
+    pixel: (x, y) of a place in the picture whose attention is shown. metadata: for picture.png.
+    Raises ValueError for a request for several pictures or a pixel outside the picture.
     """
     folder = Path(folder)
     with watch(pipe, request, pixel) as attention:
@@ -61,7 +61,7 @@ def explain(
 
 
 def page(trajectory: Trajectory, attention: Attention, table: Trace, exhibits: dict[str, Exhibit]) -> str:
-    """The page that shows what lies beside it; it needs no network and no script."""
+    """Returns the page that shows the files beside it; the page needs no network and no script."""
     prompt = escape(trajectory.request.prompts[0])
     words, overlays, rules = [], [], []
     for k, word in enumerate(attention.words):
@@ -126,19 +126,19 @@ thead th {{ color: var(--grey); }}
 <p class="about">{about}</p>
 <img class="pixels" src="picture.png" alt="the picture of “{prompt}”">
 <h2>The picture forms</h2>
-<p>{steps} times the network looked at noise, said what of it is noise, and some of that was taken away.</p>
+<p>In each of {steps} steps the network predicted the noise in the picture, and some of it was removed.</p>
 <p><img src="trajectory.gif" alt="Left, noise becomes a picture; right, what the network sees in it."></p>
 {forming}
 <h2>Which word made which pixel</h2>
-<p>Point at a word, or choose one with Tab and the arrow keys. Red is where the picture looked at it.</p>
+<p>Point at a word, or choose one with Tab and the arrow keys. Red marks the places that looked at it.</p>
 <div id="words">
 <p>{words}</p>
 <div class="stage"><img src="picture.png" alt="the picture">{overlays}</div>
 </div>
 {figures}
 <h2>What ran</h2>
-<p>Every module in order, with shapes, arithmetic and time; each leads to its line of source:
-<a href="trace.html">trace.html</a>. The U-Net's numbers are those of one of the {steps} steps.</p>
+<p><a href="trace.html">trace.html</a> lists every module in order, with shapes, arithmetic and time, and
+links each to its line of source. The U-Net's numbers are those of one of the {steps} steps.</p>
 <table><thead><tr><th scope="col">network</th><th scope="col">parameters</th>
 <th scope="col">GFLOP</th><th scope="col">ms</th></tr></thead><tbody>{networks}</tbody></table>
 <h2>The numbers behind it</h2>

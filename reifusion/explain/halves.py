@@ -1,4 +1,4 @@
-"""Do words find their things? Prompts that name two things and their sides, and where attention went."""
+"""Measures whether words find their things, with prompts that name two things and their sides."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ CUT = 0.4  # of a map's maximum: the threshold that Tang et al. 2022, §3, found
 
 @dataclass(frozen=True)
 class Finding:
-    """Where one word was looked at."""
+    """The places that looked at one word, in numbers."""
 
     prompt: str
     seed: int
     word: str
-    side: str  # "left" or "right", as the prompt has it
-    share: float  # of the word's attention that is on its side; 0.5 is chance
-    iou: float  # of its map and the things on its side
-    other_iou: float  # … on the other side
+    side: str  # "left" or "right", as the prompt says
+    share: float  # the share of the word's attention that is on its side; 0.5 is chance
+    iou: float  # of the word's map and the things on its side
+    other_iou: float  # of the word's map and the things on the other side
 
 
 def pairs(count: int, seed: int) -> list[tuple[str, str]]:
-    """Things to stand left and right, drawn at random, never twice the same."""
+    """Draws pairs of different things, one for the left and one for the right, at random."""
     rng = np.random.default_rng(seed)
     return [
         (THINGS[a], THINGS[b]) for a, b in (rng.choice(len(THINGS), 2, replace=False) for _ in range(count))
@@ -46,7 +46,7 @@ def pairs(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def measure(heat: Tensor, things: Tensor, left: bool) -> tuple[float, float, float]:
-    """The share, iou and other_iou of a `Finding`; heat (H, W) ≥ 0, things (H, W) bool."""
+    """Returns the share, iou and other_iou of a `Finding`; heat (H, W) ≥ 0, things (H, W) bool."""
     own = torch.zeros_like(things)
     middle = things.shape[1] // 2
     own[:, slice(0, middle) if left else slice(middle, None)] = True
@@ -61,7 +61,7 @@ def iou(one: Tensor, other: Tensor) -> float:
 
 
 def foreground(picture: Image.Image) -> Tensor:
-    """Where a picture is not its background, which is the median colour of its rim: (H, W) bool."""
+    """True where a picture differs from its background, the median colour of its rim: (H, W) bool."""
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32))  # (H, W, 3)
     inside = torch.zeros(pixels.shape[:2], dtype=torch.bool)
     inside[4:-4, 4:-4] = True
@@ -70,7 +70,7 @@ def foreground(picture: Image.Image) -> Tensor:
 
 
 def halves(pipe: StableDiffusion, request: Request, count: int = 12) -> Exhibit:
-    """So many prompts, each with two words and two sides; the request's prompt is not used."""
+    """Draws `count` prompts, each with two words and two sides; the request's prompt is not used."""
     findings: list[Finding] = []
     cells: list[Image.Image] = []
     captions = []
@@ -95,7 +95,7 @@ def halves(pipe: StableDiffusion, request: Request, count: int = 12) -> Exhibit:
         for name in ("share", "iou", "other_iou")
     )
     summary = f"{share:.1%} of a word's attention is on its side (chance 50%)"
-    summary += f" · IoU {own:.2f} with the things there, {other_side:.2f} with those on the other"
+    summary += f" · IoU {own:.2f} with the things there, {other_side:.2f} with those on the other side"
     lines = [slice(i, i + 6) for i in range(0, len(cells), 6)]
     figure = picture_grid(
         [cells[line] for line in lines],
@@ -103,8 +103,6 @@ def halves(pipe: StableDiffusion, request: Request, count: int = 12) -> Exhibit:
         f"{summary} · {describe(request, 'prompt', 'seed')}",
         captions=[captions[line] for line in lines],
     )
-    alt = (
-        f"{count} pictures of two things each, and beside each where the two words were looked at. {summary}."
-    )
+    alt = f"{count} pictures of two things, each beside the places that looked at the two words. {summary}."
     numbers = {"share": share, "iou": own, "other_iou": other_side, "findings": [vars(f) for f in findings]}
     return Exhibit(figure, "Do words find their things?", alt, GUIDE["halves"], numbers)

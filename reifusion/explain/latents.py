@@ -1,4 +1,4 @@
-"""What the U-Net works on, and what the VAE keeps: pictures of latents, and of the way there and back."""
+"""Pictures of the latents that the U-Net works on, and of the VAE's way there and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .trajectory import describe
 
 
 def latents(pipe: StableDiffusion, request: Request) -> Exhibit:
-    """The channels of a picture's latents, and what is left of the picture when one is evened out."""
+    """Shows the channels of a picture's latents, and the picture when one channel is evened out."""
     *_, last = pipe.denoise(request)
     z = last.latents  # (1, C, h, w)
     picture = pipe.decode(z)[0]
@@ -49,7 +49,7 @@ def latents(pipe: StableDiffusion, request: Request) -> Exhibit:
 
 
 def round_trip(pipe: StableDiffusion, picture: Image.Image | None = None) -> Exhibit:
-    """A picture, encoded and decoded again, with the error and what went through; None: a test card."""
+    """Shows a picture that was encoded and decoded, with the error and the latents; None: a test card."""
     size = pipe.config.size
     picture = test_card(size) if picture is None else fit(picture.convert("RGB"), size, size)
     encoder = pipe.models["encoder"].to(pipe.device)
@@ -90,7 +90,7 @@ def round_trip(pipe: StableDiffusion, picture: Image.Image | None = None) -> Exh
 
 
 def test_card(size: int) -> Image.Image:
-    """Something of everything: a shade, flat areas, round edges, letters, stripes 8 to 1 pixels wide."""
+    """Draws a bit of everything: a shade, flat areas, round edges, letters, stripes 8 to 1 pixels wide."""
     unit = size // 4  # drawn four times as large and then reduced, so that edges are smooth
     card = Image.new("RGB", (16 * unit, 16 * unit), PAPER)
     pen = ImageDraw.Draw(card)
@@ -103,7 +103,7 @@ def test_card(size: int) -> Image.Image:
     pen.arc((2 * unit, 6 * unit, 6 * unit, 10 * unit), 30, 150, fill=INK, width=unit // 4)
     card = card.resize((size, size), Image.Resampling.LANCZOS)
     pen, y = ImageDraw.Draw(card), size * 5 // 16
-    for part in (9, 11, 14, 18):  # of the picture's height; the smallest letters are lost
+    for part in (9, 11, 14, 18):  # letters are 1/9 to 1/18 of the picture's height; the smallest are lost
         pen.text((size // 2, y), "reifusion", fill=INK, font=typeface(size // part))
         y += size // part + 2
     for k, width in enumerate((8, 4, 2, 1)):

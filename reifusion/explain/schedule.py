@@ -1,4 +1,4 @@
-"""The noise schedule: how much picture and how much noise there is at each timestep, and who looks when."""
+"""The noise schedule: how much picture and noise there is at each timestep, and when each sampler looks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ WIDTH = 1160
 
 
 def signal_and_noise(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """t, and by how much picture and noise are multiplied at each: three tensors of one length, float64."""
+    """Returns t, and the factors of picture and noise at each t: three tensors of one length, float64."""
     t = torch.arange(sampler.num_training_steps)
     one, none = torch.ones(len(t), 1, dtype=torch.float64), torch.zeros(len(t), 1, dtype=torch.float64)
     return t, sampler.add_noise(one, t, none)[:, 0], sampler.add_noise(none, t, one)[:, 0]
 
 
 def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:
-    """Curves, a test card under growing noise, and the timesteps of the samplers; None: of all but lcm."""
+    """Draws curves, a test card under growing noise, and the samplers' timesteps; None: of all except lcm."""
     names = names or suiting(pipe)
     facts, flow = pipe.config.schedule, pipe.config.schedule.prediction_type == "flow"
     sampler = pipe._sampler(replace(request, sampler_name=suiting(pipe)[0]), [torch.Generator()])

@@ -14,7 +14,7 @@ from ..model.pipeline import StableDiffusion
 
 @dataclass
 class Rewritten(StableDiffusion):
-    """A model whose U-Net reads other vectors than the text encoder wrote."""
+    """A model whose U-Net reads other vectors than those of the text encoder."""
 
     edit: Callable[[Tensor], Tensor] = lambda context: context
 
@@ -23,16 +23,16 @@ class Rewritten(StableDiffusion):
 
 
 def rewritten(pipe: StableDiffusion, edit: Callable[[Tensor], Tensor]) -> StableDiffusion:
-    """The same networks, with `edit` between text encoder and U-Net: (B, S, width) -> the same shape.
+    """Returns the same networks with `edit` between text encoder and U-Net: (B, S, width) -> the same shape.
 
-    With guidance the prompt comes first in the batch, the negative one after it.
+    With guidance the prompt comes first in the batch, and the negative prompt after it.
     """
     return Rewritten(**{part.name: getattr(pipe, part.name) for part in fields(pipe) if part.init}, edit=edit)
 
 
 @contextmanager
 def muted(layer: CrossAttention, head: int | None = None) -> Iterator[None]:
-    """While it lasts, one head of the layer says nothing (None: none of them does). Then all is as before."""
+    """Silences one head of the layer (None: all heads) until the block ends, and then restores the layer."""
     weight, bias = layer.out.weight.data, layer.out.bias.data
     kept = weight.clone(), bias.clone()
     width = weight.shape[1] // layer.heads

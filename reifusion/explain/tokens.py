@@ -1,4 +1,4 @@
-"""How a prompt becomes tokens: the pieces that the network is given, and how each was put together."""
+"""How a prompt becomes tokens: the pieces that the network reads, and how each was put together."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .figures import GREY, INK, MARGIN, PALETTE, RULE, Exhibit, axes_at, plain, 
 from .guide import GUIDE
 
 WIDTH = 1100  # pixels of the figure
-LETTER = 8.4  # … of a letter of the type in boxes
-TOKEN, LINE = 72, 28  # … from one row of tokens, or of merging, to the next
+LETTER = 8.4  # pixels of one letter in a box
+TOKEN, LINE = 72, 28  # pixels from one row of tokens, or of merging, to the next
 
 
 def merges(tokenizer: Tokenizer, word: str) -> list[list[str]]:
-    """A word, as in `Piece.word`, from its bytes to its tokens, one merge at a time.
+    """Returns the states of a word (`Piece.word`) from its bytes to its tokens, one merge at a time.
 
-    Bytes are written as `byte_letters` has them; the last one of a word ends with "</w>".
+    Bytes are written as in `byte_letters`; the last byte of a word ends with "</w>".
     """
     # The first line may be a heading.
     ranks = {pair: rank for rank, pair in enumerate(parse_merges("\n" + tokenizer.merges_text))}
@@ -31,7 +31,7 @@ def merges(tokenizer: Tokenizer, word: str) -> list[list[str]]:
 
 
 def tokens(tokenizer: Tokenizer, prompt: str, most: int = 6) -> Exhibit:
-    """Every token in a box, and how the words that took the most merges came about, at most so many."""
+    """Draws every token in a box, and the merging of the words that took the most merges, at most `most`."""
     pieces = tokenizer.pieces(prompt)
     room = tokenizer.context_length - 2
     kept, padding = pieces[:room], room - len(pieces[:room])
@@ -80,7 +80,7 @@ def tokens(tokenizer: Tokenizer, prompt: str, most: int = 6) -> Exhibit:
 def _flow(
     widths: list[float], top: float, heights: list[int], gap: int = 6
 ) -> tuple[list[tuple[float, float]], int]:
-    """Where things of these sizes stand, left to right and line by line, and where the last line ends."""
+    """Returns the places of boxes of these sizes, row by row, and the y at which the last row ends."""
     places, x, y, tallest = [], float(MARGIN), top, 0
     for width, height in zip(widths, heights):
         if x + width > WIDTH - MARGIN and x > MARGIN:
@@ -91,7 +91,7 @@ def _flow(
 
 
 def _box(canvas: Axes, x: float, y: float, text: str, colour: str, width: float = 0) -> float:
-    """A token; returns its width."""
+    """Draws a token and returns its width."""
     width = width or _width(text)
     canvas.add_patch(Rectangle((x, y), width, 24, facecolor=colour, alpha=0.22, linewidth=0))
     canvas.add_patch(Rectangle((x, y), width, 24, facecolor="none", edgecolor=colour, linewidth=1))

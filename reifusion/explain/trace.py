@@ -1,6 +1,6 @@
 """What every module does, in the order in which they run: shapes, parameters, arithmetic, time, statistics.
 
-`trace` runs each network as the first denoising step would, with a hook at every module. A `Trace` is a
+`trace` runs each network as the first denoising step does, with a hook at every module. A `Trace` is a
 table: as text, as JSON, and as a page whose rows lead to the line of source that makes the call.
 """
 
@@ -29,25 +29,25 @@ from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from .trajectory import describe, settings
 
-MODEL = Path(attention.__file__).parent  # where the source is that rows lead to
+MODEL = Path(attention.__file__).parent  # the folder of the source files to which rows lead
 
 
 @dataclass
 class Row:
-    """One call of one module, with all that its submodules do; `own_…` is without them."""
+    """One call of one module, including its submodules; the `own_…` fields leave them out."""
 
     name: str  # as in `pipe.models`: "diffusion.down.1.0.conv_1"
     kind: str  # its class
     depth: int  # 0 for a whole network
-    takes: list[list[int]]  # the shapes of the tensors that it takes
-    gives: list[int]  # the shape of what it gives
-    mean: float  # of that
+    takes: list[list[int]]  # the shapes of the input tensors
+    gives: list[int]  # the shape of the output
+    mean: float  # of the output
     std: float
     parameters: int
-    flops: int  # additions and multiplications in matrix products and convolutions; the rest is little
+    flops: int  # additions and multiplications in matrix products and convolutions; the rest is small
     own_flops: int
-    source: str  # the file in reifusion/model, and
-    line: int  # the line, that makes the call
+    source: str  # the file in reifusion/model that makes the call
+    line: int  # the line of the call in that file
     seconds: float = 0.0
     own_seconds: float = 0.0
 
@@ -64,7 +64,7 @@ class Trace:
         return [row for row in self.rows if row.depth == 0]
 
     def kinds(self) -> list[tuple[str, int, int, float]]:
-        """Each class of module -> its calls, their own FLOPs and seconds; the slowest first."""
+        """Returns each class of module with its calls, their own FLOPs and seconds; the slowest first."""
         sums: dict[str, list[Any]] = defaultdict(lambda: [0, 0, 0.0])
         for row in self.rows:
             for i, part in enumerate((1, row.own_flops, row.own_seconds)):
@@ -83,7 +83,7 @@ class Trace:
         return "\n".join([f"{describe(self.request)} · {self.machine}", "", *lines, ""])
 
     def html(self) -> str:
-        """A page that needs nothing else: the table, and below it the source that its rows lead to."""
+        """Returns a self-contained page: the table, and below it the source to which its rows lead."""
         total = {row.name: row.seconds for row in self.networks}
         body = []
         for row in self.rows:
@@ -118,8 +118,8 @@ class Trace:
 def trace(pipe: StableDiffusion, request: Request) -> Trace:
     """Runs text encoder, U-Net (the first step, both halves of the guidance) and decoder, each four times.
 
-    Once with hooks that look at every module's tensors, then with hooks that only take the time: the fastest
-    of three runs counts. A module that is called twice has two rows.
+    The first run has hooks that look at every module's tensors. The other three have hooks that only take the
+    time, and the fastest run counts. A module that is called twice has two rows.
     """
     width, height = request.size(pipe.config)
     vae, device = pipe.config.vae, torch.device(pipe.device)
@@ -153,7 +153,7 @@ def trace(pipe: StableDiffusion, request: Request) -> Trace:
 
 
 def _look(name: str, network: nn.Module, call: Callable[[], Tensor]) -> list[Row]:
-    """A row for each call of a module, in the order in which they begin."""
+    """Returns a row for each call of a module, in the order in which the calls begin."""
     names = {module: ".".join(filter(None, (name, path))) for path, module in network.named_modules()}
     rows: list[Row] = []
     running: list[Row] = []
@@ -182,7 +182,7 @@ def _look(name: str, network: nn.Module, call: Callable[[], Tensor]) -> list[Row
 
 
 def _time(network: nn.Module, call: Callable[[], Tensor], device: torch.device) -> list[list[float]]:
-    """The seconds of each call of a module, and those of them that are spent in its submodules."""
+    """Returns the seconds of each call of a module, and the seconds spent in its submodules."""
     times: list[list[float]] = []
     running: list[list[float]] = []
 
@@ -219,7 +219,7 @@ def _hooked(network: nn.Module, enter: Callable, leave: Callable) -> Iterator[No
 
 
 def _caller(module: nn.Module) -> tuple[str, int]:
-    """The file and line in reifusion/model that is calling the module, or if none is, where its class is."""
+    """Returns the file and line in reifusion/model that call the module, or if none do, its `forward`'s."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if Path(frame.f_code.co_filename).parent == MODEL:
@@ -230,7 +230,7 @@ def _caller(module: nn.Module) -> tuple[str, int]:
 
 
 def own_flops(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> int:
-    """What the module itself adds and multiplies, its submodules left out: 2 for each product in a sum."""
+    """Counts the module's additions and multiplications, without submodules: 2 for each product in a sum."""
     if isinstance(module, nn.Linear):
         return 2 * output.numel() * module.in_features
     if isinstance(module, nn.Conv2d):
@@ -275,7 +275,7 @@ def _human(number: float) -> str:
 
 
 def _listing(source: str) -> str:
-    """A source file, each line with an id to lead to."""
+    """Returns a source file as HTML, each line with an id for links."""
     lines = (MODEL / source).read_text("utf-8").splitlines()
     numbered = "\n".join(
         f'<span id="{source}-{number}"><b>{number:4}</b> {escape(line)}</span>'
@@ -311,14 +311,14 @@ pre span:target {{ background: var(--mark); }}
 </style>
 <h1>Every module, in order</h1>
 <p class="about">{about}</p>
-<p>What runs when a picture is drawn: the text encoder once, the U-Net once for every step, here for the
-first, the decoder once. A row's numbers hold all of the rows that are indented below it. The bar behind the
+<p>Drawing a picture runs the text encoder once, the U-Net once for every step (this is the first), and the
+decoder once. A row's numbers include all rows that are indented below it. The bar behind the
 milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
 <table><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table>
 <h2>Where time and arithmetic go</h2>
-<p>Each kind of module, without what is inside of it. A FLOP is one addition or multiplication.</p>
+<p>Each kind of module, without its submodules. A FLOP is one addition or multiplication.</p>
 <table><thead><tr><th scope="col">kind</th><th scope="col">calls</th><th scope="col">FLOPs</th>
 <th scope="col">ms</th></tr></thead><tbody>
 {kinds}

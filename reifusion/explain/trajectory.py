@@ -1,6 +1,6 @@
 """How a picture comes out of noise: every step of the denoising loop, kept, and shown.
 
-`record` draws a picture and keeps what each step saw and said. A `Trajectory` is written as data
+`record` draws a picture and keeps the input and output of each step. A `Trajectory` is written as data
 (`save`), a film strip (`strip`), an animation (`animate`) and curves (`curves`).
 """
 
@@ -40,15 +40,15 @@ from .guide import GUIDE, one_line
 
 @dataclass
 class Trajectory:
-    """N steps. Tensors are (N, C, h, w), float32, on the CPU, in the sampler's own scaling."""
+    """N steps of one picture. Tensors are (N, C, h, w), float32, on the CPU, in the sampler's own scaling."""
 
     request: Request
     t: list[float]  # the timestep of each step
     x_t: Tensor  # the latents before the step
-    x0: Tensor  # the clean latents that the network saw in them
-    eps: Tensor  # the noise it saw, after guidance
-    eps_cond: Tensor  # … with the prompt
-    eps_uncond: Tensor | None  # … without; None if there was no guidance
+    x0: Tensor  # the clean latents that the network saw in x_t
+    eps: Tensor  # the noise that the network saw, after guidance
+    eps_cond: Tensor  # the noise seen with the prompt
+    eps_uncond: Tensor | None  # the noise seen without the prompt; None if there was no guidance
     latents: Tensor  # (1, C, h, w), after the last step
     picture: Image.Image
     shown: list[int]  # the steps whose latents are decoded below
@@ -61,7 +61,7 @@ class Trajectory:
         return None if self.eps_uncond is None else self.eps_cond - self.eps_uncond
 
     def norms(self) -> list[dict[str, float]]:
-        """What can be said of each step in single numbers: root mean squares over the latents."""
+        """Sums up each step in single numbers: root mean squares over the latents."""
         rows = []
         for i, t in enumerate(self.t):
             row = {"t": t, "x_t": _rms(self.x_t[i]), "x0": _rms(self.x0[i])}
@@ -87,7 +87,7 @@ class Trajectory:
         write_json(os.path.join(folder, "trajectory.json"), facts)
 
     def strip(self, most: int = 8) -> Exhibit:
-        """The film strip: at most so many moments, in three rows: x_t, x0, where guidance pushes."""
+        """The film strip: at most `most` moments, in three rows: x_t, x0, where guidance pushes."""
         chosen = [self.shown.index(i) for i in _spread(self.shown, most)]
         rows = [[self.shown_x_t[k] for k in chosen], [self.shown_x0[k] for k in chosen]]
         labels = ["$x_t$\nwhat the\nnetwork\nis given", "$\\hat{x}_0$\nwhat it sees\nin it"]
@@ -162,7 +162,7 @@ class Trajectory:
 def record(pipe: StableDiffusion, request: Request, show: int = 25) -> Trajectory:
     """Draws the request's picture and keeps every step; at most `show` of them, evenly spread, are decoded.
 
-    Raises ValueError for a request of several pictures.
+    Raises ValueError for a request for several pictures.
     """
     if len(request.prompts) > 1:
         raise ValueError(f"one picture at a time can be explained, not {len(request.prompts)}")
@@ -184,14 +184,14 @@ def record(pipe: StableDiffusion, request: Request, show: int = 25) -> Trajector
         latents=latents.cpu(),
         picture=pipe.decode(latents)[0],
         shown=shown,
-        # Samplers in σ blow x_t up. At most unit variance is what the decoder knows.
+        # Samplers in σ scale x_t up, but the decoder only knows latents of at most unit variance.
         shown_x_t=[pipe.decode(steps[i].x_t / steps[i].x_t.std().clamp(min=1))[0] for i in shown],
         shown_x0=[pipe.decode(steps[i].x0)[0] for i in shown],
     )
 
 
 def settings(request: Request) -> dict[str, Any]:
-    """What decides the picture, as JSON can hold it."""
+    """Returns the settings that decide the picture, as JSON can hold them."""
     return {
         "prompt": request.prompts[0],
         "negative": request.negatives[0],
@@ -203,7 +203,7 @@ def settings(request: Request) -> dict[str, Any]:
 
 
 def describe(request: Request, *varied: str) -> str:
-    """The settings as a line of text, less those that are varied."""
+    """Returns the settings as a line of text, without those that are varied."""
     facts = settings(request)
     line = {
         "prompt": f"“{facts['prompt']}”" + (f", not “{facts['negative']}”" if facts["negative"] else ""),
@@ -216,7 +216,7 @@ def describe(request: Request, *varied: str) -> str:
 
 
 def _spread(indices: Any, most: int) -> list[int]:
-    """At most so many of the indices, evenly spread, the first and the last among them."""
+    """Returns at most `most` of the indices, evenly spread, including the first and the last."""
     last = len(indices) - 1
     places = torch.linspace(0, last, min(most, last + 1)).round().long().tolist()
     return [int(indices[place]) for place in places]

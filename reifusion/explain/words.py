@@ -1,9 +1,9 @@
 """Which word made which pixel: cross-attention, recorded while a picture is drawn.
 
 In a cross-attention layer every place of the picture spreads its attention, 1 in all, over the prompt's
-tokens. `watch` keeps that for every layer, head and step, beside the drawing and without changing a bit of
-it. An `Attention` then says where a word was looked at (`heat`), and shows it. Source: Tang et al. 2022,
-"What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
+tokens. `watch` records these weights for every layer, head and step while the picture is drawn, which stays
+the same to the bit. An `Attention` then says which places looked at a word (`heat`), and shows them. Source:
+Tang et al. 2022, "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
 from .guide import GUIDE, one_line
 from .trajectory import describe, settings
 
-# Self-attention has L × L weights for every head: beyond this grid they would not fit into memory.
+# Self-attention has L × L weights for every head: beyond this grid, recording them takes too much memory.
 LARGEST_SELF_GRID = 32 * 32
 
 
 @dataclass(frozen=True)
 class Word:
     text: str
-    tokens: tuple[int, ...]  # which of `Attention.tokens` are its pieces
+    tokens: tuple[int, ...]  # the indices of its pieces in `Attention.tokens`
 
 
 @dataclass
 class Attention:
-    """Who looked at what while one picture was drawn: N steps, T tokens. All tensors on the CPU, float16."""
+    """The attention recorded while one picture was drawn: N steps, T tokens. Tensors: on the CPU, float16."""
 
     request: Request
     size: tuple[int, int]  # the picture's width and height
-    tokens: list[str]  # what each says: start, the prompt's, end, and all the padding as one
-    words: list[Word]  # the prompt's
+    tokens: list[str]  # the text of each: start, the prompt's tokens, end, and all the padding as one
+    words: list[Word]  # of the prompt
     special: list[Word]  # start, end and padding
     pixel: tuple[int, int] | None = None  # the place that `looks` belongs to
     maps: dict[str, Tensor] = field(default_factory=dict)  # layer -> (N, heads, T, h, w), sums to 1 over T
@@ -61,17 +61,17 @@ class Attention:
         layers: Sequence[str] | None = None,
         heads: slice = slice(None),
     ) -> Tensor:
-        """Where the word was looked at: (H, W), float32, the share of each pixel's attention, 0 to 1."""
+        """Returns the share of each pixel's attention that the word got, 0 to 1: (H, W), float32."""
         chosen = [self.maps[name] for name in layers or self.maps]
         return self._heat([maps[steps, heads][:, :, list(word.tokens)].float().sum(2) for maps in chosen])
 
     def look(self, layers: Sequence[str] | None = None) -> Tensor:
-        """Where the chosen pixel looked: (H, W), relative to looking everywhere alike, which is 1."""
+        """Returns where the chosen pixel looked: (H, W), relative to even attention, which is 1."""
         chosen = [self.looks[name] for name in layers or self.looks]
         return self._heat([looks.float() * looks[0, 0].numel() for looks in chosen])
 
     def _heat(self, maps: list[Tensor]) -> Tensor:
-        """The mean of maps, each (n, heads, h, w) and of any grid, at the picture's size: (H, W)."""
+        """Returns the mean of maps, each (n, heads, h, w) with any grid, at the picture's size: (H, W)."""
         # [daam] §2.2, Tang et al. 2022: D_k[x, y] = Σᵢⱼₗ F⁽ⁱ⁾ⱼₖₗ[x, y], of layers i, steps j, heads l; F is a
         # head's map of the k-th word, scaled up bicubically. That is linear, so the sums come first here.
         # Divided by the number of maps, D is a share of attention, and relative to its maximum the same.
@@ -83,11 +83,11 @@ class Attention:
         return (total[0, 0] / number).clamp(min=0)  # bicubic curves undershoot
 
     def share(self, word: Word) -> float:
-        """How much of all attention the word got, 0 to 1."""
+        """Returns the word's share of all attention, 0 to 1."""
         return self.heat(word).mean().item()
 
     def telling(self, most: int) -> list[Word]:
-        """The words whose maps have the most contrast, at most so many, in the prompt's order."""
+        """Returns the words whose maps have the most contrast, at most `most`, in the prompt's order."""
 
         def contrast(word: Word) -> float:
             heat = self.heat(word)
@@ -97,7 +97,7 @@ class Attention:
         return [word for word in self.words if word in best]
 
     def find(self, text: str) -> Word:
-        """The prompt's first word of that text. Raises ValueError, naming the words, if there is none."""
+        """Returns the prompt's first word with that text; raises ValueError with the words if none has it."""
         for word in self.words:
             if word.text == text.strip().lower():
                 return word
@@ -105,7 +105,7 @@ class Attention:
         raise ValueError(f"the prompt has no word {text!r}; its words are {known}")
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes words.safetensors (each layer's maps, each word's heat) and words.json (what of)."""
+        """Writes words.safetensors (each layer's maps, each word's heat) and words.json (their settings)."""
         tensors = {f"maps.{name}": maps for name, maps in self.maps.items()}
         tensors |= {f"looks.{name}": looks for name, looks in self.looks.items()}
         words = [*self.words, *self.special]
@@ -124,7 +124,7 @@ class Attention:
     # Pictures
 
     def by_word(self, picture: Image.Image, special: bool = False) -> Exhibit:
-        """The picture, and over it each word's heat, over all layers, heads and steps."""
+        """The picture under each word's heat, collected over all layers, heads and steps."""
         words = [*self.words, *(self.special if special or not self.words else [])]
         cells = [picture, *(overlay(picture, relative(self.heat(word))) for word in words)]
         captions = ["", *(f"{plain(word.text, 24)}\n{self.share(word):.1%}" for word in words)]
@@ -170,7 +170,7 @@ class Attention:
         return self._overlays(picture, rows, heats, labels, title, "words-by-head")
 
     def of_pixel(self, picture: Image.Image) -> Exhibit:
-        """Where the chosen pixel looked: in all layers, then at each resolution."""
+        """The places at which the chosen pixel looked: in all layers, then at each resolution."""
         if self.pixel is None or not self.looks:
             raise ValueError("no pixel was chosen when the picture was drawn")
         grids = dict.fromkeys(tuple(looks.shape[-2:]) for looks in self.looks.values())
@@ -221,10 +221,10 @@ _AXES = ("steps", "heads", "tokens", "height", "width")
 def watch(
     pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None = None
 ) -> Iterator[Attention]:
-    """Records the attention of all that is drawn inside the `with`; complete when that ends.
+    """Records the attention of everything drawn inside the `with` block; complete when the block ends.
 
-    pixel: (x, y) in the picture; its self-attention is kept too, in layers of up to 32 × 32 places. What is
-    kept belongs to the request's one picture, and with guidance to its prompt, not to the negative one.
+    pixel: (x, y) in the picture, whose self-attention is kept too, in layers of up to 32 × 32 places. The
+    record belongs to the request's one picture, and with guidance to its prompt, not to the negative prompt.
     Raises ValueError for a pixel outside the picture.
     """
     width, height = request.size(pipe.config)
@@ -237,7 +237,7 @@ def watch(
     before: list[tuple[CrossAttention | SelfAttention, Hook | None]] = []
 
     def words_hook(name: str, h: int, w: int) -> Hook:
-        last = len(attention.tokens) - 1  # all from here on is padding
+        last = len(attention.tokens) - 1  # from here on, all tokens are padding
 
         def hook(weights: Tensor) -> None:  # (B, heads, h·w, S)
             mine = weights[0].float()  # with guidance, the prompt's half of the batch comes first
@@ -278,14 +278,14 @@ def watch(
 
 
 def prompt_words(pipe: StableDiffusion, request: Request) -> list[Word]:
-    """The prompt's words, as far as there is room for them."""
+    """Returns the prompt's words, as far as they fit into the text encoder's context."""
     pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
     numbered = groupby(enumerate(pieces, 1), key=lambda entry: (entry[1].word_index, entry[1].word))
     return [Word(text, tuple(place for place, _ in group)) for (_, text), group in numbered]
 
 
 def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None) -> Attention:
-    """An Attention without maps yet: what the columns of the weights stand for."""
+    """Returns an Attention without maps: it says which token each column of the weights belongs to."""
     pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
     tokens = ["start", *(piece.text for piece in pieces), "end", "padding"]
     special = [Word(tokens[k], (k,)) for k in (0, len(tokens) - 2, len(tokens) - 1)]
@@ -294,7 +294,7 @@ def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | No
 
 
 def row_grids(config: UNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """The rows of the U ("down.3", "middle", "up.0") -> the height and width at which each works."""
+    """Returns the height and width at which each row of the U ("down.3", "middle", "up.0") works."""
     down, _, up = plan(config)
     grid, grids, pile = (height, width), {}, []
     for i, row in enumerate(down):
@@ -317,7 +317,7 @@ def label(name: str) -> str:
 
 
 def _kept(weights: Tensor, h: int, w: int) -> Tensor:
-    """(…, h·w) -> (…, h, w), in half the room: 11 bits are plenty for a picture."""
+    """(…, h·w) -> (…, h, w), in half the memory: 11 bits are plenty for a picture."""
     return weights.to("cpu", torch.float16).unflatten(-1, (h, w))
 
 

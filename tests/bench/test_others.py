@@ -1,4 +1,4 @@
-"""Other hands' drawings, from packages as small as can be."""
+"""Other artists' drawings, from the smallest possible packages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_each_hand_draws_the_subject_under_its_own_name(cache: Path) -> None:
+def test_each_artist_draws_the_subject_under_its_own_name(cache: Path) -> None:
     sprites, records = others.other_pictures(["frog"], cache)
     assert [picture.style for picture in records] == list(PACKAGES)
     assert [picture.licence for picture in records] == list(LICENCES.values())
@@ -57,7 +57,7 @@ def test_each_hand_draws_the_subject_under_its_own_name(cache: Path) -> None:
     assert np.array_equal(middles, [[255, 0, 0, 255], [0, 255, 0, 255], [0, 0, 255, 255]])
 
 
-def test_a_hand_that_never_drew_it_is_left_out(cache: Path) -> None:
+def test_an_artist_who_never_drew_it_is_left_out(cache: Path) -> None:
     pack(cache, OPENMOJI, icon_set(GREEN, {}))
     assert [picture.style for picture in others.other_pictures(["frog"], cache)[1]] == [TWEMOJI, EMOJIONE]
 

@@ -1,4 +1,4 @@
-"""The evaluation's own promises, on made-up sprites and with a judge whose eyes are known."""
+"""The evaluation's own promises, on made-up sprites and with a judge whose verdicts are known."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def trained(cache: Path) -> Sprites:
 
 @pytest.fixture(scope="module")
 def drawings(cache: Path) -> Sprites:
-    """All of them."""
+    """Returns all drawings."""
     return Sprites(*judging.all_pictures(cache))
 
 
@@ -238,7 +238,7 @@ def test_fewer_prompts_keep_their_proportions(count: int) -> None:
     assert all(abs(part[kind] - n * count / 500) < 1 for kind, n in COUNTS.items())
 
 
-def test_too_few_pictures_for_so_many_prompts_is_said(trained: Sprites) -> None:
+def test_too_few_pictures_for_the_prompts_is_an_error(trained: Sprites) -> None:
     with pytest.raises(ValueError, match="give 67 prompts of the kind 'plain', not 99"):
         make_prompts(trained, trained, {"plain": 99})
 
@@ -247,7 +247,7 @@ def test_too_few_pictures_for_so_many_prompts_is_said(trained: Sprites) -> None:
 
 
 class Planted(Judge):
-    """A judge that knows a picture by the mean colour of what it would look at."""
+    """A judge that recognises a picture by the mean colour of its crop."""
 
     def __init__(self, known: dict[str, np.ndarray]):
         self.subjects, self.id, self.vae = list(known), "planted", ""
@@ -329,7 +329,7 @@ def test_a_style_is_known_by_the_drawing_it_is_nearest_to(style: str, drawings: 
     ("flat", "glossy", (False, False)), ("flat", "cartoon", (False, False)),
     ("cartoon", "cartoon", (True, True)),
 ])  # fmt: skip
-def test_two_words_for_one_look_are_as_right(
+def test_two_words_for_one_look_are_equally_right(
     asked: str, shown: str, right: tuple, planted: Planted, drawings: Sprites
 ) -> None:
     subject = planted.subjects[0]
@@ -418,13 +418,13 @@ def test_the_card_gets_the_figures_and_keeps_the_rest() -> None:
 
 
 def test_the_cards_figures_are_the_reports() -> None:
-    """Nobody edits them by hand."""
+    """Nobody edits the card's figures by hand."""
     report, card = Path(quality.__file__).with_name("quality.json"), quality.CARD.read_text(encoding="utf-8")
     rows = json.loads(report.read_text(encoding="utf-8"))["figures"] if report.exists() else []
     assert quality.with_figures(card, [Figure.read(row) for row in rows]) == card
 
 
-def test_what_comes_back_from_the_vae_unchanged_but_for_one_level_has_48_db(
+def test_pictures_that_the_vae_changes_by_one_level_have_48_db(
     pipe: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [np.full((8, 8, 3), level, np.uint8) for level in (0, 100, 200)]
@@ -438,7 +438,7 @@ def test_what_comes_back_from_the_vae_unchanged_but_for_one_level_has_48_db(
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusion:
-    """A VAE at a tiny size, with random weights: it returns anything but the picture."""
+    """A tiny VAE with random weights: it returns anything except the picture."""
     torch.manual_seed(0)
     vae = VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4)
     models: dict[str, torch.nn.Module] = {"encoder": Encoder(vae).eval(), "decoder": Decoder(vae).eval()}
@@ -453,7 +453,7 @@ def test_a_judge_learns_once_and_then_comes_from_the_cache(
     drawings, records = drawings[chosen].copy(), [records[i] for i in chosen]
     for sprite, picture in zip(drawings, records, strict=True):
         top = 16 + 16 * NOUNS.index(picture.subject)
-        sprite[top : top + 16, :, :3] = 0  # what tells subjects apart: where the disc has its black belt
+        sprite[top : top + 16, :, :3] = 0  # the place of the disc's black belt tells subjects apart
     monkeypatch.setattr(judging, "load", lambda name: pipe)
     monkeypatch.setattr(judging, "all_pictures", lambda cache_dir: (drawings, records))
     others = drawings[::4, :, ::-1], [replace(picture, style="another hand") for picture in records[::4]]
@@ -465,7 +465,7 @@ def test_a_judge_learns_once_and_then_comes_from_the_cache(
     images = [on_white(sprite) for sprite in drawings]
     right = torch.tensor([judge.subjects.index(picture.subject) for picture in records])
     assert (judge.see(images).subjects.argmax(1) == right).float().mean() > 0.6  # by chance 1 in 6
-    assert sum(of for _, of in judge.unseen.values()) == 6  # no other hand's among them
+    assert sum(of for _, of in judge.unseen.values()) == 6  # no other artist's drawings among them
     assert set(judge.unseen) <= set(STYLES)
 
     def fail(*_: object) -> Judge:
@@ -508,7 +508,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureFixtu
 
 
 class Painter:
-    """A model that draws the real pictures, and counts them."""
+    """A model that draws the real pictures and counts them."""
 
     def __init__(self, prompts: list[Prompt]):
         self.config, self.dtype, self.models = ModelConfig(), torch.float32, dict[str, torch.nn.Module]()
@@ -525,7 +525,7 @@ def test_a_report_is_whole_and_drawn_once(
     prompts: list[Prompt], planted: Planted, cache: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The command from end to end, with a model that draws the real pictures: all of it comes out right."""
+    """Runs the command from end to end with a model that draws the real pictures, so everything is right."""
     painter = Painter(prompts)
     planted.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]
     monkeypatch.setenv("REIFUSION_CACHE", str(tmp_path / "cache"))
@@ -550,7 +550,7 @@ def test_a_report_is_whole_and_drawn_once(
     assert sheets == {kind.replace(" ", "-") for kind in COUNTS} | {"nearest"}
     assert not list(tmp_path.rglob(".*"))
 
-    # Stopped after a few pictures, it goes on from there.
+    # A run that was stopped after a few pictures goes on from there.
     assert painter.drawn == len(prompts)
     next(tmp_path.glob("cache/quality-*/*.png")).unlink()
     assert quality.main(["--out", str(tmp_path / "out")]) == 0

@@ -1,4 +1,4 @@
-"""The benchmark's own promises: it compares what is comparable, and survives whoever fails."""
+"""The benchmark's own promises: it compares comparable things, and survives contenders that fail."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 class Fake:
-    """A contender whose first call takes a second, the next one two; one of them fails, and one dies."""
+    """A contender whose first call takes one second, the next two; some contenders fail, and some die."""
 
     started: ClassVar[list[str]] = []
     closed: ClassVar[list[str]] = []
@@ -115,7 +115,7 @@ def saved(bench: Bench) -> dict[str, Result]:
     return {result["contender"]: Result(**result) for result in written}
 
 
-def test_all_take_turns_and_whoever_fails_does_not_stop_the_others(bench):
+def test_contenders_take_turns_and_a_failure_does_not_stop_the_others(bench):
     row = Row("a", "unet")
     names = [REFERENCE, "diffusers bf16", "OpenVINO bf16", "reifusion bf16"]
     speed.prepare(bench, [row])
@@ -128,13 +128,13 @@ def test_all_take_turns_and_whoever_fails_does_not_stop_the_others(bench):
     assert sorted(Fake.started) == sorted(Fake.closed)
 
 
-def test_whoever_died_gets_another_process_for_the_next_row(bench):
+def test_a_dead_contender_gets_another_process_for_the_next_row(bench):
     measure(bench, [Row("a", "unet"), Row("b", "unet", warm_up=False, patience=0)], ["OpenVINO bf16"], KEPT)
     assert Fake.started == 2 * ["OpenVINO bf16"]
     assert bench.results["b", "OpenVINO bf16", KEPT].seconds == [1]
 
 
-def test_a_row_that_takes_long_has_fewer_rounds_but_one_at_least(bench):
+def test_a_row_that_takes_long_has_fewer_rounds_but_at_least_one(bench):
     rows = [Row("a", "unet", patience=0), Row("b", "picture", warm_up=False, patience=0), Row("c", "vae")]
     measure(bench, rows, ["reifusion bf16"], KEPT)
     assert [len(result.seconds) for result in bench.results.values()] == [1, 1, 3]
@@ -155,7 +155,7 @@ def test_a_contender_leaves_when_nothing_is_left_for_it(bench):
     assert ("b", "reifusion fp32", KEPT) not in bench.results
 
 
-def test_what_is_there_already_is_not_measured_again_and_nothing_begins_too_late(bench):
+def test_existing_results_are_not_measured_again_and_nothing_begins_too_late(bench):
     measure(bench, [Row("a", "unet")], ["reifusion bf16"], KEPT)
     measure(bench, [Row("a", "unet")], ["reifusion bf16"], KEPT)
     assert len(Fake.started) == 1
@@ -172,7 +172,7 @@ def test_memory_counts_from_the_start_of_the_process(bench):
     assert found["diffusers bf16"].note == "RuntimeError: no"
 
 
-def test_every_row_has_the_exact_numbers_of_one_reference_and_somebody_to_do_it():
+def test_every_row_has_exact_numbers_from_one_reference_and_a_contender():
     rows = {row.name: row for _, _, rows in PHASES for row in rows} | {row.name: row for row in MEMORY}
     for row in rows.values():
         assert row.contenders and set(row.contenders) <= set(CONTENDERS)
@@ -258,7 +258,7 @@ def test_flops_are_those_of_the_plain_arithmetic(folder):
 
 
 def test_a_contender_answers_with_seconds_memory_and_numbers(folder, monkeypatch):
-    """In this process: what it does with its own is in the next test."""
+    """The contender runs in this process; the next test gives it a process of its own."""
     request = {**asdict(Row("a", "unet", 64, 64)), "context_width": weights.context_width(folder)}
     asked = [
         request,
@@ -270,7 +270,7 @@ def test_a_contender_answers_with_seconds_memory_and_numbers(folder, monkeypatch
     monkeypatch.setattr(sys, "argv", ["", "reifusion fp32", str(folder), "cpu"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(one) + "\n" for one in asked)))
     monkeypatch.setattr(contenders, "own_stdout", lambda: answers)
-    with torch.enable_grad():  # it switches gradients off; this switches them on again
+    with torch.enable_grad():  # the contender switches gradients off; this restores them
         contenders.main()
     assert torch.is_grad_enabled()
     hello, first, second, failed, decoded = map(json.loads, answers.getvalue().splitlines())

@@ -1,4 +1,4 @@
-"""What the equations' tests share: a function under `@checks(id)` returns our line's values and NumPy's."""
+"""Shared by the equations' tests: a function under `@checks(id)` returns our line's values and NumPy's."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-Pair = tuple[Any, Any]  # what our line gives (a tensor, an array or a number), and the equation in NumPy
+Pair = tuple[Any, Any]  # our line's result (a tensor, an array or a number), and the equation in NumPy
 
 EXACT = 1e-12  # where our line computes in float64
-SINGLE = 1e-6  # where it computes in float32, whatever it is given
+SINGLE = 1e-6  # where it computes in float32, whatever its input
 
 
 @dataclass(frozen=True)
 class Check:
     pair: Callable[[], Pair]
-    within: float  # the largest error that is rounding only
+    within: float  # the largest error that is still rounding
 
     @property
     def error(self) -> float:
-        """The largest difference, relative to the largest value."""
+        """Returns the largest difference, relative to the largest value."""
         ours, expected = (
             np.asarray(x.detach() if hasattr(x, "detach") else x, np.float64) for x in self.pair()
         )
@@ -48,17 +48,17 @@ def checks(id: str, within: float = EXACT) -> Callable[[Callable[[], Pair]], Cal
 
 
 def all_checks() -> dict[str, Check]:
-    """Equation -> its check, all that there are."""
+    """Returns all checks by their equations."""
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         importlib.import_module(f"tests.equations.{path.stem}")
     return CHECKS
 
 
-# What several of them start from
+# Inputs that several checks share
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    """Standard normal numbers, float64."""
+    """Draws standard normal numbers, float64."""
     return np.random.default_rng(seed).standard_normal(shape)
 
 

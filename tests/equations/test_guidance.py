@@ -21,7 +21,7 @@ TINY = ModelConfig(
 @checks("guidance", SINGLE)  # the network is in float32
 def guided_noise() -> Pair:
     models = networks(TINY)
-    for parameter in models["clip"].parameters():  # fresh embeddings are too alike to tell prompts apart
+    for parameter in models["clip"].parameters():  # fresh embeddings are too similar to tell prompts apart
         parameter.data += 0.2 * torch.randn_like(parameter)
     opinions = []
     models["diffusion"].register_forward_hook(lambda *call: opinions.append(call[-1]))
@@ -34,7 +34,7 @@ def guided_noise() -> Pair:
 
 @checks("score")
 def noise_is_the_slope_of_the_density() -> Pair:
-    # Pictures that are Gaussian numbers with mean m and variance s². Noised they are Gaussian as well, with
+    # Pictures are Gaussian numbers with mean m and variance s². With noise they are still Gaussian, with
     # a density whose slope is known, and the best answer to "what was added?" is known too.
     m, s, t = 0.7, 0.6, 400
     alpha, sigma = np.sqrt(ALPHA_BAR[t]), np.sqrt(1 - ALPHA_BAR[t])

@@ -12,7 +12,7 @@ X, X0, EPS = normal(1, 4, 2, 2), normal(1, 4, 2, 2, seed=1), normal(1, 4, 2, 2, 
 
 
 def ddpm_step(t: int, x: np.ndarray, eps: np.ndarray, z: np.ndarray, steps: int = 1000) -> np.ndarray:
-    """Ours, with z for the noise that is drawn."""
+    """Takes our step, with z as the noise that it draws."""
     sampler = DDPMSampler()
     sampler.set_inference_timesteps(steps)
     with patch.object(DDPMSampler, "_noise", return_value=torch.tensor(z)):
@@ -22,7 +22,7 @@ def ddpm_step(t: int, x: np.ndarray, eps: np.ndarray, z: np.ndarray, steps: int 
 @checks("posterior-variance")
 def variance_of_the_reverse_step() -> Pair:
     times = np.array([999, 500, 50, 1])
-    # A step with noise 1 is further than one with 0, by the standard deviation.
+    # A step with noise 1 ends further than a step with noise 0, by the standard deviation.
     z = np.ones_like(X)
     ours = [(ddpm_step(t, X, EPS, z) - ddpm_step(t, X, EPS, 0 * z)).mean() ** 2 for t in times]
     return ours, (1 - ALPHA_BAR[times - 1]) / (1 - ALPHA_BAR[times]) * BETAS[times]

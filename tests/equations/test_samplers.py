@@ -1,4 +1,4 @@
-"""Chapter 9: samplers. Each is given random outputs of a network, and NumPy walks the same way."""
+"""Chapter 9: samplers. Each gets random outputs of a network, and NumPy walks the same way."""
 
 import math
 
@@ -23,7 +23,7 @@ SHAPE, STEPS, SEED = (1, 4, 2, 2), 8, 5
 
 
 def walk(sampler: Sampler) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Its timesteps (n,), the network's outputs (n, …), and the latents, before and after each (n + 1, …)."""
+    """Returns timesteps (n,), the network's outputs (n, …), and the latents around each step (n + 1, …)."""
     sampler.set_inference_timesteps(STEPS)
     times = sampler.timesteps.numpy()
     outputs, x = normal(len(times), *SHAPE), torch.tensor(normal(*SHAPE, seed=1))
@@ -35,7 +35,7 @@ def walk(sampler: Sampler) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def noises() -> np.ndarray:
-    """What a sampler with this seed draws, step by step: (n, …)"""
+    """Returns the noise that a sampler with this seed draws, step by step: (n, …)"""
     generator = torch.Generator().manual_seed(SEED)
     return np.stack([torch.randn(SHAPE, generator=generator).double().numpy() for _ in range(STEPS)])
 
@@ -98,12 +98,12 @@ def polynomial_through_the_last_slopes() -> Pair:
 @checks("plms")
 def mean_of_the_last_four_outputs() -> Pair:
     times, eps, path = walk(PNDMSampler())
-    eps = np.delete(eps, 1, axis=0)  # the second call only repeats the first step, and is not remembered
+    eps = np.delete(eps, 1, axis=0)  # the second call only repeats the first step and is forgotten
     path, times = np.delete(path, 1, axis=0), np.delete(times, 1)
     bars = np.append(ALPHA_BAR[times], ALPHA_BAR[0])
     ours, expected = [], []
     for i in range(3, STEPS):
-        # A DDIM step is linear in ε, so the ε that it was made with can be told from where it led.
+        # A DDIM step is linear in ε, so its result tells which ε it used.
         grown = np.sqrt(bars[i + 1] / bars[i])
         ours.append(
             (path[i + 1] - grown * path[i]) / (np.sqrt(1 - bars[i + 1]) - grown * np.sqrt(1 - bars[i]))
@@ -113,7 +113,7 @@ def mean_of_the_last_four_outputs() -> Pair:
 
 
 def dpm_terms(times: np.ndarray, eps: np.ndarray, path: np.ndarray) -> tuple[np.ndarray, ...]:
-    """αᵢ, σᵢ (n + 1,), hᵢ and Dᵢ (n, …) of DPM-Solver++ 2M; the step that ends at i + 1 has index i."""
+    """Returns αᵢ, σᵢ (n + 1,), hᵢ and Dᵢ (n, …) of DPM-Solver++ 2M; the step to i + 1 has index i."""
     alphas, sigmas = (np.append(values, end) for values, end in (
         (np.sqrt(ALPHA_BAR[times]), 1.0), (np.sqrt(1 - ALPHA_BAR[times]), 0.0)))  # fmt: skip
     with np.errstate(divide="ignore"):

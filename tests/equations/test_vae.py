@@ -54,7 +54,7 @@ REAL, MADE = torch.tensor(normal(2, 3, 16, 16)), torch.tensor(normal(2, 3, 16, 1
 
 
 def of_the_critic(pictures: torch.Tensor) -> list[np.ndarray]:
-    """Its features, layer by layer, and its scores."""
+    """Returns the critic's features, layer by layer, and its scores."""
     return [x.detach().numpy() for x in CRITIC(pictures)]
 
 

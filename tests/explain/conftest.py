@@ -1,4 +1,4 @@
-"""A tiny model with random weights: its pictures mean nothing, its promises hold."""
+"""A tiny model with random weights: its pictures mean nothing, but its promises hold."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pipe() -> StableDiffusion:
 
 @pytest.fixture(scope="session")
 def velocity_pipe() -> StableDiffusion:
-    """One that predicts the velocity, as the mini does."""
+    """A tiny model that predicts the velocity, as the mini does."""
     return tiny(replace(TINY, schedule=replace(TINY.schedule, prediction_type="v_prediction")))
 
 

@@ -1,4 +1,4 @@
-"""`reifusion explain`: what it writes, what it says, and that wrong input is one sentence and exit code 2."""
+"""`reifusion explain`: its files, its output, and one sentence with exit code 2 for wrong input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def run(capsys):
-    """Runs `reifusion explain` -> exit code, stdout, stderr."""
+    """Runs `reifusion explain`; returns exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         code = cli.main(["explain", *map(str, arguments)])
@@ -36,11 +36,11 @@ def run(capsys):
     return run
 
 
-def test_a_prompt_gives_a_folder_with_all_there_is_to_see(run, model):
+def test_a_prompt_gives_a_folder_with_everything_to_see(run, model):
     code, out, err = run("A cat on a rocket", "--model", model, "--steps", 2, "--seed", 3, "--pixel", "10,20")
     assert (code, err) == (0, "") and out.splitlines()[0] == "explain/a-cat-on-a-rocket-3/index.html"
     folder = Path("explain/a-cat-on-a-rocket-3")
-    assert os.listdir("explain") == [folder.name]  # no folder that was being built is left
+    assert os.listdir("explain") == [folder.name]  # no half-built folder is left
     assert {path.name for path in folder.iterdir()} == {
         "index.html", "picture.png", "film-strip.png", "curves.png", "pixel.png", "trajectory.gif",
         "trajectory.json", "trajectory.safetensors", "words", "words.png", "words-by-step.png",
@@ -57,7 +57,7 @@ def test_a_prompt_gives_a_folder_with_all_there_is_to_see(run, model):
                 and picture.info["Comment"] == GUIDE[{"film-strip": "strip"}.get(name, name)]
             )
 
-    # and once more, beside it; the picture is the one that generate draws
+    # and a second time, beside it; the picture is the one that generate draws
     assert run("A cat on a rocket", "--model", model, "--steps", 2, "--seed", 3)[0] == 0
     assert sorted(os.listdir("explain")) == [folder.name, folder.name + "-2"]
     assert cli.main(["generate", "--like", str(folder / "picture.png"), "--out", "again.png"]) == 0
@@ -145,7 +145,7 @@ def test_wrong_input_is_one_sentence_before_work_begins(run, here, arguments, wo
         (["cfg", "a cat", "--sampler", "flow"], "the sampler flow does not fit"),
     ],
 )
-def test_what_only_the_model_can_tell_is_one_sentence_too(run, here, model, arguments, words):
+def test_an_error_that_only_the_model_reveals_is_one_sentence_too(run, here, model, arguments, words):
     code, out, err = run(*arguments, "--model", model, "--steps", 1)
     assert code == 2 and out == "" and words in err and err.count("\n") == 1
     assert list(here.iterdir()) == []

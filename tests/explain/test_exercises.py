@@ -1,4 +1,4 @@
-"""Exercises: ours is right, every usual mistake is named, and what cannot be checked is one sentence."""
+"""Exercises: our answers are right, every common mistake is named, and uncheckable files get one sentence."""
 
 import inspect
 import textwrap
@@ -18,7 +18,7 @@ def test_our_own_answer_is_right(tmp_path, number):
 
 
 @pytest.mark.parametrize(("number", "what"), [(n, what) for n, e in EXERCISES.items() for what in e.mistakes])
-def test_every_usual_mistake_is_wrong_and_named(tmp_path, number, what):
+def test_every_common_mistake_is_wrong_and_named(tmp_path, number, what):
     name = EXERCISES[number].answer.__name__
     file = tmp_path / "mine.py"
     file.write_text(
@@ -34,7 +34,7 @@ def write(tmp_path, code):
     return file
 
 
-def test_what_is_wrong_in_no_usual_way_is_measured(tmp_path):
+def test_an_uncommon_mistake_is_measured(tmp_path):
     guess = "def add_noise(x0, alpha_bar, noise): return {}"
     assert "its shape is (4, 3, 3)" in check(1, write(tmp_path, guess.format("x0[0]")))[1]
     assert "a tensor of shape" in check(1, write(tmp_path, guess.format("None")))[1]
@@ -51,7 +51,7 @@ def test_a_function_that_fails_or_changes_its_arguments_is_told_so(tmp_path):
     assert "does not run: SyntaxError" in check(1, write(tmp_path, "def add_noise(:"))[1]
 
 
-def test_what_cannot_be_checked_is_one_sentence(tmp_path):
+def test_a_file_that_cannot_be_checked_gets_one_sentence(tmp_path):
     for number, file, says in (
         (99, "mine.py", "there is no exercise 99"),
         (1, "none.py", "there is no file"),

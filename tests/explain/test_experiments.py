@@ -1,4 +1,4 @@
-"""Experiments vary what they say, keep all else, and put back what they change."""
+"""Experiments vary what they name, keep everything else, and restore what they change."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_ablation_takes_one_thing_away_at_a_time(pipe, monkeypatch):
     assert len(pictures) == 1 + 2 + 2 + 7 + 2
     assert numbers["left out"]["cat"] == distance(pictures[0], draw(pipe, ask("a")))
     assert all(value > 0 for value in numbers["layer"].values())
-    assert same(pictures[0], draw(pipe, ask("a cat")))  # all is as it was
+    assert same(pictures[0], draw(pipe, ask("a cat")))  # everything is restored
 
 
 def test_words_that_come_twice_are_taken_away_one_by_one(pipe):
@@ -230,13 +230,13 @@ def test_a_model_of_rectified_flow_is_explained_by_its_own_samplers():
     pipe = tiny(replace(TINY, schedule=replace(TINY.schedule, prediction_type="flow")))
     request = ask("", sampler=None, steps=3)
     numbers = schedule.schedule(pipe, request).numbers
-    assert numbers["crossing"] == 501  # the first at which (1 - σ)² < σ²
+    assert numbers["crossing"] == 501  # the first timestep at which (1 - σ)² < σ²
     assert numbers["timesteps"]["flow"] == pytest.approx([1000, 2000 / 3, 1000 / 3])
     assert "flow" in experiments.samplers(pipe, request).numbers
     assert experiments.steps(pipe, request, counts=(1, 2)).numbers["samplers"] == experiments.suiting(pipe)
     assert record(pipe, request).t == pytest.approx([1000, 2000 / 3, 1000 / 3])
 
 
-def test_all_else_is_kept_in_a_replaced_request():
-    request = replace(ask(), cfg=9.0)
+def test_a_replaced_request_keeps_everything_else():
+    request = replace(ask(), cfg_scale=9.0)
     assert request.seeds == [1] and request.prompts == ["a cat on a rocket"]

@@ -1,4 +1,4 @@
-"""Pictures of pictures: pixels stay what they are, texts are carried along, no file is ever half there."""
+"""Figures: pixels stay what they are, texts are carried along, and no file is ever half-written."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_two_heats_are_red_and_blue():
     assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0]
 
 
-def test_a_file_that_fails_half_way_is_not_there(tmp_path):
+def test_a_file_that_fails_half_way_does_not_exist(tmp_path):
     with pytest.raises(OSError), whole(tmp_path / "a.txt") as temporary:
         temporary.write_text("half")
         raise OSError

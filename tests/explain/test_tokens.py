@@ -1,4 +1,4 @@
-"""The tokenizer, opened: the merges that are shown are those that it makes."""
+"""The exhibit of the tokenizer shows the merges that the tokenizer makes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_token_is_shown_with_its_number():
     assert exhibit.image.width == 1100
 
 
-def test_what_is_cut_off_is_said():
+def test_a_cut_off_tail_is_reported():
     exhibit = tokens(TOKENIZER, "dog " * 60)
     assert "The last 22 of them are cut off" in exhibit.alt and len(exhibit.numbers["ids"]) == 40
 

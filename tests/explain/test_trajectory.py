@@ -1,4 +1,4 @@
-"""Every step is kept as it was, and what is written can be read."""
+"""Every step is kept as it was, and the written files can be read."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_without_guidance_there_is_none(pipe):
     assert trajectory.curves().image.size == (1000, 400)
 
 
-def test_what_is_saved_can_be_read(trajectory, tmp_path):
+def test_saved_files_can_be_read(trajectory, tmp_path):
     trajectory.save(tmp_path)
     tensors = load_file(tmp_path / "trajectory.safetensors")
     facts = json.loads((tmp_path / "trajectory.json").read_text())
@@ -67,8 +67,8 @@ def test_what_is_saved_can_be_read(trajectory, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trajectory.json", "trajectory.safetensors"]
 
 
-def test_of_many_steps_a_few_are_decoded_the_first_and_the_last_among_them(pipe):
-    trajectory = record(pipe, ask(steps=9), show=4)
+def test_a_few_of_many_steps_are_decoded_including_the_first_and_the_last(pipe):
+    trajectory = record(pipe, ask(n_inference_steps=9), show=4)
     assert trajectory.shown == [0, 3, 5, 8] and len(trajectory.shown_x_t) == len(trajectory.shown_x0) == 4
     assert len(trajectory.x0) == 9
     assert trajectory.shown_x0[1].tobytes() == pipe.decode(trajectory.x0[3:4])[0].tobytes()

@@ -1,4 +1,4 @@
-"""Attention, recorded: nothing is changed, nothing is lost, and left is left."""
+"""Recording attention changes nothing, loses nothing, and keeps left on the left."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_an_empty_prompt_shows_the_special_tokens(pipe):
     assert [name for name, _ in shown] == ["start", "end", "padding"]
 
 
-def test_what_is_not_there_is_named(pipe, attention):
+def test_a_missing_word_or_pixel_is_named(pipe, attention):
     with pytest.raises(ValueError, match="no word 'dog'; its words are a, cat, on, rocket"):
         attention.find("dog")
     with (
@@ -148,7 +148,7 @@ def test_what_is_not_there_is_named(pipe, attention):
         pass
 
 
-def test_what_is_saved_can_be_read(attention, tmp_path):
+def test_saved_files_can_be_read(attention, tmp_path):
     attention.save(tmp_path)
     tensors, facts = (
         load_file(tmp_path / "words.safetensors"),
@@ -178,11 +178,11 @@ def test_every_view_says_what_it_shows(attention):
     assert np.shape(views[3].numbers["shares"]) == (7, 2)  # layers, heads
 
 
-# Ground truth: a U-Net that does not draw, but calls its hooks with weights that are known
+# Ground truth: a U-Net that does not draw, but calls its hooks with known weights
 
 
 class Planted(UNet):
-    """The left half looks at token 1, the right half at token 2; a place looks at its mirror image."""
+    """Its left half looks at token 1, its right half at token 2, and each place at its mirror image."""
 
     def forward(self, latents: Tensor, context: Any, t: Tensor, guidance: Any = None) -> Tensor:
         words = getattr(context, "context", context).shape[1]
@@ -244,11 +244,11 @@ def test_the_minis_words_are_looked_at_where_their_things_are():
         things = foreground(picture)
         heats = [attention.heat(attention.words[place]) for place in (1, 4)]  # the thing and the colour
         ratios.append([(heat[things].mean() / heat[~things].mean()).item() for heat in heats])
-    assert min(thing for thing, _ in ratios) > 1.05  # above 1 is more on things than on the background
+    assert min(thing for thing, _ in ratios) > 1.05  # above 1: more on things than on the background
     assert all(thing > colour for thing, colour in ratios)
 
 
-# Do words find their things?
+# Whether words find their things
 
 
 def test_measures_of_a_perfect_and_of_a_blind_map():

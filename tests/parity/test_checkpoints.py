@@ -1,4 +1,4 @@
-"""Files: what diffusers wrote is read here, and the other way round, with the same results."""
+"""Files: those that diffusers wrote are read here, and the other way round, with the same results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = ModelConfig(
     unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
-# SD 2.x in small: heads of one width, linear projections, exact GELU.
+# A small SD 2.x: heads of one width, linear projections, exact GELU.
 TINY_2 = replace(
     TINY,
     clip=replace(TINY.clip, activation="gelu"),
@@ -57,7 +57,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def assert_agrees(models: dict[str, nn.Module], tokenizer: Tokenizer, config: ModelConfig, pipe) -> None:
-    """Every network, and the tokenizer, does what diffusers's does."""
+    """Asserts that every network and the tokenizer agree with diffusers's."""
     words = "a cat & a dog"
     padded = pipe.tokenizer(
         words, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
@@ -88,7 +88,7 @@ def written_here(request, tmp_path_factory) -> tuple[ModelConfig, Path]:
 
 @pytest.fixture(scope="module")
 def pipe(written_here):
-    """diffusers's pipeline on a folder written here; whatever does not fit exactly is a failure."""
+    """Opens a folder written here with diffusers's pipeline; any tensor that does not fit is a failure."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return diffusers.StableDiffusionPipeline.from_pretrained(written_here[1], local_files_only=True)
@@ -155,7 +155,7 @@ def test_half_precision_weights_of_diffusers_keep_their_bits(written_here, pipe,
 
 
 def test_text_encoders_are_read_with_and_without_their_prefix(written_here, pipe, tmp_path):
-    """transformers 4 writes `text_model.`, transformers 5 does not, and both are about."""
+    """transformers 4 writes `text_model.`, transformers 5 does not, and both are in use."""
     config, path = written_here
     with safe_open(path / "text_encoder" / "model.safetensors", "pt") as file:
         assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118

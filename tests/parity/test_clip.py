@@ -1,4 +1,4 @@
-"""The text encoder against transformers's CLIPTextModel, on random weights."""
+"""Compares the text encoder with transformers's CLIPTextModel, on random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY = CLIPConfig(vocab_size=99, context_length=20, width=48, layers=3, heads=4)
 
 
 def make_reference(config: CLIPConfig):
-    """transformers's model with weights that are all different from zero and one."""
+    """Makes transformers's model, with weights that all differ from zero and one."""
     reference = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=config.vocab_size,
@@ -48,7 +48,7 @@ def make_reference(config: CLIPConfig):
 
 
 def copy_weights(reference, config: CLIPConfig) -> CLIP:
-    """Every tensor of the reference, under our names. Written out here, apart from the converter."""
+    """Copies every tensor of the reference to our names, which are written out here without the converter."""
     theirs = {name.removeprefix("text_model."): x for name, x in reference.state_dict().items()}
     ours = {
         "embedding.token.weight": theirs.pop("embeddings.token_embedding.weight"),
@@ -113,7 +113,7 @@ def test_skip_is_the_clip_skip_of_diffusers(pair, skip: int):
 
 
 def test_the_activations_are_not_the_same_thing():
-    """Else the tests above could not tell one from the other."""
+    """Otherwise the tests above could not tell one from the other."""
     quick, exact = (replace(TINY, activation=name) for name in ("quick_gelu", "gelu"))
     reference, tokens = make_reference(quick), tokens_for(TINY)
     error = (copy_weights(reference, exact)(tokens) - reference(tokens).last_hidden_state).abs().max()
@@ -130,7 +130,7 @@ def test_sd_1_5_in_float32_and_bfloat16():
         assert_close(clip(tokens), exact.last_hidden_state, TOLERANCE)
         penultimate = reference.final_layer_norm(exact.hidden_states[-2])
         assert_close(clip(tokens, skip=1), penultimate, TOLERANCE)
-        # Both round in bfloat16, each in its own order: so each is held against float32.
+        # Both round in bfloat16, each in its own order, so each is compared with float32.
         theirs, ours = reference.bfloat16()(tokens).last_hidden_state, clip.bfloat16()(tokens)
         assert ours.dtype == theirs.dtype == torch.bfloat16
         assert_close(ours.float(), exact.last_hidden_state, TOLERANCE_BF16)

@@ -42,7 +42,7 @@ PROMPTS, SEED = ["a cat", "a dog"], 5
 
 
 def write(config: ModelConfig, path: Path, to: str = "diffusers") -> Path:
-    """A model with random weights."""
+    """Writes a model with random weights."""
     torch.manual_seed(0)
     models = {name: module.to_empty(device="cpu").eval() for name, module in build(config).items()}
     for module in models.values():
@@ -87,7 +87,7 @@ def draw_theirs(pipe: Any, steps: int, scale: float) -> np.ndarray:
 
 def assert_same(drawn: np.ndarray, expected: np.ndarray) -> None:
     assert drawn.shape == expected.shape
-    assert expected.std() > 5  # there is something to see
+    assert expected.std() > 5  # the picture is not empty
     assert (np.abs(drawn - expected) <= 1).mean() >= 0.999
 
 
@@ -101,7 +101,7 @@ def usual(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["kohya", "peft"])
 def lora(request, usual, tmp_path_factory) -> Path:
-    """As LCM-LoRAs are: for the convolutions, the times and the attention of the U-Net."""
+    """Makes a LoRA like LCM-LoRAs: for the convolutions, the times and the attention of the U-Net."""
     models = load(usual)[1]
     model = nn.ModuleDict({"clip": models["clip"], "diffusion": models["diffusion"]})
     generator = torch.Generator().manual_seed(2)
@@ -137,14 +137,14 @@ def test_the_command_line_draws_it_too(usual, lora, theirs, tmp_path, capsys):
     assert_same(np.array(Image.open(drawn)).astype(int), draw_theirs(theirs, 4, 1.5)[0])
 
 
-# A model that was distilled as a whole, and is told the guidance
+# A model that was distilled as a whole, with the guidance as an input
 
 
 LCM = replace(TINY, unet=replace(TINY.unet, guidance_width=16))
 
 
 def waves(scale: torch.Tensor, width: int) -> torch.Tensor:
-    """diffusers' embedding of the guidance, of w = s - 1."""
+    """Returns diffusers' embedding of the guidance w = s - 1."""
     embed = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding
     return embed(None, scale - 1, embedding_dim=width)
 
@@ -185,7 +185,7 @@ def test_its_second_half_is_not_computed(distilled):
     pipe.models["diffusion"].register_forward_hook(lambda *call: batches.append(len(call[-1])))
     draw_ours(pipe, 4, 8.0)
     assert batches == [len(PROMPTS)] * 4
-    # no guidance is a scale of 1, which it is told as well
+    # no guidance is a scale of 1, which is also an input
     assert np.array_equal(draw_ours(pipe, 4, 8.0, do_cfg=False), draw_ours(pipe, 4, 1.0))
 
 
@@ -238,7 +238,7 @@ def test_it_is_written_and_read_in_every_format(distilled, tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
-def test_a_file_that_says_nothing_of_itself_is_known_by_its_shapes(to, tmp_path):
+def test_a_file_without_metadata_is_recognised_by_its_shapes(to, tmp_path):
     config = replace(SD15, unet=replace(SD15.unet, guidance_width=256))
     shapes = {
         f"{net}.{key}": x for net, module in build(config).items() for key, x in module.state_dict().items()
@@ -251,5 +251,6 @@ def test_a_file_that_says_nothing_of_itself_is_known_by_its_shapes(to, tmp_path)
     assert _config_from_shapes(ours).unet == config.unet
 
 
-def test_a_usual_model_is_none():
+def test_an_ordinary_model_is_not_an_lcm():
+    assert TINY.best["sampler"] != "lcm" and LCM.best["sampler"] == "lcm"
     assert "original_inference_steps" not in config_to_diffusers(TINY)["scheduler"]

@@ -1,4 +1,4 @@
-"""LoRAs made here do in diffusers what they do here, and those made by PEFT do here what they do there."""
+"""LoRAs made here have the same effect in diffusers, and LoRAs made by PEFT have the same effect here."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ TINY = ModelConfig(
     vae=VAEConfig(channels=(16, 32), layers=1, groups=8),
     unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
 )
-# As SD 2.x and the mini have it: heads of one width, and linear layers around the transformer.
-TINY_2 = replace(TINY, unet=replace(TINY.unet, heads=(2, 4), linear_projection=True))
+# As in SD 2.x and the mini: heads of one width, and linear layers around the transformer.
+TINY_2 = replace(TINY, unet=replace(TINY.unet, head_width=16, linear_projection=True))
 
 TARGETS = {
     "attention": (ATTENTION, TEXT_ENCODER),
     "every layer": ("diffusion.*", "clip.*attention.*", "clip.*linear_*"),
-    "q and v": ("diffusion.*attention.[qv]",),  # diffusers reads no text encoder's of kohya without its `out`
+    "q and v": ("diffusion.*attention.[qv]",),  # diffusers reads kohya's text encoder only with `out`
 }
 
 
 @pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["as SD 1", "as SD 2"])
 def folder(request, tmp_path_factory) -> Path:
-    """A model with random weights, in diffusers's format."""
+    """Writes a model with random weights, in diffusers's format."""
     torch.manual_seed(0)
     models = {name: module.to_empty(device="cpu").eval() for name, module in build(request.param).items()}
     for module in models.values():
@@ -64,7 +64,7 @@ def theirs(folder) -> Any:
 
 @torch.no_grad()
 def outputs(models: Any) -> tuple[Tensor, Tensor]:
-    """Of the text encoder, (1, 16, 24), and of the U-Net, (2, 4, 6, 10): ours, or those of a pipeline."""
+    """Returns the outputs of text encoder, (1, 16, 24), and U-Net, (2, 4, 6, 10): ours or a pipeline's."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 500, (1, 16), generator=generator)
     latents, t = torch.randn(2, 4, 6, 10, generator=generator), torch.tensor([7, 801])
@@ -75,7 +75,7 @@ def outputs(models: Any) -> tuple[Tensor, Tensor]:
 
 
 def error(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
-    """The largest difference, as a share of the output's scale."""
+    """Returns the largest difference, as a share of the output's scale."""
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs))
 
 
@@ -135,7 +135,7 @@ def test_what_peft_made_is_read_here(ours, theirs, tmp_path, modules, more):
     assert error(outputs(ours), reference) < 1e-5
 
 
-def test_a_u_net_s_alone_is_read_here(ours, theirs, tmp_path):
+def test_a_lora_for_the_u_net_alone_is_read_here(ours, theirs, tmp_path):
     torch.manual_seed(3)
     theirs.unet.add_adapter(
         peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)

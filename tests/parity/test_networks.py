@@ -1,4 +1,4 @@
-"""The U-Net and the VAE against diffusers's, on random weights; and the mistakes that others made in them."""
+"""Compares the U-Net and the VAE with diffusers's, on random weights, and tests for others' mistakes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TINY_UNETS = {
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every tensor gets numbers that matter: none is all zeros or ones, as fresh norms and biases are."""
+    """Gives every tensor numbers that matter: none is all zeros or ones, as fresh norms and biases are."""
     generator = torch.Generator().manual_seed(seed)
     module.to_empty(device="cpu").requires_grad_(False).eval()
     for name, x in module.named_parameters():
@@ -71,7 +71,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> 
 
 
 def unet_pair(config: UNetConfig) -> tuple[nn.Module, nn.Module]:
-    """Ours, and diffusers's with the same weights."""
+    """Returns our U-Net, and diffusers's with the same weights."""
     with torch.device("meta"):
         ours = UNet(config)
         theirs = diffusers.UNet2DConditionModel(
@@ -236,7 +236,7 @@ def test_group_norm_has_the_eps_it_was_trained_with():
 
 @torch.inference_mode()
 def test_flat_pictures_reveal_a_wrong_eps():
-    """On a grey picture the variance is near eps, and 1e-5 instead of 1e-6 is another picture."""
+    """On a grey picture the variance is near eps, so 1e-5 instead of 1e-6 gives another picture."""
     encoder, decoder, theirs = vae_pair(TINY_VAE)
     for module in encoder, decoder, theirs:
         for name, x in module.named_parameters():

@@ -1,4 +1,4 @@
-"""The whole pipeline beside diffusers': same weights, prompt and noise, so the same picture."""
+"""Compares the whole pipeline with diffusers': the same weights, prompt and noise give the same picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY = ModelConfig(
         channels=(32, 64, 64), attention=(1, 1, 0), layers=2, heads=(4, 4, 4), context_width=32, groups=16
     ),
 )
-# Our name: its class in diffusers, and what it is told beyond the scheduler configuration that we wrote
+# Our name -> the class in diffusers, and its settings beyond the scheduler configuration that we wrote
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}),
@@ -46,7 +46,7 @@ SEED, STEPS, SCALE = 11, 10, 7.5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder of diffusers, with random weights."""
+    """Writes a folder in diffusers' format, with random weights."""
     path = tmp_path_factory.mktemp("diffusers") / "tiny"
     model_loader.save(TINY, networks(TINY, noise=0.05), path, "diffusers", Tokenizer())
     return path
@@ -86,7 +86,7 @@ def reference(theirs, sampler: str, width: int, height: int, **settings) -> np.n
 def assert_same(pictures: list, expected: np.ndarray) -> None:
     drawn = np.stack([np.array(picture) for picture in pictures]).astype(int)
     assert drawn.shape == expected.shape
-    assert expected.std() > 5  # there is something to see
+    assert expected.std() > 5  # the picture is not empty
     assert (np.abs(drawn - expected) <= 1).mean() >= 0.999
 
 

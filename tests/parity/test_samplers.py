@@ -1,4 +1,4 @@
-"""Every sampler, beside its class in diffusers, through whole loops with a made-up network.
+"""Compares every sampler with its class in diffusers, through whole loops with a made-up network.
 
 Twice: with diffusers as it is, in float32, and, much more strictly, with diffusers in float64. The latter
 runs its own code, but reads `float32` as `float64` throughout, schedule included, so that what is left is
@@ -32,7 +32,7 @@ SD15 = {
     "beta_schedule": "scaled_linear",
 }
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
-# Our name: its module and class in diffusers, and its configuration beyond SD15's
+# Our name -> the module and class in diffusers, and the configuration beyond SD15's
 REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddpm": ("ddpm", "DDPMScheduler", {"clip_sample": False, **LEADING}),
     "ddim": ("ddim", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, **LEADING}),
@@ -78,7 +78,7 @@ def _quad(f: Any, start: Any, end: Any, **_: Any) -> tuple[float]:
 
 
 def set_timesteps(scheduler: Any, n: int) -> None:
-    if "LCM" in type(scheduler).__name__:  # refuses more than 50 steps, unless told to use a finer grid
+    if "LCM" in type(scheduler).__name__:  # refuses more than 50 steps unless its grid is finer
         scheduler.set_timesteps(n, original_inference_steps=max(50, n))
     else:
         scheduler.set_timesteps(n)
@@ -109,7 +109,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def network(x: Tensor, t: Any) -> Tensor:
-    """Smooth, not linear, different at every t, and it mixes neighbours: enough to notice any mistake."""
+    """A smooth function, not linear, different at every t, which mixes neighbours: it reveals any mistake."""
     s = float(t) / 1000
     return torch.tanh((0.6 + 0.3 * s) * x) + 0.2 * torch.sin(3 * x.roll(1, -1) + 4 * s)
 
@@ -163,7 +163,7 @@ def test_equals_diffusers_in_float64(name: str, n: int, prediction_type: str, re
     mine, theirs = make_ours(name, n, prediction_type), reference(name, n, prediction_type, double=True)
     a = run_ours(mine, noise * mine.init_noise_sigma)
     b = run_theirs(name, theirs, noise * theirs.init_noise_sigma)
-    # diffusers' DDPM ends with a trace of noise, of variance 1e-20; ours, as in the paper, with none.
+    # diffusers' DDPM ends with a trace of noise, of variance 1e-20; ours ends with none, as in the paper.
     assert relative_error(a, b) < (1e-9 if name == "ddpm" else 1e-12)
 
 
@@ -227,7 +227,7 @@ def test_strength_with_pndm_and_lms_is_a_fresh_start() -> None:
     torch.testing.assert_close(first, euler.step(401, x, noise))
 
 
-# The rest of what diffusers' schedulers offer, where ours has the same
+# Other options of diffusers' schedulers that ours have too
 
 
 @pytest.mark.parametrize("name", NAMES)

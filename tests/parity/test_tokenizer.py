@@ -1,4 +1,4 @@
-"""The tokenizer against transformers's: the same ids for any text, exactly."""
+"""Compares the tokenizer with transformers's: exactly the same ids for any text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reifusion.model.tokenizer import END, START, Tokenizer, byte_letters, clip_
 
 transformers = pytest.importorskip("transformers")
 
-# What prompts are made of, and what has broken tokenizers before.
+# Parts of prompts, and texts that have broken tokenizers before.
 FRAGMENTS = [
     *(
         "a photo of a cat",
@@ -134,7 +134,7 @@ def theirs(ours: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_ids_are_the_published_ones(ours: Tokenizer):
-    """From openai/CLIP's and transformers's documentation and tests."""
+    """The ids are from the documentation and the tests of openai/CLIP and transformers."""
     assert ours.vocab_size == 49408 and (ours.start, ours.end, ours.pad) == (49406, 49407, 49407)
     assert ours.tokenize("a photo of a cat") == [320, 1125, 539, 320, 2368]
     assert ours.tokenize("a photo of a dog") == [320, 1125, 539, 320, 1929]

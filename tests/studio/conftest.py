@@ -1,4 +1,4 @@
-"""A tiny model for what needs no sense in its pictures, and the page in a real browser for what does."""
+"""A tiny model for tests that need no meaningful pictures, and the page in a real browser for the others."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """Where the studio writes its pictures."""
+    """The folder in which the studio writes its pictures."""
     return tmp_path_factory.mktemp("pictures")
 
 
 @pytest.fixture(scope="session")
 def address(folder) -> Iterator[str]:
-    """A studio that draws with the mini."""
+    """The address of a studio that draws with the mini."""
     pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
     from reifusion.studio.page import serve
 
@@ -50,7 +50,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def artifacts(tmp_path) -> Path:
-    """Where screenshots go."""
+    """The folder for screenshots."""
     folder = Path(os.environ.get("REIFUSION_ARTIFACTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -58,7 +58,7 @@ def artifacts(tmp_path) -> Path:
 
 @contextmanager
 def _opener(browser: Any, address: str) -> Iterator[Callable[[], Any]]:
-    """Opens pages; at the end, none of them may have asked another server for anything, or have failed."""
+    """Opens pages; at the end, no page may have failed, or have asked another server for anything."""
     context, wrong = browser.new_context(viewport={"width": 1280, "height": 900}), []
 
     def note(request: Any) -> None:
@@ -87,14 +87,14 @@ def open_tab(browser, address) -> Iterator[Callable[[], Any]]:
 
 @pytest.fixture(scope="module")
 def lasting_tab(browser, address) -> Iterator[Callable[[], Any]]:
-    """The same, for pages that several tests look at."""
+    """Opens pages that several tests share."""
     with _opener(browser, address) as open_page:
         yield open_page
 
 
 @pytest.fixture
 def pipe(model) -> Any:  # noqa: F811
-    """The tiny model as the studio has it."""
+    """The tiny model as the studio uses it."""
     from reifusion.studio import drawing
 
     return drawing.model(model)
@@ -102,7 +102,7 @@ def pipe(model) -> Any:  # noqa: F811
 
 @pytest.fixture
 def finish(model, tmp_path) -> Any:  # noqa: F811
-    """Draws with the tiny model, to the end -> the Drawing."""
+    """Draws with the tiny model to the end; returns the Drawing."""
     import threading
 
     from reifusion.studio.drawing import draw

@@ -22,7 +22,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 
 AUDIT = (Path(__file__).parent / "audit.js").read_text("utf-8")
-# How dark the canvas over the picture is, on average; and the words that are lit, each from 0 to 1.
+# How dark the canvas over the picture is on average, and how brightly each word is lit, from 0 to 1.
 SHADE = """() => { const c = document.querySelector('#view canvas');
     if (!c.width || !c.height) return 0;
     const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
@@ -41,7 +41,7 @@ def fill(page: Any, **fields: object) -> None:
 
 
 def draw(page: Any, **fields: object) -> Path:
-    """Draws in a page, to the end -> the picture's file."""
+    """Draws in a page to the end; returns the picture's file."""
     fill(page, **{"steps": 4, "seed": 3} | fields)
     before = page.inner_text("#status .says")
     page.click("#draw")
@@ -75,7 +75,7 @@ def value(page: Any, name: str) -> str:
 
 
 def scrub(page: Any, key: str) -> str:
-    """Moves the step slider by keyboard -> the caption that then appears."""
+    """Moves the step slider by keyboard; returns the caption that then appears."""
     before = page.inner_text("#view figcaption b")
     page.focus("#place input[type=range]")
     page.keyboard.press(key)
@@ -99,7 +99,7 @@ def test_a_picture_forms_step_by_step(open_tab):
         const image = document.querySelector('#view img'); if (image) window.seen.add(image.src);
     }).observe(document.body, {subtree: true, childList: true, attributes: true}); }""")
     carried = carried_by(draw(page, prompt="a red apple", steps=10))
-    assert page.evaluate("window.seen.size") > 3  # the noise, some of the steps at least, the picture
+    assert page.evaluate("window.seen.size") > 3  # the noise, at least some of the steps, the picture
     assert (carried["prompt"], carried["seed"], carried["steps"]) == ("a red apple", 3, 10)
 
 
@@ -199,7 +199,7 @@ def test_only_what_is_painted_changes(open_tab, artifacts):
     page.mouse.down()
     page.mouse.move(middle[0] + 12, middle[1] + 8, steps=6)
     page.mouse.up()
-    page.wait_for_timeout(500)  # … and says what was painted some time after
+    page.wait_for_timeout(500)  # … and reports what was painted some time after
     page.screenshot(path=artifacts / "studio-mask.png")
     path = draw(page, prompt="a blue fish", seed=4)
     carried, after = carried_by(path), pixels(path)
@@ -219,7 +219,7 @@ def test_cancel_ends_it_soon_and_the_next_picture_is_drawn(open_tab):
     wait(page, "^Stopped after step \\d+ of 100")
     assert int(re.findall(r"\d+", page.inner_text("#status .says"))[0]) < 100
     assert scrub(page, "ArrowLeft").startswith("step ")
-    assert value(page, "command") == ""  # no command repeats what was stopped
+    assert value(page, "command") == ""  # no command repeats a stopped drawing
     draw(page, prompt="a tree")
 
 
@@ -257,7 +257,7 @@ def test_another_model_is_loaded_by_its_path(open_tab, model):
     fill(page, model=model)
     page.click("#load")
     wait(page, "^Loaded tiny, for pictures of 64x64")
-    assert (value(page, "cfg"), value(page, "steps")) == ("7.5", "25")  # the best for it, not for the mini
+    assert (value(page, "cfg"), value(page, "steps")) == ("7.5", "25")  # its own best, not the mini's
     path = draw(page, prompt="a cat")
     assert carried_by(path)["model"] == model and Image.open(path).size == (64, 64)
 
@@ -316,7 +316,7 @@ def test_a_picture_of_the_gallery_gives_its_settings_back(open_tab):
     assert DEFAULT["sampler_name"] in page.inner_text("#facts")
 
 
-def test_all_is_done_by_keyboard(open_tab):
+def test_everything_can_be_done_by_keyboard(open_tab):
     page = open_tab()
     page.focus("#prompt textarea, #prompt input")
     page.keyboard.press("Tab")

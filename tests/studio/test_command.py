@@ -1,4 +1,4 @@
-"""`reifusion studio`: what is wrong is one sentence, before a page opens."""
+"""`reifusion studio`: wrong input gets one sentence, before a page opens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
     assert capsys.readouterr() == ("", said)
 
 
-def test_what_is_no_model_is_found_before_the_page_opens(monkeypatch, capsys, tmp_path):
+def test_a_source_that_is_no_model_is_refused_before_the_page_opens(monkeypatch, capsys, tmp_path):
     pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["studio", "--no-browser", "--model", "nowhere.safetensors"]) == 2

@@ -1,4 +1,4 @@
-"""Drawing for several pages: what is kept, that it is the same picture, that it ends when told to."""
+"""Drawing for several pages: the right steps are kept, the picture is the same, and it stops when told to."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_watching_changes_nothing_and_every_step_is_kept(pipe, finish):
     assert [word.text for word in drawing.attention.words] == ["a", "cat", "on", "a", "dog"]
 
 
-def test_of_many_steps_some_are_decoded_the_first_and_the_last_among_them(finish):
-    drawing = finish(request(steps=60))
+def test_some_of_many_steps_are_decoded_including_the_first_and_the_last(finish):
+    drawing = finish(request(n_inference_steps=60))
     steps = [frame.step for frame in drawing.frames[1:-1]]
     assert len(steps) == drawing_module.MOST and steps[0] == 0 and steps[-1] == 59 == drawing.total - 1
 
@@ -61,8 +61,8 @@ def test_stopping_keeps_what_is_there_and_writes_nothing(model, tmp_path):
     assert drawing.path is None and not (tmp_path / "out").exists() and len(drawing.frames) > 3
 
 
-def test_who_leaves_does_not_keep_the_model(model, tmp_path, finish):
-    watching: Any = draw(request(steps=1000), model, tmp_path, threading.Event())
+def test_a_page_that_leaves_does_not_keep_the_model(model, tmp_path, finish):
+    watching: Any = draw(request(n_inference_steps=1000), model, tmp_path, threading.Event())
     next(watching)
     watching.close()
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a drawing looks like: its words with their heat, the schedule, the equations of each stage."""
+"""The views of a drawing: its words with their heat, the schedule, the equations of each stage."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def test_each_stage_shows_its_own_equations(drawing):
     assert "def to_picture" in end
 
 
-def test_without_guidance_nothing_is_said_of_it(finish):
-    drawing = finish(Request("a cat", seed=3, sampler="ddim", steps=2, cfg=1))
+def test_without_guidance_nothing_mentions_it(finish):
+    drawing = finish(Request("a cat", seed=3, sampler_name="ddim", n_inference_steps=2, cfg_scale=1))
     assert "Salimans 2022" not in happens(drawing, 1) and "Song et al. 2021" in happens(drawing, 1)
 
 

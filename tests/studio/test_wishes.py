@@ -1,4 +1,4 @@
-"""From the fields of the page to a request, and from a picture's settings to what repeats it."""
+"""From the fields of the page to a request, and from a picture's settings to the command that repeats it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_cannot_be_drawn_is_one_sentence(wrong, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_painted_is_redrawn_and_without_paint_all_is():
+def test_the_painted_part_is_redrawn_and_without_paint_everything_is():
     redraw = np.asarray(ask(**FIELDS | {"start": editor()}).redraw)
     assert redraw[16:48, 16:48].min() == 255 and redraw.sum() == 255 * 32 * 32
     request = ask(**FIELDS | {"start": editor(painted=None)})
@@ -106,7 +106,7 @@ def test_any_text_and_number_survive_the_shell_and_python(text, cfg):
     assert repr(text) in as_python(settings) and f"cfg={cfg!r}" in as_python(settings)
 
 
-def test_strength_is_said_only_where_it_counts():
+def test_strength_is_given_only_where_it_counts():
     assert "strength" not in as_command(SETTINGS) + as_python(SETTINGS)
     begun = SETTINGS | {"init_image": "a b.png"}
     assert "--strength=0.8" in as_command(begun) and "'--init-image=a b.png'" in as_command(begun)
