@@ -136,7 +136,7 @@ def sheet(drawn: Mapping[str, Sequence[Image.Image]], side: int = 96) -> Image.I
 
 def measure_steps(rounds: int, quick: bool) -> tuple[list[Row], dict[str, float]]:
     """Returns the times of one step with guidance for each shortcut, and the networks' sizes in MB."""
-    config = UNetConfig(channels=(64, 128), attention=(True, True)) if quick else SD15.unet
+    config = UNetConfig(channels=(64, 128), attention=(1, 1)) if quick else SD15.unet
     dtype = reifusion.load().dtype
     unet = random_unet(config).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     small = copy.deepcopy(unet)

@@ -238,5 +238,5 @@ def test_a_model_of_rectified_flow_is_explained_by_its_own_samplers():
 
 
 def test_a_replaced_request_keeps_everything_else():
-    request = replace(ask(), cfg_scale=9.0)
+    request = replace(ask(), cfg=9.0)
     assert request.seeds == [1] and request.prompts == ["a cat on a rocket"]

@@ -68,7 +68,7 @@ def test_saved_files_can_be_read(trajectory, tmp_path):
 
 
 def test_a_few_of_many_steps_are_decoded_including_the_first_and_the_last(pipe):
-    trajectory = record(pipe, ask(n_inference_steps=9), show=4)
+    trajectory = record(pipe, ask(steps=9), show=4)
     assert trajectory.shown == [0, 3, 5, 8] and len(trajectory.shown_x_t) == len(trajectory.shown_x0) == 4
     assert len(trajectory.x0) == 9
     assert trajectory.shown_x0[1].tobytes() == pipe.decode(trajectory.x0[3:4])[0].tobytes()

@@ -30,7 +30,7 @@ TINY = ModelConfig(
     unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
 )
 # As in SD 2.x and the mini: heads of one width, and linear layers around the transformer.
-TINY_2 = replace(TINY, unet=replace(TINY.unet, head_width=16, linear_projection=True))
+TINY_2 = replace(TINY, unet=replace(TINY.unet, heads=(2, 4), linear_projection=True))
 
 TARGETS = {
     "attention": (ATTENTION, TEXT_ENCODER),

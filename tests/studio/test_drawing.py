@@ -35,7 +35,7 @@ def test_watching_changes_nothing_and_every_step_is_kept(pipe, finish):
 
 
 def test_some_of_many_steps_are_decoded_including_the_first_and_the_last(finish):
-    drawing = finish(request(n_inference_steps=60))
+    drawing = finish(request(steps=60))
     steps = [frame.step for frame in drawing.frames[1:-1]]
     assert len(steps) == drawing_module.MOST and steps[0] == 0 and steps[-1] == 59 == drawing.total - 1
 
@@ -62,7 +62,7 @@ def test_stopping_keeps_what_is_there_and_writes_nothing(model, tmp_path):
 
 
 def test_a_page_that_leaves_does_not_keep_the_model(model, tmp_path, finish):
-    watching: Any = draw(request(n_inference_steps=1000), model, tmp_path, threading.Event())
+    watching: Any = draw(request(steps=1000), model, tmp_path, threading.Event())
     next(watching)
     watching.close()
     started = time.monotonic()
