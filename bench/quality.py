@@ -440,14 +440,9 @@ def main(arguments: list[str] | None = None) -> int:
         return write_card((given.out or Path("bench")) / "quality.json")
     try:
         pipe = load(given.model)
-        best = pipe.config.best
-        best |= {name: value for name in best if (value := getattr(given, name)) is not None}
-        settings = {
-            "sampler": best["sampler"],
-            "steps": best["steps"],
-            "cfg": best["cfg"],
-        }
-        Request("a cat", **settings).sampler(pipe.config)
+        asked = Request("a cat", sampler=given.sampler, steps=given.steps, cfg=given.cfg)
+        fitted = asked.for_model(pipe.config)
+        settings = {name: getattr(fitted, name) for name in ("sampler", "steps", "cfg")}
     except ValueError as error:
         parser.error(str(error))
     try:

@@ -118,7 +118,8 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
 
 
-def make_ours(name: str, n: int, **more: Any) -> Sampler:
+def make_ours(name: str, n: int, prediction_type: str | None = None, **more: Any) -> Sampler:
+    more |= {} if prediction_type is None else {"prediction_type": prediction_type}
     sampler = SAMPLERS[name](generators(), **more)
     sampler.set_inference_timesteps(n)
     return sampler
