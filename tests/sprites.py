@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from reifusion.train import data
-from reifusion.train.data import STYLES
+from reifusion.train.mini.sprites import STYLES, sprites_path
 
 NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
 
@@ -34,5 +33,5 @@ def prepared(folder: Path, nouns: Sequence[str] = NOUNS, eye: bool = False, brig
     records = [{"subject": n, "style": style, "synonyms": [f"{n} two"], **common} for n, style in pairs]
     pixels = np.stack([disc(tuple(rng.integers(40, brightest, 3)), eye) for _ in pairs])
     folder.mkdir(exist_ok=True)
-    save_file({"pictures": pixels}, data.prepared_path(folder), metadata={"pictures": json.dumps(records)})
+    save_file({"pictures": pixels}, sprites_path(folder), metadata={"pictures": json.dumps(records)})
     return folder

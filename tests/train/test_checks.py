@@ -123,19 +123,19 @@ def test_model_that_cannot_learn_is_an_error(tiny, monkeypatch):
     monkeypatch.setattr(
         TextToImage, "forward", lambda self, x, tokens, t: x * self.diffusion.conv_out.bias[0]
     )
-    with pytest.raises(TrainingError, match=r"from .* to .* in 500 steps, and not to nearly 0"):
+    with pytest.raises(TrainingError, match=r"from .* to .* in 500 steps, not to nearly 0"):
         checks.overfit_one(read("text2image"))
 
 
 def test_overfitting_sees_the_same_batch_and_noise_at_every_step():
     seen = []
 
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         seen.append((step, torch.rand(1, generator=generator).item(), part.count))
         return network(torch.ones(1, 1)).pow(2).sum(), {}
 
     torch.manual_seed(0)
-    curve = checks.overfit(nn.Linear(1, 1), loss, lr=0.1)
+    curve = checks.overfit(nn.Linear(1, 1), objective, lr=0.1)
     assert len(set(seen)) == 1 and len(curve) == len(seen) < 500
     assert curve[-1] <= curve[0] / 20 and min(curve[:-1]) > curve[0] / 20
 
@@ -149,14 +149,14 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
     model[0].bias.requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
 
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         time.sleep(0.05)
         x = part.of(torch.randn(32, 64, generator=generator))
         return network(x).pow(2).mean(), {"samples": float(len(x))}
 
     for muon, states in ((False, 2), (True, 1)):
         config = LoopConfig(steps=1000, muon=muon, mixed_precision="no")
-        found = checks.cost(model, loss, config)
+        found = checks.cost(model, objective, config)
         weights, biases = 2 * 64 * 128, 64
         assert found.parameters == weights + biases + 128 and found.trained == weights + biases
         assert found.memory["weights"] == 4 * found.parameters

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from reifusion.train.critic import Critic, fool, judge
-from reifusion.train.vae import gradients
+from reifusion.train.vae import differences
 
 SMALL = (4, 8)  # channels of a critic that is quick to test
 
@@ -174,7 +174,7 @@ def test_critic_learns_to_see_blur_and_its_gradient_takes_blur_away():
     stepped = (blurred - 0.1 * gradient / gradient.abs().amax((1, 2, 3), keepdim=True)).detach()
 
     def edges(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([g.pow(2).sum((1, 2, 3)) for g in gradients(x)]).sum(0)  # (B,)
+        return torch.stack([g.pow(2).sum((1, 2, 3)) for g in differences(x)]).sum(0)  # (B,)
 
     grown = (edges(stepped) - edges(blurred)) / (edges(sharp) - edges(blurred))
     assert grown.min() > 0.01

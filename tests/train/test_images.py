@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reifusion.train.data import DataError
-from reifusion.train.images import Item, Pictures, open_pictures, some, to_rgb
+from reifusion.train.images import DataError, Item, Pictures, open_pictures, some, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -199,7 +198,7 @@ def test_without_a_network_a_hub_id_is_one_clear_sentence(monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        DataError, match="owner/name is no file or folder here, and the hub could not give it"
+        DataError, match="owner/name is not a file or folder here, and the hub could not provide it"
     ) as error:
         open_pictures("owner/name")
     assert "\n" not in str(error.value)
@@ -235,7 +234,7 @@ def test_what_the_metadata_forgets_is_named(tmp_path: Path) -> None:
     message = str(caught[0].message)
     assert "1 of 3 pictures cannot be read and are left out: " in message and "gone.png" in message
     assert "1 of 3 pictures have no caption: c.png" in message
-    assert "2 other pictures there are not part of it: new.png, phone.heic" in message
+    assert "2 other pictures there are not used: new.png, phone.heic" in message
     assert captions(pictures) == {"a.png": ("a",), "c.png": ("",)}
 
 
@@ -254,7 +253,7 @@ def test_a_picture_that_breaks_off_is_named_where_it_is_used(tmp_path: Path, end
     pictures = open_pictures(tmp_path)
     with pytest.raises(DataError, match=f"the picture b.{end} cannot be read: "):
         pictures[1]
-    with pytest.warns(UserWarning, match="such pictures are passed over") as caught:
+    with pytest.warns(UserWarning, match="such pictures are skipped") as caught:
         batch = pictures.pixel_batch(torch.Generator().manual_seed(0), 50, 8)
     assert len(caught) == 1 and torch.equal(
         batch, torch.tensor(RED).view(1, 3, 1, 1).expand(50, 3, 8, 8) / 127.5 - 1
@@ -264,7 +263,7 @@ def test_a_picture_that_breaks_off_is_named_where_it_is_used(tmp_path: Path, end
 @pytest.mark.parametrize(
     "files, options, message",
     [
-        (None, {}, "is not there"),
+        (None, {}, "does not exist"),
         ({"notes.md": "x"}, {}, "holds no .* pictures"),
         ({"a.png": b"x", "b.png": b""}, {}, "no pictures in .*: a.png, b.png cannot be read"),
         ({"a.png": png(), "b.tar": b"x"}, {}, "both imagefolder and webdataset"),

@@ -16,15 +16,16 @@ from PIL import Image
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.loop import LoopConfig, processes, train
+from reifusion.train.mini.material import random_pictures
 from reifusion.train.text2image import (
     Latents,
     TextToImage,
     TextToImageTraining,
+    denoising_objective,
     forward_process,
     train_text2image,
-    training_loss,
 )
-from reifusion.train.vae import VAE, VAETraining, random_pictures, train_vae
+from reifusion.train.vae import VAE, VAETraining, train_vae
 
 TINY = ModelConfig(
     name="tiny",
@@ -74,14 +75,16 @@ def vae(folder: Path, **more) -> None:
 def outcome(folder: Path, trouble) -> str:
     """How a run ends in which something happens in one of the processes at step 2."""
     torch.manual_seed(0)
-    inner = training_loss(some_data(), EMPTY, forward_process(TINY.schedule), TextToImageTraining(batch=8))
+    inner = denoising_objective(
+        some_data(), EMPTY, forward_process(TINY.schedule), TextToImageTraining(batch=8)
+    )
 
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         value, figures = inner(network, step, generator, part)
         return trouble(value) if step == 2 and part.index == 1 else value, figures
 
     try:
-        train(TextToImage(TINY), loss, loop(), folder)
+        train(TextToImage(TINY), objective, loop(), folder)
     except (KeyboardInterrupt, TrainingError) as error:
         return f"{type(error).__name__} {error}"
     return "done"

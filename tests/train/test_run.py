@@ -13,6 +13,7 @@ from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VA
 from reifusion.model.model_loader import ModelError, build, info, save
 from reifusion.train import run
 from reifusion.train.__main__ import main
+from reifusion.train.vae_file import load_vae, save_vae
 from tests.sprites import NOUNS, prepared
 
 # As large as SD 1.5 where its recipes care, and small elsewhere.
@@ -157,8 +158,8 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):
         (["sharpen"], 2, "needs a trained VAE"),
         (["sharpen", f"start={tmp_path}/none.safetensors"], 2, "none.safetensors"),
         (["lora", "data=emoji"], 1, "your own pictures"),
-        (["lora", f"data={tmp_path}/nothing"], 1, "is not there"),
-        (["lora", f"data={pictures}", "targets=['nowhere']"], 2, "no layer is named like 'nowhere'"),
+        (["lora", f"data={tmp_path}/nothing"], 1, "does not exist"),
+        (["lora", f"data={pictures}", "targets=['nowhere']"], 2, "no layer matches 'nowhere'"),
     ):
         assert main([*arguments, f"folder={tmp_path}/run"]) == code, arguments
         error = capsys.readouterr().err.strip().splitlines()
@@ -166,9 +167,9 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):
 
 
 def test_a_vae_is_read_from_its_own_file_and_out_of_a_model(tmp_path):
-    vae = run.load_vae("mini", reifusion.load().config)
-    run.save_vae(vae, tmp_path / "vae.safetensors")
-    again = run.load_vae(str(tmp_path / "vae.safetensors"), reifusion.load().config)
+    vae = load_vae("mini", reifusion.load().config)
+    save_vae(vae, tmp_path / "vae.safetensors")
+    again = load_vae(str(tmp_path / "vae.safetensors"), reifusion.load().config)
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
     with pytest.raises(ModelError, match="other sizes"):
-        run.load_vae(str(tmp_path / "vae.safetensors"), SMALL_MINI)
+        load_vae(str(tmp_path / "vae.safetensors"), SMALL_MINI)

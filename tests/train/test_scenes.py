@@ -7,9 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reifusion.train import data, scenes
-from reifusion.train.data import STYLES
-from reifusion.train.scenes import COLOURS, DYES, KINDS, POSITIONS, Scene, SceneConfig, Sprites, compose
+from reifusion.train.mini import scenes
+from reifusion.train.mini.scenes import COLOURS, DYES, KINDS, POSITIONS, Scene, SceneConfig, Sprites, compose
+from reifusion.train.mini.sprites import (
+    STYLES,
+    SpriteRecord,
+    held_out_colour,
+    held_out_style,
+    training_sprites,
+)
 from tests.sprites import NOUNS, disc, prepared
 
 ONLY = {kind: SceneConfig(**{k: float(k == kind) for k in KINDS}, combine=0.0) for kind in KINDS}
@@ -25,7 +31,7 @@ def nearest(lab: np.ndarray, names: list[str]) -> str:
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
     """From a prepared file that holds every style of every noun, held out or not."""
     folder = prepared(tmp_path_factory.mktemp("cache"))
-    return Sprites(*data.pictures(folder))
+    return Sprites(*training_sprites(folder))
 
 
 def scene(sprites: Sprites, i: int, kind: str) -> Scene:
@@ -38,10 +44,10 @@ def test_scenes_never_show_a_held_out_pair(sprites: Sprites) -> None:
     for i in range(3000):
         tags = compose(np.random.default_rng([0, i]), sprites, config).tags
         for subject, colour in zip(tags["subjects"], tags["colours"], strict=True):
-            assert not data.held_out_style(subject, tags["style"])
-            assert not (colour and data.held_out_colour(subject, colour))
+            assert not held_out_style(subject, tags["style"])
+            assert not (colour and held_out_colour(subject, colour))
             shown |= {(subject, tags["style"]), (subject, colour)}
-    styles = {(noun, style) for noun in NOUNS for style in STYLES if data.held_out_style(noun, style)}
+    styles = {(noun, style) for noun in NOUNS for style in STYLES if held_out_style(noun, style)}
     assert styles and len(shown) > 400  # there was something to hold out, and enough was drawn to find it
 
 
@@ -122,7 +128,7 @@ def test_dyeing_leaves_white_eyes_white() -> None:
      ("girl", "person", False), ("rainbow", "sky-weather", False)],
 )  # fmt: skip
 def test_what_can_be_dyed(subject: str, category: str, can: bool) -> None:
-    assert scenes.can_be_dyed(data.Picture(subject, "3d", category, (), (), "", "MIT")) == can
+    assert scenes.can_be_dyed(SpriteRecord(subject, "3d", category, (), (), "", "MIT")) == can
 
 
 def test_oklab_round_trip_is_exact() -> None:

@@ -8,18 +8,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reifusion.model.config import VAEConfig
-from reifusion.train.loop import LoopConfig, Part, rng
+from reifusion.train.loop import BatchPart, LoopConfig, rng
+from reifusion.train.mini.material import random_pictures
 from reifusion.train.vae import (
     VAE,
     VAETraining,
-    gradients,
+    differences,
     kl,
     normalise_latents,
-    random_pictures,
+    reconstruction_objective,
     side_by_side,
     terms,
     train_vae,
-    training_loss,
 )
 
 TINY = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0)
@@ -72,15 +72,15 @@ def test_normalising_latents_leaves_the_round_trip_as_it_was(draw):
 @pytest.mark.parametrize("step", [0, 5, 9])  # crops; with edges; whole pictures
 def test_parts_together_have_the_loss_and_gradient_of_the_whole(draw, step):
     training = VAETraining(loop=LoopConfig(steps=10), batch=8, crop=8)
-    step_loss = training_loss(draw, 16, TINY, training)
+    objective = reconstruction_objective(draw, 16, TINY, training)
     torch.manual_seed(0)
     vae = VAE(TINY)
 
     def run(parts):
-        value = torch.stack([step_loss(vae, step, rng(0, step), part)[0] for part in parts]).mean()
+        value = torch.stack([objective(vae, step, rng(0, step), part)[0] for part in parts]).mean()
         return value.item(), torch.autograd.grad(value, list(vae.parameters()))
 
-    whole, parts = run([Part()]), run([Part(0, 2), Part(1, 2)])
+    whole, parts = run([BatchPart()]), run([BatchPart(0, 2), BatchPart(1, 2)])
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
     for one, other in zip(whole[1], parts[1], strict=True):
         assert (one - other).norm() <= 1e-4 * one.norm() + 1e-6
@@ -115,7 +115,7 @@ def test_kl_is_that_of_two_normal_distributions():
 
 def test_gradients_of_a_flat_picture_are_zero_and_of_a_ramp_constant():
     ramp = torch.arange(5.0).expand(1, 1, 4, 5)
-    across, down = gradients(ramp)
+    across, down = differences(ramp)
     assert torch.equal(across, torch.ones(1, 1, 4, 4))
     assert torch.equal(down, torch.zeros(1, 1, 3, 5))
 

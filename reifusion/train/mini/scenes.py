@@ -2,7 +2,7 @@
 
 `compose` places one or two sprites, some of them dyed, on a background, and `caption` says in words what
 is there. `build_bank` does that many times and keeps the scenes in a folder; to see some, run
-`python -m reifusion.train.scenes --sheet scenes.png`.
+`python -m reifusion.train.mini.scenes --sheet scenes.png`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .data import LOOKS, SIDE, STYLES, Picture, held_out_colour, pictures
+from .sprites import LOOKS, SIDE, STYLES, SpriteRecord, held_out_colour, training_sprites
 from .subjects import COLOUR_WORDS, NO_DYE, NO_MIRROR, noun_phrase
 
 # Colours as a person names them: all for backgrounds, all but black for dyeing subjects.
@@ -73,7 +73,7 @@ PRAISE = ("highly detailed", "ultra sharp", "beautiful", "cinematic", "4k", "8k"
 class Sprites:
     """The pictures, found by subject and style."""
 
-    def __init__(self, pixels: np.ndarray, records: list[Picture]):
+    def __init__(self, pixels: np.ndarray, records: list[SpriteRecord]):
         self.pixels = pixels  # (N, SIDE, SIDE, 4) uint8
         self.index: dict[str, dict[str, int]] = {}  # subject -> style -> place in pixels
         self.synonyms = {picture.subject: picture.synonyms for picture in records}
@@ -86,7 +86,7 @@ class Sprites:
         return self.pixels[self.index[subject][style]]
 
 
-def can_be_dyed(picture: Picture) -> bool:
+def can_be_dyed(picture: SpriteRecord) -> bool:
     """Not a "black cat" or an "orange", which have a colour in their names; nor people and their hands."""
     names = " ".join((picture.subject, *picture.synonyms))
     coloured = picture.subject in NO_DYE or bool(COLOUR_WORDS & set(names.split()))
@@ -323,7 +323,7 @@ def build_bank(
 
     Scene i depends on (seed, i) alone, so a longer bank begins with the shorter one.
     """
-    sprites = sprites or Sprites(*pictures())
+    sprites = sprites or Sprites(*training_sprites())
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".images.{os.getpid()}"
     images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, SIDE, SIDE, 3))
@@ -345,7 +345,7 @@ def load_bank(folder: Path) -> tuple[np.ndarray, list[str]]:
     return np.load(folder / "images.npy", mmap_mode="r"), [scene["caption"] for scene in scenes]
 
 
-def sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
+def scene_sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
     """A contact sheet: every scene above its caption."""
     cell, text = SIDE + 8, 36
     page = Image.new("RGB", (columns * cell, -(-len(scenes) // columns) * (cell + text)), "gainsboro")
@@ -358,16 +358,18 @@ def sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m reifusion.train.scenes", description="Shows training scenes.")
+    parser = argparse.ArgumentParser(
+        "python -m reifusion.train.mini.scenes", description="Shows training scenes."
+    )
     parser.add_argument("--sheet", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shares = {kind: float(kind == args.kind) for kind in KINDS} if args.kind else {}
-    sprites, config = Sprites(*pictures()), SceneConfig(**shares)
+    sprites, config = Sprites(*training_sprites()), SceneConfig(**shares)
     scenes = [compose(np.random.default_rng([args.seed, i]), sprites, config) for i in range(args.count)]
-    sheet(scenes).save(args.sheet)
+    scene_sheet(scenes).save(args.sheet)
 
 
 if __name__ == "__main__":

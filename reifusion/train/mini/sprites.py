@@ -24,7 +24,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ..files import whole
+from ...files import whole
+from ..images import DataError
 from .subjects import CHOSEN, COLOUR_WORDS, ODD_LABELS, parse_choice
 
 SIDE, BOX = 128, 112  # pixels: a sprite, and the square inside it that its subject fills
@@ -49,12 +50,8 @@ STYLES = {
 LOOKS = {"3d": "3d", "glossy": "3d", "cartoon": "cartoon", "flat": "flat"}
 
 
-class DataError(RuntimeError):
-    """The pictures cannot be had; the message says why in one sentence."""
-
-
 @dataclass(frozen=True)
-class Picture:
+class SpriteRecord:
     """What is known of one sprite."""
 
     subject: str  # "car"
@@ -101,7 +98,7 @@ def _npm_pack(package: str, sha256: str, archive: Path) -> None:
         os.replace(files[0], archive)
 
 
-def _read(archive: Path, *folders: str) -> dict[str, bytes]:
+def read_package(archive: Path, *folders: str) -> dict[str, bytes]:
     """The files of a package under the given paths. Nothing is unpacked to disk, so nothing can escape."""
     with tarfile.open(archive) as tar:
         return {
@@ -114,7 +111,7 @@ def _read(archive: Path, *folders: str) -> dict[str, bytes]:
 # ---- sprites ----------------------------------------------------------------------------------------------
 
 
-def choose(emojibase: list[dict[str, Any]], subgroups: dict[str, str]) -> Iterator[tuple[str, Picture]]:
+def choose(emojibase: list[dict[str, Any]], subgroups: dict[str, str]) -> Iterator[tuple[str, SpriteRecord]]:
     """Emojibase's list -> (hex code, a picture yet without style) for every subject."""
     chosen = {name: parse_choice(text) for name, text in CHOSEN.items()}
     for emoji in emojibase:
@@ -139,7 +136,7 @@ def choose(emojibase: list[dict[str, Any]], subgroups: dict[str, str]) -> Iterat
         keywords = tuple(emoji.get("tags", ()))
         yield (
             emoji["hexcode"],
-            Picture(names[0], "", category, tuple(names[1:]), keywords, emoji["emoji"], ""),
+            SpriteRecord(names[0], "", category, tuple(names[1:]), keywords, emoji["emoji"], ""),
         )
 
 
@@ -158,7 +155,7 @@ def _svg(icons: dict[str, Any], name: str) -> str:
 
 def drawings(archive: Path, named: Path | None = None) -> Callable[[str], Image.Image | None]:
     """code -> its drawing in a package, if it has one; a set may be `named` by that of another style."""
-    files = _read(archive, "assets/", "icons.json")
+    files = read_package(archive, "assets/", "icons.json")
     if "icons.json" not in files:
 
         def render(code: str) -> Image.Image | None:
@@ -171,7 +168,7 @@ def drawings(archive: Path, named: Path | None = None) -> Callable[[str], Image.
     except ImportError as error:
         raise DataError("drawing the training pictures needs the package resvg-py") from error
     icons = json.loads(files["icons.json"])
-    names = json.loads(_read(named or archive, "chars.json")["chars.json"])
+    names = json.loads(read_package(named or archive, "chars.json")["chars.json"])
 
     def vector(code: str) -> Image.Image | None:
         name = names.get(code)
@@ -211,19 +208,19 @@ def to_sprite(image: Image.Image) -> np.ndarray:
     return np.asarray(sprite)
 
 
-def prepared_path(cache_dir: Path) -> Path:
+def sprites_path(cache_dir: Path) -> Path:
     """Named after the recipe, so a changed recipe is cooked again."""
     recipe = json.dumps([PACKAGES, CHOSEN, sorted(ODD_LABELS), SIDE, BOX])
     return cache_dir / f"pictures-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.safetensors"
 
 
-def prepare(cache_dir: Path) -> Path:
+def render_sprites(cache_dir: Path) -> Path:
     """Fetches, chooses and renders; returns the one file that everything else reads."""
-    path = prepared_path(cache_dir)
+    path = sprites_path(cache_dir)
     if path.exists():
         return path
     archives = fetch(cache_dir)
-    base = _read(archives[EMOJIBASE], "en/data.json", "meta/groups.json")
+    base = read_package(archives[EMOJIBASE], "en/data.json", "meta/groups.json")
     find = styles(archives)
     sprites, pictures = [], []
     subgroups = json.loads(base["meta/groups.json"])["subgroups"]
@@ -243,12 +240,13 @@ def prepare(cache_dir: Path) -> Path:
     return path
 
 
-def _load(cache_dir: Path | None) -> tuple[np.ndarray, list[Picture]]:
-    with safe_open(prepare(cache_dir or default_cache()), "numpy") as file:
+def _load(cache_dir: Path | None) -> tuple[np.ndarray, list[SpriteRecord]]:
+    with safe_open(render_sprites(cache_dir or default_cache()), "numpy") as file:
         fields = json.loads(file.metadata()["pictures"])
         pixels = file.get_tensor("pictures")
     return pixels, [
-        Picture(**f | {"synonyms": tuple(f["synonyms"]), "keywords": tuple(f["keywords"])}) for f in fields
+        SpriteRecord(**f | {"synonyms": tuple(f["synonyms"]), "keywords": tuple(f["keywords"])})
+        for f in fields
     ]
 
 
@@ -270,17 +268,17 @@ def _hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
+def training_sprites(cache_dir: Path | None = None) -> tuple[np.ndarray, list[SpriteRecord]]:
     """The sprites to train on, (N, 128, 128, 4) uint8 RGBA, and what each shows."""
     return _select(cache_dir, held_out=False)
 
 
-def held_out_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
+def held_out_sprites(cache_dir: Path | None = None) -> tuple[np.ndarray, list[SpriteRecord]]:
     """The sprites of `held_out_style`, for validation."""
     return _select(cache_dir, held_out=True)
 
 
-def _select(cache_dir: Path | None, held_out: bool) -> tuple[np.ndarray, list[Picture]]:
+def _select(cache_dir: Path | None, held_out: bool) -> tuple[np.ndarray, list[SpriteRecord]]:
     pixels, records = _load(cache_dir)
     chosen = [i for i, p in enumerate(records) if held_out_style(p.subject, p.style) == held_out]
     return pixels[chosen], [records[i] for i in chosen]
