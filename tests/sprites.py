@@ -15,7 +15,7 @@ NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing 
 
 
 def disc(rgb: tuple[int, int, int], eye: bool = False) -> np.ndarray:
-    """A disc of one colour with a soft shade, and a white eye if asked for -> (128, 128, 4) uint8."""
+    """Draws a softly shaded disc, with a white eye if `eye` is True -> (128, 128, 4) uint8."""
     y, x = np.mgrid[-1:1:128j, -1:1:128j]
     sprite = np.zeros((128, 128, 4), np.uint8)
     sprite[..., :3] = (np.array(rgb) * (0.9 + 0.1 * x[..., None])).astype(np.uint8)

@@ -104,7 +104,7 @@ def cost(
     samples = figures["samples"]
     alone = in_mixed_precision(model, config, accelerator.device)
     share = samples / (config.accumulate * accelerator.num_processes)  # samples in a part of the batch
-    # Nothing is recomputed while `kept` measures, so a whole part may not fit into memory; one sample does.
+    # Nothing is recomputed while `kept` measures, so a whole part may not fit into memory; one sample will.
     some = 1.0 if unet is not None else share
     part = BatchPart(0, round(samples / some), accelerator.device)
     rows = [] if unet is None else [*unet.down, unet.middle, *unet.up]

@@ -92,7 +92,7 @@ def rng(seed: int, step: int) -> torch.Generator:
 
 @contextmanager
 def stop_asked() -> Iterator[Callable[[], bool]]:
-    """Yields a function that is True once Ctrl-C or SIGTERM came: to be asked between two whole steps."""
+    """Yields a function that returns True once Ctrl-C or SIGTERM has come, to be asked between steps."""
     asked: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():  # only this thread receives signals

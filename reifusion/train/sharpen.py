@@ -27,7 +27,7 @@ class Sharpening:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=7_000, lr=5e-4, decay=0.5))
     batch: int = 8  # whole pictures per step
     edges: float = 1.0  # weight of the error in the differences of neighbouring pixels
-    critic: float = 0.1  # weight of the critic's opinion: much sharper, at the cost of a little PSNR
+    critic: float = 0.1  # weight of the critic's opinion: sharper, at the cost of a little PSNR
     matching: float = 2.0  # weight of the distance of the critic's features: a little sharper, at no cost
     critic_by: float = 0.1  # share of the steps in which both weights rise from 0: the critic learns first
 

@@ -1,4 +1,4 @@
-"""Buckets, and latents that are made once."""
+"""Buckets, and latents that are encoded once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SIZE = 64  # buckets of 8-pixel steps
 @pytest.fixture(autouse=True)
 def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # what is fine is not warned about
+        warnings.simplefilter("error", UserWarning)  # good data causes no warning
         yield
 
 
@@ -129,7 +129,7 @@ def test_a_picture_goes_into_the_bucket_nearest_in_shape(
 ) -> None:
     sizes = buckets(*side)
     w, h = bucket_of(width, height, sizes)
-    wrong = max(width * h / (height * w), height * w / (width * h))  # by how much a side is cropped
+    wrong = max(width * h / (height * w), height * w / (width * h))  # the factor by which a side is cropped
     assert all(wrong <= 1.000001 * max(width * y / (height * x), height * x / (width * y)) for x, y in sizes)
     assert (w, h) in sizes
 
@@ -152,7 +152,7 @@ def test_no_buckets_is_an_error(side: int, step: int, most: float) -> None:
 # ---- latents are those of the encoder ---------------------------------------------------------------------
 
 
-def test_a_draw_is_what_the_encoder_would_sample(
+def test_a_batch_is_what_the_encoder_would_sample(
     encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     assert encoder.quant.bias is not None
@@ -216,8 +216,10 @@ def test_a_batch_has_one_shape_and_buckets_come_as_often_as_they_have_pictures(
     assert set(seen) == {f"no {i}" for i in range(6)} and min(seen.values()) > 140  # of 200 expected
 
 
-def test_draws_depend_on_the_generator_alone(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Not on the order in which pictures came into the cache, either."""
+def test_batches_depend_on_the_generator_alone(
+    encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Nor do they depend on the order in which pictures came into the cache."""
     files = files_of(WIDE, SQUARE, WIDE, SQUARE)
     captions = [(f"no {i}", f"number {i}") for i in range(4)]
     whole = in_memory(files, captions)
@@ -251,7 +253,7 @@ def test_mirrored_pictures_are_encoded_too(counting: Counting, tokenizer: Tokeni
     assert (means[0] - means[1]).abs().max() > 0.05
 
 
-# ---- what is encoded again, and what is not ---------------------------------------------------------------
+# ---- encoded again or not ---------------------------------------------------------------------------------
 
 
 def test_nothing_is_encoded_twice(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -278,7 +280,7 @@ def test_a_touched_file_is_encoded_anew(counting: Counting, tokenizer: Tokenizer
     pictures = Pictures(lambda row: file, [Item(0, "a.png", 64, 64, ("a",))])
 
     def mean_after(change: bytes, time: float) -> torch.Tensor:
-        file.write_bytes(change.ljust(20_000, b"\0"))  # of the same size, whatever it shows
+        file.write_bytes(change.ljust(20_000, b"\0"))  # the same size, with other contents
         os.utime(file, (time, time))
         data = cache_latents(counting, pictures, SIZE, tmp_path / "cache", tokenizer=tokenizer)
         ((row, _),) = data._buckets[0]
@@ -321,7 +323,7 @@ def test_another_size_is_another_latent(counting: Counting, tokenizer: Tokenizer
     assert list(small.sizes) == [(32, 32)] and list(large.sizes) == [SQUARE] and counting.count == 2
 
 
-def test_what_is_not_used_any_more_can_be_removed(
+def test_files_that_are_no_longer_used_can_be_removed(
     counting: Counting, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     wide, square = (in_memory([file]) for file in files_of(WIDE, SQUARE))
@@ -341,7 +343,7 @@ def test_what_is_not_used_any_more_can_be_removed(
     )
 
 
-# ---- what can go wrong ------------------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------------------------
 
 
 def test_all_that_is_wrong_is_named_in_one_warning(
@@ -384,7 +386,7 @@ def test_steps_that_no_vae_could_take(
         cache_latents(encoder, in_memory(files_of(SQUARE)), size, tmp_path, tokenizer=tokenizer, step=step)
 
 
-def test_latents_that_are_no_numbers_are_not_kept(
+def test_latents_that_are_not_finite_are_not_kept(
     encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     assert encoder.quant.bias is not None
@@ -421,8 +423,8 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing_half(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_killed_it_goes_on_where_it_was(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Killed by the kernel, in the middle of writing its third file."""
+def test_a_killed_run_resumes_where_it_was(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The process kills itself while it writes its third file."""
     script = f"""
         import os, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -467,7 +469,7 @@ def test_many_pictures_are_many_files_but_one_set(
             assert file.get_tensor("mean").dtype == torch.float16
 
 
-def test_the_pictures_of_a_draw_can_be_named(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_pictures_of_a_batch_can_be_named(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
     pictures = in_memory(files_of(*[(32, 32)] * 5))
     data = cache_latents(encoder, pictures, 32, tmp_path, tokenizer=tokenizer)
     named = data.describe(torch.Generator().manual_seed(3), 2)

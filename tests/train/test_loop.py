@@ -25,7 +25,7 @@ EXACT = LoopConfig(steps=9, checkpoint_minutes=0.0, mixed_precision="no")
 
 
 class Net(nn.Module):
-    """Something of every kind: a convolution, a matrix, biases, and a weight that stays as it is."""
+    """A net with weights of every kind: a convolution, a matrix, biases, and a frozen weight."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def checkpoint(folder: Path) -> dict:
 
 
 def same(one, other) -> bool:
-    """Bit for bit, all through dicts and lists."""
+    """True if all tensors in nested dicts and lists are equal bit for bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -60,7 +60,7 @@ def same(one, other) -> bool:
     return one == other
 
 
-# What a run leaves, and how it can be cut short
+# Stopping and resuming
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -97,7 +97,7 @@ kills = 0
 def start(where):
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)  # the parent's other threads are not in the child
+        torch.set_num_threads(1)  # a fork has none of the parent's other threads
         train(Net(), pictures_objective, config, where)
         os._exit(0)
     return pid
@@ -124,7 +124,7 @@ print(kills)
 
 
 def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_path):
-    """A real process, killed with SIGKILL at random moments, also while it writes."""
+    """A real process is killed with SIGKILL at random moments, some of them during a write."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED.format(here=str(Path(__file__).parent)), str(tmp_path)],
         capture_output=True,
@@ -211,7 +211,7 @@ def test_half_precision_is_that_of_the_networks_products_only(tmp_path):
 def test_fp16_skips_a_step_that_overflows_and_resumes_exactly(tmp_path, muon):
     def objective(network, step, generator, part):
         value, figures = pictures_objective(network, step, generator, part)
-        return value * (1e35 if step == 1 else 1.0), figures  # times the scale of 65536: infinite
+        return value * (1e35 if step == 1 else 1.0), figures  # infinite once it is scaled by 65536
 
     config = LoopConfig(steps=6, mixed_precision="fp16", muon=muon, explode=float("inf"))
     whole = train(Net(), objective, config, tmp_path / "whole")
@@ -227,7 +227,7 @@ def test_fp16_skips_a_step_that_overflows_and_resumes_exactly(tmp_path, muon):
     assert same(whole, train(Net(), objective, config, tmp_path / "cut"))
 
 
-# What can go wrong
+# Errors
 
 
 def broken(at: int, factor: float):
@@ -300,12 +300,12 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_real_limit_on_file_sizes_keeps_the_last_good_file(tmp_path):
-    """The kernel refuses the write in the middle of the file, as on a full disk."""
+    """The kernel refuses the write halfway through the file, as on a full disk."""
     path = tmp_path / "checkpoint.pt"
     save_atomically({"x": torch.zeros(10)}, path)
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)  # the parent's other threads are not in the child
+        torch.set_num_threads(1)  # a fork has none of the parent's other threads
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         try:
             save_atomically({"x": torch.ones(1_000_000)}, path)
@@ -363,7 +363,7 @@ def test_damaged_checkpoint_is_refused_in_a_sentence(tmp_path_factory, chance: r
         train(Net(), pictures_objective, LoopConfig(steps=4), folder)
 
 
-# What one sees
+# Progress
 
 
 def log(folder: Path) -> list[dict]:
@@ -401,7 +401,7 @@ def test_figures_of_parts_are_averaged_where_they_are_known(tmp_path):
     assert row["known"] == 2.0 and row["once"] == 5.0 and "never" not in row
 
 
-def test_what_draws_from_torchs_own_generator_is_resumed_exactly_too(tmp_path):
+def test_layers_that_draw_from_torchs_own_generator_resume_exactly(tmp_path):
     class Dropping(Net):
         def forward(self, x):
             return super().forward(nn.functional.dropout(x, 0.5, self.training))

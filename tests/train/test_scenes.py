@@ -29,7 +29,7 @@ def nearest(lab: np.ndarray, names: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
-    """From a prepared file that holds every style of every noun, held out or not."""
+    """The sprites to train on, from a file with every noun in every style."""
     folder = prepared(tmp_path_factory.mktemp("cache"))
     return Sprites(*training_sprites(folder))
 
@@ -48,7 +48,7 @@ def test_scenes_never_show_a_held_out_pair(sprites: Sprites) -> None:
             assert not (colour and held_out_colour(subject, colour))
             shown |= {(subject, tags["style"]), (subject, colour)}
     styles = {(noun, style) for noun in NOUNS for style in STYLES if held_out_style(noun, style)}
-    assert styles and len(shown) > 400  # there was something to hold out, and enough was drawn to find it
+    assert styles and len(shown) > 400  # some pairs are held out, and the scenes are many enough to show one
 
 
 def test_a_bank_depends_on_seed_and_index_alone(sprites: Sprites, tmp_path: Path) -> None:
@@ -160,4 +160,4 @@ def test_asides_change_the_words_and_never_the_picture(sprites: Sprites) -> None
         assert not any(word in f"{bare.caption}," for word in (*scenes.DOING, *scenes.PRAISE))
         assert any(f", {praise}" in chatty.caption for praise in scenes.PRAISE)
         said += any(f" {doing}" in chatty.caption for doing in scenes.DOING)
-    assert said > 150  # all but the scenes of two
+    assert said > 150  # every scene of a single subject

@@ -1,4 +1,4 @@
-"""Sharpening's promises: only the decoder changes, and a killed or divided run ends as a whole one."""
+"""Sharpening's promises: only the decoder changes, and a killed or divided run ends like a whole one."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(draw, tmp_path):
 
     def dies(*request):
         steps.append(request)
-        if len(steps) == 4:  # the first was drawn for the sheet
+        if len(steps) == 4:  # the first batch was for the sheet
             raise RuntimeError("killed")
         return draw(*request)
 

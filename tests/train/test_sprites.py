@@ -1,4 +1,4 @@
-"""The subjects and the training pictures. No network: sprites are made up, and npm is a script."""
+"""Subjects and sprites. These tests need no network: sprites are made up, and npm is a script."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_about_four_percent_of_pairs_are_held_out_and_always_the_same() -> None:
     assert not any(sprites.held_out_style(name, "3d") for name in names)
 
 
-def test_held_out_pictures_are_the_rest(tmp_path: Path) -> None:
+def test_held_out_sprites_are_the_rest(tmp_path: Path) -> None:
     common = {"synonyms": [], "category": "test", "keywords": [], "emoji": "", "licence": "MIT"}
     everything = [{"subject": f"thing {i}", "style": s, **common} for i in range(60) for s in STYLES]
     pixels = np.zeros((len(everything), 128, 128, 4), np.uint8)

@@ -1,4 +1,4 @@
-"""What the U-Net and the text encoder are trained on, and that they learn it."""
+"""The training of the U-Net and the text encoder: its loss, its data, and that both learn."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def some_data(count: int = 8) -> Latents:
 
 
 def awake(seed: int = 0) -> TextToImage:
-    """A model that starts with no zeros, so that every weight matters."""
+    """Returns a model without zeros in its weights, so that every weight matters."""
     torch.manual_seed(seed)
     model = TextToImage(TINY)
     for p in model.parameters():
@@ -160,7 +160,7 @@ def test_a_network_that_knows_the_answer_has_no_loss(prediction, seed):
 
     value, figures = denoising_loss(oracle, sampler, latents, words(1, 2, 3, 4), t, noise, torch.ones(4))
     assert value == 0 and figures["samples"] == 4
-    # And it was shown the picture under that much noise.
+    # And the network was shown pictures with the right amount of noise.
     if prediction == "flow":
         sigma = (t / 1000).reshape(-1, 1, 1, 1)
         expected = (1 - sigma) * latents + sigma * noise
@@ -230,11 +230,11 @@ def test_offset_noise_adds_the_same_to_all_pixels_of_a_channel():
     training = TextToImageTraining(batch=8, offset_noise=0.3, caption_dropout=0.0)
 
     def spread(training):
-        """Of the pixels' means, in what a network that predicts ε is asked for."""
+        """Returns the standard deviation of the pixels' means over many noisy pictures."""
         means = []
 
         def network(x_t, tokens, t):
-            means.append(x_t.mean((2, 3)))  # at t = T, that of the noise alone
+            means.append(x_t.mean((2, 3)))  # at t = T, the mean of the noise alone
             return torch.zeros_like(x_t)
 
         for step in range(40):

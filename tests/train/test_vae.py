@@ -40,7 +40,7 @@ def test_vae_learns_and_its_scaled_latents_have_unit_variance(draw, tmp_path, sc
     vae = train_vae(draw, 16, config, training, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    # The same pictures that `normalise_latents` measured, so this is exact but for rounding.
+    # These are the pictures that `normalise_latents` measured, so this is exact except for rounding.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         z = torch.cat([vae.encoder(draw(generator, 32, 16)) for _ in range(16)])
@@ -96,7 +96,7 @@ def test_forward_decodes_a_sample_of_what_the_encoder_says(draw):
     assert torch.equal(log_variance, vae.encoder.moments(x)[1])
 
 
-def test_terms_of_a_perfect_reconstruction_are_zero_but_for_kl():
+def test_terms_of_a_perfect_reconstruction_are_zero_except_for_kl():
     x, mean = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 4, 4)
     found = terms(x, x, mean, torch.zeros_like(mean))
     assert found["l1"] == found["mse"] == found["edges"] == 0
@@ -113,7 +113,7 @@ def test_kl_is_that_of_two_normal_distributions():
     assert kl(mean, log_variance) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_gradients_of_a_flat_picture_are_zero_and_of_a_ramp_constant():
+def test_differences_are_zero_in_a_flat_picture_and_constant_on_a_ramp():
     ramp = torch.arange(5.0).expand(1, 1, 4, 5)
     across, down = differences(ramp)
     assert torch.equal(across, torch.ones(1, 1, 4, 4))
