@@ -29,19 +29,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from reifusion.api import load
-from reifusion.model.pipeline import StableDiffusion
-from reifusion.train.data import STYLES, Picture, default_cache, held_out_pictures, pictures, prepared_path
-from reifusion.train.loop import LoopConfig, Part, train
-from reifusion.train.scenes import SceneConfig, Sprites, can_be_dyed, compose
+from reifusion.model.pipeline import StableDiffusion, load
+from reifusion.train.loop import BatchPart, LoopConfig, train
+from reifusion.train.mini.scenes import SceneConfig, Sprites, can_be_dyed, compose
+from reifusion.train.mini.sprites import (
+    STYLES,
+    SpriteRecord,
+    default_cache,
+    held_out_sprites,
+    sprites_path,
+    training_sprites,
+)
 
 from . import others
 from .pixels import crop, on_white
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a judge, apart from the pictures; a change trains a new judge."""
+class JudgeTraining:
+    """Everything that decides a judge, beside the pictures; a change trains a new one."""
 
     side: int = 64  # of the crop around the foreground, its input
     channels: tuple[int, ...] = (64, 128, 256)  # one per resolution, from side / 4 down
@@ -78,13 +84,13 @@ class Block(nn.Module):
 class Eye(nn.Module):
     """Pictures (B, 3, side, side) in [-1, 1] -> features (B, width), each with mean 0 and variance 1."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, training: JudgeTraining):
         super().__init__()
-        first, *_ = channels = recipe.channels
+        first, *_ = channels = training.channels
         stem = nn.Conv2d(3, first, 7, stride=4, padding=3)
         self.stages = nn.Sequential(stem, *(Block(*pair) for pair in pairwise(channels)))
-        left = recipe.side // 2 ** (len(channels) + 1)
-        self.layout = nn.Linear(channels[-1] * left * left, recipe.width)
+        left = training.side // 2 ** (len(channels) + 1)
+        self.layout = nn.Linear(channels[-1] * left * left, training.width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(x)  # (B, 3, side, side) -> (B, C, left, left)
@@ -95,11 +101,11 @@ class Eye(nn.Module):
 class DualEncoder(nn.Module):
     """Maps pictures and names into one space."""
 
-    def __init__(self, recipe: Recipe, words: int):
+    def __init__(self, training: JudgeTraining, words: int):
         super().__init__()
-        self.eye = Eye(recipe)
-        self.shown = nn.Linear(recipe.width, recipe.joint)
-        self.words = nn.Linear(words, recipe.joint, bias=False)  # a vector for each word
+        self.eye = Eye(training)
+        self.shown = nn.Linear(training.width, training.joint)
+        self.words = nn.Linear(words, training.joint, bias=False)  # a vector for each
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))  # as in CLIP
 
     def forward(self, x: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,8 +131,8 @@ def bags(names: list[str]) -> Tensor:
     return torch.tensor([[name.split().count(word) for word in words] for name in names]).float()
 
 
-def loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Takes `DualEncoder`'s vectors of B pictures of different subjects and of their names, both (B, joint).
+def contrastive_loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """What `DualEncoder` makes of B pictures of different subjects and of their names, (B, joint) both.
 
     Returns the loss, and figures for the log.
     """
@@ -221,14 +227,14 @@ def through_vae(
 # ---- training ---------------------------------------------------------------------------------------------
 
 
-def get_judge(recipe: Recipe = Recipe(), cache_dir: Path | None = None) -> Judge:
-    """Returns the judge from the cache, or trains it once: ten minutes on 2 cores.
+def get_judge(training: JudgeTraining = JudgeTraining(), cache_dir: Path | None = None) -> Judge:
+    """The judge, from the cache or, once, by training it: ten minutes on 2 cores.
 
     Training that was stopped is resumed. Another VAE needs no other judge. Raises DataError if the pictures
     are not available.
     """
     cache = cache_dir or default_cache()
-    made_of = json.dumps([asdict(recipe), prepared_path(cache).name, others.PACKAGES])
+    made_of = json.dumps([asdict(training), sprites_path(cache).name, others.PACKAGES])
     id = hashlib.sha256(made_of.encode()).hexdigest()[:8]
     path = cache.parent / f"judge-{id}.safetensors"
     if not path.exists():
@@ -237,19 +243,24 @@ def get_judge(recipe: Recipe = Recipe(), cache_dir: Path | None = None) -> Judge
         pixels, records = all_pictures(cache_dir)
         more = others.other_pictures([picture.subject for picture in records], cache_dir)
         pixels, records = np.concatenate([pixels, more[0]]), records + more[1]
-        save_judge(train_judge(pixels, records, load("mini"), recipe, folder, id), path)
+        save_judge(train_judge(pixels, records, load("mini"), training, folder, id), path)
         shutil.rmtree(folder)
-    return load_judge(path, recipe)
+    return load_judge(path, training)
 
 
-def all_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
-    """Returns the pictures to train on, followed by those held out."""
-    trained, held_out = pictures(cache_dir), held_out_pictures(cache_dir)
+def all_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[SpriteRecord]]:
+    """Those to train on, and then those held out."""
+    trained, held_out = training_sprites(cache_dir), held_out_sprites(cache_dir)
     return np.concatenate([trained[0], held_out[0]]), trained[1] + held_out[1]
 
 
 def train_judge(
-    pixels: np.ndarray, records: list[Picture], pipe: StableDiffusion, recipe: Recipe, folder: Path, id: str
+    pixels: np.ndarray,
+    records: list[SpriteRecord],
+    pipe: StableDiffusion,
+    training: JudgeTraining,
+    folder: Path,
+    id: str,
 ) -> Judge:
     """Trains a judge on sprites (N, 128, 128, 4) uint8 and the records of what they show.
 
@@ -257,14 +268,14 @@ def train_judge(
     """
     subjects = list(dict.fromkeys(p.subject for p in records))
     labels = torch.tensor([subjects.index(p.subject) for p in records])  # (N,)
-    bank = _bank(pixels, records, pipe, recipe, folder)
-    torch.manual_seed(recipe.loop.seed)
-    model = DualEncoder(recipe, bags(subjects).shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bank = _bank(pixels, records, pipe, training, folder)
+    torch.manual_seed(training.loop.seed)
+    model = DualEncoder(training, bags(subjects).shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = fingerprint(pipe.models["encoder"], pipe.models["decoder"])
-    judge = Judge(model, recipe.side, subjects, id, vae)
+    judge = Judge(model, training.side, subjects, id, vae)
 
     left_out = _one_of_each(records)
-    _train(judge, bank, labels, ~left_out, recipe, folder / "without")
+    _train(judge, bank, labels, ~left_out, training, folder / "without")
     chosen = left_out.nonzero()[:, 0].tolist()
     seen, rng = judge.see([on_white(pixels[n]) for n in chosen]), np.random.default_rng(0)
     for scores, n in zip(seen.subjects, chosen, strict=True):
@@ -273,14 +284,14 @@ def train_judge(
         hit = retrieved(scores, subject, choices(rng, len(subjects), [subject]))
         judge.unseen[style] = right + hit, of + 1
 
-    steps = round(recipe.more * recipe.loop.steps)
-    rest = replace(recipe.loop, steps=steps, lr=recipe.loop.lr / 2, seed=recipe.loop.seed + 1)
-    _train(judge, bank, labels, torch.ones_like(left_out), replace(recipe, loop=rest), folder / "all")
+    steps = round(training.more * training.loop.steps)
+    rest = replace(training.loop, steps=steps, lr=training.loop.lr / 2, seed=training.loop.seed + 1)
+    _train(judge, bank, labels, torch.ones_like(left_out), replace(training, loop=rest), folder / "all")
     return judge
 
 
-def _one_of_each(records: list[Picture]) -> Tensor:
-    """(N,) bool: True for one drawing, chosen by name, of each subject with several in the mini's styles."""
+def _one_of_each(records: list[SpriteRecord]) -> Tensor:
+    """(N,) bool: of every subject that has several drawings in the mini's styles, one that its name decides."""
     of: dict[str, list[int]] = {}
     for i, picture in enumerate(records):
         if picture.style in STYLES:
@@ -293,13 +304,17 @@ def _one_of_each(records: list[Picture]) -> Tensor:
 
 
 def _bank(
-    pixels: np.ndarray, records: list[Picture], pipe: StableDiffusion, recipe: Recipe, folder: Path
+    pixels: np.ndarray,
+    records: list[SpriteRecord],
+    pipe: StableDiffusion,
+    training: JudgeTraining,
+    folder: Path,
 ) -> Tensor:
     """N sprites -> (N, scenes, s, s, 3) uint8: the foregrounds of scenes, scene 0 through the VAE.
 
     s is an eighth more than the judge's input, to leave room for shifts. The result is kept in the folder.
     """
-    path, side = folder / "bank.safetensors", recipe.side * 9 // 8
+    path, side = folder / "bank.safetensors", training.side * 9 // 8
     if path.exists():
         return load_file(path)["bank"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +325,9 @@ def _bank(
         dyed = 0.3 * can_be_dyed(picture)
         shares = {"plain": 0.55 - dyed, "background": 0.25, "dyed": dyed, "placed": 0.2, "two": 0.0}
         config = SceneConfig(**shares, combine=0.1, name_style=1, mirror=0.3)
-        images = [compose(np.random.default_rng([4, i, k]), one, config).image for k in range(recipe.scenes)]
+        images = [
+            compose(np.random.default_rng([4, i, k]), one, config).image for k in range(training.scenes)
+        ]
         whole.append(images[0])
         rows.append(np.stack([crop(image, side) for image in images]))
     bank = np.stack(rows)
@@ -322,25 +339,27 @@ def _bank(
     return torch.from_numpy(bank)
 
 
-def _train(judge: Judge, bank: Tensor, labels: Tensor, taken: Tensor, recipe: Recipe, folder: Path) -> None:
-    """Trains on the pictures that are `taken` (N,) bool; labels (N,) are the numbers of their subjects."""
+def _train(
+    judge: Judge, bank: Tensor, labels: Tensor, taken: Tensor, training: JudgeTraining, folder: Path
+) -> None:
+    """On the pictures that are `taken` (N,) bool; labels (N,) are the numbers of their subjects."""
     of: dict[int, list[int]] = {}  # subject -> its pictures
     for n in taken.nonzero()[:, 0].tolist():
         of.setdefault(int(labels[n]), []).append(n)
     some, names = torch.tensor(list(of)), bags(judge.subjects)
 
-    def step_loss(
-        network: Callable[..., Any], step: int, generator: torch.Generator, part: Part
+    def objective(
+        network: Callable[..., Any], step: int, generator: torch.Generator, part: BatchPart
     ) -> tuple[Tensor, dict[str, float]]:
         # Different subjects, so that every other name in the batch is a wrong one.
-        shown = some[torch.randperm(len(some), generator=generator)[: recipe.batch]]
+        shown = some[torch.randperm(len(some), generator=generator)[: training.batch]]
         which = torch.rand(len(shown), generator=generator)
         places = torch.tensor([of[s][int(u * len(of[s]))] for s, u in zip(shown.tolist(), which.tolist())])
-        scenes = torch.randint(recipe.scenes, (len(shown),), generator=generator)
-        x = augment(_as_input(bank[places, scenes]), recipe.side, generator)
-        return loss(*network(part.of(x), part.of(names[shown])))
+        scenes = torch.randint(training.scenes, (len(shown),), generator=generator)
+        x = augment(_as_input(bank[places, scenes]), training.side, generator)
+        return contrastive_loss(*network(part.of(x), part.of(names[shown])))
 
-    judge.model.load_state_dict(train(judge.model, step_loss, recipe.loop, folder))
+    judge.model.load_state_dict(train(judge.model, objective, training.loop, folder))
     judge.model.cpu().eval()
 
 
@@ -375,11 +394,11 @@ def save_judge(judge: Judge, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def load_judge(path: Path, recipe: Recipe) -> Judge:
-    """Reads a file of `save_judge`; the recipe must be the same."""
+def load_judge(path: Path, training: JudgeTraining) -> Judge:
+    """What `save_judge` wrote, of the same training."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["judge"])
     about["unseen"] = {style: (right, of) for style, (right, of) in about["unseen"].items()}
-    model = DualEncoder(recipe, bags(about["subjects"]).shape[1])
+    model = DualEncoder(training, bags(about["subjects"]).shape[1])
     model.load_state_dict(load_file(path))
-    return Judge(model.eval(), recipe.side, **about)
+    return Judge(model.eval(), training.side, **about)

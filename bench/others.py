@@ -12,8 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from reifusion.train import data
-from reifusion.train.data import EMOJIBASE, Picture, choose, drawings, spellings, to_sprite
+from reifusion.train.mini.sprites import (
+    EMOJIBASE,
+    SpriteRecord,
+    choose,
+    default_cache,
+    drawings,
+    fetch,
+    read_package,
+    spellings,
+    to_sprite,
+)
+from reifusion.train.mini.sprites import PACKAGES as TRAINING_PACKAGES
 
 # package@version -> the archive's SHA-256
 PACKAGES = {
@@ -25,14 +35,16 @@ TWEMOJI, OPENMOJI, EMOJIONE = PACKAGES
 LICENCES = dict(zip(PACKAGES, ("CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-4.0"), strict=True))
 
 
-def other_pictures(subjects: list[str], cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
-    """Returns sprites (N, 128, 128, 4) uint8 and the record of each, with its package as the style.
+def other_pictures(
+    subjects: list[str], cache_dir: Path | None = None
+) -> tuple[np.ndarray, list[SpriteRecord]]:
+    """Sprites (N, 128, 128, 4) uint8 and what each shows, its package as the style.
 
     Raises DataError, or ValueError if there is no drawing of any subject.
     """
-    wanted = {EMOJIBASE: data.PACKAGES[EMOJIBASE]} | PACKAGES
-    archives = data.fetch(cache_dir or data.default_cache(), wanted)
-    base = data._read(archives[EMOJIBASE], "en/data.json", "meta/groups.json")
+    wanted = {EMOJIBASE: TRAINING_PACKAGES[EMOJIBASE]} | PACKAGES
+    archives = fetch(cache_dir or default_cache(), wanted)
+    base = read_package(archives[EMOJIBASE], "en/data.json", "meta/groups.json")
     subgroups = json.loads(base["meta/groups.json"])["subgroups"]
     chosen = [
         (spellings(code), picture)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from reifusion.train.scenes import COLOURS, DYES, to_oklab
+from reifusion.train.mini.scenes import COLOURS, DYES, to_oklab
 
 NAMED = {"white": (255, 255, 255), **COLOURS}  # the names of backgrounds
 RIM = 4  # pixels

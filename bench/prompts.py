@@ -13,8 +13,8 @@ from itertools import islice
 
 import numpy as np
 
-from reifusion.train.data import LOOKS, held_out_colour, held_out_pictures, pictures
-from reifusion.train.scenes import DYES, KINDS, Scene, SceneConfig, Sprites, caption, compose, dye
+from reifusion.train.mini.scenes import DYES, KINDS, Scene, SceneConfig, Sprites, caption, compose, dye
+from reifusion.train.mini.sprites import LOOKS, held_out_colour, held_out_sprites, training_sprites
 
 from .pixels import dye_name, on_white
 
@@ -46,8 +46,8 @@ def make_prompts(
 
     Raises ValueError if there are too few sprites for the counts.
     """
-    trained = trained or Sprites(*pictures())
-    held_out = held_out or Sprites(*held_out_pictures())
+    trained = trained or Sprites(*training_sprites())
+    held_out = held_out or Sprites(*held_out_sprites())
     made = []
     for kind, wanted in counts.items():
         number = list(COUNTS).index(kind)

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from reifusion.api import load
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
-from reifusion.train.data import LOOKS, DataError, default_cache, held_out_pictures, pictures
+from reifusion.train.images import DataError
 from reifusion.train.loop import TrainingError
-from reifusion.train.scenes import Scene, Sprites, sheet
+from reifusion.train.mini.scenes import Scene, Sprites, scene_sheet
+from reifusion.train.mini.sprites import LOOKS, default_cache, held_out_sprites, training_sprites
 
 from . import pixels
 from .judge import Judge, all_pictures, choices, fingerprint, get_judge, retrieved, through_vae
@@ -270,7 +271,7 @@ def memory(
     is for held-out drawings: there `real` says how often other drawings are as near without being copies. 24
     pictures and their nearest training pictures go into the folder, if there is one.
     """
-    sprites, records = pictures()
+    sprites, records = training_sprites()
     training = [on_white(sprite) for sprite in sprites]
     theirs, names = thumbnails(training), [picture.subject for picture in records]
     figures = []
@@ -289,7 +290,7 @@ def memory(
             place = int(nearest(thumbnails([images[i]]), theirs)[1])
             tiles.append(Scene(images[i], prompts[i].text, {}))
             tiles.append(Scene(training[place], f"nearest: {records[place].style} {names[place]}", {}))
-        save_picture(sheet(tiles), folder / "nearest.png")
+        save_picture(scene_sheet(tiles), folder / "nearest.png")
     return figures
 
 
@@ -335,7 +336,7 @@ def evaluate(
     model = {"name": pipe.config.name, "sha256": fingerprint(*pipe.models.values()), "dtype": str(pipe.dtype)}
     id = hashlib.sha256(json.dumps([model, settings]).encode()).hexdigest()[:8]
     quick = speed(pipe, settings)
-    held_out = [on_white(sprite) for sprite in held_out_pictures()[0]]
+    held_out = [on_white(sprite) for sprite in held_out_sprites()[0]]
     prompts = make_prompts(counts=portion(count))
     images = draw(pipe, prompts, settings, default_cache().parent / f"quality-{id}")
     rebuilt = through_vae(pipe, [prompt.scene.image for prompt in prompts])
@@ -355,7 +356,7 @@ def evaluate(
         for kind in COUNTS:
             chosen = [i for i, prompt in enumerate(prompts) if prompt.kind == kind][:32]
             marked = [_marked(images[i], prompts[i].text, drawn[i]) for i in chosen]
-            save_picture(sheet(marked), evidence / f"{kind.replace(' ', '-')}.png")
+            save_picture(scene_sheet(marked), evidence / f"{kind.replace(' ', '-')}.png")
     return {
         "model": model,
         "judge": {"id": judge.id, "sha256": fingerprint(judge.model), "vae": judge.vae},

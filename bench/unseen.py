@@ -12,19 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
-from reifusion.train import data
-from reifusion.train.data import EMOJIBASE, STYLES, to_sprite
+from reifusion.train.mini.sprites import (
+    EMOJIBASE,
+    STYLES,
+    default_cache,
+    fetch,
+    read_package,
+    styles,
+    to_sprite,
+)
 
 from .pixels import on_white
 
 
 def unseen_pictures(each: int = 20, cache_dir: Path | None = None) -> list[np.ndarray]:
-    """Returns `each` flags and as many people in each style, (128, 128, 3) uint8 on white. Raises DataError."""
-    archives = data.fetch(cache_dir or data.default_cache())
-    emojis = json.loads(data._read(archives[EMOJIBASE], "en/data.json")["en/data.json"])
+    """(128, 128, 3) uint8 on white: `each` flags, and as many people of each style. Raises DataError."""
+    archives = fetch(cache_dir or default_cache())
+    emojis = json.loads(read_package(archives[EMOJIBASE], "en/data.json")["en/data.json"])
     people = [skin["hexcode"] for emoji in emojis for skin in emoji.get("skins", ())]
     flags = [emoji["hexcode"] for emoji in emojis if emoji["hexcode"].startswith(("1F1E", "1F1F"))]
-    find = data.styles(archives)
+    find = styles(archives)
     rng, pictures = np.random.default_rng(0), []
     for style, codes in [("3d", flags), *((style, people) for style in STYLES)]:
         shuffled = rng.permutation(codes).tolist()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from reifusion.train.data import SIDE, Picture
-from reifusion.train.scenes import Sprites
+from reifusion.train.mini.scenes import Sprites
+from reifusion.train.mini.sprites import SIDE, SpriteRecord
 
 
 def sprites() -> Sprites:
@@ -15,7 +15,7 @@ def sprites() -> Sprites:
         large = Image.new("RGBA", (4 * SIDE, 4 * SIDE))  # drawn large, so that edges come out smooth
         draw(ImageDraw.Draw(large))
         pixels.append(np.asarray(large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)))
-        records.append(Picture(name, "3d", "", (), (), "", "MIT"))
+        records.append(SpriteRecord(name, "3d", "", (), (), "", "MIT"))
     return Sprites(np.stack(pixels), records)
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from reifusion.train import data
-from reifusion.train.data import STYLES
+from reifusion.train.mini.sprites import STYLES, sprites_path
 
 NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
 
 
 def disc(rgb: tuple[int, int, int], eye: bool = False) -> np.ndarray:
-    """Draws a disc of one colour with a soft shade, and a white eye if asked for: (128, 128, 4) uint8."""
+    """Draws a softly shaded disc, with a white eye if `eye` is True -> (128, 128, 4) uint8."""
     y, x = np.mgrid[-1:1:128j, -1:1:128j]
     sprite = np.zeros((128, 128, 4), np.uint8)
     sprite[..., :3] = (np.array(rgb) * (0.9 + 0.1 * x[..., None])).astype(np.uint8)
@@ -34,5 +33,5 @@ def prepared(folder: Path, nouns: Sequence[str] = NOUNS, eye: bool = False, brig
     records = [{"subject": n, "style": style, "synonyms": [f"{n} two"], **common} for n, style in pairs]
     pixels = np.stack([disc(tuple(rng.integers(40, brightest, 3)), eye) for _ in pairs])
     folder.mkdir(exist_ok=True)
-    save_file({"pictures": pixels}, data.prepared_path(folder), metadata={"pictures": json.dumps(records)})
+    save_file({"pictures": pixels}, sprites_path(folder), metadata={"pictures": json.dumps(records)})
     return folder

@@ -27,6 +27,12 @@ def unscale_latents(latents: Tensor, config: VAEConfig) -> Tensor:
     return latents / config.scale_factor
 
 
+def sample(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """Draws z from q(z|x) = N(μ, σ²), so that gradients reach μ and σ; ε is given."""
+    # [reparameterisation] Eq. 10, Kingma & Welling 2014: z = μ + σ ⊙ ε,  ε ~ N(0, I)
+    return mean + std * noise
+
+
 class ResidualBlock(nn.Module):
     """x + f(x), f = two 3×3 convolutions, each behind GroupNorm and SiLU."""
 
@@ -130,6 +136,5 @@ class Encoder(nn.Module):
         mean, log_variance = self.moments(image)
         if noise is None:
             return scale_latents(mean, self.config)
-        # [reparameterisation] Eq. 10, Kingma & Welling 2014: z = μ + σ ⊙ ε,  ε ~ N(0, I),  σ = exp(½ log σ²)
-        z = mean + torch.exp(0.5 * log_variance) * noise
-        return scale_latents(z, self.config)
+        std = torch.exp(0.5 * log_variance)  # σ = exp(½ log σ²)
+        return scale_latents(sample(mean, std, noise), self.config)

@@ -1,4 +1,4 @@
-"""`reifusion train …`, also as `python -m reifusion.train …` and `accelerate launch -m reifusion.train …`."""
+"""`reifusion train …`, or `python -m reifusion.train …`, or `accelerate launch -m reifusion.train …`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-DESCRIPTION = """Trains a VAE, sharpens one, trains a text-to-image model or a LoRA, by a recipe; or with
-`mini` all of the built-in model from nothing. A run that was stopped, by Ctrl-C or by a power cut, goes on
-with the same command."""
+DESCRIPTION = """Trains a VAE, sharpens one, or trains a text-to-image model or a LoRA, as a recipe says;
+`mini` trains the whole built-in model from nothing. The same command resumes a run that was stopped, by
+Ctrl-C or by a power cut."""
+
+# The recipes of `reifusion train mini`, in order.
+MINI = (("vae", "mini-vae"), ("sharpen", "mini-sharpen"), ("text2image", "mini"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,18 +22,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what", choices=("vae", "sharpen", "text2image", "lora", "mini"), help="what to train"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    parser.add_argument("--config", metavar="RECIPE", help="a .toml file, or the name of a built-in recipe")
+    parser.add_argument("--keys", action="store_true", help="list all keys of a recipe and their defaults")
     parser.add_argument(
-        "--config", metavar="RECIPE", help="a .toml file, or the name of one that comes along"
+        "--dry-run", action="store_true", help="show parameters, memory and time; no training"
     )
-    parser.add_argument("--keys", action="store_true", help="list what a recipe can say, and the defaults")
-    parser.add_argument("--dry-run", action="store_true", help="parameters, memory and time, and no training")
     parser.add_argument(
-        "--overfit-one", action="store_true", help="on one batch the loss must go to 0: does it?"
+        "--overfit-one", action="store_true", help="check that the model can learn a single batch"
     )
-    parser.add_argument("--check-gradients", action="store_true", help="compare them with finite differences")
+    parser.add_argument("--check-gradients", action="store_true", help="compare with finite differences")
     parser.add_argument("--plot", action="store_true", help="draw the loss so far over the expected band")
-    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--threads", type=int, help="number of CPU threads")
     return parser
 
 
@@ -51,7 +54,7 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("reifusion: stopped; the same command goes on from here", file=sys.stderr)
+        print("reifusion: stopped; the same command resumes from here", file=sys.stderr)
         return 130
 
 
@@ -59,7 +62,7 @@ def _train(given: argparse.Namespace) -> int:
     import torch
 
     from .checkpoint import TrainingError
-    from .data import DataError
+    from .images import DataError
 
     if given.threads is not None and given.threads < 1:
         print("reifusion: --threads must be at least 1", file=sys.stderr)
@@ -71,7 +74,7 @@ def _train(given: argparse.Namespace) -> int:
         for text in _follow(given):
             print(text, flush=True)
         return 0
-    except ValueError as error:  # a model, a recipe or a setting that will not do
+    except ValueError as error:  # a wrong model, recipe or setting
         print(f"reifusion: {error}", file=sys.stderr)
         return 2
     except (DataError, TrainingError, OSError) as error:
@@ -80,34 +83,29 @@ def _train(given: argparse.Namespace) -> int:
 
 
 def _follow(given: argparse.Namespace) -> Any:
-    """Does what was asked for; yields what there is to say."""
+    """Does what was asked for; yields the lines to print."""
     from . import recipe as recipes
 
-    if given.what == "mini":
-        stages = [("vae", "mini-vae"), ("sharpen", "mini-sharpen"), ("text2image", "mini")]
-        if given.config:
-            raise recipes.RecipeError(
-                "mini is the recipes mini-vae, mini-sharpen and mini, one after the other; give no --config"
-            )
-    else:
-        stages = [(given.what, given.config or "")]
-    for what, name in stages:
+    if given.what == "mini" and given.config:
+        raise recipes.RecipeError(
+            "mini is the recipes mini-vae, mini-sharpen and mini, one after the other; give no --config"
+        )
+    for what, name in MINI if given.what == "mini" else [(given.what, given.config or "")]:
         if given.keys:
             yield "\n".join(f"{key:24} {value!r}" for key, value in recipes.keys(what).items())
             continue
         overrides = given.overrides
-        if given.what == "mini":  # what only one of them knows is for that one
-            overrides = [
-                o for o in overrides if o.partition("=")[0] in recipes.keys(what) or what == "text2image"
-            ]
+        if given.what == "mini" and what != "text2image":  # the last recipe refuses keys that none has
+            overrides = [o for o in overrides if o.partition("=")[0] in recipes.keys(what)]
         recipe = recipes.read(what, recipes.find(name) if name else None, overrides)
         if given.what == "mini" and what != "text2image" and Path(recipe.out).exists():
-            yield f"the {'VAE' if what == 'vae' else 'sharpened VAE'} is in {recipe.out} already"
+            yield f"the {'VAE' if what == 'vae' else 'sharpened VAE'} is already in {recipe.out}"
             continue
         yield from _stage(recipe, given)
 
 
 def _stage(recipe: Any, given: argparse.Namespace) -> Any:
+    """Follows, checks or plots a single recipe; yields the line to print."""
     if given.plot:
         from .plot import plot
 

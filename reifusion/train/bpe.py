@@ -10,10 +10,10 @@ from ..model.tokenizer import as_bytes, merge_pair, split_words
 
 
 def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[str, str]]:
-    """texts -> at most `n_merges` pairs to merge, in order; fewer once each word of the texts is one token.
+    """texts -> at most `n_merges` pairs to merge, in order; fewer if every word has become a single token.
 
-    What comes out depends on the words and their numbers only, not on the order of the texts. The result is
-    what `Tokenizer(merges)` takes, and makes a vocabulary of `len(merges) + 514` tokens.
+    The merges depend only on the words and how often each occurs, not on the order of the texts.
+    `Tokenizer(merges)` makes a vocabulary of `len(merges) + 514` tokens from them.
 
     Source: Sennrich et al. 2016, Algorithm 1, on bytes. Raises ValueError for a negative `n_merges`.
     """
@@ -27,7 +27,7 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[tuple[str, str]]:
             pairs[pair] += counts[word]
     merges: list[tuple[str, str]] = []
     while len(merges) < n_merges and pairs:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # of equals, the first in the alphabet
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # a tie goes to the first in the alphabet
         merges.append(best)
         for word, parts in words.items():
             if best not in pairwise(parts):

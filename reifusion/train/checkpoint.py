@@ -1,4 +1,4 @@
-"""A run on disk: all that training changes, in one file that is whole at every moment."""
+"""A run on disk: everything that training changes, in one file that is whole at every moment."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and the last checkpoint is still good."""
+    """Training cannot continue; the message says why, and the last checkpoint is still good."""
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """Writes beside the file, then renames: a full disk or a kill leaves the old one whole."""
+    """Writes a new file and then renames it, so that a full disk or a kill leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             torch.save(value, file)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name without the new bytes
+            os.fsync(file.fileno())  # otherwise, a power cut could leave the new name without the new bytes
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch wraps some of the first in the second
-        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
-        raise TrainingError(f"{path} could not be written ({why}); what was there before is whole") from error
+    except (OSError, RuntimeError) as error:  # torch turns some OSErrors into RuntimeErrors
+        why = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        raise TrainingError(f"{path} could not be written ({why}); the previous file is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -39,7 +39,7 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     step: int,
 ) -> None:
-    """Writes what `load_checkpoint` takes up. step: the one that comes next."""
+    """Writes the state of a run for `load_checkpoint`. step: the next one to be done."""
     state = {
         "model": _own_state(model),
         "ema": ema,
@@ -58,26 +58,26 @@ def load_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> int:
-    """Takes up the state in a checkpoint; returns the step that comes next. Raises TrainingError."""
-    again = "choose another folder to begin anew, or remove it"
+    """Restores the state of a run; returns the next step to be done. Raises TrainingError."""
+    again = "to start again, choose another folder or remove that file"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model_saved, ema_saved, states, step = (saved[key] for key in ("model", "ema", "optimizers", "step"))
-    except Exception:  # the reader raises whatever it stumbles over
-        raise TrainingError(f"{path} is not a whole checkpoint of a training; {again}") from None
+    except Exception:  # for a damaged file, torch.load raises errors of many types
+        raise TrainingError(f"{path} is not a complete checkpoint of a training run; {again}") from None
     for now, then in ((_own_state(model), model_saved), (ema, ema_saved)):
         for name in sorted(now.keys() | then.keys()):
             here, there = (list(x[name].shape) if name in x else "missing" for x in (now, then))
             if here != there:
                 raise TrainingError(
-                    f"{path} is of another model ({name} is {there} there and {here} here); {again}"
+                    f"{path} belongs to another model ({name} is {there} there and {here} here); {again}"
                 )
         with torch.no_grad():
             for name, value in now.items():
                 value.copy_(then[name])
     if saved.get("optimizer_names", _names(optimizers)) != _names(optimizers):
         there, here = (" and ".join(x) for x in (saved["optimizer_names"], _names(optimizers)))
-        raise TrainingError(f"{path} was trained with {there}, and the optimizer here is {here}; {again}")
+        raise TrainingError(f"{path} was trained with {there}, but the optimizer here is {here}; {again}")
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
     if scaler.is_enabled() and saved.get("scaler"):
@@ -90,6 +90,6 @@ def _names(optimizers: list[torch.optim.Optimizer]) -> list[str]:
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: the state without the frozen weights."""
+    """Returns the model's state without the frozen weights, which training does not change."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name not in frozen}

@@ -1,7 +1,7 @@
-"""Three checks before a long training: what will it cost, are the gradients right, can it learn at all?
+"""Three checks before a long training run: its cost, the gradients, and whether the model can learn at all.
 
-`dry_run`, `check_gradients` and `overfit_one` are for a recipe, and need none of its data. Each stands on a
-function for a model and a loss of your own: `cost`, `compare_gradients` and `overfit`.
+`dry_run`, `check_gradients` and `overfit_one` take a recipe and need none of its data. Each is built on a
+function for a model and an objective of your own: `cost`, `compare_gradients` and `overfit`.
 """
 
 from __future__ import annotations
@@ -25,48 +25,59 @@ from . import critic as critics
 from . import text2image
 from . import vae as vaes
 from .checkpoint import TrainingError
-from .loop import LoopConfig, Loss, Part, gradients, in_mixed_precision, make_optimizers, processes, rng
+from .loop import (
+    BatchPart,
+    LoopConfig,
+    Objective,
+    accumulate_gradients,
+    in_mixed_precision,
+    make_optimizers,
+    processes,
+    rng,
+)
 from .lora import TEXT_ENCODER, attach
 from .recipe import Recipe, RecipeError
 from .run import model_config
-from .sharpen import WithCritic, sharpening_loss
+from .sharpen import WithCritic, sharpening_objective
 from .text2image import Latents, TextToImage, forward_process, recomputed
 from .vae import VAE
 
-# ---- what will it cost? -----------------------------------------------------------------------------------
+# ---- cost -------------------------------------------------------------------------------------------------
 
 
 def dry_run(recipe: Recipe) -> str:
-    """What following a recipe takes on this machine, as a table: from a few real steps, on made-up data."""
-    model, loss = subject(recipe)
+    """Returns a table of a recipe's cost on this machine, measured by a few real steps on made-up data."""
+    model, objective = subject(recipe)
     saving = getattr(recipe.training, "gradient_checkpointing", False)
-    return str(cost(model, loss, recipe.training.loop, model.diffusion if saving else None))  # type: ignore[arg-type]
+    return str(cost(model, objective, recipe.training.loop, model.diffusion if saving else None))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a training, in each process; memory in bytes."""
+    """The cost of a training run in each process; memory in bytes."""
 
     parameters: int
     trained: int
     memory: dict[str, int]
-    seconds: float  # a step
+    seconds: float  # per step
     steps: int
-    samples: float  # a step, of all processes
+    samples: float  # per step, of all processes together
 
     def __str__(self) -> str:
         rows = {
             "parameters": f"{self.parameters:,}, of which {self.trained:,} are trained",
             **{name: f"{size / 2**20:,.1f} MiB" for name, size in self.memory.items()},
-            "in all": f"{sum(self.memory.values()) / 2**20:,.1f} MiB, and what PyTorch itself takes",
+            "in all": f"{sum(self.memory.values()) / 2**20:,.1f} MiB, without PyTorch itself",
             "a step": f"{self.seconds:.3g} s, {self.samples / self.seconds:,.1f} samples/s",
             f"{self.steps:,} steps": f"{self.steps * self.seconds / 3600:,.2f} hours",
         }
         return "\n".join(f"{name:14} {value}" for name, value in rows.items())
 
 
-def cost(model: nn.Module, loss: Loss, config: LoopConfig, unet: UNet | None = None, steps: int = 2) -> Cost:
-    """Takes one step to warm up, and the time of `steps` more; the model's weights stay as they are.
+def cost(
+    model: nn.Module, objective: Objective, config: LoopConfig, unet: UNet | None = None, steps: int = 2
+) -> Cost:
+    """Does one step to warm up and measures `steps` more; the model's weights do not change.
 
     unet: the part of the model whose rows are `recomputed`, for gradient checkpointing.
     """
@@ -76,14 +87,14 @@ def cost(model: nn.Module, loss: Loss, config: LoopConfig, unet: UNet | None = N
     optimizers = make_optimizers(model, config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = 0.0  # all the work, and no change
+            group["lr"] = 0.0  # all the work, without any change
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=False)
     with nullcontext() if unet is None else recomputed(unet):
         for step in range(1 + steps):
             if step == 1:
                 start = time.perf_counter()
             model.zero_grad()
-            figures = gradients(network, wrapped, loss, step, config, accelerator, scaler)
+            figures = accumulate_gradients(network, wrapped, objective, step, config, accelerator, scaler)
             for optimizer in optimizers:
                 optimizer.step()
         seconds = (time.perf_counter() - start) / steps
@@ -92,17 +103,17 @@ def cost(model: nn.Module, loss: Loss, config: LoopConfig, unet: UNet | None = N
     state = [x for o in optimizers for s in o.state.values() for x in s.values() if isinstance(x, Tensor)]
     samples = figures["samples"]
     alone = in_mixed_precision(model, config, accelerator.device)
-    share = samples / (config.accumulate * accelerator.num_processes)  # of the batch, at a time
-    # All that is recomputed might not fit into memory at once; a single sample will.
+    share = samples / (config.accumulate * accelerator.num_processes)  # samples in a part of the batch
+    # Nothing is recomputed while `kept` measures, so a whole part may not fit into memory; one sample will.
     some = 1.0 if unet is not None else share
-    part = Part(0, round(samples / some), accelerator.device)
+    part = BatchPart(0, round(samples / some), accelerator.device)
     rows = [] if unet is None else [*unet.down, unet.middle, *unet.up]
-    activations = kept(model, lambda: loss(alone, 0, rng(config.seed, 0), part)[0], rows)
+    activations = kept(model, lambda: objective(alone, 0, rng(config.seed, 0), part)[0], rows)
     memory = {
-        "weights": size(model.parameters()),
-        "gradients": size(trained),
-        "optimizer": size(state),
-        "average": size(trained),
+        "weights": in_bytes(model.parameters()),
+        "gradients": in_bytes(trained),
+        "optimizer": in_bytes(state),
+        "average": in_bytes(trained),
         "activations": round(activations * share / some),
     }
     parameters = sum(p.numel() for p in model.parameters())
@@ -110,9 +121,10 @@ def cost(model: nn.Module, loss: Loss, config: LoopConfig, unet: UNet | None = N
 
 
 def kept(model: nn.Module, forward: Callable[[], Tensor], rows: Sequence[nn.Module] = ()) -> int:
-    """The bytes that a forward pass keeps for the way back, beside the weights.
+    """Returns the bytes that a forward pass keeps for the backward pass, without the weights.
 
-    rows: modules that will be computed again, one after the other: their inputs count, and one's inside.
+    rows: modules that will be recomputed one at a time. Of these, all inputs count, and besides only the
+    activations of the largest one.
     """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -143,20 +155,20 @@ def kept(model: nn.Module, forward: Callable[[], Tensor], rows: Sequence[nn.Modu
     finally:
         for row in rows:
             del row.forward
-    del value  # held until here, so that nothing was freed and no address stands for two tensors
+    del value  # held until here, so that no memory was freed and then counted under the same address
     return sum(outside.values()) + max((sum(row.values()) for row in inside), default=0)
 
 
-def size(tensors: Iterable[Tensor]) -> int:
-    """In bytes."""
+def in_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the size of all tensors together."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-# ---- are the gradients right? -----------------------------------------------------------------------------
+# ---- gradients --------------------------------------------------------------------------------------------
 
 
 def check_gradients(recipe: Recipe) -> str:
-    """Each term of the recipe's loss, on a narrow model of the same plan; a wrong one is a TrainingError."""
+    """Checks each term of the recipe's loss on a narrow model of the same plan. Raises TrainingError."""
     errors = compare_gradients(*narrow_subject(recipe))
     table = "\n".join(f"{name:14} {error:.1e}" for name, error in errors.items())
     wrong = [name for name, error in errors.items() if not error < 1e-4]
@@ -170,10 +182,10 @@ def check_gradients(recipe: Recipe) -> str:
 def compare_gradients(
     model: nn.Module, terms: Mapping[str, Callable[[nn.Module], Tensor]], directions: int = 3
 ) -> dict[str, float]:
-    """The largest relative error of autograd's slope along some random directions, for each term.
+    """Returns for each term the largest relative error of autograd's slope along some random directions.
 
-    terms: name -> model to loss, in float64; the model itself is copied. Weights that a term forgot have a
-    slope too, so that forgetting them is an error.
+    terms: name -> a function from the model to the loss, in float64; it gets a copy of the model. Weights
+    without a gradient are moved as well, so a term that cuts off their gradient by mistake is found.
     """
     model = copy.deepcopy(model).double().eval()
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
@@ -201,9 +213,9 @@ def compare_gradients(
 
 
 def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Module], Tensor]]]:
-    """A narrow model of a recipe's plan, and the terms of its loss."""
+    """Returns a narrow model of a recipe's plan, and the terms of its loss."""
     config, generator = narrow(base(recipe)), torch.Generator().manual_seed(0)
-    torch.manual_seed(0)  # an error of finite differences at a kink would come and go otherwise
+    torch.manual_seed(0)  # otherwise, an error of finite differences at a kink would come and go
     if recipe.train in ("vae", "sharpen"):
         x = blots(generator, 2, 4 * config.vae.factor).double()
         noise = torch.randn(2, config.vae.latent_channels, 4, 4, generator=generator, dtype=torch.float64)
@@ -223,7 +235,7 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
 
     def term(prediction: str) -> Callable[[nn.Module], Tensor]:
         sampler = forward_process(ScheduleConfig(prediction_type=prediction))
-        return lambda model: text2image.loss(model, sampler, latents, tokens, t, noise, weights)[0]
+        return lambda model: text2image.denoising_loss(model, sampler, latents, tokens, t, noise, weights)[0]
 
     model = TextToImage(config)
     if recipe.train == "lora":
@@ -234,7 +246,7 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
 def sharpening_terms(
     model: WithCritic, x: Tensor, noise: Tensor
 ) -> tuple[nn.Module, dict[str, Callable[[nn.Module], Tensor]]]:
-    """A VAE with its critic, and each one's terms while the other is as it is now."""
+    """Returns a VAE with its critic, and the terms of each while the other stays as it is."""
     now = copy.deepcopy(model).double()
     made = now.vae(x, noise)[0].detach()  # (B, 3, H, W)
     terms: dict[str, Callable[[Any], Tensor]] = {
@@ -248,7 +260,7 @@ def sharpening_terms(
 
 
 def narrow(config: ModelConfig) -> ModelConfig:
-    """The same layers with few channels: float64 and many forward passes take their time."""
+    """Returns the config of the same layers with few channels: many passes in float64 take their time."""
     unet, vae = config.unet, config.vae
     return replace(
         config,
@@ -261,7 +273,7 @@ def narrow(config: ModelConfig) -> ModelConfig:
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """All weights random: those that begin at zero would keep others from mattering."""
+    """Makes all weights random: those that begin at zero would hide the influence of others."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -269,11 +281,11 @@ def awake(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- can it learn at all? ---------------------------------------------------------------------------------
+# ---- learning ---------------------------------------------------------------------------------------------
 
 
 def overfit_one(recipe: Recipe) -> str:
-    """Whether the recipe's model can learn a single batch of made-up data. Raises TrainingError where not."""
+    """Trains the recipe's model on one batch of made-up data. Raises TrainingError if it cannot learn."""
     if recipe.train == "sharpen":
         raise RecipeError("a decoder and its critic work against each other, so their loss does not go to 0")
     training = replace(recipe.training, batch=2)
@@ -282,41 +294,41 @@ def overfit_one(recipe: Recipe) -> str:
     curve = overfit(*subject(replace(recipe, training=training)))
     course = f"the loss on one batch went from {curve[0]:.3g} to {curve[-1]:.3g} in {len(curve)} steps"
     if curve[-1] > curve[0] / 20:
-        raise TrainingError(f"{course}, and not to nearly 0: something keeps this model from learning")
+        raise TrainingError(f"{course}, not to nearly 0: something keeps this model from learning")
     return f"{course}: it can learn"
 
 
-def overfit(model: nn.Module, loss: Loss, steps: int = 500, lr: float = 1e-3) -> list[float]:
-    """The losses of up to `steps` steps, all on the first batch with the same noise, in float32.
+def overfit(model: nn.Module, objective: Objective, steps: int = 500, lr: float = 1e-3) -> list[float]:
+    """Trains the model on the first batch, always with the same noise, in float32; returns the losses.
 
-    Ends when the loss is a twentieth of the first. The model is changed.
+    Ends after `steps` steps, or before when the loss is a twentieth of the first.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.0)
     curve: list[float] = []
     while len(curve) < steps and (not curve or curve[-1] > curve[0] / 20):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (len(curve) + 1) / 20, 2 - 2 * len(curve) / steps)
         optimizer.zero_grad()
-        value, _ = loss(model, 0, rng(0, 0), Part())
-        value.backward()
+        loss, _ = objective(model, 0, rng(0, 0), BatchPart())
+        loss.backward()
         optimizer.step()
-        curve.append(value.item())
+        curve.append(loss.item())
     return curve
 
 
 # ---- models and made-up data ------------------------------------------------------------------------------
 
 
-def subject(recipe: Recipe) -> tuple[nn.Module, Loss]:
-    """The model that a recipe trains, as it begins, and its loss on made-up data of the right size."""
+def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
+    """Returns the untrained model of a recipe, and its objective on made-up data of the right size."""
     config, training = base(recipe), recipe.training
     torch.manual_seed(training.loop.seed)
     pixels = recipe.size or config.size
     if recipe.train == "vae":
         vae = VAE(config.vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return vae, vaes.training_loss(blots, pixels, config.vae, training)
+        return vae, vaes.reconstruction_objective(blots, pixels, config.vae, training)
     if recipe.train == "sharpen":
         both = WithCritic(VAE(config.vae)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return both, sharpening_loss(blots, pixels, config.vae, training)
+        return both, sharpening_objective(blots, pixels, config.vae, training)
     model = TextToImage(config)
     if recipe.start or recipe.train == "lora":
         _, models, _ = load(recipe.start or "mini", dtype=torch.float32)
@@ -330,16 +342,16 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Loss]:
     latents = blots(generator, 64, pixels // config.vae.factor, config.unet.in_channels)
     tokens = torch.randint(config.clip.vocab_size, (64, config.clip.context_length), generator=generator)
     sampler = forward_process(config.schedule)
-    return model, text2image.training_loss(Latents(latents, tokens), tokens[0], sampler, training)
+    return model, text2image.denoising_objective(Latents(latents, tokens), tokens[0], sampler, training)
 
 
 def base(recipe: Recipe) -> ModelConfig:
-    """The sizes of a recipe's model; a LoRA's is the mini, where it names none."""
+    """Returns the sizes of a recipe's model; a LoRA that names no model is for the mini."""
     return model_config(replace(recipe, start=recipe.start or "mini") if recipe.train == "lora" else recipe)
 
 
 def blots(generator: torch.Generator, count: int, size: int, channels: int = 3) -> Tensor:
-    """Made-up pictures, or latents (count, channels, size, size) in [-1, 1]: patches of 4×4 colours."""
+    """Makes up pictures or latents (count, channels, size, size) in [-1, 1], of 4×4 coloured patches each."""
     patches = 2 * torch.rand(count, channels, 4, 4, generator=generator) - 1
     return F.interpolate(patches, size=(size, size), mode="nearest")
 

@@ -1,6 +1,6 @@
-"""Pictures with captions from anywhere: a folder, parquet files, .tar shards, a data set of the hub.
+"""Captioned pictures from a folder, from parquet files, from .tar shards or from the Hugging Face hub.
 
-The containers are read by Hugging Face's `datasets`. Pictures stay files until they are asked for: a data set
+Hugging Face's `datasets` reads the containers. A picture is decoded only when it is used, so a data set
 need not fit into memory, and a broken picture is counted and named instead of ending the run.
 """
 
@@ -25,34 +25,37 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ..model.pictures import to_tensor
-from .data import DataError
+from ..model.pipeline import to_tensor
 
-# What a column, or the ending of a file in a .tar, may be called to be taken without asking.
+# Names of a column, or suffixes in a .tar, that are recognised without being named by the user.
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description")
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-UNSEEN = {".avif", ".heic", ".heif"}  # pictures, but `datasets` does not look for them in a folder
-# Other formats that Pillow knows start other programs, or are no pictures.
+UNSEEN = {".avif", ".heic", ".heif"}  # pictures that `datasets` does not look for in a folder
+# Only these: some other formats of Pillow are not pictures, and some start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+
+class DataError(RuntimeError):
+    """The pictures cannot be read or fetched; the message says why in one sentence."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of one picture without decoding it."""
+    """One picture of a data set, not yet decoded."""
 
     row: int  # in its data set
-    name: str  # for messages: the file's name in its folder, or the row's number
-    width: int  # in pixels, as it is looked at (see `upright_size`)
+    name: str  # for messages: the file's path within its folder, or the row's number
+    width: int  # in pixels, of the upright picture (see `upright_size`)
     height: int
-    captions: tuple[str, ...]  # any of them will do; none: ("",)
+    captions: tuple[str, ...]  # alternatives, each of them true; ("",) for a picture without a caption
 
 
 class Pictures:
     """Pictures and their captions: `pictures[i]` -> (RGB picture, its first caption).
 
-    encoded: row -> the picture as a file's bytes, or where that file is. items: the pictures that there are.
+    encoded: row -> the bytes of the picture's file, or the path of that file. items: the pictures.
     """
 
     def __init__(self, encoded: Callable[[int], bytes | Path], items: Sequence[Item]):
@@ -63,21 +66,21 @@ class Pictures:
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, str]:
-        """Raises DataError for a picture that turns out to be broken: only its beginning was looked at."""
+        """Raises DataError for a broken picture: `open_pictures` has read only the beginning of its file."""
         item = self.items[i]
         try:
             with _open(self._encoded(item.row)) as picture:
                 return to_rgb(picture), item.captions[0]
-        except Exception as error:  # there is nothing that Pillow would not raise for a broken file
+        except Exception as error:  # for a broken file, Pillow raises errors of nearly any type
             raise DataError(f"the picture {item.name} cannot be read: {error}") from error
 
     def __iter__(self) -> Iterator[tuple[Image.Image, str]]:
         return (self[i] for i in range(len(self)))
 
     def fingerprint(self, i: int) -> str:
-        """Changes when the picture does: a hash of its bytes, or of its file's name, size and time.
+        """Returns a hash of the picture's bytes, or of its file's name, size and time of modification.
 
-        Raises DataError when its file is gone.
+        So it changes if the picture does. Raises DataError if the file has disappeared.
         """
         item = self.items[i]
         try:
@@ -90,10 +93,10 @@ class Pictures:
         return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
     def pixel_batch(self, generator: torch.Generator, count: int, size: int, mirror: bool = False) -> Tensor:
-        """Random squares of random pictures -> (count, 3, size, size) in [-1, 1]; mirror: half of them.
+        """Crops random squares from random pictures -> (count, 3, size, size) in [-1, 1].
 
-        A square is anything from the picture's short side down to `size` pixels. All that is random comes
-        from `generator`. Raises DataError when no picture can be read.
+        The side of a square lies between `size` pixels and the picture's short side. mirror: mirrors half of
+        the squares. `generator` alone decides the batch. Raises DataError if no picture can be read.
         """
         chosen = torch.randint(len(self), (count,), generator=generator).tolist()
         numbers = torch.rand(count, 4, generator=generator).tolist()
@@ -103,20 +106,20 @@ class Pictures:
             width, height = picture.size
             short = min(width, height)
             side = round(short + zoom * (min(short, size) - short))
-            left, top = round(x * (width - side)), round(y * (height - side))  # whole: pixels stay sharp
+            left, top = round(x * (width - side)), round(y * (height - side))  # integers keep pixels sharp
             box = (left, top, left + side, top + side)
             square = picture.resize((size, size), Image.Resampling.LANCZOS, box)
             squares.append(to_tensor(ImageOps.mirror(square) if mirror and flip < 0.5 else square))
         return torch.cat(squares)
 
     def _readable_from(self, i: int) -> Image.Image:
-        """Picture i, or the next one that can be read."""
+        """Returns picture i, or the next one that can be read."""
         for k in range(len(self)):
             try:
                 return self[(i + k) % len(self)][0]
             except DataError as error:
                 if not self._warned:
-                    warnings.warn(f"{error}; such pictures are passed over", stacklevel=3)
+                    warnings.warn(f"{error}; such pictures are skipped", stacklevel=3)
                     self._warned = True
         raise DataError(f"none of the {len(self)} pictures can be read")
 
@@ -132,16 +135,17 @@ def open_pictures(
     caption_column: str | None = None,
     cache: Path | None = None,
 ) -> Pictures:
-    """The pictures and captions that there are at `source`:
+    """Finds the pictures and captions of a source, which may be
 
-    - a folder of pictures. Captions: `metadata.jsonl` or `metadata.csv` with file_name and text, or `cat.txt`
-      beside `cat.png`, a caption a line. Folders in it may be splits: train, test, …;
-    - parquet files or .tar shards (webdataset): one, a folder of them, or a glob in quotes;
+    - a folder of pictures. The captions are in `metadata.jsonl` or `metadata.csv` with columns file_name and
+      text, or in `cat.txt` beside `cat.png`, one per line. Its subfolders may be splits: train, test, …;
+    - parquet files or .tar shards (webdataset): one of them, a folder of them, or a glob in quotes;
     - `owner/name` of the Hugging Face hub, or `owner/name:configuration`.
 
-    Columns are found by their names and types, unless named. cache: where `datasets` keeps what it has read.
-    One warning counts and names the pictures that cannot be read, which are left out, and those without a
-    caption, which have "". Raises DataError when there are none, or where there is a choice.
+    Columns are recognised by name and type unless they are given. cache: the folder in which `datasets` keeps
+    the data that it has read. One warning counts and names the pictures that cannot be read, which are left
+    out, and those without a caption, whose caption is "". Raises DataError if there are no pictures, or if
+    there are several candidates for a column.
     """
     try:
         import datasets
@@ -181,7 +185,7 @@ def open_pictures(
 
 
 def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None, set[Path]]:
-    """The rows at `source`, and if they are files of pictures: their folder, and all pictures in it."""
+    """Returns the rows of a source and, if each picture is a file, their folder and all pictures in it."""
     given = path = Path(os.path.abspath(Path(source).expanduser()))
     folder = path.is_dir()
     if folder:
@@ -191,12 +195,16 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
         files = [path] if path.is_file() else [Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
     if not files and not folder and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
         name, _, configuration = source.partition(":")
-        hint = f"{source} is no file or folder here, and the hub could not give it"
-        return _read(hint, cache, name, configuration or None, split=split), None, set()
+        hint = f"{source} is not a file or folder here, and the hub could not provide it"
+        return _load_dataset(hint, cache, name, configuration or None, split=split), None, set()
     kinds = sorted({_kind(file) for file in files} - {""})
     if not kinds:
         found = (
-            "holds no .jpg, .png or other pictures" if folder else "is no data" if files else "is not there"
+            "holds no .jpg, .png or other pictures"
+            if folder
+            else "holds no pictures"
+            if files
+            else "does not exist"
         )
         raise DataError(f"{source} {found}; give a folder of pictures, .parquet or .tar files, or owner/name")
     if len(kinds) > 1:
@@ -213,35 +221,35 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
         if not folder or path != given:  # otherwise the names of the files tell which split they belong to
             options["data_files"] = {split: sorted(glob.escape(str(file)) for file in ours)}
         try:
-            return _read(hint, cache, kind, **options), None, set()
+            return _load_dataset(hint, cache, kind, **options), None, set()
         except DataError as error:
             damaged = [file.name for file in sorted(ours) if not _whole(file)]
             raise DataError(f"{error} ({some(damaged)})" if damaged else str(error)) from error
-    # One pattern for all: by their names, a picture called "a red train" would be all that there is to train.
+    # One pattern for all files: by names, `datasets` would take "a red train.png" for the split to train on.
     options["data_files"] = {split: ["**"] if folder else [glob.escape(str(file)) for file in files]}
     root = path if folder else Path(os.path.commonpath([file.parent for file in ours]))
     unseen = {file for file in files if file.suffix.lower() in UNSEEN}
-    return _read(hint, cache, kind, **options), root, ours | unseen
+    return _load_dataset(hint, cache, kind, **options), root, ours | unseen
 
 
-def _read(hint: str, cache: Path | None, *arguments: Any, **options: Any) -> Any:
+def _load_dataset(hint: str, cache: Path | None, *arguments: Any, **options: Any) -> Any:
     import datasets
 
     try:
         return datasets.load_dataset(*arguments, cache_dir=str(cache) if cache else None, **options)
-    except Exception as error:  # its own kinds of errors are many, and those that pass through it more
+    except Exception as error:  # it has many types of error, and passes on those of other packages
         raise DataError(f"{hint}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a line. `datasets` wraps errors, and says less than they do."""
+    """Says what went wrong, in one line: the error that `datasets` has wrapped says more than its own."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def _kind(file: Path) -> str:
-    """The part of `datasets` that reads it."""
+    """Returns the name of the `datasets` loader that reads the file, or "" if none does."""
     if file.suffix.lower() in SUFFIXES:
         return "imagefolder"
     if file.name == "metadata.parquet":
@@ -250,7 +258,7 @@ def _kind(file: Path) -> str:
 
 
 def _whole(file: Path) -> bool:
-    """Whether a shard can be read to its end. Of many, `datasets` does not say which one cannot."""
+    """True if a shard can be read to its end. For several shards, `datasets` does not say which is broken."""
     import pyarrow.parquet as pq
 
     try:
@@ -269,7 +277,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _split_folder(folder: Path, split: str, source: str) -> Path:
-    """The folder of the split, if `folder` has nothing but splits in it."""
+    """Returns the folder of the split if `folder` contains nothing but splits, and otherwise `folder`."""
     inside = [path for path in folder.iterdir() if not _hidden(Path(path.name))]
     splits = {path.name for path in inside if path.is_dir()}
     loose = [path for path in inside if path.is_file() and (_kind(path) or path.stem == "metadata")]
@@ -296,7 +304,7 @@ def _image_column(rows: Any, wanted: str | None, source: str | Path) -> str:
     if wanted is not None:
         return _known(rows, wanted, source)
     found = [name for name in rows.column_names if may_be(name)]
-    if len(found) > 1:  # an image and its mask: the one with a known name is meant
+    if len(found) > 1:  # such as an image and its mask: the one with a known name is meant
         found = [name for name in found if name.lower() in IMAGE_COLUMNS] or found
     if not found:
         raise DataError(f"{source} has no column of pictures; it has {', '.join(rows.column_names)}")
@@ -331,7 +339,7 @@ def _known(rows: Any, name: str, source: str | Path) -> str:
 
 
 def _captions(value: Any, lines: bool) -> tuple[str, ...]:
-    """A cell as captions: several in a list, or in the lines of a text file."""
+    """Returns the captions in a cell: one, several in a list, or one per line of a text file."""
     texts = value if isinstance(value, list) else [value]
     texts = [text for text in texts if isinstance(text, str)]
     if lines:
@@ -344,7 +352,7 @@ def _text_of(file: Path) -> str | None:
 
 
 def _report(source: str | Path, items: list[Item], unreadable: list[str], unlisted: list[str]) -> None:
-    """Says once what is wrong with a data set. Raises DataError when nothing of it is left."""
+    """Warns once of everything that is wrong with a data set. Raises DataError if no picture is left."""
     total = len(items) + len(unreadable)
     if not items:
         why = f": {some(unreadable)} cannot be read" if unreadable else ""
@@ -358,14 +366,14 @@ def _report(source: str | Path, items: list[Item], unreadable: list[str], unlist
         )
         if names
     ]
-    if unlisted:  # by the metadata, or because `datasets` has no use for their format
-        problems.append(f"{len(unlisted)} other pictures there are not part of it: {some(unlisted)}")
+    if unlisted:  # by the metadata, or because `datasets` does not read their format
+        problems.append(f"{len(unlisted)} other pictures there are not used: {some(unlisted)}")
     if problems:
         warnings.warn(f"{source}: {'; '.join(problems)}", stacklevel=3)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
+    """Lists the first few names, and says how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -374,7 +382,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any picture as it is looked at: upright, in 8-bit RGB, on white where it was transparent."""
+    """Converts any picture to 8-bit RGB, upright, with white where it was transparent."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would cut off at 255
         levels = np.asarray(picture).astype(np.float32) / 257  # 65535 -> 255
@@ -386,15 +394,15 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height as they will be, from the file's beginning alone."""
-    # A PNG that has no orientation there would be decoded to its end to look for one.
+    """Returns width and height after `to_rgb`; reads only the beginning of the file."""
+    # For a PNG without EXIF in its header, Pillow would decode the whole file to look for it.
     looked = picture.format != "PNG" or "exif" in picture.info
     sideways = looked and picture.getexif().get(0x0112, 1) >= 5  # EXIF's Orientation: 5 to 8 lie on a side
     return (picture.height, picture.width) if sideways else (picture.width, picture.height)
 
 
 def _encoded(cell: Any) -> bytes | Path:
-    """What `datasets` says of an undecoded picture -> its bytes, or its file."""
+    """An undecoded picture in a row of `datasets` -> its bytes, or its file."""
     if not cell or not (cell["bytes"] or cell["path"]):
         raise DataError("a row has no picture")
     return cell["bytes"] or Path(cell["path"])

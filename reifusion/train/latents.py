@@ -1,13 +1,14 @@
-"""Latents on disk: a picture goes through the VAE's encoder once, instead of once a step.
+"""Latents on disk: each picture goes through the VAE's encoder once, instead of once per step.
 
-The pictures of a batch must have one size, and few pictures are square. So a handful of sizes of about the
-same area is fixed, the buckets. A picture goes into the one nearest to its shape, a batch comes from one.
+All pictures of a batch must have the same size, but few pictures are square. So there is a fixed handful of
+sizes with about the same area, the buckets. Each picture is fitted to the bucket nearest to its shape, and
+each batch comes from a single bucket.
 Source: NovelAI 2022, "NovelAI Improvements on Stable Diffusion" (aspect ratio bucketing).
 
     folder/<hash of the encoder>/<width>x<height>/<hash of the pictures>.safetensors
 
-Such a file has μ and σ of up to 64 pictures, and their fingerprints. Other weights have another folder and a
-changed picture has another fingerprint, so both are encoded anew, and nothing else is.
+Such a file holds μ and σ of up to 64 pictures, and their fingerprints. Another encoder has another folder,
+and a changed picture has another fingerprint, so the cache encodes exactly the pictures that it lacks.
 """
 
 from __future__ import annotations
@@ -30,25 +31,24 @@ from tqdm import tqdm
 from ..files import whole
 from ..model.tokenizer import Tokenizer
 from ..model.config import VAEConfig
-from ..model.encoder import Encoder, scale_latents
-from ..model.pictures import fit, to_tensor
+from ..model.encoder import Encoder, sample, scale_latents
+from ..model.pipeline import fit, to_tensor
 from ..model.tensors import write_tensors
-from .data import DataError
-from .images import Item, Pictures, some
+from .images import DataError, Item, Pictures, some
 
 Size = tuple[int, int]  # width and height in pixels
-PART = 64  # pictures in a file: what a kill can cost
-MIRRORED = "-mirrored"  # after the fingerprint of a picture that was mirrored first
+PER_FILE = 64  # pictures in a file: no more than these are encoded again after a kill
+MIRRORED = "-mirrored"  # follows the fingerprint of a picture that was mirrored before it was encoded
 
 
 # ---- buckets ----------------------------------------------------------------------------------------------
 
 
 def buckets(area_side: int, step: int = 64, most: float = 2.0) -> list[Size]:
-    """The sizes for pictures of about area_side² pixels, from tall to wide.
+    """Returns the sizes for pictures of about area_side² pixels, from tall to wide.
 
-    All multiples of `step` with no more pixels than that and no side longer than `most` times the other,
-    except those that lie within a larger one. Raises ValueError if there are none.
+    Both sides are multiples of `step`, no size has more than area_side² pixels, and no side is longer than
+    `most` times the other. A size that fits into another one is left out. Raises ValueError if none is left.
     """
     if not 0 < step <= area_side or most < 1:
         raise ValueError(
@@ -63,19 +63,19 @@ def buckets(area_side: int, step: int = 64, most: float = 2.0) -> list[Size]:
 
 
 def bucket_of(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """The bucket nearest in shape, where twice as wide is as far as twice as high."""
+    """Returns the bucket nearest in shape; twice as wide and twice as high are equally far from a square."""
     return min(sizes, key=lambda size: abs(math.log(width / height) - math.log(size[0] / size[1])))
 
 
 # ---- the cache --------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """Where a picture's latents are."""
+class StoredLatents(NamedTuple):
+    """Where the latents of one picture are."""
 
-    mean: Tensor  # μ of a whole file, (n, 4, h, w) fp16
-    std: Tensor  # σ of it
-    number: int  # in that file
+    mean: Tensor  # μ of all n pictures in the file, (n, 4, h, w) fp16
+    std: Tensor  # σ of the same pictures
+    number: int  # of the picture in the file
     file: Path
 
 
@@ -90,19 +90,19 @@ def cache_latents(
     step: int | None = None,
     batch: int = 8,
 ) -> LatentData:
-    """The latents of all pictures, from `folder` or made now. Killed, it goes on where it was.
+    """Returns the latents of all pictures; encodes those that `folder` lacks, and resumes after a kill.
 
-    A picture is scaled to cover its bucket, and cropped evenly. size: side in pixels of a square of the
-    buckets' area. mirror: every picture also mirrored. step: see `buckets`; None: an eighth of `size`.
-    batch: pictures to encode at a time.
+    A picture is scaled to cover its bucket, and cropped evenly on both sides. size: side in pixels of a
+    square with the buckets' area. mirror: adds every picture mirrored. step: see `buckets`; None means an
+    eighth of `size`. batch: pictures to encode at a time.
 
-    Warns once, naming them, of pictures that cannot be read, that are enlarged, or whose captions are cut.
-    Raises DataError when no picture is left, the latents are not finite or the folder cannot be written.
+    One warning names the pictures that cannot be read, those that are enlarged, and those whose captions are
+    cut. Raises DataError if no picture is left, the latents are not finite or the folder cannot be written.
     """
     factor = encoder.config.factor
     step = max(factor, size // 8 // factor * factor) if step is None else step
     if step <= 0 or step % factor or step > size:
-        raise DataError(f"buckets need steps of a multiple of {factor} pixels, at most {size}, not {step}")
+        raise DataError(f"the step of the buckets must be a multiple of {factor} up to {size}, not {step}")
     sizes = buckets(size, step)
     home = folder / weights_hash(encoder)
     wanted: dict[Size, list[tuple[str, int]]] = {shape: [] for shape in sizes}  # fingerprint, number
@@ -118,18 +118,18 @@ def cache_latents(
         except DataError:
             broken.add(i)
 
-    stored = {shape: _read(_folder(home, shape)) for shape in sizes}
-    # As a dict, so that a picture that is there twice is encoded once.
+    stored = {shape: _stored(_folder(home, shape)) for shape in sizes}
+    # As a dict, so that two copies of a picture are encoded once.
     missing = {shape: {k: i for k, i in wanted[shape] if k not in stored[shape]} for shape in sizes}
     count = sum(map(len, missing.values()))
     with tqdm(total=count, desc="encoding", unit="picture", disable=not count) as bar:
         for shape in sizes:
             entries = iter(missing[shape].items())
-            while part := list(islice(entries, PART)):
-                _encode(encoder, pictures, part, shape, _folder(home, shape), batch, bar)
+            while chunk := list(islice(entries, PER_FILE)):
+                _encode(encoder, pictures, chunk, shape, _folder(home, shape), batch, bar)
     for shape in sizes:
         if missing[shape]:
-            stored[shape] = _read(_folder(home, shape))
+            stored[shape] = _stored(_folder(home, shape))
         broken |= {i for key, i in wanted[shape] if key not in stored[shape]}
 
     found = {s: [(stored[s][key], i) for key, i in wanted[s] if i not in broken] for s in sizes}
@@ -140,7 +140,7 @@ def cache_latents(
         f"{len(names)} of {len(pictures)} pictures {what}: {some(names)}"
         for names, what in (
             ([pictures.items[i].name for i in sorted(broken)], "cannot be read and are left out"),
-            (small, f"are smaller than what {size}×{size} pixels need, and are enlarged"),
+            (small, f"are too small for an area of {size}×{size} pixels, and are enlarged"),
             (data.cut, f"have a caption of more than {tokenizer.context_length - 2} tokens, which is cut"),
         )
         if names
@@ -151,7 +151,7 @@ def cache_latents(
 
 
 def remove_unused(folder: Path, data: LatentData) -> int:
-    """Deletes the files in `folder` of which `data` uses nothing, and returns how many they were."""
+    """Deletes the files in `folder` that `data` does not use; returns their number."""
     unused = set(folder.glob("*/*x*/*.safetensors")) - data.files
     for file in unused:
         file.unlink()
@@ -162,7 +162,7 @@ def remove_unused(folder: Path, data: LatentData) -> int:
 
 
 def weights_hash(encoder: Encoder) -> str:
-    """Changes when a weight does."""
+    """Returns a hash of all weights, which names the encoder's folder."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -177,18 +177,18 @@ def _folder(home: Path, shape: Size) -> Path:
 def _encode(
     encoder: Encoder,
     pictures: Pictures,
-    part: list[tuple[str, int]],
+    chunk: list[tuple[str, int]],
     shape: Size,
     folder: Path,
     batch: int,
     bar: tqdm,
 ) -> None:
-    """Writes one file with the latents of `part`, but for pictures that cannot be read."""
+    """Writes one file with the latents of `chunk`, without the pictures that cannot be read."""
     weight = encoder.conv_in.weight
     keys, means, stds = [], [], []
-    for start in range(0, len(part), batch):
+    for start in range(0, len(chunk), batch):
         pixels = []
-        for key, i in part[start : start + batch]:
+        for key, i in chunk[start : start + batch]:
             try:
                 picture = fit(pictures[i][0], *shape)
             except DataError:
@@ -202,9 +202,9 @@ def _encode(
             stds.append(log_variance.float().mul(0.5).exp().half().cpu())
             if not (means[-1].isfinite().all() and stds[-1].isfinite().all()):
                 raise DataError(
-                    f"the VAE, in {weight.dtype}, gives latents that are not finite or beyond 65504"
+                    f"the VAE, in {weight.dtype}, gives latents that are not finite or above 65504"
                 )
-        bar.update(len(part[start : start + batch]))
+        bar.update(len(chunk[start : start + batch]))
     if keys:
         path = folder / f"{hashlib.blake2b(' '.join(keys).encode(), digest_size=8).hexdigest()}.safetensors"
         try:
@@ -215,18 +215,18 @@ def _encode(
             raise DataError(f"latents cannot be written to {folder}: {error}") from error
 
 
-def _read(folder: Path) -> dict[str, Row]:
-    """Fingerprint -> latents. The tensors are windows into the files, read when they are used."""
-    rows: dict[str, Row] = {}
+def _stored(folder: Path) -> dict[str, StoredLatents]:
+    """Fingerprint -> latents. The tensors are memory-mapped: they are read only when they are used."""
+    found: dict[str, StoredLatents] = {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 mean, std = file.get_tensor("mean"), file.get_tensor("std")
                 keys = json.loads(file.metadata()["fingerprints"])
-        except (SafetensorError, OSError):  # a damaged file counts as none
+        except (SafetensorError, OSError):  # a damaged file is treated as missing
             continue
-        rows |= {key: Row(mean, std, number, path) for number, key in enumerate(keys)}
-    return rows
+        found |= {key: StoredLatents(mean, std, number, path) for number, key in enumerate(keys)}
+    return found
 
 
 # ---- batches ----------------------------------------------------------------------------------------------
@@ -235,61 +235,61 @@ def _read(folder: Path) -> dict[str, Row]:
 class LatentData:
     """Captioned latents to train on, in buckets; `len` counts pictures.
 
-    `.sizes`: width and height of a bucket in pixels -> how many latents it has. `.empty`: tokens (L,) of "".
+    found: for each bucket, its latents and the number of their picture in `items`.
+    `.sizes`: width and height of a bucket in pixels -> its number of latents. `.empty`: tokens (L,) of "".
     """
 
     def __init__(
         self,
-        rows: dict[Size, list[tuple[Row, int]]],
+        found: dict[Size, list[tuple[StoredLatents, int]]],
         items: Sequence[Item],
         tokenizer: Tokenizer,
         config: VAEConfig,
     ):
-        self._buckets = [found for found in rows.values() if found]
+        self._buckets = [entries for entries in found.values() if entries]
         self._config, self._items = config, items
-        self.sizes = {shape: len(found) for shape, found in rows.items() if found}
-        self.files = {row.file for row, _ in self._all()}
+        self.sizes = {shape: len(entries) for shape, entries in found.items() if entries}
+        self.files = {latents.file for latents, _ in self._all()}
         used = sorted({i for _, i in self._all()})
         room = tokenizer.context_length - 2
-        # Names of the pictures whose captions are too long for the model.
+        # The names of the pictures whose captions are too long for the model.
         self.cut = [
             items[i].name
             for i in used
             if any(len(tokenizer.tokenize(caption)) > room for caption in items[i].captions)
         ]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one for each long caption
+            warnings.simplefilter("ignore")  # the tokenizer's own, one for each long caption
             self._tokens = {i: torch.tensor([tokenizer.encode(c) for c in items[i].captions]) for i in used}
             self.empty = torch.tensor(tokenizer.encode(""))
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def draw(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Latents (count, 4, h, w) float32, scaled, and tokens (count, L), of random pictures.
+    def latent_batch(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Scaled latents (count, 4, h, w) float32 and tokens (count, L) of random pictures from one bucket.
 
-        All are of one bucket; a bucket comes as often as it has pictures. Of a picture, the latents are a new
-        sample of q(z|x) each time, and the caption is any of its own.
+        A bucket is chosen in proportion to its pictures. Each time a picture is chosen, its latents are a new
+        sample of q(z|x), and its caption is one of its own at random.
         """
         chosen = self._choose(generator, count)
-        mean = torch.stack([row.mean[row.number] for row, _ in chosen]).float()  # (count, 4, h, w)
-        std = torch.stack([row.std[row.number] for row, _ in chosen]).float()
+        mean = torch.stack([x.mean[x.number] for x, _ in chosen]).float()  # (count, 4, h, w)
+        std = torch.stack([x.std[x.number] for x, _ in chosen]).float()
         noise = torch.randn(mean.shape, generator=generator)
-        # Eq. 10, Kingma & Welling 2014: z = μ + σ ⊙ ε,  ε ~ N(0, I)
-        latents = scale_latents(mean + std * noise, self._config)
+        latents = scale_latents(sample(mean, std, noise), self._config)
         which = torch.rand(count, generator=generator).tolist()
         captions = [self._tokens[i] for _, i in chosen]  # each (captions, L)
         tokens = torch.stack([each[int(u * len(each))] for each, u in zip(captions, which)])
         return latents, tokens
 
     def describe(self, generator: torch.Generator, count: int) -> str:
-        """Which pictures `draw` would take, for an error message."""
+        """Names the pictures of the batch that `latent_batch` would return, for an error message."""
         return f"pictures {', '.join(self._items[i].name for _, i in self._choose(generator, count))}"
 
-    def _choose(self, generator: torch.Generator, count: int) -> list[tuple[Row, int]]:
+    def _choose(self, generator: torch.Generator, count: int) -> list[tuple[StoredLatents, int]]:
         weights = torch.tensor([len(bucket) for bucket in self._buckets], dtype=torch.float64)
         bucket = self._buckets[int(torch.multinomial(weights, 1, generator=generator))]
         return [bucket[i] for i in torch.randint(len(bucket), (count,), generator=generator).tolist()]
 
-    def _all(self) -> Iterator[tuple[Row, int]]:
+    def _all(self) -> Iterator[tuple[StoredLatents, int]]:
         return (entry for bucket in self._buckets for entry in bucket)

@@ -1,10 +1,10 @@
-"""The training loop, once: every model here is trained by `train`.
+"""The training loop: one function, `train`, trains every model here.
 
-Everything random in a step is drawn from (seed, step), and a checkpoint holds weights, their moving
-average and the optimizer's state. So a run that was killed goes on as if nothing had happened.
+Everything random in a step is drawn from (seed, step), and a checkpoint holds the weights, their moving
+average and the optimizer's state. So a run that was killed resumes as if nothing had happened.
 
-A step's batch can be cut in parts, for several processes or for little memory. What is random is drawn
-for the whole batch first and cut then, so the parts together give what the whole would have given.
+A step's batch can be cut into parts, for several processes or for little memory. Random numbers are drawn
+for the whole batch and cut afterwards, so the parts together give the same gradient as the whole batch.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class LoopConfig:
     decay: float = 0.2  # share of the steps, at the end, in which it falls to 0
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
-    muon: bool = False  # Muon for the matrices; otherwise AdamW for all
+    muon: bool = False  # Muon for the matrices and AdamW for the rest; otherwise AdamW for everything
     max_grad_norm: float = 1.0
-    ema: float = 0.999  # decay of the moving average of the weights; the average is what ships
+    ema: float = 0.999  # decay of the moving average of the weights; the average becomes the finished model
     seed: int = 0
-    accumulate: int = 1  # parts in which a process takes its share of the batch, one after the other
-    mixed_precision: str = "bf16"  # of the networks' arithmetic: bf16, fp16 or no; weights are fp32 always
-    explode: float = 10.0  # three losses in a row this many times the usual one end the run
+    accumulate: int = 1  # parts into which a process cuts its share of the batch, to compute one at a time
+    mixed_precision: str = "bf16"  # of the networks' arithmetic: bf16, fp16 or no; weights are always fp32
+    explode: float = 10.0  # three losses in a row above this many times the usual one end the run
     checkpoint_minutes: float = 5.0
     log_every: int = 20
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """The share of a step's batch that is computed in one go: part `index` of `count`, on a device."""
 
     index: int = 0
@@ -62,7 +62,7 @@ class Part:
     device: torch.device | str = "cpu"
 
     def of(self, batch: Tensor) -> Tensor:
-        """(B, …) -> (B / count, …): every count-th sample, so that no part has all the low timesteps."""
+        """(B, …) -> (B / count, …): every count-th sample, so that no part gets all the low timesteps."""
         if len(batch) % self.count:
             raise TrainingError(
                 f"a batch of {len(batch)} cannot be cut into {self.count} equal parts"
@@ -71,29 +71,31 @@ class Part:
         return batch[self.index :: self.count].to(self.device)
 
 
-# loss(network, step, rng(seed, step), part) -> the mean loss of the part's samples, and figures for the log;
-# the figure "samples" is their number. `network` is called as the model is, and may be spread over processes.
-Loss: TypeAlias = Callable[[Callable[..., Any], int, torch.Generator, Part], tuple[Tensor, dict[str, float]]]
+# objective(network, step, rng(seed, step), part) -> the mean loss of the part's samples, and figures for the
+# log; the figure "samples" is their number. `network` takes the model's arguments; it may be distributed.
+Objective: TypeAlias = Callable[
+    [Callable[..., Any], int, torch.Generator, BatchPart], tuple[Tensor, dict[str, float]]
+]
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """Up in a line, flat, down in a line: the end can be moved later without spoiling the beginning."""
+    """Rises linearly, stays flat, falls linearly: `steps` can be changed later without spoiling the start."""
     up = min(1.0, (step + 1) / max(1, config.warmup))
     down = min(1.0, (config.steps - step) / max(1.0, config.decay * config.steps))
     return config.lr * up * max(0.0, down)
 
 
 def rng(seed: int, step: int) -> torch.Generator:
-    """The randomness of one step."""
+    """Returns the generator of one step's random numbers."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 @contextmanager
 def stop_asked() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question to ask between steps, where nothing is half done."""
+    """Yields a function that returns True once Ctrl-C or SIGTERM has come, to be asked between steps."""
     asked: list[int] = []
     before = {}
-    if threading.current_thread() is threading.main_thread():  # signals come to no other
+    if threading.current_thread() is threading.main_thread():  # only this thread receives signals
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, lambda number, _: asked.append(number))
     try:
@@ -104,17 +106,17 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
 
 
 def processes() -> Accelerator:
-    """The device, and the other processes where `accelerate launch` started several.
+    """Returns the device, and the other processes if `accelerate launch` started several.
 
-    `with processes().main_process_first():` lets one process make files that the others then find.
+    In `with processes().main_process_first():` one process writes files before the others look for them.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    # Others wait while the main process encodes a data set or draws a sheet, however long that takes.
+    # The others wait while the main process encodes a data set or draws a sheet, however long that takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # cpu: else, where there is no GPU, processes that were started together do not find one another.
-    # Mixed precision is ours: accelerate's fp16 divides gradients twice where there are two optimizers.
+    # cpu=True on a machine without a GPU: otherwise processes launched together do not find one another.
+    # Mixed precision is our own: with two optimizers, accelerate's fp16 would unscale the gradients twice.
     return Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[patience]
     )
@@ -122,18 +124,18 @@ def processes() -> Accelerator:
 
 def train(
     model: nn.Module,
-    loss: Loss,
+    objective: Objective,
     config: LoopConfig,
     folder: Path,
     every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
     describe: Callable[[int], str] | None = None,
 ) -> dict[str, Tensor]:
-    """Minimises `loss` over the model's parameters that require gradients; returns their moving average.
+    """Minimises the objective over the parameters that require gradients; returns their moving average.
 
-    Goes on from `folder/checkpoint.pt` where there is one. every_checkpoint(step, average) may return a
-    picture for TensorBoard. describe(step) names the step's samples, for error messages.
-    Ctrl-C or SIGTERM writes the checkpoint and raises KeyboardInterrupt. Raises TrainingError when the loss
-    is not finite or explodes, when the checkpoint is another model's, and when the disk is full.
+    Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) may return a picture
+    for TensorBoard. describe(step) names the step's samples, for error messages. Ctrl-C or SIGTERM writes
+    the checkpoint and raises KeyboardInterrupt. Raises TrainingError when the loss is not finite or
+    explodes, when the checkpoint belongs to another model, and when the disk is full.
     """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
@@ -162,7 +164,7 @@ def train(
         for step in range(start, config.steps):
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            figures = gradients(network, wrapped, loss, step, config, accelerator, scaler)
+            figures = accumulate_gradients(network, wrapped, objective, step, config, accelerator, scaler)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grads = [p.grad for p in trained.values() if p.grad is not None]
@@ -170,9 +172,9 @@ def train(
             problem = health.problem(figures["loss"], norm.item(), scaler)
             if problem:
                 names = f" ({describe(step)})" if describe is not None else ""
-                kept = f"the last good state is {path}" if path.exists() else "nothing had been saved yet"
+                kept = f"the last good state is {path}" if path.exists() else "nothing has been saved yet"
                 raise TrainingError(f"{problem} at step {step}{names}; {_norms(model)}; {kept}")
-            # The loss has just shown that the weights are good, as they are before this step's update.
+            # This loss has shown that the weights, not yet updated by this step, are good.
             asked = bool(accelerator.gather(torch.tensor([float(stop())], device=accelerator.device)).any())
             if health.good and (asked or time.monotonic() - saved_at > 60 * config.checkpoint_minutes):
                 checkpoint(step)
@@ -186,7 +188,7 @@ def train(
                 scaler.step(optimizer)
             scaler.update()
             # [ema] §2, Tarvainen & Valpola 2017: θ̄ ← γ θ̄ + (1 − γ) θ
-            # The average follows quickly at first: 0.1, 0.18, … up to config.ema.
+            # At first, γ = (1 + step) / (10 + step) is small, so the average follows the weights quickly.
             torch._foreach_lerp_(
                 list(ema.values()),
                 [p.detach() for p in trained.values()],
@@ -197,37 +199,37 @@ def train(
                 more = {"grad_norm": norm.item(), "lr": learning_rate(step, config)}
                 progress.step(step, samples, {**figures, **more})
         if not all(p.isfinite().all() for p in trained.values()):
-            raise TrainingError(f"the last step left weights that are not finite; {path} is from before")
+            raise TrainingError(f"the last step left weights that are not finite; {path} is older than that")
         checkpoint(config.steps)
         accelerator.wait_for_everyone()
     return ema
 
 
-def gradients(
+def accumulate_gradients(
     network: Callable[..., Any],
     wrapped: nn.Module,
-    loss: Loss,
+    objective: Objective,
     step: int,
     config: LoopConfig,
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:
-    """Leaves the gradients of a step's mean loss in the parameters; returns the loss and other figures."""
+    """Adds the gradients of a step's mean loss to the parameters'; returns the loss and other figures."""
     count = config.accumulate * accelerator.num_processes
     rows = []
     for i in range(config.accumulate):
-        part = Part(accelerator.process_index * config.accumulate + i, count, accelerator.device)
-        # For what draws from torch's own generator, as dropout does.
+        part = BatchPart(accelerator.process_index * config.accumulate + i, count, accelerator.device)
+        # For layers that draw from torch's own generator, such as dropout.
         torch.manual_seed(rng(config.seed + 1 + part.index, step).initial_seed())
         last = i == config.accumulate - 1  # only then do the processes exchange their gradients
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            value, figures = loss(network, step, rng(config.seed, step), part)
-            scaler.scale(value / config.accumulate).backward()
-        rows.append({"loss": value.item(), **figures})
+            loss, figures = objective(network, step, rng(config.seed, step), part)
+            scaler.scale(loss / config.accumulate).backward()
+        rows.append({"loss": loss.item(), **figures})
     names = list(rows[0])
     table = torch.tensor([[row[name] for name in names] for row in rows], device=accelerator.device)
     table = accelerator.gather(table)  # (parts, figures)
-    # A figure can be missing (NaN) in a part, as that of the low timesteps where there were none.
+    # A figure can be missing (NaN) in a part: the loss at low timesteps, if the part has no low timesteps.
     means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if "samples" in means:
@@ -236,7 +238,7 @@ def gradients(
 
 
 def in_mixed_precision(network: nn.Module, config: LoopConfig, device: torch.device) -> Callable[..., Any]:
-    """The network, its products in the half precision that the config asks for. Raises TrainingError."""
+    """Returns the network with its products in the config's half precision. Raises TrainingError."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
     if config.mixed_precision not in dtypes:
         raise TrainingError(f"mixed_precision must be bf16, fp16 or no, not {config.mixed_precision!r}")
@@ -250,7 +252,7 @@ def in_mixed_precision(network: nn.Module, config: LoopConfig, device: torch.dev
 
 
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """For those parameters that require gradients."""
+    """Returns the optimizers of the parameters that require gradients."""
     if config.muon:
         return muon.optimizers(model, config.lr, config.weight_decay, config.betas)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -258,7 +260,7 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
 
 
 class _Health:
-    """Watches the losses: are they finite, and near the usual one?"""
+    """Watches whether the losses are finite and near the usual one."""
 
     def __init__(self, explode: float):
         self.explode = explode
@@ -270,7 +272,7 @@ class _Health:
         return self.streak == 0
 
     def problem(self, loss: float, norm: float, scaler: torch.amp.GradScaler) -> str | None:
-        """What is wrong with a step's loss and gradients, if anything."""
+        """Says what is wrong with a step's loss and gradients; None if nothing is."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         # fp16 overflows now and then; the scaler skips such a step and tries a smaller scale.
@@ -281,12 +283,12 @@ class _Health:
         self.recent.append(loss)
         if self.streak == 3:
             many = f"{self.explode:g} times the usual {usual:.4g}"
-            return f"the loss is {loss:.4g}, for the third time in a row more than {many},"
+            return f"the loss is {loss:.4g}, more than {many} for the third time in a row,"
         return None
 
 
 def _norms(model: nn.Module) -> str:
-    """The gradient's norm in each part of the model, as words."""
+    """Lists the gradient's norm in each part of the model, for an error message."""
     norms = []
     for name, child in model.named_children():
         grads = [p.grad for p in child.parameters() if p.grad is not None]

@@ -1,7 +1,7 @@
-"""Making a LoRA: the model is frozen, and beside some of its layers two thin matrices are trained.
+"""Training a LoRA: the model is frozen, and beside some of its layers two thin matrices are trained.
 
-`attach` puts them there, `train_lora` trains them on a few pictures, `save_lora` writes the small file that
-`reifusion generate --lora` and others read. Source: Hu et al. 2021, §4.
+`attach` adds the matrices, `train_lora` trains them on a few pictures, and `save_lora` writes the small file
+that `reifusion generate --lora` and other programs read. Source: Hu et al. 2021, §4.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from ..model.tensors import write_tensors
 from .images import open_pictures
 from .latents import cache_latents
 from .loop import LoopConfig, processes
-from .text2image import Data, TextToImage, TextToImageTraining, fit
+from .text2image import Data, TextToImage, TextToImageTraining, optimise
 
 if TYPE_CHECKING:
     from ..model.encoder import Encoder
     from ..model.pipeline import StableDiffusion
 
-# Which layers, as patterns of our names; a projection of stacked ones is named alone, as in "….attention.q".
-ATTENTION = "diffusion.*attention.*"  # q, k, v and out, towards the pixels and towards the words
+# Patterns of layers' names, in our own spelling; each of several stacked projections has a name of its own,
+# as in "….attention.q".
+ATTENTION = "diffusion.*attention.*"  # q, k, v and out, of self-attention and cross-attention
 FEED_FORWARD = "diffusion.*feed_forward.*"
-CONVOLUTIONS = "diffusion.*conv*"  # of the residual blocks, and where the resolution changes
+CONVOLUTIONS = "diffusion.*conv*"  # of the residual blocks, and those that change the resolution
 TEXT_ENCODER = "clip.*attention.*"
 
 LAYOUTS = ("kohya", "peft")
@@ -46,13 +47,13 @@ LAYOUTS = ("kohya", "peft")
 
 @dataclass(frozen=True)
 class LoRATraining(TextToImageTraining):
-    """As the training of the whole model; and what the LoRA is like."""
+    """The settings for training the whole model, and those of the LoRA itself."""
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, lr=1e-3, warmup=30, ema=0.99))
     batch: int = 4
     timestep_power: float = 1.0
     train_text_encoder: bool = False  # adds TEXT_ENCODER to the targets
-    caption: str = ""  # of pictures that have none, "a zork"
+    caption: str = ""  # of pictures without a caption of their own, as "a zork"
     rank: int = 8  # r; the file grows with it
     alpha: float = 8.0  # the change is scaled by α/r
     targets: tuple[str, ...] = (ATTENTION,)  # patterns of layers' names, see above
@@ -70,21 +71,21 @@ def train_lora(
     mirror: bool = False,
     watch: Callable[[int, StableDiffusion], Image.Image | None] | None = None,
 ) -> Path:
-    """Trains a LoRA for a model on captioned pictures; returns its file. The model is left as it was.
+    """Trains a LoRA for a model on captioned pictures; returns its file. The model stays unchanged.
 
-    data: a folder of pictures or what else `open_pictures` takes, or latents of this model. folder: keeps the
-    run, which goes on there when it was stopped. out: the file, by default lora.safetensors in the folder; it
-    is there from the first checkpoint on. layout: see `save_lora`. size: the pictures' area is that of a
-    square with this side, in pixels; None: the model's. mirror: shows each picture mirrored too. watch:
-    called at each checkpoint with a model that has the LoRA in it; may return a picture for TensorBoard.
-    Raises ValueError for a target that names no layer, and what `open_pictures` and `fit` raise.
+    data: a folder of pictures or any other source for `open_pictures`, or latents of this model. folder:
+    holds the run, which resumes from there. out: the file, by default lora.safetensors in the folder; it is
+    written at each checkpoint. layout: see `save_lora`. size: side in pixels of a square with the pictures'
+    area; None means the model's own size. mirror: shows each picture mirrored as well. watch: called at each
+    checkpoint with the model and the LoRA in it; may return a picture for TensorBoard. Raises ValueError for
+    a target that names no layer, and whatever `open_pictures` and `optimise` raise.
     """
     folder, tokenizer = Path(folder), pipe.tokenizer
     path = folder / "lora.safetensors" if out is None else Path(out)
     if isinstance(data, str | Path):
-        with processes().main_process_first():  # the others then find what it has encoded
+        with processes().main_process_first():  # the others then find the encoded latents
             data = _latents(pipe, data, training.caption, folder / "latents", size, mirror)
-    with torch.device("meta"):  # a shell, without memory, for the networks that are there
+    with torch.device("meta"):  # an empty shell, without memory, for the networks of `pipe`
         model = TextToImage(pipe.config)
     model.clip, model.diffusion = pipe.models["clip"], pipe.models["diffusion"]  # type: ignore[assignment]
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -103,14 +104,14 @@ def train_lora(
         return picture
 
     try:
-        # The loop has its own half precision, and wants the weights in float32.
+        # Weights are trained in float32; the loop does its arithmetic in half precision by itself.
         attach(model.float(), training.rank, training.alpha, targets, training.dropout, training.loop.seed)
         empty = torch.tensor(tokenizer.encode(""))
-        fit(model.train(), data, empty, pipe.config.schedule, training, folder, keep)
+        optimise(model.train(), data, empty, pipe.config.schedule, training, folder, keep)
     finally:
         detach(model.eval())
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])  # to the bit as it was
+            parameter.data = parameter.data.to(dtypes[name])  # the same bits as before
     return path
 
 
@@ -127,19 +128,15 @@ def _latents(
 
 @contextmanager
 def _weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, the model has these weights."""
-    own = {name: parameter for name, parameter in model.named_parameters() if name in weights}
-    before = {name: parameter.detach().clone() for name, parameter in own.items()}
-    for values in (weights, before):
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(values[name])
-        if values is weights:
-            yield
+    """Gives the model these weights for a while, and then its own again."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in weights}
+    model.load_state_dict(dict(weights), strict=False)
+    yield
+    model.load_state_dict(before, strict=False)
 
 
 class LoRALayer(nn.Module):
-    """A frozen layer, and what is learned beside it. Stacked projections have one LoRA each."""
+    """A frozen layer and the LoRA beside it; each of several stacked projections has a LoRA of its own."""
 
     def __init__(
         self, base: nn.Linear | nn.Conv2d, own: Sequence[Place], rank: int, alpha: float, dropout: float
@@ -149,15 +146,15 @@ class LoRALayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         rows = len(base.weight) // own[0].parts
         kernel = base.weight.shape[2:]  # (k, k) of a convolution
-        # In float32, whatever the model's dtype.
+        # These are float32, whatever the model's dtype.
         self.down = nn.ParameterList(torch.empty(rank, *base.weight.shape[1:]) for _ in own)
         self.up = nn.ParameterList(torch.zeros(rows, rank, *(1 for _ in kernel)) for _ in own)
         self.to(base.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the frozen layer's: (B, L, in) -> (B, L, out), or (B, in, H, W) -> (B, out, h, w)."""
+        """(B, L, in) -> (B, L, out), or (B, in, H, W) -> (B, out, h, w), as in the frozen layer."""
         axis = -1 if isinstance(self.base, nn.Linear) else 1
-        pieces = list(self.base(x).chunk(self.own[0].parts, dim=axis))  # q, k and v, where they are stacked
+        pieces = list(self.base(x).chunk(self.own[0].parts, dim=axis))  # q, k and v, if they are stacked
         x = self.dropout(x).to(self.down[0].dtype)
         for place, down, up in zip(self.own, self.down, self.up):
             # [lora] Eq. 3, Hu et al. 2021: h = W₀x + ΔWx = W₀x + BAx; §4.1: ΔWx is scaled by α/r
@@ -167,11 +164,11 @@ class LoRALayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen one."""
+        """The frozen layer's weight."""
         return self.base.weight
 
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """BAx; for a convolution, A is one of the same kind and B a 1×1 convolution."""
+        """Returns BAx; for a convolution, A is a convolution of the same kind and B a 1×1 convolution."""
         if isinstance(self.base, nn.Linear):
             return F.linear(F.linear(x, down), up)  # (B, L, in) -> (B, L, r) -> (B, L, rows)
         return F.conv2d(F.conv2d(x, down, None, self.base.stride, self.base.padding), up)
@@ -185,14 +182,14 @@ def attach(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Freezes a model and puts a LoRA beside each layer that `targets` name; returns what is to be trained.
+    """Freezes a model and puts a LoRA beside each layer that `targets` name; returns the LoRA's parameters.
 
     model: a module with a `clip` and a `diffusion`. rank: r, 1 or more. alpha: the change is scaled by α/r.
-    targets: patterns of names, see above. dropout: of the input of A. The model's output is the same as
-    before, because B = 0. Raises ValueError for a target that names no layer.
+    targets: patterns of names, see above. dropout: of the input of A. The model's output does not change,
+    because B = 0. Raises ValueError for a target that names no layer.
     """
     if rank < 1 or not math.isfinite(alpha) or not 0 <= dropout < 1:
-        raise ValueError(f"rank {rank}, alpha {alpha} and dropout {dropout} make no LoRA")
+        raise ValueError(f"a LoRA cannot have rank {rank}, alpha {alpha} and dropout {dropout}")
     own: dict[str, list[Place]] = {}
     named = set()
     for place in places(_config(model)):
@@ -203,14 +200,14 @@ def attach(
             named |= found
     for target in targets:
         if target not in named:
-            raise ValueError(f"no layer is named like {target!r}; most of a U-Net's are like {ATTENTION!r}")
+            raise ValueError(f"no layer matches {target!r}; a pattern that matches many is {ATTENTION!r}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     trained = []
     for name, own_places in own.items():
         layer = LoRALayer(model.get_submodule(name), own_places, rank, alpha, dropout)  # type: ignore[arg-type]
         for down in layer.down:
-            # As in the authors' own code: B = 0, and A as a linear layer begins.
+            # As in the authors' own code: B = 0, and A is initialised like a linear layer.
             fresh = torch.empty(down.shape)
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
             down.data.copy_(fresh)
@@ -220,14 +217,14 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Takes all that `attach` put there out again; the model's own weights were never touched."""
+    """Removes everything that `attach` has added; the model's own weights have not changed meanwhile."""
     for name, layer in _layers(model):
         _put(model, name, layer.base)
     model.requires_grad_(True)
 
 
 def lora_state(model: nn.Module, layout: str = "kohya") -> dict[str, Tensor]:
-    """The trained matrices by the names of a layout, "kohya" or "peft" (diffusers's): float32, on the CPU."""
+    """Returns the trained matrices, in float32 on the CPU, named as in "kohya" or "peft" (diffusers)."""
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     state: dict[str, Tensor] = {}
@@ -250,14 +247,14 @@ def lora_state(model: nn.Module, layout: str = "kohya") -> dict[str, Tensor]:
 def save_lora(
     model: nn.Module, path: str | Path, layout: str = "kohya", metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the LoRA that `attach` put beside a model's layers: a `.safetensors`, whole or not at all.
+    """Writes the LoRA that `attach` put beside a model's layers to a `.safetensors`, whole or not at all.
 
-    layout: "kohya", which most programs read, or "peft", that of diffusers's own training scripts. metadata:
-    more facts for the header. Both are read by `load_lora` and by diffusers's `load_lora_weights`.
+    layout: "kohya", which most programs read, or "peft", the layout of diffusers' own training scripts;
+    `load_lora` and diffusers' `load_lora_weights` read both. metadata: more facts for the header.
     """
     state, layers = lora_state(model, layout), [layer for _, layer in _layers(model)]
     if not layers:
-        raise ValueError("there is no LoRA beside the layers of this model; `attach` makes one")
+        raise ValueError("there is no LoRA beside the layers of this model; `attach` adds one")
     rank, alpha = len(layers[0].down[0]), layers[0].alpha
     header = {"format": "pt", "software": f"reifusion {__version__}"}
     if layout == "kohya":
@@ -273,7 +270,7 @@ def save_lora(
         for place in (place for layer in layers for place in layer.own):
             network, _, name = place.diffusers.partition(".")
             config |= {f"{network}.r": rank, f"{network}.lora_alpha": alpha}
-            # In transformers 5 the text encoder's names have no `text_model.`; as endings these fit both.
+            # The text encoder's names have no `text_model.` in transformers 5; as suffixes, these match both.
             config.setdefault(f"{network}.target_modules", []).append(name.removeprefix("text_model."))
         header["lora_adapter_metadata"] = json.dumps(config)
     with whole(Path(path)) as temporary:

@@ -1,9 +1,9 @@
-"""Muon, an optimizer for weight matrices, beside AdamW for all that is not one.
+"""Muon, an optimizer for weight matrices, to be used beside AdamW for all other weights.
 
-A gradient's matrix has a few large singular values and many small ones; a step along it moves the weights
-in the few directions only. Muon makes all singular values 1 first, so a step moves in every direction alike.
-Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the size of the step as
-in Liu et al. 2025, "Muon is scalable for LLM training", Eq. 4.
+A gradient's matrix has a few large singular values and many small ones, so a step along it moves the weights
+in only a few directions. Muon first makes all singular values 1: a step then moves equally in all directions.
+Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; for the size of a step,
+Liu et al. 2025, "Muon is scalable for LLM training", Eq. 4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """(M, N) = UΣVᵀ -> nearly UVᵀ: singular values between about 0.7 and 1.2. Computed in bf16.
 
     Newton–Schulz: x ← ax + b(xxᵀ)x + c(xxᵀ)²x keeps U and V and takes every singular value σ to
-    aσ + bσ³ + cσ⁵, which these a, b, c bring near 1 in five rounds. Source: Jordan et al. 2024.
+    aσ + bσ³ + cσ⁵; with these a, b, c, five rounds bring it near 1. Source: Jordan et al. 2024.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
@@ -26,7 +26,7 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     x = x / (x.norm() + 1e-7)  # every σ ≤ 1, where the iteration converges
     for _ in range(iterations):
         square = x @ x.mT
-        # Sums inside the products, β·y + α·(a @ b): fewer roundings, and a fifth faster.
+        # addmm(y, a, b) is β·y + α·(a @ b) in one call: it rounds less often and is a fifth faster.
         # [newton-schulz] Jordan et al. 2024: x ← ax + b(xxᵀ)x + c(xxᵀ)²x
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrix.dtype)
@@ -35,8 +35,8 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """One step: m ← μm + g;  W ← (1 − lr·decay)W − lr·0.2·√max(M, N)·orthogonalise(g + μm).
 
-    The factor gives a step the size an AdamW step has, so both take the same learning rate. A convolution's
-    kernel (out, in, h, w) counts as the matrix (out, in·h·w).
+    The factor 0.2·√max(M, N) makes a step as large as one of AdamW, so both use the same learning rate. The
+    kernel (out, in, h, w) of a convolution is treated as the matrix (out, in·h·w).
     """
 
     def __init__(self, parameters: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -61,9 +61,10 @@ class Muon(torch.optim.Optimizer):
 def optimizers(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between hidden layers, AdamW for embeddings, biases, norms, first and last layer.
+    """Returns Muon for the matrices of hidden layers, and AdamW for all other weights.
 
-    Only for weights that require gradients; without the one or the other where it has nothing to do.
+    The others are embeddings, biases, norms, the first layer and the last. Only weights that require
+    gradients count; an optimizer without any weights is left out.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -1,4 +1,4 @@
-"""The curve of a run's loss, over the band in which the recipe expects it."""
+"""The curve of a run's loss, above the band in which the recipe expects it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .checkpoint import TrainingError
 
 
 def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: Path) -> None:
-    """Draws `training.jsonl` of one or several runs, also of one that is under way, to a picture file.
+    """Draws the `training.jsonl` of one or several runs, finished or not, to a picture file.
 
-    runs: folders of runs, or such files. expected: rows (step, low, high), with straight lines between them.
-    Raises TrainingError when a log is missing or has no losses, or a row is not three numbers.
+    runs: folders of runs, or their logs. expected: rows (step, low, high), joined by straight lines.
+    Raises TrainingError if a log is missing or has no losses, or if a row is not three numbers.
     """
-    from matplotlib.figure import Figure  # takes a second, and only this needs it
+    from matplotlib.figure import Figure  # its import takes a second
 
     if any(len(row) != 3 or not all(map(math.isfinite, row)) or row[1] > row[2] for row in expected):
         raise TrainingError("the expected losses must be rows of step, low and high")
@@ -50,12 +50,12 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
     try:
         with whole(out) as temporary:
             figure.savefig(temporary, dpi=150)
-    except ValueError as error:  # Matplotlib names the endings it knows
+    except ValueError as error:  # Matplotlib lists the suffixes it supports
         raise TrainingError(f"the curve cannot be drawn to {out}: {error}") from None
 
 
 def losses(run: Path) -> dict[int, float]:
-    """step -> loss, from a run's log; of a step that was done again after a kill, the later."""
+    """Reads step -> loss from a run's log; the later loss of a step that was done again after a kill."""
     path = run if run.suffix == ".jsonl" else run / "training.jsonl"
     if not path.is_file():
         raise TrainingError(f"there is no {path}: nothing has been trained there yet")
@@ -65,7 +65,7 @@ def losses(run: Path) -> dict[int, float]:
             row = json.loads(line)
             step, loss = int(row["step"]), float(row["loss"])
         except (ValueError, KeyError, TypeError):
-            continue  # the run is writing this line just now, or was killed while it did
+            continue  # the run is writing this line, or was killed while it wrote it
         if math.isfinite(loss):
             curve[step] = loss
     if not curve:
@@ -74,5 +74,5 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def smoothed(values: Sequence[float], reach: int = 10) -> list[float]:
-    """Each value's mean with up to `reach` neighbours on either side, so that the course does not lag."""
+    """Averages each value with up to `reach` neighbours on either side, so the curve does not lag behind."""
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

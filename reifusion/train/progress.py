@@ -1,4 +1,4 @@
-"""What one sees of a run while it trains: a bar, `training.jsonl`, and TensorBoard's curves and pictures."""
+"""A run's progress while it trains: a bar, `training.jsonl`, and TensorBoard's curves and pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Shows the steps from `start` to `steps`; each `every`-th becomes a line of `folder/training.jsonl`.
+    """Shows the steps from `start` to `steps`; every `every`-th becomes a line of `folder/training.jsonl`.
 
-    `tensorboard --logdir folder` shows the same as curves. After a kill, some steps are done and logged
-    twice: the later line is the one that counts.
+    `tensorboard --logdir folder` shows the same figures as curves. After a kill, some steps are done and
+    logged twice: then the later line counts.
     """
 
     def __init__(self, folder: Path, start: int, steps: int, every: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and only training needs it
+        from torch.utils.tensorboard import SummaryWriter  # its import takes a second
 
         self.every = every
         self.bar = tqdm(initial=start, total=steps, mininterval=10)
@@ -38,9 +38,9 @@ class Progress:
         self.board.close()
 
     def step(self, step: int, samples: float, figures: dict[str, float]) -> None:
-        """One more step, on `samples` samples; figures: its loss, and what else is worth a curve."""
+        """Shows one more step, done on `samples` samples; figures: its loss, and others worth a curve."""
         self.seen += 1
-        # The mean of the first 100 losses, later one in which those before the last 100 hardly count.
+        # The mean of the first 100 losses, then a moving average in which older losses fade.
         self.smoothed += (figures["loss"] - self.smoothed) / min(self.seen, 100)
         self.samples += samples
         if step % self.every == 0:
@@ -51,7 +51,7 @@ class Progress:
                 "samples_per_second": self.samples / max(now - self.since, 1e-9),
             }
             self.samples, self.since = 0.0, now
-            row = {name: value for name, value in row.items() if math.isfinite(value)}  # fp16 can overflow
+            row = {name: value for name, value in row.items() if math.isfinite(value)}  # fp16 may overflow
             shown = {"step": step, "time": time.time(), **row}
             print(json.dumps({name: round(value, 6) for name, value in shown.items()}), file=self.log)
             self.log.flush()
@@ -63,5 +63,5 @@ class Progress:
         self.bar.update()
 
     def picture(self, step: int, image: Image.Image) -> None:
-        """A sample sheet, for TensorBoard's Images tab."""
+        """Adds a picture to TensorBoard's Images tab."""
         self.board.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")

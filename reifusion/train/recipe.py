@@ -4,8 +4,8 @@
     lr = 1e-3
 
 Each key is a field of `Recipe`, of the training's dataclass (`VAETraining`, `Sharpening`,
-`TextToImageTraining` or `LoRATraining`) or of `LoopConfig`; what a file leaves out has that field's default.
-On the command line, `key=value` overrides.
+`TextToImageTraining` or `LoRATraining`) or of `LoopConfig`; a key that the file leaves out has the field's
+default. On the command line, `key=value` overrides the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAININGS = {
     "text2image": TextToImageTraining,
     "lora": LoRATraining,
 }
-# In a checkout they lie beside the package, in an installed one inside it.
+# In a checkout, the recipes lie beside the package; in an installed package, inside it.
 FOLDERS = (Path(__file__).parent.parent.parent / "recipes", Path(__file__).parent / "recipes")
 
 
@@ -43,28 +43,29 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made from, and where it goes. `training` has the rest, flat in the file as well."""
+    """The inputs and outputs of a run. `training` has the other keys, which are flat in the file as well."""
 
-    train: str = ""  # vae, sharpen, text2image or lora; a file says it, so that it is not used for another
+    train: str = (
+        ""  # vae, sharpen, text2image or lora: a file names it, so that no other command uses the file
+    )
     data: str = "emoji"  # a folder, parquet, .tar shards or a hub id; "emoji": the mini's own pictures
-    model: str = "mini"  # the sizes of a model that begins from nothing: mini or sd15
-    # A model to go on from, as `reifusion generate --model` takes it; for a VAE, also the file of one.
-    # From nothing where it is empty.
+    model: str = "mini"  # the sizes of a model that is trained from nothing: mini or sd15
+    # A model to train further, as in `reifusion generate --model`, or the file of a VAE; "": from nothing.
     start: str = ""
     vae: str = ""  # text2image: the model whose VAE makes the latents; "": that of `start`
-    size: int = 0  # side of the pictures, in pixels, or of a square of their area; 0: the model's
-    scenes: int = 60_000  # emoji: pictures to compose
+    size: int = 0  # side in pixels of the pictures, or of a square with their area; 0: the model's
+    scenes: int = 60_000  # emoji: the number of pictures to compose
     prediction_type: str = ""  # epsilon, v_prediction or flow; "": the model's
-    zero_terminal_snr: bool = False  # with v_prediction: the last timestep is noise and nothing else
-    mirror: bool = False  # whether own pictures may be shown mirrored
-    folder: str = ""  # checkpoints, curves and sheets; "": runs/ and the recipe's name
+    zero_terminal_snr: bool = False  # with v_prediction: nothing but noise at the last timestep
+    mirror: bool = False  # True: pictures of your own are also shown mirrored
+    folder: str = ""  # for checkpoints, curves and sheets; "": runs/ and the recipe's name
     out: str = ""  # the finished model; "": in the folder
-    expected: tuple[tuple[float, float, float], ...] = ()  # step, and the loss to expect there: from, to
+    expected: tuple[tuple[float, float, float], ...] = ()  # step, lowest and highest loss to expect there
     training: Any = field(default=None)
 
 
 def find(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with reifusion."""
+    """Returns the file of a recipe, given by its path or by the name of one that comes with reifusion."""
     path = Path(name)
     if path.suffix == ".toml":
         if path.is_file():
@@ -79,7 +80,7 @@ def find(name: str) -> Path:
 
 
 def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe for training `what`, from a file and `key=value` overrides. Raises RecipeError."""
+    """Reads the recipe for training `what` from a file and `key=value` overrides. Raises RecipeError."""
     values: dict[str, Any] = {}
     if file is not None:
         try:
@@ -104,7 +105,7 @@ def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> 
 
 
 def keys(what: str) -> dict[str, Any]:
-    """Every key of a recipe, with its default."""
+    """Returns every key of a recipe, with its default."""
     training = TRAININGS[what]()
     known = {f.name: getattr(it, f.name) for it in (training.loop, training, Recipe()) for f in fields(it)}
     return {name: value for name, value in known.items() if name not in ("loop", "training")}
@@ -114,11 +115,11 @@ def _check(what: str, key: str, where: str) -> None:
     if key not in keys(what):
         near = difflib.get_close_matches(key, keys(what), 1)
         hint = f"; did you mean {near[0]}?" if near else f"; `reifusion train {what} --keys` lists them"
-        raise RecipeError(f"{where} sets {key!r}, which training {what} does not know{hint}")
+        raise RecipeError(f"{where} sets {key!r}, which is not a setting for training {what}{hint}")
 
 
 def _parse(text: str) -> Any:
-    """A value as TOML writes it; what is none (a path, a word) is a string."""
+    """Reads a value as TOML; a text that is not TOML, such as a path or a word, is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -126,14 +127,14 @@ def _parse(text: str) -> Any:
 
 
 def _fill(thing: Any, values: dict[str, Any]) -> Any:
-    """The dataclass with those of the values that are its fields, each of the field's type."""
+    """Returns the dataclass with those of the values that are its fields, each in the field's type."""
     hints = get_type_hints(type(thing))
     mine = {f.name for f in fields(thing)} & values.keys()
     return replace(thing, **{name: _as(hints[name], values[name], name) for name in mine})
 
 
 def _as(wanted: Any, value: Any, name: str) -> Any:
-    """The value as the type that its field has. Raises RecipeError."""
+    """Returns the value in the type of its field. Raises RecipeError."""
     options = get_args(wanted) if get_origin(wanted) is not tuple and get_args(wanted) else (wanted,)
     for option in options:
         if option is type(None) and value in (None, "none", "None"):

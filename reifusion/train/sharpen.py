@@ -1,7 +1,7 @@
-"""Sharpening: a trained VAE's decoder learns on, with a critic that tells it what is blurred.
+"""Sharpening: the decoder of a trained VAE is trained further, against a critic that finds what is blurred.
 
 Loss = |x − x̂| + (x − x̂)² + edges + weight · critic + weight · features. The encoder stays as it is. So
-latents keep their meaning, and a U-Net trained on them can be given the sharper decoder without knowing.
+latents keep their meaning, and a U-Net trained on them works with the sharper decoder as well.
 Source: Esser et al. 2021, §3.1; Rombach et al. 2022, §3.1.
 """
 
@@ -18,22 +18,22 @@ from torch import Tensor, nn
 
 from ..model.config import VAEConfig
 from .critic import Critic, fool, judge
-from .loop import LoopConfig, Loss, Part, rng, train
-from .vae import VAE, Draw, side_by_side, terms
+from .loop import BatchPart, LoopConfig, Objective, rng, train
+from .vae import VAE, PixelBatch, side_by_side, terms
 
 
 @dataclass(frozen=True)
 class Sharpening:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=7_000, lr=5e-4, decay=0.5))
-    batch: int = 8  # whole pictures a step
-    edges: float = 1.0  # weight of the difference of neighbouring pixels
-    critic: float = 0.1  # weight of the critic's opinion: sharper, for a little of the PSNR
-    matching: float = 2.0  # weight of the distance of the critic's features: a little sharper, for nothing
+    batch: int = 8  # whole pictures per step
+    edges: float = 1.0  # weight of the error in the differences of neighbouring pixels
+    critic: float = 0.1  # weight of the critic's opinion: sharper, at the cost of a little PSNR
+    matching: float = 2.0  # weight of the distance of the critic's features: a little sharper, at no cost
     critic_by: float = 0.1  # share of the steps in which both weights rise from 0: the critic learns first
 
 
 class WithCritic(nn.Module):
-    """A VAE whose encoder rests and its decoder's critic, as one thing to train."""
+    """A VAE with a frozen encoder and the critic of its decoder, as one module to train."""
 
     def __init__(self, vae: VAE):
         super().__init__()
@@ -41,7 +41,7 @@ class WithCritic(nn.Module):
         vae.encoder.requires_grad_(False)
 
     def forward(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Pictures (B, 3, H, W), ε (B, 4, H/8, W/8) -> the terms of the loss, and the critic's hits."""
+        """Pictures (B, 3, H, W), ε (B, 4, H/8, W/8) -> the loss's terms, the share the critic gets right."""
         y, mean, log_variance = self.vae(x, noise)
         opinion, matching = fool(self.critic, x, y)
         critic, right = judge(self.critic, x, y)
@@ -49,37 +49,39 @@ class WithCritic(nn.Module):
         return terms(x, y, mean, log_variance) | more
 
 
-def sharpening_loss(draw: Draw, size: int, config: VAEConfig, training: Sharpening) -> Loss:
-    """The loss of a step, for `train`. size: the side of a picture, in pixels."""
+def sharpening_objective(
+    pixel_batch: PixelBatch, size: int, config: VAEConfig, training: Sharpening
+) -> Objective:
+    """Returns the objective for `train`. size: the side of a picture, in pixels."""
     side = size // config.factor  # of the latents
 
-    def step_loss(
-        network: Callable[..., Any], step: int, generator: torch.Generator, part: Part
+    def objective(
+        network: Callable[..., Any], step: int, generator: torch.Generator, part: BatchPart
     ) -> tuple[Tensor, dict[str, float]]:
-        x = draw(generator, training.batch, size)
+        x = pixel_batch(generator, training.batch, size)
         noise = torch.randn(training.batch, config.latent_channels, side, side, generator=generator)
         x = part.of(x).contiguous(memory_format=torch.channels_last)
         term = network(x, part.of(noise))
-        total = term["l1"] + term["mse"] + training.edges * term["edges"] + term["critic"]
-        # Eq. 6, Esser et al. 2021; λ is a fixed weight, as the critic's steepness is bounded already.
-        heard = min(1.0, step / (training.critic_by * training.loop.steps))
-        total = total + heard * (training.critic * term["opinion"] + training.matching * term["matching"])
-        psnr = -10 * torch.log10(term["mse"] / 4)  # the range is 2, so the peak's square is 4
+        loss = term["l1"] + term["mse"] + training.edges * term["edges"] + term["critic"]
+        # Eq. 6, Esser et al. 2021, where λ is fixed, because the critic's steepness is bounded already.
+        rise = min(1.0, step / (training.critic_by * training.loop.steps))
+        loss = loss + rise * (training.critic * term["opinion"] + training.matching * term["matching"])
+        psnr = -10 * torch.log10(term["mse"] / 4)  # pixels range over 2, so the square of the peak is 4
         figures = term | {"psnr": psnr}
-        return total, {"samples": float(len(x)), **{name: value.item() for name, value in figures.items()}}
+        return loss, {"samples": float(len(x)), **{name: value.item() for name, value in figures.items()}}
 
-    return step_loss
+    return objective
 
 
-def sharpen_decoder(vae: VAE, draw: Draw, size: int, training: Sharpening, folder: Path) -> VAE:
-    """The VAE with its decoder trained on (averaged weights). Changes `vae` and returns it.
+def sharpen_decoder(vae: VAE, pixel_batch: PixelBatch, size: int, training: Sharpening, folder: Path) -> VAE:
+    """Trains the VAE's decoder further, in place; returns the VAE with the averaged weights.
 
-    size: the side of a picture that `draw` draws, in pixels. Goes on from `folder/checkpoint.pt` where there
-    is one, given the same VAE. Raises what `train` raises.
+    size: the side of a picture, in pixels. Resumes from `folder/checkpoint.pt` if that exists; the VAE must
+    then be the same as before. Raises what `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     model = WithCritic(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shown, pictures = VAE(vae.encoder.config), draw(rng(training.loop.seed, 0), 8, size)
+    shown, pictures = VAE(vae.encoder.config), pixel_batch(rng(training.loop.seed, 0), 8, size)
     shown.load_state_dict(vae.state_dict())
 
     def decoder(average: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,9 +92,8 @@ def sharpen_decoder(vae: VAE, draw: Draw, size: int, training: Sharpening, folde
         shown.decoder.load_state_dict(decoder(average))
         return side_by_side(pictures, shown)
 
-    average = train(
-        model, sharpening_loss(draw, size, vae.encoder.config, training), training.loop, folder, compare
-    )
+    objective = sharpening_objective(pixel_batch, size, vae.encoder.config, training)
+    average = train(model, objective, training.loop, folder, compare)
     vae.decoder.load_state_dict(decoder(average))
     vae.encoder.requires_grad_(True)
     return vae

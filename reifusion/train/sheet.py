@@ -1,6 +1,6 @@
-"""A contact sheet: many prompts, the first seeds, nothing picked. It tells more than a loss.
+"""A contact sheet: many prompts, the first seeds, and no picture left out. It tells more than a loss.
 
-`python -m reifusion.train.sheet --out images/contact-sheet.png` redraws the one in the README.
+`python -m reifusion.train.sheet --out images/contact-sheet.png` redraws the sheet in the README.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPTS = (
     "a flat drawing of a penguin", "a cartoon sailboat", "a purple cat", "a strawberry on a blue background",
     "a small bird", "a butterfly on the left", "a dog next to a tree", "a cat stretching on the floor",
 )  # fmt: skip
-LABEL = 30  # pixels of text under each prompt's pictures
+LABEL = 30  # height in pixels of the text below each prompt's pictures
 
 
 def contact_sheet(
@@ -34,9 +34,9 @@ def contact_sheet(
     n_inference_steps: int = 25,
     cfg_scale: float = 4.0,
 ) -> Image.Image:
-    """`seeds` pictures of each prompt above one another, the prompt below; `columns` prompts in a row.
+    """Draws `seeds` pictures of each prompt above one another, and the prompt below; `columns` prompts a row.
 
-    sampler_name: None for "euler_a", or what fits a model that is not for it.
+    sampler_name: None means "euler_a", or another sampler if that does not fit the model.
     """
     if sampler_name is None:
         names = samplers_for(pipe.config.schedule.prediction_type)
@@ -44,7 +44,7 @@ def contact_sheet(
     tiles = [
         pipe.generate(
             list(prompts),
-            seed=k * len(prompts),  # the first, then the next: picture i of a list has seed + i
+            seed=k * len(prompts),  # seeds 0, 1, 2, …: picture i of a list has seed + i
             sampler_name=sampler_name,
             n_inference_steps=n_inference_steps,
             cfg_scale=cfg_scale,

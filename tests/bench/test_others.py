@@ -13,7 +13,7 @@ import pytest
 
 from bench import others
 from bench.others import EMOJIONE, LICENCES, OPENMOJI, PACKAGES, TWEMOJI
-from reifusion.train import data
+from reifusion.train.mini.sprites import EMOJIBASE, SIDE
 
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
 
@@ -41,7 +41,7 @@ def cache(tmp_path: Path) -> Path:
         for label, code in (("frog", "1F438"), ("peacock", "1F99A"))
     ]
     subgroups = {"1": "animal-amphibian"}
-    pack(tmp_path, data.EMOJIBASE, {"en/data.json": emojis, "meta/groups.json": {"subgroups": subgroups}})
+    pack(tmp_path, EMOJIBASE, {"en/data.json": emojis, "meta/groups.json": {"subgroups": subgroups}})
     pack(tmp_path, TWEMOJI, icon_set(RED, {"1f438": "frog"}, "frog"))
     pack(tmp_path, OPENMOJI, icon_set(GREEN, {"1f438-fe0f": "frosch"}, "frosch"))
     pack(tmp_path, EMOJIONE, icon_set(BLUE, {}, "frog"))
@@ -53,7 +53,7 @@ def test_each_artist_draws_the_subject_under_its_own_name(cache: Path) -> None:
     assert [picture.style for picture in records] == list(PACKAGES)
     assert [picture.licence for picture in records] == list(LICENCES.values())
     assert {picture.subject for picture in records} == {"frog"}  # the peacock is no amphibian
-    middles = sprites[:, data.SIDE // 2, data.SIDE // 2]
+    middles = sprites[:, SIDE // 2, SIDE // 2]
     assert np.array_equal(middles, [[255, 0, 0, 255], [0, 255, 0, 255], [0, 0, 255, 255]])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import judge as judging
 from bench import pixels, quality, statistics
-from bench.judge import Judge, Recipe, Seen, choices, retrieved
+from bench.judge import Judge, JudgeTraining, Seen, choices, retrieved
 from bench.pixels import on_white
 from bench.prompts import COUNTS, Prompt, make_prompts
 from bench.quality import Figure
@@ -25,10 +25,16 @@ from reifusion.model.config import ModelConfig, VAEConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.encoder import Encoder
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.train import data, scenes
-from reifusion.train.data import STYLES
 from reifusion.train.loop import LoopConfig
-from reifusion.train.scenes import COLOURS, DYES, SceneConfig, Sprites, background_colour, compose
+from reifusion.train.mini import scenes
+from reifusion.train.mini.scenes import COLOURS, DYES, SceneConfig, Sprites, background_colour, compose
+from reifusion.train.mini.sprites import (
+    STYLES,
+    held_out_colour,
+    held_out_sprites,
+    held_out_style,
+    training_sprites,
+)
 from tests.sprites import NOUNS, prepared
 from tests.sprites import disc as draw_disc
 
@@ -44,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(cache: Path) -> Sprites:
-    return Sprites(*data.pictures(cache))
+    return Sprites(*training_sprites(cache))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def drawings(cache: Path) -> Sprites:
 
 @pytest.fixture(scope="module")
 def prompts(cache: Path, trained: Sprites) -> list[Prompt]:
-    held_out = Sprites(*data.held_out_pictures(cache))
+    held_out = Sprites(*held_out_sprites(cache))
     return make_prompts(trained, held_out, {kind: 6 for kind in COUNTS})
 
 
@@ -200,7 +206,7 @@ def test_an_empty_picture_is_cropped_to_itself() -> None:
 def test_prompts_are_always_the_same_and_never_twice(
     cache: Path, trained: Sprites, prompts: list[Prompt]
 ) -> None:
-    held_out = Sprites(*data.held_out_pictures(cache))
+    held_out = Sprites(*held_out_sprites(cache))
     again = make_prompts(trained, held_out, {kind: 6 for kind in COUNTS})
     fewer = make_prompts(trained, held_out, {"style": 2, "two": 3})
     assert [p.text for p in prompts] == [p.text for p in again]
@@ -213,9 +219,9 @@ def test_held_out_prompts_are_held_out_and_the_others_are_not(prompts: list[Prom
     for prompt in prompts:
         tags = prompt.scene.tags
         for subject, colour in zip(tags["subjects"], tags["colours"], strict=True):
-            assert data.held_out_style(subject, tags["style"]) == (prompt.kind == "style held out")
+            assert held_out_style(subject, tags["style"]) == (prompt.kind == "style held out")
             if colour:
-                assert data.held_out_colour(subject, colour) == (prompt.kind == "dye held out")
+                assert held_out_colour(subject, colour) == (prompt.kind == "dye held out")
 
 
 def test_prompts_say_what_their_scenes_show(prompts: list[Prompt]) -> None:
@@ -448,7 +454,7 @@ def pipe() -> StableDiffusion:
 def test_a_judge_learns_once_and_then_comes_from_the_cache(
     cache: Path, pipe: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawings, records = data.pictures(cache)
+    drawings, records = training_sprites(cache)
     chosen = [i for i, picture in enumerate(records) if picture.subject in NOUNS[:6]]
     drawings, records = drawings[chosen].copy(), [records[i] for i in chosen]
     for sprite, picture in zip(drawings, records, strict=True):
@@ -459,7 +465,7 @@ def test_a_judge_learns_once_and_then_comes_from_the_cache(
     others = drawings[::4, :, ::-1], [replace(picture, style="another hand") for picture in records[::4]]
     monkeypatch.setattr(judging.others, "other_pictures", lambda subjects, cache_dir: others)
     loop = LoopConfig(steps=40, lr=5e-3, warmup=5, decay=0.5, ema=0.9)
-    recipe = Recipe(side=32, channels=(16, 16), width=32, joint=16, scenes=4, batch=6, loop=loop)
+    recipe = JudgeTraining(side=32, channels=(16, 16), width=32, joint=16, scenes=4, batch=6, loop=loop)
     judge = judging.get_judge(recipe, tmp_path / "mini")
     assert [path.name for path in tmp_path.iterdir()] == [f"judge-{judge.id}.safetensors"]
     images = [on_white(sprite) for sprite in drawings]
@@ -481,9 +487,9 @@ def test_a_judge_learns_once_and_then_comes_from_the_cache(
 
 def test_the_loss_is_low_only_for_the_right_pairs() -> None:
     names = torch.eye(4)
-    low, figures = judging.loss(20 * names, names)
+    low, figures = judging.contrastive_loss(20 * names, names)
     assert low < 1e-3 and figures["right"] == 1
-    high, figures = judging.loss(20 * names.roll(1, 0), names)
+    high, figures = judging.contrastive_loss(20 * names.roll(1, 0), names)
     assert high > 10 and figures["right"] == 0
 
 
@@ -533,9 +539,9 @@ def test_a_report_is_whole_and_drawn_once(
     monkeypatch.setattr(quality, "get_judge", lambda: planted)
     monkeypatch.setattr(quality, "make_prompts", lambda counts: prompts)
     monkeypatch.setattr(quality, "through_vae", lambda pipe, images: list(images))
-    monkeypatch.setattr(quality, "pictures", lambda: data.pictures(cache))
+    monkeypatch.setattr(quality, "training_sprites", lambda: training_sprites(cache))
     monkeypatch.setattr(quality, "all_pictures", lambda: judging.all_pictures(cache))
-    monkeypatch.setattr(quality, "held_out_pictures", lambda: data.held_out_pictures(cache))
+    monkeypatch.setattr(quality, "held_out_sprites", lambda: held_out_sprites(cache))
     monkeypatch.setattr(quality, "unseen_pictures", lambda: [on_white(disc((9, 9, 9)))] * 2)
     assert quality.main(["--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "quality.json").read_text())

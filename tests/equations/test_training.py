@@ -12,8 +12,7 @@ from reifusion.model.ddpm import DDPMSampler
 from reifusion.train.loop import LoopConfig, train
 from reifusion.train.lora import LoRALayer
 from reifusion.train.muon import orthogonalise
-from reifusion.train.text2image import add_offset, loss, loss_weights
-from reifusion.weights.lora import Place
+from reifusion.train.text2image import add_offset, denoising_loss, loss_weights
 from tests.equations.check import ALPHA_BAR, SINGLE, Pair, checks, normal
 
 
@@ -22,13 +21,13 @@ def moving_average_of_the_weights() -> Pair:
     steps, decay = 6, 0.3  # low enough to be reached
     model, history = nn.Linear(3, 1, bias=False).double(), []
 
-    def step_loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         history.append(model.weight.detach().numpy().copy())
         return network(torch.ones(1, 3, dtype=torch.float64)).square().sum(), {"samples": 1.0}
 
     config = LoopConfig(steps=steps, lr=0.1, warmup=0, ema=decay, mixed_precision="no")
     with tempfile.TemporaryDirectory() as folder:
-        ours = train(model, step_loss, config, Path(folder))["weight"]
+        ours = train(model, objective, config, Path(folder))["weight"]
     history.append(model.weight.detach().numpy())
     average = history[0]
     for n in range(steps):
@@ -47,7 +46,7 @@ def weighted_squared_error() -> Pair:
     )
     sampler = DDPMSampler(prediction_type="v_prediction")
     inputs = (torch.tensor(x) for x in (x0, np.zeros((3, 8), int), t, noise, w))
-    ours, _ = loss(lambda x_t, tokens, t: x_t.sin(), sampler, *inputs)
+    ours, _ = denoising_loss(lambda x_t, tokens, t: x_t.sin(), sampler, *inputs)
     alpha, sigma = (np.sqrt(x[t]).reshape(3, 1, 1, 1) for x in (ALPHA_BAR, 1 - ALPHA_BAR))
     error = np.sin(alpha * x0 + sigma * noise) - (alpha * noise - sigma * x0)
     return ours, np.mean([w[i] * (error[i] ** 2).sum() / error[i].size for i in range(3)])

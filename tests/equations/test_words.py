@@ -27,7 +27,7 @@ def approximated_gelu() -> Pair:
 def pictures_and_captions() -> Pair:
     n, temperature = 5, 0.2
     u, w = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (normal(n, 8), normal(n, 8, seed=1)))
-    value, _ = judge.loss(torch.tensor(u / temperature), torch.tensor(w))
+    value, _ = judge.contrastive_loss(torch.tensor(u / temperature), torch.tensor(w))
     e = np.exp(u @ w.T / temperature)  # e[i, j]: picture i, caption j
     terms = [np.log(e[i, i] / e[i].sum()) + np.log(e[i, i] / e[:, i].sum()) for i in range(n)]
     return value, -sum(terms) / (2 * n)

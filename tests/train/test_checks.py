@@ -1,4 +1,4 @@
-"""The checks' promises: they find what is wrong, and say what is so."""
+"""The checks' promises: they find errors, and their figures are true."""
 
 import re
 import time
@@ -25,7 +25,7 @@ TINY = ModelConfig(
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Makes recipes speak of a tiny model."""
+    """Makes every recipe a recipe for a tiny model."""
     monkeypatch.setattr(checks, "base", lambda recipe: TINY)
 
 
@@ -114,7 +114,7 @@ def test_one_batch_can_be_learned(tiny, what):
     assert checks.overfit_one(read(what, "crop=8" if what == "vae" else "size=16")).endswith("it can learn")
 
 
-def test_what_has_no_loss_that_goes_to_0_is_not_asked_for_one():
+def test_sharpening_cannot_be_overfitted():
     with pytest.raises(recipe.RecipeError, match="against each other"):
         checks.overfit_one(read("sharpen"))
 
@@ -123,19 +123,19 @@ def test_model_that_cannot_learn_is_an_error(tiny, monkeypatch):
     monkeypatch.setattr(
         TextToImage, "forward", lambda self, x, tokens, t: x * self.diffusion.conv_out.bias[0]
     )
-    with pytest.raises(TrainingError, match=r"from .* to .* in 500 steps, and not to nearly 0"):
+    with pytest.raises(TrainingError, match=r"from .* to .* in 500 steps, not to nearly 0"):
         checks.overfit_one(read("text2image"))
 
 
 def test_overfitting_sees_the_same_batch_and_noise_at_every_step():
     seen = []
 
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         seen.append((step, torch.rand(1, generator=generator).item(), part.count))
         return network(torch.ones(1, 1)).pow(2).sum(), {}
 
     torch.manual_seed(0)
-    curve = checks.overfit(nn.Linear(1, 1), loss, lr=0.1)
+    curve = checks.overfit(nn.Linear(1, 1), objective, lr=0.1)
     assert len(set(seen)) == 1 and len(curve) == len(seen) < 500
     assert curve[-1] <= curve[0] / 20 and min(curve[:-1]) > curve[0] / 20
 
@@ -149,22 +149,22 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
     model[0].bias.requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
 
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         time.sleep(0.05)
         x = part.of(torch.randn(32, 64, generator=generator))
         return network(x).pow(2).mean(), {"samples": float(len(x))}
 
     for muon, states in ((False, 2), (True, 1)):
         config = LoopConfig(steps=1000, muon=muon, mixed_precision="no")
-        found = checks.cost(model, loss, config)
+        found = checks.cost(model, objective, config)
         weights, biases = 2 * 64 * 128, 64
         assert found.parameters == weights + biases + 128 and found.trained == weights + biases
         assert found.memory["weights"] == 4 * found.parameters
         assert found.memory["gradients"] == found.memory["average"] == 4 * found.trained
-        # Muon keeps one number for a weight of a matrix, AdamW two for any, and its counts of steps.
+        # Muon keeps one number per weight of a matrix; AdamW keeps two per weight, and counts of steps.
         expected = 4 * (states * weights + 2 * biases)
         assert expected <= found.memory["optimizer"] <= expected + 64
-        # Kept for the way back: the input, and both layers' outputs (of ReLU's two sides, one).
+        # The backward pass needs the input and both layers' outputs (the output of ReLU, not its input).
         assert found.memory["activations"] == 4 * 32 * (64 + 128 + 64)
         assert 0.05 <= found.seconds < 0.5 and found.samples == 32 and found.steps == 1000
         assert "16,576, of which 16,448 are trained" in str(found) and "1,000 steps" in str(found)
@@ -172,7 +172,7 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_gradient_checkpointing_is_counted_as_what_a_row_takes_and_all_inputs(tiny):
+def test_gradient_checkpointing_counts_all_inputs_and_one_row(tiny):
     def activations(said: str) -> float:
         (line,) = [line for line in said.splitlines() if line.startswith("activations")]
         return float(line.split()[1].replace(",", ""))
@@ -198,7 +198,7 @@ def test_dry_run_of_a_recipe_is_a_table(what, tiny, monkeypatch):
     assert (trained == total) == (what in ("vae", "text2image"))
 
 
-def test_kept_counts_a_storage_once_and_of_rows_the_largest():
+def test_kept_counts_each_storage_once_and_only_the_largest_row():
     wide, narrow = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
     x = torch.randn(4, 8)
     model = nn.ModuleList([wide, narrow])
@@ -208,6 +208,6 @@ def test_kept_counts_a_storage_once_and_of_rows_the_largest():
         return narrow(wide(x).exp()).exp().sum()  # keeps x, exp(…) and exp(…)
 
     assert checks.kept(model, both) == 4 * (4 * 8 + 4 * 32 + 4 * 8)
-    # The input of `narrow` is there in any case, and its inside is that same.
+    # The input of `narrow` counts in any case, and `narrow` itself keeps nothing else.
     assert checks.kept(model, both, [wide, narrow]) == 4 * (4 * 8 + 4 * 32 + 4 * 8) + 4 * 4 * 32
     assert "forward" not in vars(wide)

@@ -1,4 +1,4 @@
-"""The critic's promises: whose weights learn from which term, what it sees, and that it helps."""
+"""The critic's promises: which weights learn from which term, what the critic sees, and that it helps."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from reifusion.train.critic import Critic, fool, judge
-from reifusion.train.vae import gradients
+from reifusion.train.vae import differences
 
 SMALL = (4, 8)  # channels of a critic that is quick to test
 
@@ -20,7 +20,7 @@ def seed():
 
 
 def discs(count: int, side: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sharp discs, and the same blurred, each (count, 3, side, side): any colour, place, size and ground."""
+    """Returns random sharp discs on random grounds, (count, 3, side, side), and the same pictures blurred."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(side).float()
     centre = torch.rand(count, 2, 1, 1, generator=generator) * side
@@ -71,13 +71,13 @@ def test_fool_teaches_the_picture_only_and_judge_the_critic_only():
         made.grad = None
     judge(critic, real, made)[0].backward()
     assert made.grad is None and real.grad is None
-    # A constant added to every score cancels out, so that one number learns nothing.
+    # A constant added to every score cancels out, so the bias of the scores learns nothing.
     silent = {name for name, w in critic.named_parameters() if w.grad is None or w.grad.abs().sum() < 1e-6}
     assert silent == {"score.bias"}
 
 
 def test_one_backward_gives_both_networks_what_two_would_have():
-    """The textbook's way, with a backward pass for each network and the other's gradients thrown away."""
+    """The textbook makes a backward pass for each network and then discards the gradients of the other."""
     critic, decoder = Critic(channels=SMALL), torch.nn.Conv2d(4, 3, 1)
     real, latents = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 16, 16)
     made = decoder(latents)
@@ -116,7 +116,7 @@ def test_a_perfect_reconstruction_is_a_draw():
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_a_batch_in_halves_has_the_loss_of_the_whole(half, high, wide):
-    """So several processes, or accumulated parts, train as one does."""
+    """So several processes, or accumulated parts, train like a single one."""
     critic = Critic(channels=SMALL)
     real, made = torch.randn(2, 2 * half, 3, 4 * high, 4 * wide)
 
@@ -149,7 +149,7 @@ def test_half_precision_points_the_same_way():
     critic = Critic(channels=(16, 32))
     real, made = discs(4)
     made.requires_grad_()
-    weights = [w for name, w in critic.named_parameters() if name != "score.bias"]  # whose gradient is 0
+    weights = [w for name, w in critic.named_parameters() if name != "score.bias"]  # its gradient is 0
 
     def directions(half: bool) -> list[torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -165,16 +165,16 @@ def test_critic_learns_to_see_blur_and_its_gradient_takes_blur_away():
     sharp, blurred = discs(32, seed=1000)  # never seen in training
     with torch.no_grad():
         scores = [critic(x)[-1] for x in (sharp, blurred)]
-    # Patches of one colour are the same in both; the others it must tell apart.
+    # Patches of a single colour are the same in both; the critic must tell the others apart.
     busy = F.avg_pool2d((sharp - blurred).abs().mean(1, keepdim=True), 4) > 0.02
     assert (scores[0] > scores[1])[busy].float().mean() > 0.95
-    # One small step along −∇ of the decoder's term: edges grow towards those of the sharp picture.
+    # After one small step along −∇ of the decoder's term, edges are nearer to those of the sharp picture.
     blurred.requires_grad_()
     (gradient,) = torch.autograd.grad(fool(critic, sharp, blurred)[0], blurred)
     stepped = (blurred - 0.1 * gradient / gradient.abs().amax((1, 2, 3), keepdim=True)).detach()
 
     def edges(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([g.pow(2).sum((1, 2, 3)) for g in gradients(x)]).sum(0)  # (B,)
+        return torch.stack([g.pow(2).sum((1, 2, 3)) for g in differences(x)]).sum(0)  # (B,)
 
     grown = (edges(stepped) - edges(blurred)) / (edges(sharp) - edges(blurred))
     assert grown.min() > 0.01

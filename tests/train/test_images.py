@@ -1,4 +1,4 @@
-"""Pictures with captions, from little files of every kind."""
+"""Pictures with captions, from small files of every kind."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reifusion.train.data import DataError
-from reifusion.train.images import Item, Pictures, open_pictures, some, to_rgb
+from reifusion.train.images import DataError, Item, Pictures, open_pictures, some, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -36,7 +35,7 @@ def quiet_and_apart(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     datasets.disable_progress_bars()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # what is fine is not warned about
+        warnings.simplefilter("error", UserWarning)  # good data causes no warning
         yield
 
 
@@ -100,7 +99,7 @@ def test_a_folder_with_a_text_beside_each_picture(tmp_path: Path) -> None:
 
 
 def test_names_mean_nothing_but_themselves(tmp_path: Path) -> None:
-    """`datasets` would take the first for all that there is to train, and the others for patterns."""
+    """`datasets` would take the first for the whole training split, and the others for patterns."""
     names = ["a red train", "test-1", "cat [1]", "what?", "sub [x]/*"]
     files: dict[str, bytes | str] = {f"{name}.png": png() for name in names}
     folder = folder_of(tmp_path / "we[2]ird *", files | {f"{name}.txt": name for name in names})
@@ -119,7 +118,7 @@ def test_splits_are_folders_if_there_is_nothing_else(tmp_path: Path) -> None:
 
 
 def test_other_folders_mean_nothing(tmp_path: Path) -> None:
-    """Here "train" is a vehicle, and a folder's name is no caption."""
+    """Here "train" is a vehicle, and a folder's name is not a caption."""
     with pytest.warns(UserWarning, match="2 of 2 pictures have no caption: plane/b.png, train/a.png"):
         pictures = open_pictures(folder_of(tmp_path, {"train/a.png": png(), "plane/b.png": png()}))
     assert set(captions(pictures).values()) == {("",)}
@@ -199,13 +198,13 @@ def test_without_a_network_a_hub_id_is_one_clear_sentence(monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        DataError, match="owner/name is no file or folder here, and the hub could not give it"
+        DataError, match="owner/name is not a file or folder here, and the hub could not provide it"
     ) as error:
         open_pictures("owner/name")
     assert "\n" not in str(error.value)
 
 
-# ---- what can be wrong ------------------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------------------------
 
 
 def test_broken_pictures_and_missing_captions_are_counted_and_named_once(tmp_path: Path) -> None:
@@ -221,7 +220,7 @@ def test_broken_pictures_and_missing_captions_are_counted_and_named_once(tmp_pat
     assert captions(pictures) == {"good.png": ("good",), "mute.png": ("",), "vain.png": ("",)}
 
 
-def test_what_the_metadata_forgets_is_named(tmp_path: Path) -> None:
+def test_pictures_missing_from_the_metadata_are_named(tmp_path: Path) -> None:
     rows = [
         {"file_name": "a.png", "text": "a"},
         {"file_name": "gone.png", "text": "b"},
@@ -235,7 +234,7 @@ def test_what_the_metadata_forgets_is_named(tmp_path: Path) -> None:
     message = str(caught[0].message)
     assert "1 of 3 pictures cannot be read and are left out: " in message and "gone.png" in message
     assert "1 of 3 pictures have no caption: c.png" in message
-    assert "2 other pictures there are not part of it: new.png, phone.heic" in message
+    assert "2 other pictures there are not used: new.png, phone.heic" in message
     assert captions(pictures) == {"a.png": ("a",), "c.png": ("",)}
 
 
@@ -254,7 +253,7 @@ def test_a_picture_that_breaks_off_is_named_where_it_is_used(tmp_path: Path, end
     pictures = open_pictures(tmp_path)
     with pytest.raises(DataError, match=f"the picture b.{end} cannot be read: "):
         pictures[1]
-    with pytest.warns(UserWarning, match="such pictures are passed over") as caught:
+    with pytest.warns(UserWarning, match="such pictures are skipped") as caught:
         batch = pictures.pixel_batch(torch.Generator().manual_seed(0), 50, 8)
     assert len(caught) == 1 and torch.equal(
         batch, torch.tensor(RED).view(1, 3, 1, 1).expand(50, 3, 8, 8) / 127.5 - 1
@@ -264,7 +263,7 @@ def test_a_picture_that_breaks_off_is_named_where_it_is_used(tmp_path: Path, end
 @pytest.mark.parametrize(
     "files, options, message",
     [
-        (None, {}, "is not there"),
+        (None, {}, "does not exist"),
         ({"notes.md": "x"}, {}, "holds no .* pictures"),
         ({"a.png": b"x", "b.png": b""}, {}, "no pictures in .*: a.png, b.png cannot be read"),
         ({"a.png": png(), "b.tar": b"x"}, {}, "both imagefolder and webdataset"),
@@ -286,7 +285,7 @@ def test_what_cannot_be_used_is_one_clear_sentence(
 
 
 @pytest.mark.parametrize("end", ["tar", "parquet"])
-def test_of_many_shards_the_damaged_one_is_named(tmp_path: Path, end: str) -> None:
+def test_the_damaged_one_of_many_shards_is_named(tmp_path: Path, end: str) -> None:
     for i in range(3):
         if end == "tar":
             tar(tmp_path / f"{i}.tar", {"a.png": png(), "a.txt": "a"})
@@ -316,7 +315,9 @@ def test_a_choice_of_columns_is_the_users(tmp_path: Path) -> None:
     words = parquet(tmp_path / "b.parquet", {"image": left, "mask": right, "text": ["a"], "prompt": ["b"]})
     with pytest.raises(DataError, match="captions in text and prompt; choose with caption_column"):
         open_pictures(words)
-    picture, caption = open_pictures(words, caption_column="prompt")[0]  # "mask" is no rival of "image"
+    picture, caption = open_pictures(words, caption_column="prompt")[
+        0
+    ]  # "mask" does not compete with "image"
     assert picture.getpixel((0, 0)) == RED and caption == "b"
 
     with pytest.raises(DataError, match="no column of pictures; it has text"):
@@ -344,7 +345,7 @@ def test_importing_is_cheap() -> None:
 
 
 def drawn(picture: Image.Image, kind: str, **options: object) -> np.ndarray:
-    """Through a file and `Pictures`, (H, W, 3)."""
+    """Sends a picture through a file and `Pictures` -> (H, W, 3)."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
     rgb = Pictures(lambda row: file.getvalue(), [Item(0, "x", 1, 1, ("",))])[0][0]
@@ -352,7 +353,7 @@ def drawn(picture: Image.Image, kind: str, **options: object) -> np.ndarray:
     return np.asarray(rgb).astype(int)
 
 
-def test_what_is_transparent_lies_on_white() -> None:
+def test_transparent_parts_become_white() -> None:
     for mode, clear, half in (("RGBA", (255, 0, 0, 0), (255, 0, 0, 128)), ("LA", (0, 0), (0, 127))):
         picture = Image.new(mode, (2, 1), clear)
         picture.putpixel((1, 0), half)
@@ -385,7 +386,7 @@ def test_cmyk_and_grey() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_stand_upright(tmp_path: Path, kind: str, orientation: int) -> None:
-    """What a camera writes when it is held the other way: the same view, its pixels turned."""
+    """A camera that is held another way writes the same view with its pixels turned."""
     upright = Image.new("RGB", (32, 16), WHITE)
     upright.paste(RED, (0, 0, 16, 8))
     turned = {
@@ -454,16 +455,18 @@ def test_the_same_generator_gives_the_same_squares() -> None:
 @given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 40), st.integers(0, 2**32))
 def test_squares_are_squares_of_the_picture(width: int, height: int, size: int, seed: int) -> None:
     pixels = slope(width, height).pixel_batch(torch.Generator().manual_seed(seed), 3, size)
-    red, green = ((pixels + 1) * 127.5)[:, :2].unbind(1)  # (3, size, size): where each pixel comes from
-    side = torch.stack([red[:, 0, -1] - red[:, 0, 0], green[:, -1, 0] - green[:, 0, 0]])  # nearly its side
+    red, green = ((pixels + 1) * 127.5)[:, :2].unbind(1)  # (3, size, size): the origin of each pixel
+    side = torch.stack(
+        [red[:, 0, -1] - red[:, 0, 0], green[:, -1, 0] - green[:, 0, 0]]
+    )  # nearly the side of the square
     assert red.max() <= width - 1 and green.max() <= height - 1
-    assert (side[0] - side[1]).abs().max() <= 4  # of so few pixels, each rounded
+    assert (side[0] - side[1]).abs().max() <= 4  # so few pixels, each rounded
     if min(width, height) >= size:
         assert (side >= size - 1 - 3).all() and (side <= min(width, height)).all()
 
 
 def test_full_resolution_stays_sharp_and_sizes_vary() -> None:
-    """Squares go from the whole short side to the picture's own pixels, at both ends of it."""
+    """The side of a square lies between `size` and the short side, and comes near to both."""
     pixels = slope(200, 60).pixel_batch(torch.Generator().manual_seed(0), 200, 50)
     red = (pixels[:, 0] + 1) * 127.5
     sides = red[:, 0, -1] - red[:, 0, 0] + 1

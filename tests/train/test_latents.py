@@ -1,4 +1,4 @@
-"""Buckets, and latents that are made once."""
+"""Buckets, and latents that are encoded once."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from reifusion.model.config import VAEConfig
 from reifusion.model.encoder import Encoder
 from reifusion.model.pictures import fit, to_tensor
 from reifusion.train import latents
-from reifusion.train.data import DataError
-from reifusion.train.images import Item, Pictures
+from reifusion.train.images import DataError, Item, Pictures
 from reifusion.train.latents import LatentData, bucket_of, buckets, cache_latents, remove_unused, weights_hash
 
 CONFIG = VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4, scale_factor=0.5)
@@ -38,7 +37,7 @@ SIZE = 64  # buckets of 8-pixel steps
 @pytest.fixture(autouse=True)
 def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # what is fine is not warned about
+        warnings.simplefilter("error", UserWarning)  # good data causes no warning
         yield
 
 
@@ -130,7 +129,7 @@ def test_a_picture_goes_into_the_bucket_nearest_in_shape(
 ) -> None:
     sizes = buckets(*side)
     w, h = bucket_of(width, height, sizes)
-    wrong = max(width * h / (height * w), height * w / (width * h))  # by how much a side is cropped
+    wrong = max(width * h / (height * w), height * w / (width * h))  # the factor by which a side is cropped
     assert all(wrong <= 1.000001 * max(width * y / (height * x), height * x / (width * y)) for x, y in sizes)
     assert (w, h) in sizes
 
@@ -153,14 +152,14 @@ def test_no_buckets_is_an_error(side: int, step: int, most: float) -> None:
 # ---- latents are those of the encoder ---------------------------------------------------------------------
 
 
-def test_a_draw_is_what_the_encoder_would_sample(
+def test_a_batch_is_what_the_encoder_would_sample(
     encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     assert encoder.quant.bias is not None
     encoder.quant.bias.detach()[4:] += 1.0  # a σ that matters
     pictures = in_memory(files_of(WIDE))
     data = cache_latents(encoder, pictures, SIZE, tmp_path, tokenizer=tokenizer)
-    drawn, tokens = data.draw(torch.Generator().manual_seed(3), 5)
+    drawn, tokens = data.latent_batch(torch.Generator().manual_seed(3), 5)
     generator = torch.Generator().manual_seed(3)
     torch.multinomial(torch.ones(1, dtype=torch.float64), 1, generator=generator)
     torch.randint(1, (5,), generator=generator)
@@ -184,13 +183,13 @@ def test_any_memory_format_and_precision_will_do(
     data = cache_latents(odd, pictures, SIZE, tmp_path / "odd", tokenizer=tokenizer)
     if dtype == torch.float32:  # the same weights, so the same key
         assert {f.parent.parent.name for f in data.files} == {f.parent.parent.name for f in plain.files}
-    (x, _), (y, _) = (each.draw(torch.Generator().manual_seed(0), 4) for each in (plain, data))
+    (x, _), (y, _) = (each.latent_batch(torch.Generator().manual_seed(0), 4) for each in (plain, data))
     assert (x - y).abs().max() < (0.01 if dtype == torch.float32 else 0.1)
 
 
 def test_latents_can_be_learned_from(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
     data = cache_latents(encoder, in_memory(files_of(SQUARE)), SIZE, tmp_path, tokenizer=tokenizer)
-    drawn, tokens = data.draw(torch.Generator(), 2)
+    drawn, tokens = data.latent_batch(torch.Generator(), 2)
     embedding, weight = torch.nn.Embedding(tokenizer.vocab_size, 1), torch.ones(4, 1, 1, requires_grad=True)
     ((weight * drawn).square().mean() + embedding(tokens).mean()).backward()
     assert weight.grad is not None and weight.grad.abs().min() > 0
@@ -206,7 +205,7 @@ def test_a_batch_has_one_shape_and_buckets_come_as_often_as_they_have_pictures(
     seen: Counter = Counter()
     shapes: Counter = Counter()
     for _ in range(600):
-        batch, tokens = data.draw(generator, 2)
+        batch, tokens = data.latent_batch(generator, 2)
         shapes[tuple(batch.shape)] += 1
         for words in tokens.tolist():
             seen[tokenizer.decode(words)] += 1
@@ -217,24 +216,26 @@ def test_a_batch_has_one_shape_and_buckets_come_as_often_as_they_have_pictures(
     assert set(seen) == {f"no {i}" for i in range(6)} and min(seen.values()) > 140  # of 200 expected
 
 
-def test_draws_depend_on_the_generator_alone(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Not on the order in which pictures came into the cache, either."""
+def test_batches_depend_on_the_generator_alone(
+    encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Nor do they depend on the order in which pictures came into the cache."""
     files = files_of(WIDE, SQUARE, WIDE, SQUARE)
     captions = [(f"no {i}", f"number {i}") for i in range(4)]
     whole = in_memory(files, captions)
     cache_latents(encoder, in_memory(files[2:], captions[2:]), SIZE, tmp_path / "b", tokenizer=tokenizer)
     a, b = (cache_latents(encoder, whole, SIZE, tmp_path / name, tokenizer=tokenizer) for name in "ab")
     for seed in range(10):
-        (x, words), (y, same) = (data.draw(torch.Generator().manual_seed(seed), 3) for data in (a, b))
+        (x, words), (y, same) = (data.latent_batch(torch.Generator().manual_seed(seed), 3) for data in (a, b))
         assert torch.equal(words, same) and (x - y).abs().max() < 1e-2
-        again, _ = a.draw(torch.Generator().manual_seed(seed), 3)
+        again, _ = a.latent_batch(torch.Generator().manual_seed(seed), 3)
         assert torch.equal(x, again)
 
 
 def test_one_of_several_captions_is_drawn(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
     pictures = in_memory(files_of(SQUARE), [("a", "b", "c")])
     data = cache_latents(encoder, pictures, SIZE, tmp_path, tokenizer=tokenizer)
-    _, tokens = data.draw(torch.Generator().manual_seed(0), 300)
+    _, tokens = data.latent_batch(torch.Generator().manual_seed(0), 300)
     assert all(70 < n < 130 for n in Counter(map(tokenizer.decode, tokens.tolist())).values())
     assert set(map(tokenizer.decode, tokens.tolist())) == {"a", "b", "c"}
 
@@ -252,7 +253,7 @@ def test_mirrored_pictures_are_encoded_too(counting: Counting, tokenizer: Tokeni
     assert (means[0] - means[1]).abs().max() > 0.05
 
 
-# ---- what is encoded again, and what is not ---------------------------------------------------------------
+# ---- encoded again or not ---------------------------------------------------------------------------------
 
 
 def test_nothing_is_encoded_twice(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_a_touched_file_is_encoded_anew(counting: Counting, tokenizer: Tokenizer
     pictures = Pictures(lambda row: file, [Item(0, "a.png", 64, 64, ("a",))])
 
     def mean_after(change: bytes, time: float) -> torch.Tensor:
-        file.write_bytes(change.ljust(20_000, b"\0"))  # of the same size, whatever it shows
+        file.write_bytes(change.ljust(20_000, b"\0"))  # the same size, with other contents
         os.utime(file, (time, time))
         data = cache_latents(counting, pictures, SIZE, tmp_path / "cache", tokenizer=tokenizer)
         ((row, _),) = data._buckets[0]
@@ -309,7 +310,10 @@ def test_a_changed_caption_is_used_and_nothing_encoded(
     files = files_of(SQUARE)
     cache_latents(counting, in_memory(files, [("old",)]), SIZE, tmp_path, tokenizer=tokenizer)
     data = cache_latents(counting, in_memory(files, [("new",)]), SIZE, tmp_path, tokenizer=tokenizer)
-    assert counting.count == 1 and tokenizer.decode(data.draw(torch.Generator(), 1)[1][0].tolist()) == "new"
+    assert (
+        counting.count == 1
+        and tokenizer.decode(data.latent_batch(torch.Generator(), 1)[1][0].tolist()) == "new"
+    )
 
 
 def test_another_size_is_another_latent(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -319,7 +323,7 @@ def test_another_size_is_another_latent(counting: Counting, tokenizer: Tokenizer
     assert list(small.sizes) == [(32, 32)] and list(large.sizes) == [SQUARE] and counting.count == 2
 
 
-def test_what_is_not_used_any_more_can_be_removed(
+def test_files_that_are_no_longer_used_can_be_removed(
     counting: Counting, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     wide, square = (in_memory([file]) for file in files_of(WIDE, SQUARE))
@@ -333,10 +337,13 @@ def test_what_is_not_used_any_more_can_be_removed(
     left = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {Path("my notes.txt"), *(file.relative_to(tmp_path) for file in data.files)}
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [weights_hash(counting)]
-    assert data.draw(torch.Generator(), 1)[0].shape == (1, 4, 8, 8) and remove_unused(tmp_path, data) == 0
+    assert (
+        data.latent_batch(torch.Generator(), 1)[0].shape == (1, 4, 8, 8)
+        and remove_unused(tmp_path, data) == 0
+    )
 
 
-# ---- what can go wrong ------------------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------------------------
 
 
 def test_all_that_is_wrong_is_named_in_one_warning(
@@ -350,10 +357,10 @@ def test_all_that_is_wrong_is_named_in_one_warning(
             data = cache_latents(encoder, pictures, SIZE, tmp_path, tokenizer=tokenizer)
         (message,) = [str(warning.message) for warning in caught]
         assert "1 of 4 pictures cannot be read and are left out: 1.png" in message
-        assert "1 of 4 pictures are smaller than what 64×64 pixels need, and are enlarged: 2.png" in message
+        assert "1 of 4 pictures are too small for an area of 64×64 pixels, and are enlarged: 2.png" in message
         assert "1 of 4 pictures have a caption of more than 10 tokens, which is cut: 3.png" in message
         assert len(data) == 3
-    tokens = data.draw(torch.Generator().manual_seed(0), 100)[1].tolist()
+    tokens = data.latent_batch(torch.Generator().manual_seed(0), 100)[1].tolist()
     assert tokens[0][0] == tokenizer.start and all(len(words) == 12 for words in tokens)
     assert "broken" not in map(tokenizer.decode, tokens)
 
@@ -375,11 +382,11 @@ def test_no_picture_left_is_an_error(encoder: Encoder, tokenizer: Tokenizer, tmp
 def test_steps_that_no_vae_could_take(
     encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path, size: int, step: int | None
 ) -> None:
-    with pytest.raises(DataError, match="steps of a multiple of 8 pixels"):
+    with pytest.raises(DataError, match="must be a multiple of 8 up to"):
         cache_latents(encoder, in_memory(files_of(SQUARE)), size, tmp_path, tokenizer=tokenizer, step=step)
 
 
-def test_latents_that_are_no_numbers_are_not_kept(
+def test_latents_that_are_not_finite_are_not_kept(
     encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     assert encoder.quant.bias is not None
@@ -392,13 +399,15 @@ def test_latents_that_are_no_numbers_are_not_kept(
 def test_a_damaged_file_is_made_again(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
     pictures = in_memory(files_of(SQUARE, WIDE))
     data = cache_latents(counting, pictures, SIZE, tmp_path, tokenizer=tokenizer)
-    before = data.draw(torch.Generator().manual_seed(0), 4)
+    before = data.latent_batch(torch.Generator().manual_seed(0), 4)
     damaged = min(data.files)
     damaged.write_bytes(damaged.read_bytes()[:-10])
     del data
     data = cache_latents(counting, pictures, SIZE, tmp_path, tokenizer=tokenizer)
     assert counting.count == 3 and len(data) == 2
-    assert all(torch.equal(a, b) for a, b in zip(data.draw(torch.Generator().manual_seed(0), 4), before))
+    assert all(
+        torch.equal(a, b) for a, b in zip(data.latent_batch(torch.Generator().manual_seed(0), 4), before)
+    )
 
 
 def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing_half(
@@ -414,15 +423,15 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing_half(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_killed_it_goes_on_where_it_was(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Killed by the kernel, in the middle of writing its third file."""
+def test_a_killed_run_resumes_where_it_was(counting: Counting, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The process kills itself while it writes its third file."""
     script = f"""
         import os, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch, test_latents as t
         from reifusion.train import latents
         torch.manual_seed(0)
-        latents.PART, written, save = 2, [], latents.write_tensors
+        latents.PER_FILE, written, save = 2, [], latents.write_tensors
         def write_tensors(tensors, path, metadata):
             save(tensors, path, metadata)
             written.append(path)
@@ -447,7 +456,7 @@ def test_killed_it_goes_on_where_it_was(counting: Counting, tokenizer: Tokenizer
 def test_many_pictures_are_many_files_but_one_set(
     counting: Counting, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latents, "PART", 3)
+    monkeypatch.setattr(latents, "PER_FILE", 3)
     pictures = in_memory(files_of(*[SQUARE] * 8))
     data: LatentData = cache_latents(counting, pictures, SIZE, tmp_path, tokenizer=tokenizer, batch=2)
     assert len(data.files) == 3 and data.sizes == {SQUARE: 8} and counting.count == 8
@@ -460,7 +469,7 @@ def test_many_pictures_are_many_files_but_one_set(
             assert file.get_tensor("mean").dtype == torch.float16
 
 
-def test_the_pictures_of_a_draw_can_be_named(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_pictures_of_a_batch_can_be_named(encoder: Encoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
     pictures = in_memory(files_of(*[(32, 32)] * 5))
     data = cache_latents(encoder, pictures, 32, tmp_path, tokenizer=tokenizer)
     named = data.describe(torch.Generator().manual_seed(3), 2)

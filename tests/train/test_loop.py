@@ -19,13 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from reifusion.train.checkpoint import TrainingError, save_atomically
-from reifusion.train.loop import LoopConfig, Part, learning_rate, rng, train
+from reifusion.train.loop import BatchPart, LoopConfig, learning_rate, rng, train
 
 EXACT = LoopConfig(steps=9, checkpoint_minutes=0.0, mixed_precision="no")
 
 
 class Net(nn.Module):
-    """Something of every kind: a convolution, a matrix, biases, and a weight that stays as it is."""
+    """A net with weights of every kind: a convolution, a matrix, biases, and a frozen weight."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class Net(nn.Module):
         return self.frozen * self.linear(self.conv(x).relu().flatten(1))
 
 
-def pictures_loss(network, step, generator, part):
+def pictures_objective(network, step, generator, part):
     x = torch.randn(8, 1, 3, 3, generator=generator)
     x = part.of(x)
     return (network(x) - x[:, 0, 0, :2]).pow(2).mean(), {"samples": float(len(x))}
@@ -50,7 +50,7 @@ def checkpoint(folder: Path) -> dict:
 
 
 def same(one, other) -> bool:
-    """Bit for bit, all through dicts and lists."""
+    """True if all tensors in nested dicts and lists are equal bit for bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -60,7 +60,7 @@ def same(one, other) -> bool:
     return one == other
 
 
-# What a run leaves, and how it can be cut short
+# Stopping and resuming
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -71,9 +71,9 @@ def test_stopped_and_resumed_run_ends_in_the_same_state_bit_for_bit(tmp_path, mu
         if step in (2, 5) and not (tmp_path / f"stopped-{step}").exists():
             (tmp_path / f"stopped-{step}").touch()
             signal.raise_signal(signal.SIGTERM)
-        return pictures_loss(network, step, generator, part)
+        return pictures_objective(network, step, generator, part)
 
-    whole = train(Net(), pictures_loss, config, tmp_path / "whole")
+    whole = train(Net(), pictures_objective, config, tmp_path / "whole")
     for step in (2, 5):
         with pytest.raises(KeyboardInterrupt):
             train(Net(), stopping, config, tmp_path / "cut")
@@ -89,7 +89,7 @@ from dataclasses import replace
 from pathlib import Path
 import accelerate, torch, torch.utils.tensorboard
 sys.path.insert(0, {here!r})
-from test_loop import EXACT, Net, pictures_loss, train
+from test_loop import EXACT, Net, pictures_objective, train
 
 folder, config = Path(sys.argv[1]), replace(EXACT, steps=30, muon=True)
 kills = 0
@@ -97,8 +97,8 @@ kills = 0
 def start(where):
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)  # the parent's other threads are not in the child
-        train(Net(), pictures_loss, config, where)
+        torch.set_num_threads(1)  # a fork has none of the parent's other threads
+        train(Net(), pictures_objective, config, where)
         os._exit(0)
     return pid
 
@@ -124,7 +124,7 @@ print(kills)
 
 
 def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_path):
-    """A real process, killed with SIGKILL at random moments, also while it writes."""
+    """A real process is killed with SIGKILL at random moments, some of them during a write."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED.format(here=str(Path(__file__).parent)), str(tmp_path)],
         capture_output=True,
@@ -138,14 +138,14 @@ def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_saves_the_state_and_gives_the_signal_back(tmp_path, number):
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         if step == 4:
             os.kill(os.getpid(), number)
-        return pictures_loss(network, step, generator, part)
+        return pictures_objective(network, step, generator, part)
 
     handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        train(Net(), loss, LoopConfig(steps=9), tmp_path)
+        train(Net(), objective, LoopConfig(steps=9), tmp_path)
     assert checkpoint(tmp_path)["step"] == 4
     assert signal.getsignal(number) == handler
 
@@ -157,21 +157,21 @@ def test_being_asked_to_stop_saves_the_state_and_gives_the_signal_back(tmp_path,
 @given(st.integers(1, 5), st.integers(1, 4))
 def test_parts_are_a_batch_cut_without_remainder(size, count):
     batch = torch.arange(size * count)
-    parts = [Part(i, count).of(batch) for i in range(count)]
+    parts = [BatchPart(i, count).of(batch) for i in range(count)]
     assert all(len(part) == size for part in parts)
     assert torch.equal(torch.cat(parts).sort().values, batch)
 
 
 def test_batch_that_cannot_be_cut_equally_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="batch of 8 cannot be cut into 3"):
-        train(Net(), pictures_loss, LoopConfig(steps=2, accumulate=3), tmp_path)
+        train(Net(), pictures_objective, LoopConfig(steps=2, accumulate=3), tmp_path)
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulated_parts_train_as_the_whole_batch(tmp_path, accumulate):
     def run(folder, **more):
         config = LoopConfig(steps=6, mixed_precision="no", log_every=1, lr=1e-2, warmup=1, **more)
-        return train(Net(), pictures_loss, config, folder), log(folder)
+        return train(Net(), pictures_objective, config, folder), log(folder)
 
     (whole, rows), (parts, more) = run(tmp_path / "1"), run(tmp_path / "n", accumulate=accumulate)
     for one, other in zip(rows, more, strict=True):
@@ -185,8 +185,8 @@ def test_accumulated_parts_train_as_the_whole_batch(tmp_path, accumulate):
 def test_half_precision_is_that_of_the_networks_products_only(tmp_path):
     seen = {}
 
-    def loss(network, step, generator, part):
-        value, figures = pictures_loss(network, step, generator, part)
+    def objective(network, step, generator, part):
+        value, figures = pictures_objective(network, step, generator, part)
         seen["outside"] = torch.is_autocast_enabled("cpu")
         return value, figures
 
@@ -198,42 +198,44 @@ def test_half_precision_is_that_of_the_networks_products_only(tmp_path):
 
     for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", torch.float32)):
         seen.clear()
-        average = train(Spy(), loss, LoopConfig(steps=2, mixed_precision=precision), tmp_path / precision)
+        average = train(
+            Spy(), objective, LoopConfig(steps=2, mixed_precision=precision), tmp_path / precision
+        )
         assert seen == {"inside": dtype, "outside": False}
         assert all(weight.dtype == torch.float32 for weight in average.values())
     with pytest.raises(TrainingError, match="bf16, fp16 or no, not 'half'"):
-        train(Net(), pictures_loss, LoopConfig(steps=2, mixed_precision="half"), tmp_path / "other")
+        train(Net(), pictures_objective, LoopConfig(steps=2, mixed_precision="half"), tmp_path / "other")
 
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_fp16_skips_a_step_that_overflows_and_resumes_exactly(tmp_path, muon):
-    def loss(network, step, generator, part):
-        value, figures = pictures_loss(network, step, generator, part)
-        return value * (1e35 if step == 1 else 1.0), figures  # times the scale of 65536: infinite
+    def objective(network, step, generator, part):
+        value, figures = pictures_objective(network, step, generator, part)
+        return value * (1e35 if step == 1 else 1.0), figures  # infinite once it is scaled by 65536
 
     config = LoopConfig(steps=6, mixed_precision="fp16", muon=muon, explode=float("inf"))
-    whole = train(Net(), loss, config, tmp_path / "whole")
+    whole = train(Net(), objective, config, tmp_path / "whole")
 
     def stopping(network, step, generator, part):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
-        return loss(network, step, generator, part)
+        return objective(network, step, generator, part)
 
     with pytest.raises(KeyboardInterrupt):
         train(Net(), stopping, config, tmp_path / "cut")
     assert checkpoint(tmp_path / "cut")["scaler"]["scale"] == 32768.0
-    assert same(whole, train(Net(), loss, config, tmp_path / "cut"))
+    assert same(whole, train(Net(), objective, config, tmp_path / "cut"))
 
 
-# What can go wrong
+# Errors
 
 
 def broken(at: int, factor: float):
-    def loss(network, step, generator, part):
-        value, figures = pictures_loss(network, step, generator, part)
+    def objective(network, step, generator, part):
+        value, figures = pictures_objective(network, step, generator, part)
         return value * (factor if step >= at else 1.0), figures
 
-    return loss
+    return objective
 
 
 @pytest.mark.parametrize("bad, said", [(float("nan"), "the loss is nan"), (float("inf"), "the loss is inf")])
@@ -248,42 +250,42 @@ def test_loss_that_is_not_finite_stops_with_step_batch_and_norms(tmp_path, bad, 
 
 
 def test_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         x = torch.zeros(4, 1, 3, 3)
         return (network(x) - network(x)).abs().sum().sqrt() + 1.0, {}  # the root's slope at 0 is infinite
 
     with pytest.raises(
-        TrainingError, match=r"the gradient's norm is nan at step 0; .* nothing had been saved"
+        TrainingError, match=r"the gradient's norm is nan at step 0; .* nothing has been saved"
     ):
-        train(Net(), loss, EXACT, tmp_path)
+        train(Net(), objective, EXACT, tmp_path)
 
 
 def test_exploding_loss_stops_at_the_third_and_keeps_the_state_from_before(tmp_path):
     config = LoopConfig(steps=60, checkpoint_minutes=0.0)
     with pytest.raises(
-        TrainingError, match=r"third time in a row more than 10 times the usual .* at step 32"
+        TrainingError, match=r"more than 10 times the usual .* for the third time in a row, at step 32"
     ):
         train(Net(), broken(30, 1000.0), config, tmp_path)
     assert checkpoint(tmp_path)["step"] == 29
 
 
 def test_a_single_high_loss_stops_nothing(tmp_path):
-    def loss(network, step, generator, part):
-        value, figures = pictures_loss(network, step, generator, part)
+    def objective(network, step, generator, part):
+        value, figures = pictures_objective(network, step, generator, part)
         return value * (1000.0 if step % 30 in (28, 29) else 1.0), figures
 
-    train(Net(), loss, LoopConfig(steps=70), tmp_path)
+    train(Net(), objective, LoopConfig(steps=70), tmp_path)
     assert checkpoint(tmp_path)["step"] == 70
 
 
 def test_weights_that_are_not_finite_in_the_end_are_not_saved(tmp_path):
     with pytest.raises(TrainingError, match="weights that are not finite"):
-        train(Net(), pictures_loss, LoopConfig(steps=1, lr=1e39, warmup=1), tmp_path)
+        train(Net(), pictures_objective, LoopConfig(steps=1, lr=1e39, warmup=1), tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    train(Net(), pictures_loss, LoopConfig(steps=4), tmp_path)
+    train(Net(), pictures_objective, LoopConfig(steps=4), tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
     def half(value, file):
@@ -292,18 +294,18 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(TrainingError, match=r"could not be written \(No space left on device\)"):
-        train(Net(), pictures_loss, LoopConfig(steps=9), tmp_path)
+        train(Net(), pictures_objective, LoopConfig(steps=9), tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
 def test_a_real_limit_on_file_sizes_keeps_the_last_good_file(tmp_path):
-    """The kernel refuses the write in the middle of the file, as on a full disk."""
+    """The kernel refuses the write halfway through the file, as on a full disk."""
     path = tmp_path / "checkpoint.pt"
     save_atomically({"x": torch.zeros(10)}, path)
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)  # the parent's other threads are not in the child
+        torch.set_num_threads(1)  # a fork has none of the parent's other threads
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         try:
             save_atomically({"x": torch.ones(1_000_000)}, path)
@@ -327,19 +329,19 @@ class Other(nn.Module):
 
 
 def test_checkpoint_of_something_else_is_refused_in_a_sentence(tmp_path):
-    train(Net(), pictures_loss, LoopConfig(steps=2), tmp_path)
+    train(Net(), pictures_objective, LoopConfig(steps=2), tmp_path)
     other = Net()
     other.linear = nn.Linear(16, 3)
     with pytest.raises(
-        TrainingError, match=r"of another model \(linear.bias is \[2\] there and \[3\] here\)"
+        TrainingError, match=r"belongs to another model \(linear.bias is \[2\] there and \[3\] here\)"
     ):
-        train(other, pictures_loss, LoopConfig(steps=4), tmp_path)
+        train(other, pictures_objective, LoopConfig(steps=4), tmp_path)
     other = Net()
     other.frozen.requires_grad_(True)
     with pytest.raises(TrainingError, match=r"\(frozen is missing there and \[2\] here\)"):
-        train(other, pictures_loss, LoopConfig(steps=4), tmp_path)
-    with pytest.raises(TrainingError, match="trained with AdamW, and the optimizer here is Muon and AdamW"):
-        train(Net(), pictures_loss, LoopConfig(steps=4, muon=True), tmp_path)
+        train(other, pictures_objective, LoopConfig(steps=4), tmp_path)
+    with pytest.raises(TrainingError, match="trained with AdamW, but the optimizer here is Muon and AdamW"):
+        train(Net(), pictures_objective, LoopConfig(steps=4, muon=True), tmp_path)
 
 
 @settings(max_examples=20, deadline=None)
@@ -354,11 +356,14 @@ def test_damaged_checkpoint_is_refused_in_a_sentence(tmp_path_factory, chance: r
         path.write_bytes(whole[: chance.randrange(len(whole))])
     elif damage == "noise":
         path.write_bytes(chance.randbytes(chance.randrange(200)))
-    with pytest.raises(TrainingError, match="is not a whole checkpoint of a training; choose another folder"):
-        train(Net(), pictures_loss, LoopConfig(steps=4), folder)
+    with pytest.raises(
+        TrainingError,
+        match="is not a complete checkpoint of a training run; to start again, choose another folder",
+    ):
+        train(Net(), pictures_objective, LoopConfig(steps=4), folder)
 
 
-# What one sees
+# Progress
 
 
 def log(folder: Path) -> list[dict]:
@@ -371,7 +376,7 @@ def test_log_and_tensorboard_show_loss_speed_rate_and_pictures(tmp_path):
         return Image.new("RGB", (4, 2), (255, 0, 0))
 
     config = LoopConfig(steps=10, log_every=3, accumulate=2, lr=0.5, warmup=4)
-    train(Net(), pictures_loss, config, tmp_path, sheet)
+    train(Net(), pictures_objective, config, tmp_path, sheet)
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [0, 3, 6, 9]
     assert [row["lr"] for row in rows] == [learning_rate(step, config) for step in (0, 3, 6, 9)]
@@ -386,32 +391,32 @@ def test_log_and_tensorboard_show_loss_speed_rate_and_pictures(tmp_path):
 
 
 def test_figures_of_parts_are_averaged_where_they_are_known(tmp_path):
-    def loss(network, step, generator, part):
-        value, _ = pictures_loss(network, step, generator, part)
+    def objective(network, step, generator, part):
+        value, _ = pictures_objective(network, step, generator, part)
         nan = float("nan")
         return value, {"known": 1.0 + 2 * part.index, "once": nan if part.index else 5.0, "never": nan}
 
-    train(Net(), loss, LoopConfig(steps=1, accumulate=2, log_every=1), tmp_path)
+    train(Net(), objective, LoopConfig(steps=1, accumulate=2, log_every=1), tmp_path)
     (row,) = log(tmp_path)
     assert row["known"] == 2.0 and row["once"] == 5.0 and "never" not in row
 
 
-def test_what_draws_from_torchs_own_generator_is_resumed_exactly_too(tmp_path):
+def test_layers_that_draw_from_torchs_own_generator_resume_exactly(tmp_path):
     class Dropping(Net):
         def forward(self, x):
             return super().forward(nn.functional.dropout(x, 0.5, self.training))
 
-    whole = train(Dropping(), pictures_loss, EXACT, tmp_path / "whole")
+    whole = train(Dropping(), pictures_objective, EXACT, tmp_path / "whole")
 
     def stopping(network, step, generator, part):
         if step == 5:
             signal.raise_signal(signal.SIGINT)
-        return pictures_loss(network, step, generator, part)
+        return pictures_objective(network, step, generator, part)
 
     with pytest.raises(KeyboardInterrupt):
         train(Dropping(), stopping, EXACT, tmp_path / "cut")
     torch.rand(7)
-    assert same(whole, train(Dropping(), pictures_loss, EXACT, tmp_path / "cut"))
+    assert same(whole, train(Dropping(), pictures_objective, EXACT, tmp_path / "cut"))
 
 
 # Small things

@@ -1,4 +1,4 @@
-"""LoRAs in training: they begin as nothing, end as a small file, and leave the model as it was."""
+"""LoRAs in training: at first they change nothing, they end as a small file, and the model is unharmed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def state(pipe: StableDiffusion) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def output(pipe: StableDiffusion) -> Tensor:
-    """(2, 4, 8, 6): what the U-Net says of noise and a few words."""
+    """Returns the U-Net's output (2, 4, 8, 6) for noise and a few words."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, TINY.clip.vocab_size, (2, 8), generator=generator)
     latents = torch.randn(2, 4, 8, 6, generator=generator)
@@ -95,7 +95,7 @@ def test_a_new_lora_changes_nothing(targets):
     pipe = tiny()
     before = output(pipe)
     attach(networks(pipe), targets=targets)
-    # The layer alone has another kernel than the layer with something beside it.
+    # The layer alone runs another kernel than the layer with a LoRA beside it.
     torch.testing.assert_close(output(pipe), before, rtol=1e-4, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_a_and_b_are_trained_and_nothing_else():
     for layer in layers:
         assert all(not up.any() for up in layer.up)
         assert all(0 < down.std() < 1 and len(down) == 3 for down in layer.down)
-    # A row of q, k and v each has its own: three pairs beside one matrix.
+    # Stacked q, k and v have a LoRA each: three pairs of matrices beside one.
     assert sorted({len(layer.down) for layer in layers}) == [1, 2, 3]
 
 
@@ -168,14 +168,14 @@ def test_dropout_drops_in_training_only():
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"targets": ("diffusion.*attention.*", "unet.*")}, "no layer is named like 'unet"),
-        ({"targets": ("clip.norm",)}, "no layer is named like 'clip.norm'"),
+        ({"targets": ("diffusion.*attention.*", "unet.*")}, "no layer matches 'unet"),
+        ({"targets": ("clip.norm",)}, "no layer matches 'clip.norm'"),
         ({"rank": 0}, "rank 0"),
         ({"alpha": float("nan")}, "alpha nan"),
         ({"dropout": 1.0}, "dropout 1.0"),
     ],
 )
-def test_what_makes_no_lora_is_refused_and_leaves_the_model_alone(how, says):
+def test_impossible_settings_are_refused_and_leave_the_model_alone(how, says):
     pipe = tiny()
     model = networks(pipe)
     with pytest.raises(ValueError, match=says):
@@ -304,7 +304,7 @@ def test_only_the_lora_is_in_the_checkpoint(tmp_path, data):
     assert (tmp_path / "checkpoint.pt").stat().st_size < 1_000_000
 
 
-def test_a_stopped_run_goes_on_and_ends_in_the_same_bits(tmp_path, data):
+def test_a_stopped_run_resumes_and_ends_in_the_same_bits(tmp_path, data):
     whole = train_lora(tiny(), data, replace(QUICK, dropout=0.2), tmp_path / "whole")
 
     class Dies:
@@ -318,18 +318,18 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bits(tmp_path, data):
         def describe(self, generator: torch.Generator, count: int) -> str:
             return data.describe(generator, count)
 
-        def draw(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+        def latent_batch(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
             self.drawn += 1
             if self.drawn == 5:
                 raise KeyboardInterrupt
-            return data.draw(generator, count)
+            return data.latent_batch(generator, count)
 
     often = replace(QUICK, dropout=0.2, loop=replace(QUICK.loop, checkpoint_minutes=0.0))
     pipe = tiny()
     before = state(pipe)
     with pytest.raises(KeyboardInterrupt):
         train_lora(pipe, Dies(), often, tmp_path / "cut")
-    assert_same(before, state(pipe))  # also then
+    assert_same(before, state(pipe))  # after an interruption, too
     assert (tmp_path / "cut" / "lora.safetensors").exists()  # from the last checkpoint
     resumed = train_lora(pipe, data, often, tmp_path / "cut")
     assert_same(load_file(resumed), load_file(whole))
@@ -365,7 +365,7 @@ def test_a_folder_of_pictures_is_enough(tmp_path):
 
 
 def test_the_mini_learns_a_zork_from_twenty_pictures(tmp_path):
-    """Forty steps are enough for a lower loss, on pictures that it has not seen."""
+    """Forty steps are enough to lower the loss on pictures that it has not seen."""
     draw_zorks(tmp_path / "zorks")
     pipe = load("mini", device="cpu")
     training = LoRATraining(
@@ -389,7 +389,7 @@ def test_the_book_s_lora_knows_zorks_that_it_has_not_seen():
 
 @torch.no_grad()
 def zork_loss(pipe: StableDiffusion) -> float:
-    """Of the U-Net, on eight zorks that it has not seen, with always the same noise."""
+    """Returns the loss on eight zorks that training did not show, always with the same noise."""
     pictures, captions = zip(*(draw_zork(seed) for seed in range(100, 108)))
     latents = pipe.encode_image(torch.cat([to_tensor(picture) for picture in pictures]))  # (8, 4, 16, 16)
     sampler, t = forward_process(pipe.config.schedule), torch.linspace(100, 900, 8).long()

@@ -1,4 +1,4 @@
-"""Muon's promises: every direction alike, and a state that can be taken up."""
+"""Muon's promises: steps are equally large in all directions, and its state can be restored."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ SIZES = st.integers(1, 40)
 
 
 def random_matrix(rows: int, columns: int, seed: int, condition: float = 3.0) -> torch.Tensor:
-    """(rows, columns), its singular values evenly between 1 and 1 / condition."""
+    """Returns a matrix (rows, columns) with singular values spaced evenly from 1 to 1 / condition."""
     generator = torch.Generator().manual_seed(seed)
     u, _, v = torch.linalg.svd(torch.randn(rows, columns, generator=generator), full_matrices=False)
     return u @ torch.diag(torch.linspace(1, 1 / condition, min(rows, columns))) @ v
@@ -35,7 +35,7 @@ def test_direction_is_that_of_the_singular_vectors(rows, columns, seed):
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     found, exact = orthogonalise(matrix), u @ v
     assert nn.functional.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.96
-    # In the matrix's own axes it is diagonal: Newton–Schulz changes no singular vector.
+    # In the axes of the singular vectors the result is diagonal: Newton–Schulz changes none of them.
     inside = u.mT @ found @ v.mT
     assert (inside - torch.diag(inside.diagonal())).norm() < 0.05 * inside.norm()
 
@@ -59,7 +59,7 @@ def test_first_step_is_the_one_in_the_docstring():
 
 
 def test_it_finds_the_bottom_of_a_badly_scaled_bowl_faster_than_gradients_do():
-    """‖A(W − W*)‖², with A's singular values between 1 and 1/100: along those, gradients see nothing."""
+    """‖A(W − W*)‖², with A's singular values from 1 to 1/100: gradients are tiny along the small ones."""
     a, best = random_matrix(16, 16, 1, condition=100.0), random_matrix(16, 16, 2)
 
     def distance(make) -> float:
@@ -93,7 +93,7 @@ def test_channels_last_weights_take_the_same_steps():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_state_is_taken_up_bit_for_bit(layout):
+def test_state_is_restored_bit_for_bit(layout):
     def begin():
         torch.manual_seed(0)
         conv = nn.Conv2d(3, 8, 3).to(memory_format=layout)

@@ -1,4 +1,4 @@
-"""Two processes train as one does. This file is also the program that they run: see `main`."""
+"""Two processes train like a single one. This file is also the program that they run: see `main`."""
 
 import json
 import os
@@ -16,15 +16,16 @@ from PIL import Image
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.loop import LoopConfig, processes, train
+from reifusion.train.mini.material import random_pictures
 from reifusion.train.text2image import (
     Latents,
     TextToImage,
     TextToImageTraining,
+    denoising_objective,
     forward_process,
     train_text2image,
-    training_loss,
 )
-from reifusion.train.vae import VAE, VAETraining, random_pictures, train_vae
+from reifusion.train.vae import VAE, VAETraining, train_vae
 
 TINY = ModelConfig(
     name="tiny",
@@ -48,7 +49,7 @@ def loop(**more) -> LoopConfig:
 
 
 def start(kind, config) -> dict[str, torch.Tensor]:
-    """Weights none of which is zero: Muon and AdamW would make much of what is only rounding there."""
+    """Returns weights without zeros: there, Muon and AdamW would blow up mere rounding errors."""
     torch.manual_seed(0)
     return {name: 0.1 * torch.randn_like(value) for name, value in kind(config).state_dict().items()}
 
@@ -72,16 +73,18 @@ def vae(folder: Path, **more) -> None:
 
 
 def outcome(folder: Path, trouble) -> str:
-    """How a run ends in which something happens in one of the processes at step 2."""
+    """Returns how a run ends if at step 2 one of the processes is in trouble."""
     torch.manual_seed(0)
-    inner = training_loss(some_data(), EMPTY, forward_process(TINY.schedule), TextToImageTraining(batch=8))
+    inner = denoising_objective(
+        some_data(), EMPTY, forward_process(TINY.schedule), TextToImageTraining(batch=8)
+    )
 
-    def loss(network, step, generator, part):
+    def objective(network, step, generator, part):
         value, figures = inner(network, step, generator, part)
         return trouble(value) if step == 2 and part.index == 1 else value, figures
 
     try:
-        train(TextToImage(TINY), loss, loop(), folder)
+        train(TextToImage(TINY), objective, loop(), folder)
     except (KeyboardInterrupt, TrainingError) as error:
         return f"{type(error).__name__} {error}"
     return "done"
@@ -93,7 +96,7 @@ def stopped(value: torch.Tensor) -> torch.Tensor:
 
 
 def main(folder: Path) -> None:
-    """What each of the two processes does."""
+    """The program of each of the two processes."""
     text2image(folder / "two")
     text2image(folder / "muon-two-by-two", muon=True, accumulate=2)
     vae(folder / "vae-two")
@@ -107,7 +110,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """The folder in which two processes have trained."""
+    """Trains with two processes; returns their folder."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -146,7 +149,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(two, tmp_path, monkeypa
     text2image(tmp_path / "one")
     same_but_for_rounding(tmp_path / "one", two / "two", start(TextToImage, TINY), within=1e-4)
     text2image(tmp_path / "muon", muon=True)
-    # Muon computes in bf16, which makes more of a difference in the last bits.
+    # Muon computes in bf16, so the last bits differ by more.
     begin = start(TextToImage, TINY)
     same_but_for_rounding(tmp_path / "muon", two / "muon-two-by-two", begin, within=0.05)
 

@@ -1,4 +1,4 @@
-"""The curve's promises: right numbers, whatever state the log is in."""
+"""The curve's promises: its numbers are right, even if the log is damaged or still being written."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_missing_log_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("band", [[[0, 1]], [[0, 2, 1]], [[0, float("nan"), 1]]])
-def test_band_that_is_none_is_refused(tmp_path, band):
+def test_malformed_band_is_refused(tmp_path, band):
     run = write(tmp_path / "run", [(0, 1.0)])
     with pytest.raises(TrainingError, match="rows of step, low and high"):
         plot(run, band, tmp_path / "curve.png")

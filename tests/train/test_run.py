@@ -1,4 +1,4 @@
-"""Every recipe that comes along, followed from its command to the file it makes, for a few steps."""
+"""Every built-in recipe, followed for a few steps from its command to the trained file."""
 
 import json
 from dataclasses import replace
@@ -13,9 +13,10 @@ from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VA
 from reifusion.model.model_loader import ModelError, build, info, save
 from reifusion.train import run
 from reifusion.train.__main__ import main
+from reifusion.train.vae_file import load_vae, save_vae
 from tests.sprites import NOUNS, prepared
 
-# As large as SD 1.5 where its recipes care, and small elsewhere.
+# It has SD 1.5's vocabulary and VAE factor, which its recipes rely on, and is small otherwise.
 SMALL_SD = ModelConfig(
     name="small-sd",
     size=64,
@@ -67,7 +68,7 @@ def draw(pipe, prompt):
 
 
 def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
-    # The mini, narrower and with two prompts to watch: it is the way that is tested here.
+    # A narrow mini and sheets of two prompts: only the steps from recipe to file are tested here.
     monkeypatch.setitem(run.SIZES, "mini", SMALL_MINI)
     monkeypatch.setattr(run, "PROMPTS", run.PROMPTS[:2])
     vae, model = tmp_path / "vae.safetensors", tmp_path / "model.safetensors"
@@ -87,7 +88,7 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and all(row["loss"] > 0 for row in rows)
     assert list((tmp_path / "t").glob("sheet-*.png"))
-    # and on from there, by rectified flow
+    # Then it is trained further, by rectified flow.
     flow = tmp_path / "flow.safetensors"
     more = [*few, f"vae={model}", f"folder={tmp_path}/f", f"out={flow}"]
     assert main(["text2image", "--config", "mini-flow", *more]) == 0
@@ -96,7 +97,7 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
 
 
 def test_mini_from_the_drawings(tmp_path, monkeypatch):
-    # Its own VAE, whose attention and widths the fast forms are made for; the rest is small.
+    # The mini's own VAE, because the fast kernels are made for its attention and widths; the rest is small.
     monkeypatch.setitem(run.SIZES, "mini", replace(SMALL_MINI, vae=MINI.vae))
     monkeypatch.setattr(run, "PROMPTS", run.PROMPTS[:2])
     monkeypatch.setenv("REIFUSION_CACHE", str(tmp_path))
@@ -133,7 +134,7 @@ def test_a_recipe_of_sd_on_a_model_with_its_vocabulary(tmp_path, pictures, small
         torch.equal(p.bfloat16(), q.bfloat16())
         for p, q in zip(before.models["clip"].parameters(), after.models["clip"].parameters(), strict=True)
     ]
-    assert all(same)  # the text encoder was to stay
+    assert all(same)  # the recipe leaves the text encoder as it is
 
 
 @pytest.mark.parametrize("recipe", ["mini-lora", "sd15-lora"])
@@ -157,8 +158,8 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):
         (["sharpen"], 2, "needs a trained VAE"),
         (["sharpen", f"start={tmp_path}/none.safetensors"], 2, "none.safetensors"),
         (["lora", "data=emoji"], 1, "your own pictures"),
-        (["lora", f"data={tmp_path}/nothing"], 1, "is not there"),
-        (["lora", f"data={pictures}", "targets=['nowhere']"], 2, "no layer is named like 'nowhere'"),
+        (["lora", f"data={tmp_path}/nothing"], 1, "does not exist"),
+        (["lora", f"data={pictures}", "targets=['nowhere']"], 2, "no layer matches 'nowhere'"),
     ):
         assert main([*arguments, f"folder={tmp_path}/run"]) == code, arguments
         error = capsys.readouterr().err.strip().splitlines()
@@ -166,9 +167,9 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):
 
 
 def test_a_vae_is_read_from_its_own_file_and_out_of_a_model(tmp_path):
-    vae = run.load_vae("mini", reifusion.load().config)
-    run.save_vae(vae, tmp_path / "vae.safetensors")
-    again = run.load_vae(str(tmp_path / "vae.safetensors"), reifusion.load().config)
+    vae = load_vae("mini", reifusion.load().config)
+    save_vae(vae, tmp_path / "vae.safetensors")
+    again = load_vae(str(tmp_path / "vae.safetensors"), reifusion.load().config)
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
     with pytest.raises(ModelError, match="other sizes"):
-        run.load_vae(str(tmp_path / "vae.safetensors"), SMALL_MINI)
+        load_vae(str(tmp_path / "vae.safetensors"), SMALL_MINI)

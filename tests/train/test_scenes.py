@@ -7,9 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reifusion.train import data, scenes
-from reifusion.train.data import STYLES
-from reifusion.train.scenes import COLOURS, DYES, KINDS, POSITIONS, Scene, SceneConfig, Sprites, compose
+from reifusion.train.mini import scenes
+from reifusion.train.mini.scenes import COLOURS, DYES, KINDS, POSITIONS, Scene, SceneConfig, Sprites, compose
+from reifusion.train.mini.sprites import (
+    STYLES,
+    SpriteRecord,
+    held_out_colour,
+    held_out_style,
+    training_sprites,
+)
 from tests.sprites import NOUNS, disc, prepared
 
 ONLY = {kind: SceneConfig(**{k: float(k == kind) for k in KINDS}, combine=0.0) for kind in KINDS}
@@ -23,9 +29,9 @@ def nearest(lab: np.ndarray, names: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
-    """From a prepared file that holds every style of every noun, held out or not."""
+    """The sprites to train on, from a file with every noun in every style."""
     folder = prepared(tmp_path_factory.mktemp("cache"))
-    return Sprites(*data.pictures(folder))
+    return Sprites(*training_sprites(folder))
 
 
 def scene(sprites: Sprites, i: int, kind: str) -> Scene:
@@ -38,11 +44,11 @@ def test_scenes_never_show_a_held_out_pair(sprites: Sprites) -> None:
     for i in range(3000):
         tags = compose(np.random.default_rng([0, i]), sprites, config).tags
         for subject, colour in zip(tags["subjects"], tags["colours"], strict=True):
-            assert not data.held_out_style(subject, tags["style"])
-            assert not (colour and data.held_out_colour(subject, colour))
+            assert not held_out_style(subject, tags["style"])
+            assert not (colour and held_out_colour(subject, colour))
             shown |= {(subject, tags["style"]), (subject, colour)}
-    styles = {(noun, style) for noun in NOUNS for style in STYLES if data.held_out_style(noun, style)}
-    assert styles and len(shown) > 400  # there was something to hold out, and enough was drawn to find it
+    styles = {(noun, style) for noun in NOUNS for style in STYLES if held_out_style(noun, style)}
+    assert styles and len(shown) > 400  # some pairs are held out, and the scenes are many enough to show one
 
 
 def test_a_bank_depends_on_seed_and_index_alone(sprites: Sprites, tmp_path: Path) -> None:
@@ -122,7 +128,7 @@ def test_dyeing_leaves_white_eyes_white() -> None:
      ("girl", "person", False), ("rainbow", "sky-weather", False)],
 )  # fmt: skip
 def test_what_can_be_dyed(subject: str, category: str, can: bool) -> None:
-    assert scenes.can_be_dyed(data.Picture(subject, "3d", category, (), (), "", "MIT")) == can
+    assert scenes.can_be_dyed(SpriteRecord(subject, "3d", category, (), (), "", "MIT")) == can
 
 
 def test_oklab_round_trip_is_exact() -> None:
@@ -154,4 +160,4 @@ def test_asides_change_the_words_and_never_the_picture(sprites: Sprites) -> None
         assert not any(word in f"{bare.caption}," for word in (*scenes.DOING, *scenes.PRAISE))
         assert any(f", {praise}" in chatty.caption for praise in scenes.PRAISE)
         said += any(f" {doing}" in chatty.caption for doing in scenes.DOING)
-    assert said > 150  # all but the scenes of two
+    assert said > 150  # every scene of a single subject

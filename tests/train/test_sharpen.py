@@ -1,4 +1,4 @@
-"""Sharpening's promises: only the decoder changes, and a killed or divided run ends as a whole one."""
+"""Sharpening's promises: only the decoder changes, and a killed or divided run ends like a whole one."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from reifusion.model.config import VAEConfig
-from reifusion.train.loop import LoopConfig, Part
-from reifusion.train.sharpen import Sharpening, WithCritic, sharpen_decoder, sharpening_loss
-from reifusion.train.vae import VAE, Draw, random_pictures
+from reifusion.train.loop import BatchPart, LoopConfig
+from reifusion.train.mini.material import random_pictures
+from reifusion.train.sharpen import Sharpening, WithCritic, sharpen_decoder, sharpening_objective
+from reifusion.train.vae import VAE, PixelBatch
 
 TINY = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0)
 FEW = Sharpening(
@@ -19,7 +20,7 @@ FEW = Sharpening(
 
 
 @pytest.fixture
-def draw() -> Draw:
+def draw() -> PixelBatch:
     generator = torch.Generator().manual_seed(0)
     sprites = torch.randint(0, 256, (6, 4, 4, 4), generator=generator, dtype=torch.uint8)
     return partial(random_pictures, sprites.repeat_interleave(4, 2).repeat_interleave(4, 3))  # blocks, 16×16
@@ -44,7 +45,7 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(draw, tmp_path):
 
     def dies(*request):
         steps.append(request)
-        if len(steps) == 4:  # the first was drawn for the sheet
+        if len(steps) == 4:  # the first batch was for the sheet
             raise RuntimeError("killed")
         return draw(*request)
 
@@ -70,11 +71,11 @@ def test_critic_learns_from_the_first_step_and_is_listened_to_later(draw):
     torch.manual_seed(7)
     model = WithCritic(VAE(TINY))
     training = replace(FEW, loop=replace(FEW.loop, steps=100), critic=0.5, matching=0.25, critic_by=0.2)
-    step_loss = sharpening_loss(draw, 16, TINY, training)
+    objective = sharpening_objective(draw, 16, TINY, training)
 
     def at(step: int) -> tuple[float, dict[str, float], bool]:
         model.zero_grad()
-        total, figures = step_loss(model, step, torch.Generator().manual_seed(1), Part())
+        total, figures = objective(model, step, torch.Generator().manual_seed(1), BatchPart())
         total.backward()
         return total.item(), figures, _has_gradient(model.critic.score)
 

@@ -1,4 +1,4 @@
-"""What the U-Net and the text encoder are trained on, and that they learn it."""
+"""The training of the U-Net and the text encoder: its loss, its data, and that both learn."""
 
 import json
 from dataclasses import replace
@@ -11,19 +11,19 @@ from torch import nn
 
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.train.checkpoint import TrainingError
-from reifusion.train.loop import LoopConfig, Part, rng
+from reifusion.train.loop import BatchPart, LoopConfig, rng
 from reifusion.train.text2image import (
     Latents,
     TextToImage,
     TextToImageTraining,
     add_offset,
+    denoising_loss,
+    denoising_objective,
     forward_process,
-    loss,
     loss_weights,
     recomputed,
     spread_timesteps,
     train_text2image,
-    training_loss,
 )
 
 TINY = ModelConfig(
@@ -48,7 +48,7 @@ def some_data(count: int = 8) -> Latents:
 
 
 def awake(seed: int = 0) -> TextToImage:
-    """A model that starts with no zeros, so that every weight matters."""
+    """Returns a model without zeros in its weights, so that every weight matters."""
     torch.manual_seed(seed)
     model = TextToImage(TINY)
     for p in model.parameters():
@@ -72,7 +72,7 @@ def test_after_training_the_right_words_explain_a_noisy_picture_better(tmp_path,
 
     def error(tokens):
         with torch.no_grad():
-            return loss(
+            return denoising_loss(
                 model, forward_process(schedule), latents, tokens.repeat(32, 1), t, noise, torch.ones(64)
             )[0]
 
@@ -130,14 +130,14 @@ def test_parts_together_have_the_loss_and_gradient_of_the_whole(prediction, coun
     schedule = ScheduleConfig(prediction_type=prediction)
     training = TextToImageTraining(batch=8, offset_noise=0.2)
     data = replace(some_data(), stds=torch.full((8, 4, 8, 8), 0.1))
-    step_loss = training_loss(data, EMPTY, forward_process(schedule), training)
+    objective = denoising_objective(data, EMPTY, forward_process(schedule), training)
     model = awake()
 
     def run(parts):
-        value = torch.stack([step_loss(model, 3, rng(0, 3), part)[0] for part in parts]).mean()
+        value = torch.stack([objective(model, 3, rng(0, 3), part)[0] for part in parts]).mean()
         return value.item(), torch.autograd.grad(value, list(model.parameters()))
 
-    whole, parts = run([Part()]), run([Part(i, count) for i in range(count)])
+    whole, parts = run([BatchPart()]), run([BatchPart(i, count) for i in range(count)])
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
     for one, other in zip(whole[1], parts[1], strict=True):
         assert (one - other).norm() <= 1e-4 * one.norm() + 1e-7
@@ -158,9 +158,9 @@ def test_a_network_that_knows_the_answer_has_no_loss(prediction, seed):
             prediction, sampler.velocity(latents, t, noise)
         )
 
-    value, figures = loss(oracle, sampler, latents, words(1, 2, 3, 4), t, noise, torch.ones(4))
+    value, figures = denoising_loss(oracle, sampler, latents, words(1, 2, 3, 4), t, noise, torch.ones(4))
     assert value == 0 and figures["samples"] == 4
-    # And it was shown the picture under that much noise.
+    # And the network was shown pictures with the right amount of noise.
     if prediction == "flow":
         sigma = (t / 1000).reshape(-1, 1, 1, 1)
         expected = (1 - sigma) * latents + sigma * noise
@@ -201,7 +201,9 @@ def test_zero_terminal_snr_shows_the_network_pure_noise_at_the_last_step():
         seen.append(x_t)
         return x_t
 
-    loss(network, forward_process(schedule), latents, words(1), torch.tensor([999]), noise, torch.ones(1))
+    denoising_loss(
+        network, forward_process(schedule), latents, words(1), torch.tensor([999]), noise, torch.ones(1)
+    )
     assert torch.equal(seen[0], noise)
 
 
@@ -228,18 +230,18 @@ def test_offset_noise_adds_the_same_to_all_pixels_of_a_channel():
     training = TextToImageTraining(batch=8, offset_noise=0.3, caption_dropout=0.0)
 
     def spread(training):
-        """Of the pixels' means, in what a network that predicts ε is asked for."""
+        """Returns the standard deviation of the pixels' means over many noisy pictures."""
         means = []
 
         def network(x_t, tokens, t):
-            means.append(x_t.mean((2, 3)))  # at t = T, that of the noise alone
+            means.append(x_t.mean((2, 3)))  # at t = T, the mean of the noise alone
             return torch.zeros_like(x_t)
 
         for step in range(40):
             sampler = forward_process(ScheduleConfig(prediction_type="flow"))
             data = Latents(torch.zeros(8, 4, 8, 8), words(*range(8)))
-            training_loss(data, EMPTY, sampler, replace(training, timestep_power=1e-6))(
-                network, step, rng(0, step), Part()
+            denoising_objective(data, EMPTY, sampler, replace(training, timestep_power=1e-6))(
+                network, step, rng(0, step), BatchPart()
             )
         return torch.cat(means).std().item()
 
@@ -250,14 +252,14 @@ def test_offset_noise_adds_the_same_to_all_pixels_of_a_channel():
 def test_dropped_captions_are_the_empty_one_and_their_share_is_right():
     seen = []
     training = TextToImageTraining(batch=16, caption_dropout=0.25)
-    step_loss = training_loss(some_data(), EMPTY, forward_process(TINY.schedule), training)
+    objective = denoising_objective(some_data(), EMPTY, forward_process(TINY.schedule), training)
 
     def network(x_t, tokens, t):
         seen.append(tokens)
         return x_t
 
     for step in range(60):
-        step_loss(network, step, rng(0, step), Part())
+        objective(network, step, rng(0, step), BatchPart())
     dropped = (torch.cat(seen) == EMPTY).all(1)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.04)
     assert ((torch.cat(seen)[~dropped][:, 1]) < 8).all()
@@ -266,10 +268,10 @@ def test_dropped_captions_are_the_empty_one_and_their_share_is_right():
 def test_latents_with_a_spread_are_another_sample_each_time():
     means, stds = torch.randn(3, 4, 8, 8), torch.rand(3, 4, 8, 8)
     fixed, sampled = Latents(means, words(1, 2, 3)), Latents(means, words(1, 2, 3), stds)
-    latents, tokens = fixed.draw(rng(0, 0), 500)
+    latents, tokens = fixed.latent_batch(rng(0, 0), 500)
     which = tokens[:, 1] - 1
     assert torch.equal(latents, means[which])
-    latents, tokens = sampled.draw(rng(0, 0), 500)
+    latents, tokens = sampled.latent_batch(rng(0, 0), 500)
     deviations = (latents - means[which]) / stds[which]
     assert deviations.mean().abs() < 0.01 and deviations.std() == pytest.approx(1, abs=0.01)
     assert sampled.describe(rng(0, 0), 500) == f"samples {which.tolist()}"

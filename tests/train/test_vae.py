@@ -8,18 +8,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reifusion.model.config import VAEConfig
-from reifusion.train.loop import LoopConfig, Part, rng
+from reifusion.train.loop import BatchPart, LoopConfig, rng
+from reifusion.train.mini.material import random_pictures
 from reifusion.train.vae import (
     VAE,
     VAETraining,
-    gradients,
+    differences,
     kl,
     normalise_latents,
-    random_pictures,
+    reconstruction_objective,
     side_by_side,
     terms,
     train_vae,
-    training_loss,
 )
 
 TINY = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0)
@@ -40,7 +40,7 @@ def test_vae_learns_and_its_scaled_latents_have_unit_variance(draw, tmp_path, sc
     vae = train_vae(draw, 16, config, training, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    # The same pictures that `normalise_latents` measured, so this is exact but for rounding.
+    # These are the pictures that `normalise_latents` measured, so this is exact except for rounding.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         z = torch.cat([vae.encoder(draw(generator, 32, 16)) for _ in range(16)])
@@ -72,15 +72,15 @@ def test_normalising_latents_leaves_the_round_trip_as_it_was(draw):
 @pytest.mark.parametrize("step", [0, 5, 9])  # crops; with edges; whole pictures
 def test_parts_together_have_the_loss_and_gradient_of_the_whole(draw, step):
     training = VAETraining(loop=LoopConfig(steps=10), batch=8, crop=8)
-    step_loss = training_loss(draw, 16, TINY, training)
+    objective = reconstruction_objective(draw, 16, TINY, training)
     torch.manual_seed(0)
     vae = VAE(TINY)
 
     def run(parts):
-        value = torch.stack([step_loss(vae, step, rng(0, step), part)[0] for part in parts]).mean()
+        value = torch.stack([objective(vae, step, rng(0, step), part)[0] for part in parts]).mean()
         return value.item(), torch.autograd.grad(value, list(vae.parameters()))
 
-    whole, parts = run([Part()]), run([Part(0, 2), Part(1, 2)])
+    whole, parts = run([BatchPart()]), run([BatchPart(0, 2), BatchPart(1, 2)])
     assert whole[0] == pytest.approx(parts[0], rel=1e-5)
     for one, other in zip(whole[1], parts[1], strict=True):
         assert (one - other).norm() <= 1e-4 * one.norm() + 1e-6
@@ -96,7 +96,7 @@ def test_forward_decodes_a_sample_of_what_the_encoder_says(draw):
     assert torch.equal(log_variance, vae.encoder.moments(x)[1])
 
 
-def test_terms_of_a_perfect_reconstruction_are_zero_but_for_kl():
+def test_terms_of_a_perfect_reconstruction_are_zero_except_for_kl():
     x, mean = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 4, 4)
     found = terms(x, x, mean, torch.zeros_like(mean))
     assert found["l1"] == found["mse"] == found["edges"] == 0
@@ -113,9 +113,9 @@ def test_kl_is_that_of_two_normal_distributions():
     assert kl(mean, log_variance) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_gradients_of_a_flat_picture_are_zero_and_of_a_ramp_constant():
+def test_differences_are_zero_in_a_flat_picture_and_constant_on_a_ramp():
     ramp = torch.arange(5.0).expand(1, 1, 4, 5)
-    across, down = gradients(ramp)
+    across, down = differences(ramp)
     assert torch.equal(across, torch.ones(1, 1, 4, 4))
     assert torch.equal(down, torch.zeros(1, 1, 3, 5))
 

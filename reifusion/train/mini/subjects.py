@@ -1,16 +1,15 @@
-"""What the mini can draw, and what it is called.
+"""The subjects that the mini can draw, and their names.
 
-`CHOSEN` lists the emoji that become subjects, with the names that people use for them; the other lists
-say what grammar and drawing have to know about single names: whether one takes "a", whether its picture
-can be mirrored or dyed.
+`CHOSEN` lists the emoji that become subjects, with the names that people use for them. The other lists hold
+the exceptions: names that take no "a", and subjects that must not be mirrored or dyed.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# Which emoji become subjects, by Unicode subgroup. "*" takes the whole subgroup, "-label" leaves one out,
-# "label" takes one, "label = name, synonym, …" takes one and calls it what a person would ask for.
+# The emoji that become subjects, by Unicode subgroup. "*" takes the whole subgroup, "-label" leaves one out,
+# "label" takes one, and "label = name, synonym, …" takes one under the names that a person would ask for.
 CHOSEN = {
     "face-smiling": """grinning face = happy face; grinning squinting face = laughing face; face with tears of
         joy = face with tears of joy, laughing crying face; slightly smiling face = smiling face, smiley;
@@ -192,7 +191,7 @@ def _list(text: str) -> frozenset[str]:
     return frozenset(" ".join(text.split()).split("; "))
 
 
-# A label is a synonym too, unless it names a colour or is none that a person would use for the thing.
+# A label is also a synonym, unless it names a colour or is one of these, which nobody uses for the thing.
 ODD_LABELS = _list("""backhand index pointing up; leaf fluttering in wind; cooking; salt; steaming
     bowl; ice; headphone; shallow pan of food; hot beverage; globe showing americas; camping; building
     construction; brick; night with stars; construction; hourglass not done; high voltage; snowman
@@ -221,7 +220,7 @@ def parse_choice(text: str) -> tuple[bool, set[str], dict[str, tuple[str, ...]]]
 
 # ---- single names -----------------------------------------------------------------------------------------
 
-# Names that stand without "a": things that come in pairs; several things, stuff, or somebody.
+# Names without "a": things that come in pairs; several things, substances, or persons with a name.
 PAIRS = _list("""glasses; sunglasses; jeans; pants; gloves; socks; shorts; headphones; chopsticks;
     skis; ballet shoes; maracas; scissors; eyes; lungs""")
 SEVERAL_OR_STUFF = _list("""grapes; cherries; blueberries; peanuts; beans; peas; french fries; fries;
@@ -235,19 +234,19 @@ SEVERAL_OR_STUFF = _list("""grapes; cherries; blueberries; peanuts; beans; peas;
     pencil; planet earth; fork and knife; yarn""")
 BARE = PAIRS | SEVERAL_OR_STUFF
 THE = _list("sun; moon; earth; statue of liberty; milky way; sun behind a cloud; sun with a face")
-# Mirrored, these would show mirrored writing, or another thing.
+# When mirrored, these would show mirrored writing, or something else.
 NO_MIRROR = _list("""question mark; musical note; musical notes; calendar; gold medal; silver medal;
     bronze medal; eight ball; dice; hospital; school; bank; hotel; money face; dollar bill; money bag;
     newspaper; piano; keyboard; world map; earth; sleeping face; swearing face; stop sign; police car;
     taxi; ambulance; check mark; credit card; ruler; slot machine; radio; battery; watch; alarm clock;
     stopwatch; floppy disk; sheet of paper; gas pump; fire truck; coin; printer; notebook; highway;
     compass; camera; thermometer; love letter""")
-# Dyed, these would lose the many colours that make them what they are.
+# When dyed, these would lose the many colours by which they are recognised.
 NO_DYE = frozenset({"rainbow", "earth", "galaxy", "lollipop", "paint palette"})
 
 
 def noun_phrase(rng: np.random.Generator, noun: str, *adjectives: str) -> str:
-    """With its article: "a small purple cat", "grapes", "the sun", "a pair of blue gloves"."""
+    """Adds adjectives and an article: "a small purple cat", "grapes", "the sun", "a pair of blue gloves"."""
     words = " ".join([*filter(None, adjectives), noun])
     if noun in PAIRS and rng.random() < 0.3:
         return f"a pair of {words}"

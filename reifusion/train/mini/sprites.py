@@ -1,7 +1,7 @@
-"""The pictures that train the mini, from npm to sprites.
+"""The drawings that train the mini: openly licensed emoji from npm, as sprites.
 
-`fetch` gets openly licensed emoji artwork, `prepare` renders it once into one file, and `pictures` reads
-the sprites to train on from there, without the pairs of subject and style that are held out.
+`fetch` downloads the packages, `render_sprites` renders their drawings once into one file, and
+`training_sprites` reads that file, without the pairs of subject and style that are held out.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ..files import whole
+from ...files import whole
+from ..images import DataError
 from .subjects import CHOSEN, COLOUR_WORDS, ODD_LABELS, parse_choice
 
-SIDE, BOX = 128, 112  # pixels: a sprite, and the square inside it that its subject fills
+SIDE, BOX = 128, 112  # in pixels: a sprite, and the square inside it that the subject fills
 
 # package@version -> the archive's SHA-256
 PACKAGES = {
@@ -38,36 +39,32 @@ PACKAGES = {
     "emojibase-data@17.0.0": "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 }
 EMOJI_3D, NOTO, FLAT, GLOSSY, EMOJIBASE = PACKAGES
-# The word for a style in captions -> package, licence of the drawings
+# The caption's word for a style -> package and licence of the drawings
 STYLES = {
     "3d": (EMOJI_3D, "MIT"),
     "cartoon": (NOTO, "Apache-2.0"),
     "flat": (FLAT, "MIT"),
     "glossy": (GLOSSY, "MIT"),
 }
-# Fluent Emoji's 3d renders and its glossy vectors are the same drawings: two words for one look.
+# Fluent Emoji's 3d renders and glossy vectors are the same drawings, so the two words share one look.
 LOOKS = {"3d": "3d", "glossy": "3d", "cartoon": "cartoon", "flat": "flat"}
 
 
-class DataError(RuntimeError):
-    """The pictures cannot be had; the message says why in one sentence."""
-
-
 @dataclass(frozen=True)
-class Picture:
-    """What is known of one sprite."""
+class SpriteRecord:
+    """The description of one sprite."""
 
     subject: str  # "car"
     style: str  # "3d"
     category: str  # the Unicode subgroup: "transport-ground"
-    synonyms: tuple[str, ...]  # other names that captions may use: ("automobile",)
-    keywords: tuple[str, ...]  # loosely related words; never used in captions
+    synonyms: tuple[str, ...]  # other names for captions: ("automobile",)
+    keywords: tuple[str, ...]  # loosely related words, which captions never use
     emoji: str
     licence: str
 
 
 def default_cache() -> Path:
-    """~/.cache/reifusion/mini, or `mini` inside $REIFUSION_CACHE."""
+    """Returns ~/.cache/reifusion/mini, or `mini` inside $REIFUSION_CACHE."""
     return Path(os.environ.get("REIFUSION_CACHE", "~/.cache/reifusion")).expanduser() / "mini"
 
 
@@ -75,7 +72,7 @@ def default_cache() -> Path:
 
 
 def fetch(cache_dir: Path, packages: dict[str, str] = PACKAGES) -> dict[str, Path]:
-    """Downloads what is missing; returns package@version -> its archive, each of exactly the pinned bytes."""
+    """Downloads missing packages, each checked against its SHA-256; returns package@version -> archive."""
     archives = {}
     for package, sha256 in packages.items():
         archive = cache_dir / "packages" / f"{package.strip('@').replace('/', '-')}.tgz"
@@ -97,12 +94,12 @@ def _npm_pack(package: str, sha256: str, archive: Path) -> None:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise DataError(f"npm could not fetch {package}: {reason}")
         if hashlib.sha256(files[0].read_bytes()).hexdigest() != sha256:
-            raise DataError(f"npm fetched other bytes for {package} than the ones this recipe was made with")
+            raise DataError(f"npm fetched other bytes for {package} than those this recipe was made with")
         os.replace(files[0], archive)
 
 
-def _read(archive: Path, *folders: str) -> dict[str, bytes]:
-    """The files of a package under the given paths. Nothing is unpacked to disk, so nothing can escape."""
+def read_package(archive: Path, *folders: str) -> dict[str, bytes]:
+    """Reads the files of a package below the given paths, in memory: so none can escape to another folder."""
     with tarfile.open(archive) as tar:
         return {
             member.name.removeprefix("package/"): tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -114,8 +111,8 @@ def _read(archive: Path, *folders: str) -> dict[str, bytes]:
 # ---- sprites ----------------------------------------------------------------------------------------------
 
 
-def choose(emojibase: list[dict[str, Any]], subgroups: dict[str, str]) -> Iterator[tuple[str, Picture]]:
-    """Emojibase's list -> (hex code, a picture yet without style) for every subject."""
+def choose(emojibase: list[dict[str, Any]], subgroups: dict[str, str]) -> Iterator[tuple[str, SpriteRecord]]:
+    """Emojibase's list -> (hex code, a record without style and licence) for every subject."""
     chosen = {name: parse_choice(text) for name, text in CHOSEN.items()}
     for emoji in emojibase:
         category = subgroups.get(str(emoji.get("subgroup")), "")
@@ -139,12 +136,12 @@ def choose(emojibase: list[dict[str, Any]], subgroups: dict[str, str]) -> Iterat
         keywords = tuple(emoji.get("tags", ()))
         yield (
             emoji["hexcode"],
-            Picture(names[0], "", category, tuple(names[1:]), keywords, emoji["emoji"], ""),
+            SpriteRecord(names[0], "", category, tuple(names[1:]), keywords, emoji["emoji"], ""),
         )
 
 
 def _svg(icons: dict[str, Any], name: str) -> str:
-    """One icon of an Iconify set as an SVG document."""
+    """Returns one icon of an Iconify set as an SVG document."""
     icon = icons["icons"][name]
     left, top, width, height = (
         icon.get(key, icons.get(key, default))
@@ -157,8 +154,11 @@ def _svg(icons: dict[str, Any], name: str) -> str:
 
 
 def drawings(archive: Path, named: Path | None = None) -> Callable[[str], Image.Image | None]:
-    """code -> its drawing in a package, if it has one; a set may be `named` by that of another style."""
-    files = _read(archive, "assets/", "icons.json")
+    """Returns a function from an emoji's code to its drawing in a package, or to None if it has no drawing.
+
+    named: the package that maps codes to the names of the drawings; None means `archive` itself.
+    """
+    files = read_package(archive, "assets/", "icons.json")
     if "icons.json" not in files:
 
         def render(code: str) -> Image.Image | None:
@@ -171,7 +171,7 @@ def drawings(archive: Path, named: Path | None = None) -> Callable[[str], Image.
     except ImportError as error:
         raise DataError("drawing the training pictures needs the package resvg-py") from error
     icons = json.loads(files["icons.json"])
-    names = json.loads(_read(named or archive, "chars.json")["chars.json"])
+    names = json.loads(read_package(named or archive, "chars.json")["chars.json"])
 
     def vector(code: str) -> Image.Image | None:
         name = names.get(code)
@@ -184,19 +184,19 @@ def drawings(archive: Path, named: Path | None = None) -> Callable[[str], Image.
 
 
 def styles(archives: dict[str, Path]) -> dict[str, Callable[[str], Image.Image | None]]:
-    """Style -> the drawings of its package."""
-    named = {"glossy": archives[FLAT]}  # the same drawings under the same names
+    """Returns style -> the drawings of its package."""
+    named = {"glossy": archives[FLAT]}  # the same drawings have the same names there
     return {style: drawings(archives[package], named.get(style)) for style, (package, _) in STYLES.items()}
 
 
 def spellings(code: str) -> tuple[str, ...]:
-    """The ways to write an emoji's code, of which no two sets use the same."""
+    """Returns the ways to write an emoji's code: the packages disagree on the variation selector fe0f."""
     code = code.lower()
     return code, code.replace("-fe0f", ""), f"{code}-fe0f"
 
 
 def to_sprite(image: Image.Image) -> np.ndarray:
-    """A drawing with transparency -> (SIDE, SIDE, 4) uint8, its subject filling the middle box."""
+    """A drawing with transparency -> (SIDE, SIDE, 4) uint8 with the subject filling the box in the middle."""
     image = image.convert("RGBA")
     box = image.getchannel("A").point([0] * 16 + [255] * 240).getbbox()  # faint shadows don't count
     if box is None:
@@ -204,26 +204,26 @@ def to_sprite(image: Image.Image) -> np.ndarray:
     image = image.crop(box)
     scale = BOX / max(image.size)
     size = tuple(max(1, round(scale * length)) for length in image.size)
-    # Pillow resizes RGBA premultiplied, so no dark rim grows at soft edges.
+    # Pillow premultiplies RGBA when it resizes, so soft edges get no dark rim.
     image = image.resize(size, Image.Resampling.BICUBIC)  # type: ignore[arg-type]
     sprite = Image.new("RGBA", (SIDE, SIDE))
     sprite.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return np.asarray(sprite)
 
 
-def prepared_path(cache_dir: Path) -> Path:
-    """Named after the recipe, so a changed recipe is cooked again."""
+def sprites_path(cache_dir: Path) -> Path:
+    """Returns the file of the rendered sprites; its name has a hash of the choices that decide them."""
     recipe = json.dumps([PACKAGES, CHOSEN, sorted(ODD_LABELS), SIDE, BOX])
     return cache_dir / f"pictures-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.safetensors"
 
 
-def prepare(cache_dir: Path) -> Path:
-    """Fetches, chooses and renders; returns the one file that everything else reads."""
-    path = prepared_path(cache_dir)
+def render_sprites(cache_dir: Path) -> Path:
+    """Fetches, chooses and renders the drawings, once; returns the file that everything else reads."""
+    path = sprites_path(cache_dir)
     if path.exists():
         return path
     archives = fetch(cache_dir)
-    base = _read(archives[EMOJIBASE], "en/data.json", "meta/groups.json")
+    base = read_package(archives[EMOJIBASE], "en/data.json", "meta/groups.json")
     find = styles(archives)
     sprites, pictures = [], []
     subgroups = json.loads(base["meta/groups.json"])["subgroups"]
@@ -234,7 +234,7 @@ def prepare(cache_dir: Path) -> Path:
             if drawing is not None:
                 found[style] = to_sprite(drawing)
         if "3d" not in found or len(found) < 3:
-            continue  # too new an emoji: a subject should be learnable in every style
+            continue  # a recent emoji, missing in some sets: a subject should be learnable in every style
         for style, sprite in found.items():
             sprites.append(sprite)
             pictures.append(asdict(subject) | {"style": style, "licence": STYLES[style][1]})
@@ -243,44 +243,45 @@ def prepare(cache_dir: Path) -> Path:
     return path
 
 
-def _load(cache_dir: Path | None) -> tuple[np.ndarray, list[Picture]]:
-    with safe_open(prepare(cache_dir or default_cache()), "numpy") as file:
+def _load(cache_dir: Path | None) -> tuple[np.ndarray, list[SpriteRecord]]:
+    with safe_open(render_sprites(cache_dir or default_cache()), "numpy") as file:
         fields = json.loads(file.metadata()["pictures"])
         pixels = file.get_tensor("pictures")
     return pixels, [
-        Picture(**f | {"synonyms": tuple(f["synonyms"]), "keywords": tuple(f["keywords"])}) for f in fields
+        SpriteRecord(**f | {"synonyms": tuple(f["synonyms"]), "keywords": tuple(f["keywords"])})
+        for f in fields
     ]
 
 
-# ---- to train on, and held out ----------------------------------------------------------------------------
+# ---- held out ---------------------------------------------------------------------------------------------
 
 
 def held_out_style(subject: str, style: str) -> bool:
-    """Pairs that training never shows. 3d has none: it is what a caption without a style should give."""
+    """True if training never shows the pair. It shows all subjects in 3d, the look of an unnamed style."""
     return style != "3d" and _hash(f"style/{style}/{subject}") < 0.053  # 4 % of all four styles
 
 
 def held_out_colour(subject: str, colour: str) -> bool:
-    """Pairs that training never shows: 4 % of all."""
+    """True if training never shows the pair, as for 4 % of all pairs."""
     return _hash(f"colour/{colour}/{subject}") < 0.04
 
 
 def _hash(text: str) -> float:
-    """Evenly in [0, 1), and the same on every machine."""
+    """Maps a text to a number in [0, 1), evenly, and to the same number on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
-    """The sprites to train on, (N, 128, 128, 4) uint8 RGBA, and what each shows."""
+def training_sprites(cache_dir: Path | None = None) -> tuple[np.ndarray, list[SpriteRecord]]:
+    """Returns the sprites to train on, (N, 128, 128, 4) uint8 RGBA, and their records."""
     return _select(cache_dir, held_out=False)
 
 
-def held_out_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[Picture]]:
-    """The sprites of `held_out_style`, for validation."""
+def held_out_sprites(cache_dir: Path | None = None) -> tuple[np.ndarray, list[SpriteRecord]]:
+    """Returns the sprites of `held_out_style`, for validation, and their records."""
     return _select(cache_dir, held_out=True)
 
 
-def _select(cache_dir: Path | None, held_out: bool) -> tuple[np.ndarray, list[Picture]]:
+def _select(cache_dir: Path | None, held_out: bool) -> tuple[np.ndarray, list[SpriteRecord]]:
     pixels, records = _load(cache_dir)
     chosen = [i for i, p in enumerate(records) if held_out_style(p.subject, p.style) == held_out]
     return pixels[chosen], [records[i] for i in chosen]

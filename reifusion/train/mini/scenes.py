@@ -1,8 +1,8 @@
-"""Captioned scenes, composed from the pictures: what the text-to-image model learns from.
+"""Captioned scenes, composed from the sprites: the mini's U-Net and text encoder learn from them.
 
-`compose` places one or two sprites, some of them dyed, on a background, and `caption` says in words what
-is there. `build_bank` does that many times and keeps the scenes in a folder; to see some, run
-`python -m reifusion.train.scenes --sheet scenes.png`.
+`compose` places one or two sprites, some of them dyed, on a background, and `caption` describes the result
+in words. `build_bank` does that many times and keeps the scenes in a folder; to see some, run
+`python -m reifusion.train.mini.scenes --sheet scenes.png`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .data import LOOKS, SIDE, STYLES, Picture, held_out_colour, pictures
+from .sprites import LOOKS, SIDE, STYLES, SpriteRecord, held_out_colour, training_sprites
 from .subjects import COLOUR_WORDS, NO_DYE, NO_MIRROR, noun_phrase
 
-# Colours as a person names them: all for backgrounds, all but black for dyeing subjects.
+# Colours as people name them; backgrounds use all of them, dyes all except black.
 COLOURS = {
     "red": (222, 40, 44),
     "orange": (247, 138, 30),
@@ -33,14 +33,14 @@ COLOURS = {
     "black": (28, 28, 32),
 }
 DYES = [name for name in COLOURS if name != "black"]
-MEDIA = {  # style -> what such a picture is called
+MEDIA = {  # style -> words for a picture in that style
     "3d": ("picture", "render", "icon"),
     "cartoon": ("picture", "drawing"),
     "flat": ("picture", "drawing", "icon"),
     "glossy": ("picture", "icon"),
 }
 SIZES = {"small": ("small", "little", "tiny"), "big": ("big", "large", "huge")}
-POSITIONS = {  # name -> direction from the middle (right, down), and how people say it
+POSITIONS = {  # name -> direction from the middle (right, down), and ways to say it
     "left": ((-1, 0), ("on the left", "on the left side")),
     "right": ((1, 0), ("on the right", "on the right side")),
     "top": ((0, -1), ("at the top",)),
@@ -58,7 +58,7 @@ PAIRINGS = (  # {0} is on the left
     "{1} to the right of {0}",
     "{0} on the left and {1} on the right",
 )
-# What people also write and no picture here shows: a model that never met such words takes them for others.
+# Words that people also write, although no picture here shows them: unseen, the model would misread them.
 DOING = ("sitting", "standing", "sleeping", "stretching", "running", "waiting", "resting", "looking around",
          "playing", "floating", "shining", "dreaming", "smiling", "dancing", "lying", "alone", "hiding",
          "travelling")  # fmt: skip
@@ -71,11 +71,11 @@ PRAISE = ("highly detailed", "ultra sharp", "beautiful", "cinematic", "4k", "8k"
 
 
 class Sprites:
-    """The pictures, found by subject and style."""
+    """The sprites, found by subject and style."""
 
-    def __init__(self, pixels: np.ndarray, records: list[Picture]):
+    def __init__(self, pixels: np.ndarray, records: list[SpriteRecord]):
         self.pixels = pixels  # (N, SIDE, SIDE, 4) uint8
-        self.index: dict[str, dict[str, int]] = {}  # subject -> style -> place in pixels
+        self.index: dict[str, dict[str, int]] = {}  # subject -> style -> index into pixels
         self.synonyms = {picture.subject: picture.synonyms for picture in records}
         for i, picture in enumerate(records):
             self.index.setdefault(picture.subject, {})[picture.style] = i
@@ -86,8 +86,8 @@ class Sprites:
         return self.pixels[self.index[subject][style]]
 
 
-def can_be_dyed(picture: Picture) -> bool:
-    """Not a "black cat" or an "orange", which have a colour in their names; nor people and their hands."""
+def can_be_dyed(picture: SpriteRecord) -> bool:
+    """True unless its names include a colour ("black cat", "orange"), or it shows people or hands."""
     names = " ".join((picture.subject, *picture.synonyms))
     coloured = picture.subject in NO_DYE or bool(COLOUR_WORDS & set(names.split()))
     return not coloured and not picture.category.startswith(("person", "hand"))
@@ -95,7 +95,7 @@ def can_be_dyed(picture: Picture) -> bool:
 
 # ---- colours ----------------------------------------------------------------------------------------------
 
-# Oklab: equal distances look equal, so a colour can be turned without changing how light it looks.
+# In Oklab, equal distances look equal, so a hue can be turned without changing how light the colour looks.
 # Source: Björn Ottosson, "A perceptual color space for image processing", 2020.
 _LMS = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
                  [0.0883024619, 0.2817188376, 0.6299787005]], np.float32)  # fmt: skip
@@ -122,18 +122,18 @@ def _ramp(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def dye(sprite: np.ndarray, colour: str) -> np.ndarray:
-    """Turns the sprite's main colour into the named one; shading, outlines, eyes and small parts stay."""
+    """Turns the sprite's main colour into the named one; shading, outlines, eyes and small parts remain."""
     solid = sprite[..., 3] > 0
     lab = to_oklab(sprite[solid][:, :3])  # (P, 3)
     lightness, chroma, hue = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2]), np.arctan2(lab[:, 2], lab[:, 1])
     light, *ab = to_oklab(np.array(COLOURS[colour], np.uint8))
     alpha = sprite[solid][:, 3] / 255
     coloured = _ramp(chroma, 0.03, 0.07)
-    # A grey or white subject (many greys are a little blue) takes the colour on all but its blacks.
+    # A grey or white subject (many greys are slightly blue) is dyed everywhere except in its blacks.
     if np.average(_ramp(chroma, 0.05, 0.1), weights=alpha) < 0.4:
         change, strength, turn = _ramp(lightness, 0.15, 0.35), np.ones_like(chroma), np.zeros_like(hue)
     else:
-        # The main hue has the most colour within 60° of it.
+        # The main hue is the one with the most chroma within 60°.
         bins = np.bincount(((hue / np.pi + 1) * 18).astype(int) % 36, chroma * coloured * alpha, minlength=36)
         main = (np.argmax(sum(np.roll(bins, k) for k in range(-6, 7))) + 0.5) / 18 * np.pi - np.pi
         turn = (hue - main + np.pi) % (2 * np.pi) - np.pi
@@ -151,7 +151,7 @@ def dye(sprite: np.ndarray, colour: str) -> np.ndarray:
 
 
 def background_colour(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
-    """A shade of the named colour."""
+    """Draws a random shade of the named colour."""
     lightness, a, b = to_oklab(np.array(COLOURS[name], np.uint8))
     turn = complex(a, b) * np.exp(1j * rng.uniform(-0.08, 0.08)) * rng.uniform(0.85, 1.05)
     r, g, b = from_oklab(np.array([lightness + rng.uniform(-0.03, 0.03), turn.real, turn.imag])).tolist()
@@ -159,7 +159,7 @@ def background_colour(rng: np.random.Generator, name: str) -> tuple[int, int, in
 
 
 def stands_out(sprite: np.ndarray, name: str) -> bool:
-    """Whether the sprite can be seen on a background of this colour."""
+    """True if the sprite can be seen on a background of this colour."""
     sample = sprite[::8, ::8].reshape(-1, 4)
     lab = to_oklab(sample[sample[:, 3] > 128][:, :3])
     away = np.linalg.norm(lab - to_oklab(np.array(COLOURS[name], np.uint8)), axis=-1) > 0.15
@@ -173,27 +173,27 @@ KINDS = ("plain", "background", "dyed", "placed", "two")
 
 @dataclass(frozen=True)
 class SceneConfig:
-    # Shares of the KINDS of scenes; they add up to 1.
+    # The shares of the KINDS of scenes, which add up to 1.
     plain: float = 0.55
     background: float = 0.15  # "a cat on a blue background"
     dyed: float = 0.10  # "a purple cat"
     placed: float = 0.10  # "a small cat on the left"
     two: float = 0.10  # "a dog next to a tree"
     combine: float = 0.06  # chance of a background, and of a dye, in a scene of another kind
-    name_style: float = 0.75  # how often the caption says the style
-    # What a caption leaves open is nearly always the same: where a word stands for one picture, not for the
-    # mean of eight, a small model learns it many times faster.
-    prefer_3d: float = 0.9  # how often the style is 3d where the caption does not say it
-    mirror: float = 0.15  # how often a subject is shown mirrored
-    synonym: float = 0.25  # how often another name stands in for the subject's own
-    aside: float = 0.12  # how often the caption says what the subject does or how good the picture is
+    name_style: float = 0.75  # how often the caption names the style
+    # Details that a caption leaves open are nearly always the same: a small model learns a word many times
+    # faster if the word stands for one picture instead of the mean of eight.
+    prefer_3d: float = 0.9  # how often the style is 3d if the caption does not name it
+    mirror: float = 0.15  # how often a subject is mirrored
+    synonym: float = 0.25  # how often another name replaces the subject's own
+    aside: float = 0.12  # how often the caption adds an activity of the subject or praise of the picture
 
 
 @dataclass(frozen=True)
 class Scene:
     image: np.ndarray  # (SIDE, SIDE, 3) uint8
     caption: str
-    tags: dict[str, Any]  # what is shown, for evaluation
+    tags: dict[str, Any]  # its contents, for the evaluation
 
 
 def _pick(rng: np.random.Generator, options: Any) -> Any:
@@ -201,12 +201,12 @@ def _pick(rng: np.random.Generator, options: Any) -> Any:
 
 
 def _chance(rng: np.random.Generator, probability: float) -> bool:
-    # What cannot happen draws no number: without asides, a seed gives the captions that it always gave.
+    # A chance of 0 draws no number, so that without asides, a seed has the captions it had before asides.
     return probability > 0 and bool(rng.random() < probability)
 
 
 def compose(rng: np.random.Generator, sprites: Sprites, config: SceneConfig = SceneConfig()) -> Scene:
-    """Draws one scene at random, and says what it shows."""
+    """Composes a random scene with its caption."""
     shares = np.cumsum([getattr(config, kind) for kind in KINDS])
     kind = KINDS[int(np.searchsorted(shares[:-1], rng.random(), "right"))]
     subjects = [_pick(rng, sprites.dyeable if kind == "dyed" else sprites.subjects)]
@@ -216,15 +216,15 @@ def compose(rng: np.random.Generator, sprites: Sprites, config: SceneConfig = Sc
 
     styles = [s for s in STYLES if all(s in sprites.index[subject] for subject in subjects)]
     says_style = bool(rng.random() < config.name_style)
-    # All looks as often: a style that shares its look with another one comes half as often.
+    # All looks are equally frequent: a style that shares its look with another one is half as frequent.
     style = _pick(rng, [s for s in styles for _ in range(1 if LOOKS[s] == "3d" else 2)])
     if not says_style and rng.random() < config.prefer_3d:
-        style = "3d"  # which every subject has
+        style = "3d"  # every subject has it
 
     shown = [sprites.get(subject, style) for subject in subjects]
     colours = [""] * len(subjects)
     if kind == "dyed" or rng.random() < config.combine:
-        which = int(rng.integers(len(subjects)))  # in scenes of two, one stays as it is
+        which = int(rng.integers(len(subjects)))  # of two subjects, only one is dyed
         allowed = [c for c in DYES if not held_out_colour(subjects[which], c)]
         if subjects[which] in sprites.dyeable and allowed:
             colours[which] = _pick(rng, allowed)
@@ -240,8 +240,8 @@ def compose(rng: np.random.Generator, sprites: Sprites, config: SceneConfig = Sc
     paint = background_colour(rng, background) if background in COLOURS else (255, 255, 255)
     canvas = Image.new("RGB", (SIDE, SIDE), paint)
 
-    # Sizes and places are multiples of 8 pixels, so that a thing moved elsewhere is the same latents moved.
-    # Moved by less, every latent changes, and the U-Net would have to learn each shift as another picture.
+    # Sizes and shifts are multiples of 8 pixels, so that moving a subject only moves its latents. A shift by
+    # less changes every latent, and the U-Net would have to learn each one as another picture.
     size, position = "full", "middle"
     if kind == "two":
         size, position = "half", "side by side"
@@ -265,7 +265,7 @@ def compose(rng: np.random.Generator, sprites: Sprites, config: SceneConfig = Sc
 
 
 def _paste(canvas: Image.Image, sprite: np.ndarray, scale: float, right: float, down: float) -> None:
-    """Puts the sprite's middle `right` and `down` of the canvas's middle."""
+    """Pastes the sprite, its middle `right` and `down` of the canvas's middle."""
     image = Image.fromarray(np.ascontiguousarray(sprite))
     side = round(scale * SIDE)
     if side != SIDE:
@@ -274,7 +274,7 @@ def _paste(canvas: Image.Image, sprite: np.ndarray, scale: float, right: float, 
 
 
 def caption(rng: np.random.Generator, sprites: Sprites, tags: dict[str, Any], config: SceneConfig) -> str:
-    """One of the many ways to ask for the scene."""
+    """Returns one of the many ways to ask for the scene."""
     text = _description(rng, sprites, tags, config)
     if _chance(rng, config.aside):
         text = ", ".join((text, *rng.permutation(PRAISE)[: 1 + int(rng.integers(2))]))
@@ -319,15 +319,15 @@ def _description(
 def build_bank(
     n: int, seed: int, out: Path, sprites: Sprites | None = None, config: SceneConfig = SceneConfig()
 ) -> Path:
-    """Composes n scenes: out/images.npy, (n, 128, 128, 3) uint8, and out/scenes.json, captions and tags.
+    """Composes n scenes, as out/images.npy, (n, 128, 128, 3) uint8, and out/scenes.json, captions and tags.
 
-    Scene i depends on (seed, i) alone, so a longer bank begins with the shorter one.
+    Scene i depends only on (seed, i), so a longer bank begins with the scenes of a shorter one.
     """
-    sprites = sprites or Sprites(*pictures())
+    sprites = sprites or Sprites(*training_sprites())
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".images.{os.getpid()}"
     images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, SIDE, SIDE, 3))
-    (out / "scenes.json").unlink(missing_ok=True)  # written last, so a bank that has it is whole
+    (out / "scenes.json").unlink(missing_ok=True)  # it is written last, so a bank with this file is whole
     scenes = []
     for i in range(n):
         scene = compose(np.random.default_rng([seed, i]), sprites, config)
@@ -340,13 +340,13 @@ def build_bank(
 
 
 def load_bank(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """A bank's images, memory-mapped, and its captions."""
+    """Returns a bank's images, memory-mapped, and its captions."""
     scenes = json.loads((folder / "scenes.json").read_text())
     return np.load(folder / "images.npy", mmap_mode="r"), [scene["caption"] for scene in scenes]
 
 
-def sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
-    """A contact sheet: every scene above its caption."""
+def scene_sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
+    """Draws a contact sheet: every scene above its caption."""
     cell, text = SIDE + 8, 36
     page = Image.new("RGB", (columns * cell, -(-len(scenes) // columns) * (cell + text)), "gainsboro")
     draw = ImageDraw.Draw(page)
@@ -358,16 +358,18 @@ def sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m reifusion.train.scenes", description="Shows training scenes.")
+    parser = argparse.ArgumentParser(
+        "python -m reifusion.train.mini.scenes", description="Shows training scenes."
+    )
     parser.add_argument("--sheet", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shares = {kind: float(kind == args.kind) for kind in KINDS} if args.kind else {}
-    sprites, config = Sprites(*pictures()), SceneConfig(**shares)
+    sprites, config = Sprites(*training_sprites()), SceneConfig(**shares)
     scenes = [compose(np.random.default_rng([args.seed, i]), sprites, config) for i in range(args.count)]
-    sheet(scenes).save(args.sheet)
+    scene_sheet(scenes).save(args.sheet)
 
 
 if __name__ == "__main__":
