@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from reifusion.model.pipeline import StableDiffusion, load
+from reifusion.api import load
+from reifusion.model.pipeline import StableDiffusion
 from reifusion.train.loop import BatchPart, LoopConfig, train
 from reifusion.train.mini.scenes import SceneConfig, Sprites, can_be_dyed, compose
 from reifusion.train.mini.sprites import (

@@ -23,7 +23,7 @@ from bench.quality import draw, portion, score, verdicts
 from reifusion.api import load
 from reifusion.files import whole, write_json
 from reifusion.model.model_loader import ModelError
-from reifusion.model.pipeline import StableDiffusion, load
+from reifusion.model.pipeline import StableDiffusion
 from reifusion.train.mini.scenes import Sprites
 
 ASSETS = Path(__file__).parent / "assets"

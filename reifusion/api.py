@@ -27,10 +27,10 @@ def load(
 ) -> StableDiffusion:
     """A model, ready to draw.
 
-    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device: None
-    for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that suits the
-    device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device
-    or a dtype that does not exist.
+    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name".
+    device: None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that
+    suits the device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and
+    for a device or a dtype that does not exist.
     """
     device = find_device(device)
     source = source if isinstance(source, str) else os.fspath(source)

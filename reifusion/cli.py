@@ -171,11 +171,11 @@ def generate(
     if "prompt" not in settings:
         raise InputError('say what to draw, as in: reifusion generate "a cat"')
 
+    from .api import load
+    from .model.model_loader import info
+    from .model.request import Request
     from .shortcuts.int8 import quantize
     from .weights.lora import apply, load_lora
-    from .model.model_loader import info
-    from .api import load
-    from .model.request import Request
 
     settings = info(settings["model"]).config.best | settings
     width, height = settings.get("size", (None, None))

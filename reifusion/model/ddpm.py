@@ -73,8 +73,9 @@ class Sampler:
     """The noise schedule, and the methods that every sampler has. Subclasses add `name` and `_step`.
 
     generator: see `randn`. schedule: the forward process that the network was trained on; None for Stable
-    Diffusion 1.5's, a number for the same with that many training steps. fields: fields of `ScheduleConfig` that differ from it, as in `beta_end=0.02`. Raises
-    ValueError for a schedule that does not exist or that the sampler cannot undo.
+    Diffusion 1.5's, a number for the same with that many training steps. fields: fields of `ScheduleConfig`
+    that differ from it, as in `beta_end=0.02`. Raises ValueError for a schedule that does not exist or that
+    the sampler cannot undo.
 
     A new sampler has all num_training_steps timesteps; `set_inference_timesteps` picks fewer.
     Steps are computed in float32, or float64 for float64 latents, and returned in the latents' dtype.

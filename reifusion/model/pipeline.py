@@ -8,12 +8,11 @@ Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffus
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -28,6 +27,10 @@ from .pictures import Picture, fit, to_picture, to_tensor
 from .request import Request, ask
 from .samplers import SAMPLERS
 from .tokenizer import Tokenizer
+
+StepForward = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # of t, latents and model output
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,15 @@ class StableDiffusion:
         noise = self._noise(request, generators)
         latents = noise * sampler.init_noise_sigma
         with self._borrow("diffusion") as unet:
-            denoiser, step = self.denoiser(self.around(unet), request), sampler.step
+            denoiser, step = self.denoiser(self.around(unet), request), cast(StepForward, sampler.step)
             if request.init_image is not None or self.config.unet.in_channels > noise.shape[1]:
                 latents, denoiser, step = self._begin_with_picture(request, sampler, noise, denoiser)
-            interval = request.guidance_interval or (-math.inf, math.inf)
-            guided = Guidance(denoiser, positive, negative, request.cfg, request.guidance_rescale, interval)  # type: ignore[arg-type]
+            guided = Guidance(denoiser, positive, negative, *request.guidance)
             # 3. Denoising loop
             for index, t in enumerate(sampler.timesteps):
                 x = sampler.scale_model_input(latents, t)
-                told = t.float().reshape(1).to(self.device)
-                output, cond, uncond = guided(x, told, sampler.sigma(t))
+                time = t.float().reshape(1).to(self.device)
+                output, cond, uncond = guided(x, time, sampler.sigma(t))
                 x_t, before = latents, copy.copy(sampler)
                 latents = step(t, x_t, output)
                 total = len(sampler.timesteps)
@@ -200,8 +202,8 @@ class StableDiffusion:
 
     def _noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
         """The noise to begin with: (B, 4, H/8, W/8), float32."""
-        (width, height), vae = request.size, self.config.vae  # type: ignore[misc]
-        shape = (len(generators), vae.latent_channels, height // vae.factor, width // vae.factor)  # type: ignore[operator]
+        (width, height), vae = cast("tuple[int, int]", request.size), self.config.vae
+        shape = (len(generators), vae.latent_channels, height // vae.factor, width // vae.factor)
         noise = randn(shape, generators)
         if request.noise is not None:  # the generators have moved on all the same, so later noise is not this
             if request.noise.shape != noise.shape:
@@ -211,11 +213,11 @@ class StableDiffusion:
 
     def _begin_with_picture(
         self, request: Request, sampler: Sampler, noise: Tensor, denoiser: Denoiser
-    ) -> tuple[Tensor, Denoiser, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    ) -> tuple[Tensor, Denoiser, StepForward]:
         """Image-to-image and inpainting: the latents to begin with, the denoiser, and the step."""
         vae, (height, width) = self.config.vae, (side * self.config.vae.factor for side in noise.shape[-2:])
         pixels, redraw = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
-        latents, step = noise * sampler.init_noise_sigma, sampler.step
+        latents, step = noise * sampler.init_noise_sigma, cast(StepForward, sampler.step)
         nine_channels = self.config.unet.in_channels > vae.latent_channels
         if isinstance(request.init_image, Image.Image):
             pixels = to_tensor(fit(request.init_image, width, height))

@@ -84,6 +84,12 @@ class Request:
         self.negatives = [text for text in negatives for _ in range(self.num)]
         self.seeds = [self.seed + k for k in range(len(self.prompts))]
 
+    @property
+    def guidance(self) -> tuple[float, float, tuple[float, float]]:
+        """Scale, rescale and interval, as `Guidance` takes them; without guidance the scale is 1."""
+        scale = 1.0 if self.cfg is None else self.cfg
+        return scale, self.guidance_rescale, self.guidance_interval or (-math.inf, math.inf)
+
     def for_model(self, config: ModelConfig) -> Request:
         """This request with everything that it leaves open filled in with the model's own settings.
 
@@ -91,7 +97,7 @@ class Request:
         image's shape with that as the shorter side, and at most twice as long as wide. Raises ValueError for
         a sampler or size that does not fit the model.
         """
-        width, height = (1, 1) if self.init_image is None else self.init_image.size  # type: ignore[union-attr]
+        width, height = self.init_image.size if isinstance(self.init_image, Image.Image) else (1, 1)
         scale, factor = config.size / min(width, height), config.vae.factor
         asked_width, asked_height = self.size or (None, None)
         size = (

@@ -1,8 +1,8 @@
 """Weights of 8 bits and products of whole numbers: half the memory, and on some CPUs less time.
 
-Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, without its exceptions for outliers: the rows of a weight
-are scaled once, its input in every call. Off unless asked for, since it changes the picture. On a CPU without
-instructions for it (VNNI), and on a GPU, weights are widened for each use: that saves memory alone.
+Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, without its exceptions for outliers: the rows of a
+weight are scaled once, its input in every call. Off unless asked for, since it changes the picture. On a CPU
+without instructions for it (VNNI), and on a GPU, weights are widened for each use: that saves memory alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def quantize_layer(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def whole_numbers(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Returns x as int8 in ±127, and the float32 scale, one for all numbers along axes, that makes it x again."""
+    """Returns x as int8 in ±127, and the float32 scale that makes it x again: one scale along the axes."""
     scale = x.abs().amax(axes, keepdim=True).float().clamp(min=1e-12) / 127
     # §2.1, Dettmers et al. 2022: x₈ = ⌊127 x / max|x|⌉
     return (x / scale).round_().to(torch.int8), scale

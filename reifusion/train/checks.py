@@ -266,7 +266,10 @@ def narrow(config: ModelConfig) -> ModelConfig:
         config,
         clip=replace(config.clip, vocab_size=64, width=16, layers=2, heads=2),
         unet=replace(
-            unet, channels=(unet.groups,) * len(unet.channels), heads=2, head_width=None, context_width=16
+            unet,
+            channels=(unet.groups,) * len(unet.channels),
+            heads=(2,) * len(unet.channels),
+            context_width=16,
         ),
         vae=replace(vae, channels=(vae.groups,) * len(vae.channels)),
     )

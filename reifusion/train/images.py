@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ..model.pipeline import to_tensor
+from ..model.pictures import to_tensor
 
 # Names of a column, or suffixes in a .tar, that are recognised without being named by the user.
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")

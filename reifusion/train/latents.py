@@ -29,11 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import whole
-from ..model.tokenizer import Tokenizer
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, sample, scale_latents
-from ..model.pipeline import fit, to_tensor
+from ..model.pictures import fit, to_tensor
 from ..model.tensors import write_tensors
+from ..model.tokenizer import Tokenizer
 from .images import DataError, Item, Pictures, some
 
 Size = tuple[int, int]  # width and height in pixels

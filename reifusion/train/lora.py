@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from .. import __version__
 from ..files import whole
 from ..model.config import ModelConfig
-from ..weights.lora import Place, places
 from ..model.tensors import write_tensors
+from ..swap import swap
+from ..weights.lora import Place, places
 from .images import open_pictures
 from .latents import cache_latents
 from .loop import LoopConfig, processes
@@ -136,42 +137,68 @@ def _weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 class LoRALayer(nn.Module):
-    """A frozen layer and the LoRA beside it; each of several stacked projections has a LoRA of its own."""
+    """A frozen layer and the LoRA beside it; each of several stacked projections has a LoRA of its own.
 
-    def __init__(
-        self, base: nn.Linear | nn.Conv2d, own: Sequence[Place], rank: int, alpha: float, dropout: float
-    ):
-        super().__init__()
-        self.base, self.own, self.alpha = base, own, alpha
-        self.dropout = nn.Dropout(dropout)
-        rows = len(base.weight) // own[0].parts
-        kernel = base.weight.shape[2:]  # (k, k) of a convolution
-        # These are float32, whatever the model's dtype.
-        self.down = nn.ParameterList(torch.empty(rank, *base.weight.shape[1:]) for _ in own)
-        self.up = nn.ParameterList(torch.zeros(rows, rank, *(1 for _ in kernel)) for _ in own)
-        self.to(base.weight.device)
+    `attach` swaps layers for this kind, so that they keep their weight, and `detach` swaps them back.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
+    weight: Tensor  # frozen
+    own: Sequence[Place]  # the projections that are stacked in the weight, and that have a LoRA
+    alpha: float
+    dropout: nn.Dropout
+    down: nn.ParameterList  # A of each, float32, whatever the model's dtype
+    up: nn.ParameterList  # B of each
+    kind: type[nn.Module]  # the frozen layer's
+
+    def forward(self, x: Tensor, *given: Any) -> Tensor:
         """(B, L, in) -> (B, L, out), or (B, in, H, W) -> (B, out, h, w), as in the frozen layer."""
-        axis = -1 if isinstance(self.base, nn.Linear) else 1
-        pieces = list(self.base(x).chunk(self.own[0].parts, dim=axis))  # q, k and v, if they are stacked
+        axis = -1 if self.weight.ndim == 2 else 1
+        pieces = list(self.kind.forward(self, x, *given).chunk(self.own[0].parts, dim=axis))  # q, k and v
         x = self.dropout(x).to(self.down[0].dtype)
         for place, down, up in zip(self.own, self.down, self.up):
             # [lora] Eq. 3, Hu et al. 2021: h = W₀x + ΔWx = W₀x + BAx; §4.1: ΔWx is scaled by α/r
-            change = self.alpha / len(down) * self._low_rank(x, down, up)
+            change = self.alpha / len(down) * self.low_rank(x, down, up)
             pieces[place.part] = pieces[place.part] + change.to(pieces[place.part].dtype)
         return torch.cat(pieces, dim=axis)
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen layer's weight."""
-        return self.base.weight
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Returns BAx."""
+        raise NotImplementedError
 
-    def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Returns BAx; for a convolution, A is a convolution of the same kind and B a 1×1 convolution."""
-        if isinstance(self.base, nn.Linear):
-            return F.linear(F.linear(x, down), up)  # (B, L, in) -> (B, L, r) -> (B, L, rows)
-        return F.conv2d(F.conv2d(x, down, None, self.base.stride, self.base.padding), up)
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """A linear layer and its LoRA."""
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(F.linear(x, down), up)  # (B, L, in) -> (B, L, r) -> (B, L, rows)
+
+
+class LoRAConv2d(LoRALayer, nn.Conv2d):
+    """A convolution and its LoRA: A is a convolution of the same kind, B a 1×1 convolution."""
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, down, None, self.stride, self.padding), up)
+
+
+def lora_beside(
+    layer: nn.Linear | nn.Conv2d, own: Sequence[Place], rank: int, alpha: float, dropout: float
+) -> LoRALayer:
+    """Puts a LoRA that changes nothing yet beside a layer; returns the layer, now a LoRALayer."""
+    weight = layer.weight
+    rows, kernel = len(weight) // own[0].parts, weight.shape[2:]  # (k, k) of a convolution
+    swap(
+        layer,
+        LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d,
+        kind=type(layer),
+        own=own,
+        alpha=alpha,
+        dropout=nn.Dropout(dropout),
+        down=nn.ParameterList(weight.new_empty(rank, *weight.shape[1:], dtype=torch.float32) for _ in own),
+        up=nn.ParameterList(
+            weight.new_zeros(rows, rank, *(1 for _ in kernel), dtype=torch.float32) for _ in own
+        ),
+    )
+    return cast(LoRALayer, layer)
 
 
 def attach(
@@ -205,21 +232,22 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     trained = []
     for name, own_places in own.items():
-        layer = LoRALayer(model.get_submodule(name), own_places, rank, alpha, dropout)  # type: ignore[arg-type]
+        layer = lora_beside(model.get_submodule(name), own_places, rank, alpha, dropout)  # type: ignore[arg-type]
         for down in layer.down:
             # As in the authors' own code: B = 0, and A is initialised like a linear layer.
             fresh = torch.empty(down.shape)
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
             down.data.copy_(fresh)
-        _put(model, name, layer)
         trained += [*layer.down, *layer.up]
     return trained
 
 
 def detach(model: nn.Module) -> None:
     """Removes everything that `attach` has added; the model's own weights have not changed meanwhile."""
-    for name, layer in _layers(model):
-        _put(model, name, layer.base)
+    for layer in _layers(model):
+        swap(layer, layer.kind)
+        for name in ("kind", "own", "alpha", "dropout", "down", "up"):
+            delattr(layer, name)
     model.requires_grad_(True)
 
 
@@ -228,9 +256,11 @@ def lora_state(model: nn.Module, layout: str = "kohya") -> dict[str, Tensor]:
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     state: dict[str, Tensor] = {}
-    for _, layer in _layers(model):
+    for layer in _layers(model):
         for place, *matrices in zip(layer.own, layer.down, layer.up):
             down, up = (x.detach().float().cpu().clone() for x in matrices)
+            if place.convolution:
+                down, up = down[:, :, None, None], up[:, :, None, None]  # as 1×1 convolutions
             if layout == "kohya":
                 name = _kohya(place.diffusers)
                 new = {
@@ -252,7 +282,7 @@ def save_lora(
     layout: "kohya", which most programs read, or "peft", the layout of diffusers' own training scripts;
     `load_lora` and diffusers' `load_lora_weights` read both. metadata: more facts for the header.
     """
-    state, layers = lora_state(model, layout), [layer for _, layer in _layers(model)]
+    state, layers = lora_state(model, layout), _layers(model)
     if not layers:
         raise ValueError("there is no LoRA beside the layers of this model; `attach` adds one")
     rank, alpha = len(layers[0].down[0]), layers[0].alpha
@@ -263,7 +293,7 @@ def save_lora(
             "ss_network_dim": f"{rank}",
             "ss_network_alpha": f"{alpha}",
         }
-        if any(layer.base.weight.shape[2:].numel() > 1 for layer in layers):
+        if any(layer.weight.shape[2:].numel() > 1 for layer in layers):
             header["ss_network_args"] = json.dumps({"conv_dim": f"{rank}", "conv_alpha": f"{alpha}"})
     else:
         config: dict[str, Any] = {}
@@ -277,13 +307,8 @@ def save_lora(
         write_tensors(state, temporary, header | dict(metadata or {}))
 
 
-def _layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALayer)]
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+def _layers(model: nn.Module) -> list[LoRALayer]:
+    return [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
 
 
 def _kohya(name: str) -> str:

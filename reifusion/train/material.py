@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import whole
-from ..model.clip import Tokenizer
 from ..model.config import SD15, ModelConfig
+from ..model.tokenizer import Tokenizer
 from .bpe import train_bpe
 from .images import open_pictures
 from .latents import cache_latents

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..api import load as load_pipeline
 from ..model.config import MINI, SD15, ModelConfig
 from ..model.model_loader import info, load, save
 from ..model.pipeline import StableDiffusion
-from ..model.pipeline import load as load_pipeline
 from .images import DataError
 from .loop import processes
 from .lora import train_lora

@@ -9,12 +9,12 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..api import load
 from ..model.pipeline import StableDiffusion
-from ..model.samplers import samplers_for
 
 PROMPTS = (
     "a red apple", "a cat", "a rocket", "an octopus", "a house", "a dog", "a tree", "a car",
@@ -30,25 +30,18 @@ def contact_sheet(
     prompts: Sequence[str] = PROMPTS,
     seeds: int = 2,
     columns: int = 8,
-    sampler_name: str | None = None,
-    n_inference_steps: int = 25,
-    cfg_scale: float = 4.0,
+    **settings: Any,
 ) -> Image.Image:
     """Draws `seeds` pictures of each prompt above one another, and the prompt below; `columns` prompts a row.
 
-    sampler_name: None means "euler_a", or another sampler if that does not fit the model.
+    settings: those of `pipe.generate`; the model's own where they are left open.
     """
-    if sampler_name is None:
-        names = samplers_for(pipe.config.schedule.prediction_type)
-        sampler_name = "euler_a" if "euler_a" in names else names[0]
     tiles = [
         pipe.generate(
             list(prompts),
             seed=k * len(prompts),  # seeds 0, 1, 2, …: picture i of a list has seed + i
-            sampler_name=sampler_name,
-            n_inference_steps=n_inference_steps,
-            cfg_scale=cfg_scale,
             progress=False,
+            **settings,
         )
         for k in range(seeds)
     ]

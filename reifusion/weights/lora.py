@@ -177,9 +177,11 @@ def places(config: ModelConfig) -> list[Place]:
         network, _, inner = one.ours.partition(".")
         if network in ("clip", "diffusion") and inner.endswith(".weight"):
             for part, names in enumerate(zip(one.theirs, other.theirs)):
-                theirs = (name.removesuffix(".weight") for name in names)
+                diffusers, compvis = (name.removesuffix(".weight") for name in names)
                 layer = inner.removesuffix(".weight")
-                found.append(Place(network, layer, part, len(one.theirs), *theirs, one.convolution))
+                found.append(
+                    Place(network, layer, part, len(one.theirs), diffusers, compvis, one.convolution)
+                )
     return found
 
 

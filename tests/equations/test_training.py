@@ -10,9 +10,10 @@ from torch import nn
 
 from reifusion.model.ddpm import DDPMSampler
 from reifusion.train.loop import LoopConfig, train
-from reifusion.train.lora import LoRALayer
+from reifusion.train.lora import lora_beside
 from reifusion.train.muon import orthogonalise
 from reifusion.train.text2image import add_offset, denoising_loss, loss_weights
+from reifusion.weights.lora import Place
 from tests.equations.check import ALPHA_BAR, SINGLE, Pair, checks, normal
 
 
@@ -92,8 +93,8 @@ def singular_values_near_one() -> Pair:
 def layer_with_a_thin_difference() -> Pair:
     base, rank, alpha = nn.Linear(6, 4, bias=False), 2, 3.0
     place = Place("diffusion", "layer", part=0, parts=1, diffusers="", compvis="")
-    layer = LoRALayer(base, [place], rank, alpha, dropout=0.0).double()
+    layer = lora_beside(base, [place], rank, alpha, dropout=0.0).double()
     A, B, x = normal(rank, 6), normal(4, rank, seed=1), normal(2, 5, 6, seed=2)
     layer.down[0].data, layer.up[0].data = torch.tensor(A), torch.tensor(B)
-    W = base.weight.detach().numpy()
+    W = layer.weight.detach().numpy()
     return layer(torch.tensor(x)), x @ W.T + alpha / rank * x @ A.T @ B.T

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from reifusion.api import generate
+from reifusion.api import find_dtype, generate
 from reifusion.model.clip import CLIP
 from reifusion.model.config import MINI, ModelConfig, ScheduleConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
 from reifusion.model.pictures import open_picture, to_picture, to_tensor
-from reifusion.model.pipeline import StableDiffusion, Step, _from_networks, _parse_dtype
+from reifusion.model.pipeline import StableDiffusion, Step, of_networks
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
 from tests.tiny import TINY, Bytes, networks
@@ -484,22 +484,22 @@ def test_generate_takes_a_loaded_model_as_well(pipe):
 def test_networks_with_the_shapes_of_the_mini_get_its_schedule_and_size():
     with torch.device("meta"):
         models = {"clip": CLIP(MINI.clip), "decoder": Decoder(MINI.vae), "diffusion": UNet(MINI.unet)}
-    assert _from_networks(models, Bytes()).config == MINI
+    assert of_networks(models, Bytes()).config == MINI
     with pytest.raises(ValueError, match="tokenizer"):
-        _from_networks(models, None)
+        of_networks(models, None)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
 def test_a_dtype_has_many_names(dtype):
-    assert _parse_dtype(dtype, torch.device("cpu")) == torch.bfloat16
+    assert find_dtype(dtype, torch.device("cpu")) == torch.bfloat16
 
 
 def test_the_dtype_suits_the_device(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    assert _parse_dtype(None, torch.device("cpu")) == torch.float32
-    assert _parse_dtype(None, torch.device("cuda")) == torch.float16
+    assert find_dtype(None, torch.device("cpu")) == torch.float32
+    assert find_dtype(None, torch.device("cuda")) == torch.float16
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert _parse_dtype(None, torch.device("cpu")) == torch.bfloat16
+    assert find_dtype(None, torch.device("cpu")) == torch.bfloat16
 
 
 # What cannot be drawn

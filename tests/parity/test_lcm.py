@@ -15,9 +15,9 @@ from torch import nn
 
 from reifusion import cli
 from reifusion.api import load as load_pipe
+from reifusion.families import build
 from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.model_converter import config_to_diffusers, convert, match
-from reifusion.families import build
 from reifusion.model.model_loader import _config_from_shapes, save
 from reifusion.model.model_loader import load as load_networks
 from reifusion.model.pipeline import StableDiffusion

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import VAEConfig
 from reifusion.model.encoder import Encoder
 from reifusion.model.pictures import fit, to_tensor
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.train import latents
 from reifusion.train.images import DataError, Item, Pictures
 from reifusion.train.latents import LatentData, bucket_of, buckets, cache_latents, remove_unused, weights_hash

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from docs.zork import LORA, draw_zork, draw_zorks
-from reifusion.model.tokenizer import Tokenizer
-from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.weights.lora import apply, load_lora
 from reifusion.api import load
+from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.pictures import to_tensor
 from reifusion.model.pipeline import StableDiffusion
+from reifusion.model.tokenizer import Tokenizer
 from reifusion.train import lora as module
 from reifusion.train.loop import LoopConfig
 from reifusion.train.lora import (
@@ -38,6 +37,7 @@ from reifusion.train.lora import (
     train_lora,
 )
 from reifusion.train.text2image import Latents, forward_process
+from reifusion.weights.lora import apply, load_lora
 from tests.tiny import networks as random_networks
 
 TOKENIZER = Tokenizer("z o\nzo r\nzor k</w>\n", context_length=8)

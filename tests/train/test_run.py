@@ -29,7 +29,7 @@ SMALL_MINI = replace(
     MINI,
     clip=replace(MINI.clip, width=32, layers=1, heads=2),
     vae=replace(MINI.vae, channels=(8, 8, 16, 16), groups=4),
-    unet=replace(MINI.unet, channels=(64, 64), attention=(True, True), context_width=32),
+    unet=replace(MINI.unet, channels=(64, 64), attention=(1, 1), heads=(1, 1), context_width=32),
 )
 
 

@@ -62,7 +62,7 @@ def awake(seed: int = 0) -> TextToImage:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_after_training_the_right_words_explain_a_noisy_picture_better(tmp_path, prediction):
     schedule = ScheduleConfig(prediction_type=prediction)
-    unet = replace(TINY.unet, channels=(16,), attention=(True,))
+    unet = replace(TINY.unet, channels=(16,), attention=(1,), heads=(2,))
     data = Latents(torch.stack([torch.ones(4, 4, 4), -torch.ones(4, 4, 4)]), words(3, 7))
     training = TextToImageTraining(loop=LoopConfig(steps=100, lr=5e-3, warmup=10, ema=0.9), batch=16)
     model = train_text2image(data, EMPTY, replace(TINY, unet=unet, schedule=schedule), training, tmp_path)
