@@ -25,31 +25,34 @@ class Stop:
 M = "reifusion/model/"
 PATH = (
     Stop((f"{M}config.py",), "every size of SD 1.5, and of the mini, on one screen", ("big-picture",), 20),
-    Stop((f"{M}pipeline.py", f"{M}request.py"),
-         "<code>denoise</code>: the four stations from words to pixels; <code>generate</code> is around it",
+    Stop((f"{M}pipeline.py", f"{M}guidance.py", f"{M}request.py", f"{M}pictures.py", f"{M}inpaint.py"),
+         "<code>denoise</code>: the four stations from words to pixels; where the two halves of guidance meet",
          ("big-picture", "guidance"), 20),
     Stop((f"{M}ddpm.py",),
          "the noise schedule; <code>add_noise</code>; the mean and the variance of the step back",
          ("forward", "reverse")),
     Stop((f"{M}attention.py",), "the written-out softmax beside the fused kernel", ("attention",)),
     Stop((f"{M}diffusion.py",),
-         "<code>plan</code>, the U as a list; then <code>UNet.forward</code>, which walks it", ("unet",)),
-    Stop((f"{M}clip.py",), "bytes to pieces to vectors", ("words",), 16),
+         "<code>plan</code>, the U as a list; then <code>UNet.walk</code>, which follows it", ("unet",)),
+    Stop((f"{M}tokenizer.py", f"{M}clip.py"), "bytes to pieces to vectors", ("words",), 16),
     Stop((f"{M}encoder.py", f"{M}decoder.py"),
-         "the reparameterisation; the scale factor, applied by the encoder, undone by the decoder", ("vae",)),
+         "the reparameterisation; the scale factor, applied by one function and undone by another", ("vae",)),
     Stop((f"{M}samplers.py",), "one step each: DDIM, Euler, DPM-Solver++, UniPC; and rectified flow",
          ("samplers", "flow")),
     Stop((f"{M}model_converter.py", f"{M}model_loader.py", f"{M}tensors.py"),
          "the table of names; how a file of unknown format is read safely", ("checkpoints",), 30),
 )  # fmt: skip
 LATER = {
-    "fast.py": "what PyTorch does slowly",
-    "native.py": "our own attention kernel, in C",
-    "bands.py": "the decoder in bands, for little memory",
-    "lora.py": "how a LoRA is added, and removed again",
-    "deepcache.py": "some steps skip the deep rows of the U",
-    "tome.py": "alike places are merged before attention",
-    "int8.py": "weights in eight bits",
+    "api.py": "<code>load</code> and <code>generate</code>, the way in",
+    "kernels/fast.py": "faster forms of the layers, installed after loading",
+    "kernels/halves.py": "the part of the U that both halves of guidance share",
+    "kernels/native.py": "our own attention kernel, in C",
+    "kernels/bands.py": "the decoder in bands, for little memory",
+    "swap.py": "the one way in which a module is replaced, and put back",
+    "weights/lora.py": "what a LoRA adds, and takes away again",
+    "families/lcm.py": "latent consistency models",
+    "shortcuts/deepcache.py": "some steps skip the deep rows of the U",
+    "shortcuts/int8.py": "weights in eight bits",
 }
 
 
@@ -81,7 +84,7 @@ def table() -> str:
 
 
 def later() -> str:
-    items = "".join(f"<li>{_link(M + name)}: {what}</li>" for name, what in LATER.items())
+    items = "".join(f"<li>{_link('reifusion/' + name)}: {what}</li>" for name, what in LATER.items())
     return f"<ul>{items}</ul>"
 
 

@@ -40,8 +40,10 @@ def keep_known(
     return step
 
 
-def beside(denoiser: Denoiser, extra: Tensor) -> Denoiser:
+def beside(denoiser: Denoiser, extra: Tensor | None) -> Denoiser:
     """A denoiser that sees `extra` (1, 5, h, w), mask and known latents, beside x (B, 4, h, w)."""
+    if extra is None:
+        return denoiser
 
     def denoise(x: Tensor, context: Tensor, t: Tensor) -> Tensor:
         return denoiser(torch.cat([x, extra.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1), context, t)

@@ -448,7 +448,6 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
         "layers": kind.unet.layers,
         "context_width": size("diffusion.middle.1.layers.0.cross_attention.kv.weight", 1),
         "guidance_width": None if kind.unet.guidance_width is None else size(_GUIDANCE, 1),
-        "linear_projection": len(shapes.get("diffusion.middle.1.proj_in.weight", ())) == 2,
     }
     for preset in PRESETS:
         config = replace(

@@ -28,9 +28,7 @@ from .request import Request, ask
 from .samplers import SAMPLERS
 from .tokenizer import Tokenizer
 
-StepForward = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # of t, latents and model output
+StepForward = Callable[[Tensor, Tensor, Tensor], Tensor]  # of t, latents and model output
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ class StableDiffusion:
     def generate(
         self,
         prompt: str | Sequence[str] | Request,
+        negative: str | Sequence[str] | None = None,
         *,
         callback: Callable[[Step], Any] | None = None,
         progress: bool = True,
@@ -97,7 +96,7 @@ class StableDiffusion:
         picture is then x0, which the network sees in the noise by now. progress: shows a bar on stderr.
         Returns a picture, or a list of them for a list of prompts or num > 1.
         """
-        request = ask(prompt, **settings).for_model(self.config)
+        request = ask(prompt, negative, **settings).for_model(self.config)
         with closing(self.denoise(request)) as steps, tqdm(disable=not progress, unit="step") as bar:
             for step in steps:
                 latents = step.latents
@@ -118,20 +117,19 @@ class StableDiffusion:
         return pictures[0] if single else pictures
 
     @torch.inference_mode()  # also while the generator runs, but not in between, in its caller
-    def denoise(self, prompt: str | Sequence[str] | Request, **settings: Any) -> Generator[Step, None, None]:
+    def denoise(
+        self, prompt: str | Sequence[str] | Request, negative: Any = None, **settings: Any
+    ) -> Generator[Step, None, None]:
         """The loop of `generate`, one `Step` at a time; the settings are the fields of `Request`."""
-        request = ask(prompt, **settings).for_model(self.config)
+        request = ask(prompt, negative, **settings).for_model(self.config)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         sampler = self.sampler(request, generators)
         # 1. Text encoding: B prompts -> (B, 77, 768), and as many negative ones
         positive, negative = self.encode_words(request)
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
-        noise = self._noise(request, generators)
-        latents = noise * sampler.init_noise_sigma
+        latents, step, extra = self._begin(request, sampler, self._noise(request, generators))
         with self._borrow("diffusion") as unet:
-            denoiser, step = self.denoiser(self.around(unet), request), cast(StepForward, sampler.step)
-            if request.init_image is not None or self.config.unet.in_channels > noise.shape[1]:
-                latents, denoiser, step = self._begin_with_picture(request, sampler, noise, denoiser)
+            denoiser = beside(self.denoiser(self.around(unet), request), extra)
             guided = Guidance(denoiser, positive, negative, *request.guidance)
             # 3. Denoising loop
             for index, t in enumerate(sampler.timesteps):
@@ -211,14 +209,14 @@ class StableDiffusion:
             noise = request.noise.float()
         return noise.to(self.device)
 
-    def _begin_with_picture(
-        self, request: Request, sampler: Sampler, noise: Tensor, denoiser: Denoiser
-    ) -> tuple[Tensor, Denoiser, StepForward]:
-        """Image-to-image and inpainting: the latents to begin with, the denoiser, and the step."""
+    def _begin(
+        self, request: Request, sampler: Sampler, noise: Tensor
+    ) -> tuple[Tensor, StepForward, Tensor | None]:
+        """The latents to begin with, the step, and the extra channels of a U-Net made for inpainting."""
         vae, (height, width) = self.config.vae, (side * self.config.vae.factor for side in noise.shape[-2:])
-        pixels, redraw = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
-        latents, step = noise * sampler.init_noise_sigma, cast(StepForward, sampler.step)
         nine_channels = self.config.unet.in_channels > vae.latent_channels
+        latents, step = noise * sampler.init_noise_sigma, cast(StepForward, sampler.step)
+        pixels, redraw = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
         if isinstance(request.init_image, Image.Image):
             pixels = to_tensor(fit(request.init_image, width, height))
             original = self.encode_image(pixels)
@@ -226,14 +224,14 @@ class StableDiffusion:
             if isinstance(request.mask, Image.Image):
                 redraw = (to_tensor(fit(request.mask, width, height)) + 1) / 2  # (1, 1, H, W)
                 if not nine_channels:
-                    mask = latent_mask(redraw, vae.factor).to(self.device)
-                    step = keep_known(sampler, original, mask, noise)
-        if nine_channels:
-            redraw = (redraw >= 0.5).float() if request.mask is not None else torch.ones_like(redraw)
-            known = self.encode_image(pixels * (1 - redraw))
-            mask = latent_mask(redraw, vae.factor).to(self.device)
-            denoiser = beside(denoiser, torch.cat([mask, known], dim=1))
-        return latents, denoiser, step
+                    step = keep_known(
+                        sampler, original, latent_mask(redraw, vae.factor).to(self.device), noise
+                    )
+        if not nine_channels:
+            return latents, step, None
+        redraw = (redraw >= 0.5).float()
+        known, mask = self.encode_image(pixels * (1 - redraw)), latent_mask(redraw, vae.factor)
+        return latents, step, torch.cat([mask.to(self.device), known], dim=1)
 
     @contextmanager
     def _borrow(self, name: str) -> Generator[nn.Module, None, None]:

@@ -124,9 +124,11 @@ FIRST_WORDS = {
 }
 
 
-def ask(prompt: str | Sequence[str] | Request, **settings: Any) -> Request:
+def ask(prompt: str | Sequence[str] | Request, negative: Any = None, **settings: Any) -> Request:
     """A request, in the words of `Request` or in those of the project's first call."""
     settings = {FIRST_WORDS.get(name, name): value for name, value in settings.items()}
+    if negative is not None:
+        settings["negative"] = negative
     if not settings.pop("do_cfg", True):
         settings["cfg"] = 1.0
     width, height = settings.pop("width", None), settings.pop("height", None)

@@ -140,12 +140,13 @@ def kept(model: nn.Module, forward: Callable[[], Tensor], rows: Sequence[nn.Modu
     outside: dict[int, int] = {}
     inside: list[dict[int, int]] = []
 
-    def watched(row: Callable[..., Tensor], *inputs: Tensor, **more: Any) -> Tensor:
+    def watched(row: Callable[..., Tensor], x: Tensor, given: Sequence[Any] = (), **more: Any) -> Tensor:
         inside.append({})
-        for x in inputs:
-            note(outside, x)
+        for tensor in (x, *given):
+            if isinstance(tensor, Tensor):
+                note(outside, tensor)
         with noting(inside[-1]):
-            return row(*inputs, **more)
+            return row(x, given, **more)
 
     for row in rows:
         row.forward = partial(watched, row.forward)

@@ -153,7 +153,9 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor, *given: Any) -> Tensor:
         """(B, L, in) -> (B, L, out), or (B, in, H, W) -> (B, out, h, w), as in the frozen layer."""
         axis = -1 if self.weight.ndim == 2 else 1
-        pieces = list(self.kind.forward(self, x, *given).chunk(self.own[0].parts, dim=axis))  # q, k and v
+        pieces = list(
+            super().forward(x).chunk(self.own[0].parts, dim=axis)
+        )  # q, k and v, if they are stacked
         x = self.dropout(x).to(self.down[0].dtype)
         for place, down, up in zip(self.own, self.down, self.up):
             # [lora] Eq. 3, Hu et al. 2021: h = W₀x + ΔWx = W₀x + BAx; §4.1: ΔWx is scaled by α/r

@@ -123,7 +123,7 @@ def test_guidance_is_one_pass_under_twice_the_words(pipe, monkeypatch):
     monkeypatch.setattr(pipe.models["diffusion"], "forward", spy)
     draw(pipe, ["a", "b"], seed=0)
     draw(pipe, ["a", "b"], seed=0, cfg=1)
-    assert seen == 3 * [(2, 4)] + 3 * [(2, 2)]
+    assert seen == 3 * [(4, 4)] + 3 * [(2, 2)]
 
 
 def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
@@ -342,7 +342,7 @@ def test_the_loop_yields_what_generate_decodes(pipe):
 def test_a_step_is_signal_plus_noise(prediction_type):
     pipe = tiny(trained_for(prediction_type))
     alpha_bar = SAMPLERS["ddim"]().alphas_cumprod.float()
-    for step in pipe.denoise("a cat", seed=0, steps=4):
+    for step in pipe.denoise("a cat", seed=0, steps=4, sampler="ddim"):
         signal, noise = alpha_bar[int(step.t)].sqrt(), (1 - alpha_bar[int(step.t)]).sqrt()
         again = signal * step.x0 + noise * step.eps
         torch.testing.assert_close(again, step.x_t, atol=1e-4, rtol=1e-4)

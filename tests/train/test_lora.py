@@ -209,7 +209,7 @@ def test_a_file_holds_what_was_trained_to_the_bit(tmp_path, layout):
 
 def test_names_are_those_that_kohya_and_diffusers_expect():
     model = networks(tiny())
-    attach(model, targets=("diffusion.middle.1.self_attention.k", "clip.layers.0.attention.q"))
+    attach(model, targets=("diffusion.middle.1.layers.0.self_attention.k", "clip.layers.0.attention.q"))
     kohya, peft = (
         sorted({name.split(".lora_")[0] for name in lora_state(model, layout)}) for layout in LAYOUTS
     )
