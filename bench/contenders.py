@@ -62,24 +62,18 @@ class Reifusion:
     def row(self, row: dict[str, Any]) -> Run:
         import torch
 
-        from reifusion.model.attention import Words
-
         pipe, models, given = self.pipe, self.pipe.models, inputs(row)
         latents, context = (given[name].to(pipe.device, pipe.dtype) for name in ("latents", "context"))
         if row["kind"] == "text":
             return lambda: pipe.encode_text([PROMPT, ""]).float().cpu()
         if row["kind"] == "unet":
-            words, t = Words(context), torch.tensor([given["t"]], device=pipe.device)
-            return lambda: models["diffusion"](latents, words, t).float().cpu()
+            x, t = latents.repeat(2, 1, 1, 1), torch.tensor([given["t"]], device=pipe.device)
+            return lambda: models["diffusion"](x, context, t).float().cpu()
         if row["kind"] == "vae":
             return lambda: models["decoder"](latents).float().cpu()
-        size = {"height": row["height"], "width": row["width"]}
-        settings: dict[str, Any] = {
-            "sampler": "ddim",
-            "steps": row["steps"],
-            "cfg": SCALE,
-        }
-        return lambda: pipe.generate(PROMPT, seed=SEED, progress=False, **settings, **size)
+        settings: dict[str, Any] = {"sampler": "ddim", "steps": row["steps"], "cfg": SCALE}
+        settings["size"] = (row["width"], row["height"])
+        return lambda: pipe.generate(PROMPT, seed=SEED, progress=False, **settings)
 
 
 class Diffusers:

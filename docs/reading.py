@@ -26,7 +26,7 @@ M = "reifusion/model/"
 PATH = (
     Stop((f"{M}config.py",), "every size of SD 1.5, and of the mini, on one screen", ("big-picture",), 20),
     Stop((f"{M}pipeline.py", f"{M}guidance.py", f"{M}request.py", f"{M}pictures.py", f"{M}inpaint.py"),
-         "<code>denoise</code>: the four stations from words to pixels; where the two halves of guidance meet",
+         "<code>denoise</code>: the four stages from words to pixels; where the halves of guidance meet",
          ("big-picture", "guidance"), 20),
     Stop((f"{M}ddpm.py",),
          "the noise schedule; <code>add_noise</code>; the mean and the variance of the step back",
@@ -43,6 +43,7 @@ PATH = (
          "the table of names; how a file of unknown format is read safely", ("checkpoints",), 30),
 )  # fmt: skip
 LATER = {
+    "model/first_call.py": "<code>generate</code> as a single function with a dict of networks",
     "api.py": "<code>load</code> and <code>generate</code>, the way in",
     "kernels/fast.py": "faster forms of the layers, installed after loading",
     "kernels/halves.py": "the part of the U that both halves of guidance share",
@@ -58,8 +59,8 @@ LATER = {
 
 def left_out() -> list[str]:
     """Returns the files of the model that neither the path nor the list after it names."""
-    named = {Path(file).name for stop in PATH for file in stop.files} | {*LATER, "__init__.py"}
-    return sorted(path.name for path in (ROOT / M).glob("*.py") if path.name not in named)
+    named = {file for stop in PATH for file in stop.files} | {f"reifusion/{file}" for file in LATER}
+    return sorted(path.name for path in (ROOT / M).glob("[!_]*.py") if f"{M}{path.name}" not in named)
 
 
 def _link(file: str) -> str:

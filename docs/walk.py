@@ -51,7 +51,7 @@ def walked(call: Callable[[], Any], *packages: str) -> dict[str, list[int]]:
 def ours() -> dict[str, list[int]]:
     """Follows the drawing of one picture by the mini; loading the mini is not counted."""
     import reifusion
-from reifusion import kernels
+    from reifusion import kernels
 
     pipe = reifusion.load()
     kernels.uninstall(pipe.models)  # the textbook's own lines

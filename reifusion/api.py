@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from . import families, kernels
-from .model import pipeline
+from .model import first_call
 from .model.model_loader import load as load_networks
 from .model.pipeline import StableDiffusion
 from .shortcuts.deepcache import deepcached
@@ -73,17 +73,17 @@ def _mini(device: torch.device | str | None) -> StableDiffusion:
     return load(device=device)
 
 
-@functools.wraps(pipeline.generate)
+@functools.wraps(first_call.generate)
 def generate(*args: Any, deepcache: int = 1, **settings: Any) -> Image.Image | list[Image.Image]:
-    call = inspect.signature(pipeline.generate).bind(*args, **settings)
+    call = inspect.signature(first_call.generate).bind(*args, **settings)
     asked = call.arguments
     models, device = asked.get("models"), asked.get("device")
     if models is None:
         models = _mini(device)
     elif isinstance(models, Mapping):
-        models = families.adapted(pipeline.of_networks(models, asked.get("tokenizer")))
+        models = families.adapted(first_call.of_networks(models, asked.get("tokenizer")))
         if device is None and asked.get("idle_device") is not None:
             device = find_device(None)
     asked["models"] = deepcached(models, deepcache)
     asked["device"] = None if device is None else find_device(device)
-    return pipeline.generate(*call.args, **call.kwargs)
+    return first_call.generate(*call.args, **call.kwargs)

@@ -7,6 +7,7 @@ function for a model and an objective of your own: `cost`, `compare_gradients` a
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -140,13 +141,13 @@ def kept(model: nn.Module, forward: Callable[[], Tensor], rows: Sequence[nn.Modu
     outside: dict[int, int] = {}
     inside: list[dict[int, int]] = []
 
-    def watched(row: Callable[..., Tensor], x: Tensor, given: Sequence[Any] = (), **more: Any) -> Tensor:
+    def watched(row: Callable[..., Tensor], x: Tensor, *given: Sequence[Any]) -> Tensor:
         inside.append({})
-        for tensor in (x, *given):
+        for tensor in (x, *itertools.chain(*given)):
             if isinstance(tensor, Tensor):
                 note(outside, tensor)
         with noting(inside[-1]):
-            return row(x, given, **more)
+            return row(x, *given)
 
     for row in rows:
         row.forward = partial(watched, row.forward)

@@ -20,8 +20,9 @@ from reifusion.model.clip import CLIP
 from reifusion.model.config import MINI, ModelConfig, ScheduleConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import UNet
+from reifusion.model.first_call import of_networks
 from reifusion.model.pictures import open_picture, to_picture, to_tensor
-from reifusion.model.pipeline import StableDiffusion, Step, of_networks
+from reifusion.model.pipeline import StableDiffusion, Step
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
 from tests.tiny import TINY, Bytes, networks
