@@ -25,7 +25,7 @@ TINY = ModelConfig(
     size=16,
     clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=8, width=16, layers=1, heads=2),
     vae=VAEConfig(channels=(8, 8), layers=1, groups=4),
-    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=8),
+    unet=UNetConfig(channels=(16, 32), attention=(1, 1), layers=1, heads=(2, 2), context_width=16, groups=8),
 )
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0"
 

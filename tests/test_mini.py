@@ -23,9 +23,9 @@ def mini() -> StableDiffusion:
 
 def draw(prompts: list[str], *args: Any, **more: Any) -> list[np.ndarray]:
     settings: dict[str, Any] = {
-        "sampler_name": "euler_a",
-        "n_inference_steps": 15,
-        "cfg_scale": 3.0,
+        "sampler": "euler_a",
+        "steps": 15,
+        "cfg": 3.0,
         "seed": 0,
     }
     pictures = mini().generate(prompts, *args, progress=False, **(settings | more))
@@ -46,7 +46,7 @@ def test_it_ships_with_the_package_in_at_most_60_mb():
 
 
 def test_generate_without_a_model_draws_with_it():
-    settings: dict[str, Any] = {"n_inference_steps": 3, "seed": 5, "progress": False}
+    settings: dict[str, Any] = {"steps": 3, "seed": 5, "progress": False}
     one = reifusion.generate("a cat", **settings)
     two = mini().generate("a cat", **settings)
     assert isinstance(one, Image.Image) and isinstance(two, Image.Image) and one.size == (128, 128)
@@ -91,7 +91,7 @@ def test_a_negative_prompt_takes_away_what_it_names():
 def test_img2img_goes_the_further_from_its_input_the_greater_the_strength():
     given = np.asarray(sketch(), float)
     back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # what the VAE alone changes
-    pictures = [draw(["a tiger face"], input_image=sketch(), strength=s)[0] for s in (0.1, 0.25, 0.9)]
+    pictures = [draw(["a tiger face"], init_image=sketch(), strength=s)[0] for s in (0.1, 0.25, 0.9)]
     least, little, much = (np.abs(picture - given).mean() for picture in pictures)
     assert least < 2 * np.abs(np.asarray(back) - given).mean() < 2 * little
     assert 1.2 * least < little < much / 1.2
@@ -102,7 +102,7 @@ def test_inpainting_redraws_the_hole_and_keeps_the_rest_to_the_bit():
     hole = np.zeros((128, 128), bool)
     hole[28:70, 14:114] = True
     mask = Image.fromarray((255 * hole).astype(np.uint8))
-    (drawn,) = draw(["a smiling face with sunglasses"], input_image=sketch(), mask=mask)
+    (drawn,) = draw(["a smiling face with sunglasses"], init_image=sketch(), mask=mask)
     assert (drawn[~hole] == given[~hole]).all()
     darker = (given - drawn).mean(-1)  # (128, 128)
     assert darker[hole].mean() > 20  # the glasses are there

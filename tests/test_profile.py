@@ -20,9 +20,7 @@ def pipe() -> StableDiffusion:
 
 
 def draw(pipe: StableDiffusion, **settings) -> np.ndarray:
-    return np.array(
-        pipe.generate("a", seed=0, sampler_name="ddim", n_inference_steps=3, progress=False, **settings)
-    )
+    return np.array(pipe.generate("a", seed=0, sampler="ddim", steps=3, progress=False, **settings))
 
 
 def test_a_profile_adds_up(pipe):
@@ -47,7 +45,7 @@ def test_guidance_is_seen_in_the_arithmetic(pipe):
     counts = []
     for scale in 1.0, 7.5:
         with profiled(pipe) as found:
-            draw(pipe, cfg_scale=scale)
+            draw(pipe, cfg=scale)
         counts.append(next(part.gflop for part in found.parts if part.name == "U-Net"))
     assert 1.5 * counts[0] < counts[1] < 2 * counts[0]  # until the words, both halves are one
 

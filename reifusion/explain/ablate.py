@@ -48,6 +48,7 @@ def ablate(pipe: StableDiffusion, request: Request, most: int = 10) -> Exhibit:
 
     Of a long prompt, the first `most` words are looked at.
     """
+    request = request.for_model(pipe.config)
     words = numbered(prompt_words(pipe, request)[:most])
     layers = {
         label(name): module

@@ -59,6 +59,7 @@ class Exhibit:
     alt: str  # what is to be seen, in words
     guide: str = ""  # what to look for
     numbers: dict[str, Any] = field(default_factory=dict)  # what was measured; can be written as JSON
+    table: str = ""  # the numbers as text for a terminal, where they are worth reading
 
     @property
     def image(self) -> Image.Image:

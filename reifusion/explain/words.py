@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ from ..model.diffusion import plan
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from ..model.tensors import write_tensors
+from ..settings import of_request
 from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
 from .guide import GUIDE, one_line
-from .trajectory import describe, settings
+from .trajectory import describe
 
 # Self-attention has L × L weights for every head: beyond this grid they would not fit into memory.
 LARGEST_SELF_GRID = 32 * 32
@@ -113,7 +115,7 @@ class Attention:
         with whole(os.path.join(folder, "words.safetensors")) as temporary:
             write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         facts = {
-            "settings": settings(self.request),
+            "settings": of_request(self.request),
             "tokens": self.tokens,
             "words": [{"text": w.text, "tokens": w.tokens, "share": self.share(w)} for w in words],
             "layers": {name: dict(zip(_AXES, maps.shape)) for name, maps in self.maps.items()},
@@ -214,6 +216,34 @@ class Attention:
         return Exhibit(figure, title, alt, GUIDE[guide], {"rows": names, "columns": shown, "shares": means})
 
 
+def words(
+    pipe: StableDiffusion,
+    request: Request,
+    by: str = "word",
+    word: str | None = None,
+    special: bool = False,
+    pixel: tuple[int, int] | None = None,
+) -> Exhibit:
+    """Draws the request's picture, and shows where it looked.
+
+    by: "word", "step", "layer", "head", or "pixel", the place that looks. word: the only one to show; None: the most
+    telling ones. special: also show start, end and padding, by word.
+    """
+    with watch(pipe, request, pixel) as attention:
+        *_, last = pipe.denoise(request)
+    chosen = [attention.find(word)] if word else attention.telling(1 if by == "head" else 6) or attention.special
+    picture = pipe.decode(last.latents)[0]
+    if by == "word":
+        return attention.by_word(picture, special)
+    if by == "pixel":
+        return attention.of_pixel(picture)
+    if by == "step":
+        return attention.by_step(picture, chosen)
+    if by == "layer":
+        return attention.by_layer(picture, chosen)
+    return attention.by_head(picture, chosen[0])
+
+
 _AXES = ("steps", "heads", "tokens", "height", "width")
 
 
@@ -227,7 +257,8 @@ def watch(
     kept belongs to the request's one picture, and with guidance to its prompt, not to the negative one.
     Raises ValueError for a pixel outside the picture.
     """
-    width, height = request.size(pipe.config)
+    request = request.for_model(pipe.config)
+    width, height = cast("tuple[int, int]", request.size)
     if pixel is not None and not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
         raise ValueError(f"the pixel {pixel[0]},{pixel[1]} is outside the picture of {width}x{height}")
     attention = _expect(pipe, request, pixel)
@@ -290,7 +321,7 @@ def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | No
     tokens = ["start", *(piece.text for piece in pieces), "end", "padding"]
     special = [Word(tokens[k], (k,)) for k in (0, len(tokens) - 2, len(tokens) - 1)]
     words = prompt_words(pipe, request)
-    return Attention(request, request.size(pipe.config), tokens, words, special, pixel)
+    return Attention(request, request.size, tokens, words, special, pixel)  # type: ignore[arg-type]
 
 
 def row_grids(config: UNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,7 @@ TINY = ModelConfig(
     size=64,
     clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=40, width=16, layers=2, heads=2),
     vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
-    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, context_width=16, groups=8),
+    unet=UNetConfig(channels=(16, 32), attention=(1, 1), layers=1, heads=(2, 2), context_width=16, groups=8),
 )
 
 

@@ -28,10 +28,10 @@ def test_the_number_gives_it_away_and_comes_back(pipe, bug):
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_the_picture_changes_unless_the_bug_sleeps(pipe, bug):
-    right, wrong = bug.draw(pipe, "a red apple", n_inference_steps=4)
+    right, wrong = bug.draw(pipe, "a red apple", steps=4)
     if bug.name != "wrong-eps":  # too quiet for 8 bits: some pictures change by a level, some do not at all
         assert (np.asarray(right) != np.asarray(wrong)).any() == (bug.name != "unclamped-variance")
-    again, _ = bug.draw(pipe, "a red apple", n_inference_steps=4)
+    again, _ = bug.draw(pipe, "a red apple", steps=4)
     assert np.array_equal(np.asarray(right), np.asarray(again))
 
 

@@ -26,7 +26,7 @@ from .conftest import TINY, tiny
 
 
 def ask(prompt: str = "a cat on a rocket", **settings: Any) -> Request:
-    defaults: dict[str, Any] = {"sampler_name": "dpmpp_2m", "n_inference_steps": 2, "seed": 1, "cfg_scale": 3}
+    defaults: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 2, "seed": 1, "cfg": 3}
     return Request(prompt, **defaults | settings)
 
 
@@ -63,7 +63,7 @@ def test_distance_and_saturation():
 def test_cfg_varies_the_scale_and_nothing_else(pipe, monkeypatch):
     pictures = drawn(monkeypatch)
     exhibit = experiments.cfg(pipe, ask(), scales=(1, 4), seeds=2)
-    expected = [draw(pipe, ask(seed=seed, cfg_scale=scale)) for seed in (1, 2) for scale in (1, 4)]
+    expected = [draw(pipe, ask(seed=seed, cfg=scale)) for seed in (1, 2) for scale in (1, 4)]
     assert all(same(*pair) for pair in zip(pictures, expected, strict=True))
     assert exhibit.numbers["saturation"][1][0] == saturation(expected[2])
 
@@ -71,12 +71,12 @@ def test_cfg_varies_the_scale_and_nothing_else(pipe, monkeypatch):
 def test_steps_measures_the_distance_to_the_most(pipe, monkeypatch):
     pictures = drawn(monkeypatch)
     numbers = experiments.steps(pipe, ask(), counts=(1, 3), samplers=("ddim", "euler_a")).numbers
-    assert same(pictures[3], draw(pipe, ask(sampler_name="euler_a", n_inference_steps=3)))
+    assert same(pictures[3], draw(pipe, ask(sampler="euler_a", steps=3)))
     assert numbers["distance_to_last"] == [[distance(*pictures[:2]), 0], [distance(*pictures[2:]), 0]]
 
 
 def test_samplers_counts_calls(pipe):
-    calls = experiments.samplers(pipe, ask(n_inference_steps=4)).numbers
+    calls = experiments.samplers(pipe, ask(steps=4)).numbers
     assert calls["heun"] == 7 and calls["pndm"] == 5 and calls["ddim"] == 4 and "lcm" not in calls
 
 
@@ -178,7 +178,7 @@ def test_ablation_takes_one_thing_away_at_a_time(pipe, monkeypatch):
 
 
 def test_words_that_come_twice_are_taken_away_one_by_one(pipe):
-    numbers = ablate.ablate(pipe, ask("a cat on a cat", n_inference_steps=1)).numbers
+    numbers = ablate.ablate(pipe, ask("a cat on a cat", steps=1)).numbers
     assert list(numbers["silenced"]) == ["a", "cat", "on", "a (2)", "cat (2)"]
 
 
@@ -217,7 +217,7 @@ def test_the_test_card_has_stripes_down_to_one_pixel(size):
 
 
 def test_schedule_tells_where_signal_and_noise_are_equal(velocity_pipe):
-    numbers = schedule.schedule(velocity_pipe, ask("", n_inference_steps=5)).numbers
+    numbers = schedule.schedule(velocity_pipe, ask("", steps=5)).numbers
     root = np.linspace(0.00085**0.5, 0.012**0.5, 1000)
     alpha_bar = np.cumprod(1 - root**2)
     snr = alpha_bar / (1 - alpha_bar)
@@ -228,7 +228,7 @@ def test_schedule_tells_where_signal_and_noise_are_equal(velocity_pipe):
 
 def test_a_model_of_rectified_flow_is_explained_by_its_own_samplers():
     pipe = tiny(replace(TINY, schedule=replace(TINY.schedule, prediction_type="flow")))
-    request = ask("", sampler_name=None, n_inference_steps=3)
+    request = ask("", sampler=None, steps=3)
     numbers = schedule.schedule(pipe, request).numbers
     assert numbers["crossing"] == 501  # the first at which (1 - σ)² < σ²
     assert numbers["timesteps"]["flow"] == pytest.approx([1000, 2000 / 3, 1000 / 3])
@@ -238,5 +238,5 @@ def test_a_model_of_rectified_flow_is_explained_by_its_own_samplers():
 
 
 def test_all_else_is_kept_in_a_replaced_request():
-    request = replace(ask(), cfg_scale=9.0)
+    request = replace(ask(), cfg=9.0)
     assert request.seeds == [1] and request.prompts == ["a cat on a rocket"]

@@ -16,7 +16,7 @@ from reifusion.model.request import Request
 
 
 def ask(prompt: str = "a cat", **settings: Any) -> Request:
-    defaults: dict[str, Any] = {"sampler_name": "euler_a", "n_inference_steps": 4, "seed": 1, "cfg_scale": 3}
+    defaults: dict[str, Any] = {"sampler": "euler_a", "steps": 4, "seed": 1, "cfg": 3}
     return Request(prompt, **defaults | settings)
 
 
@@ -51,7 +51,7 @@ def test_guidance_is_what_the_prompt_adds(trajectory):
 
 
 def test_without_guidance_there_is_none(pipe):
-    trajectory = record(pipe, ask(cfg_scale=1))
+    trajectory = record(pipe, ask(cfg=1))
     assert trajectory.guidance is None and "guidance" not in trajectory.norms()[0]
     assert trajectory.strip().image.height < record(pipe, ask()).strip().image.height  # a row less
     assert trajectory.curves().image.size == (1000, 400)
@@ -68,7 +68,7 @@ def test_what_is_saved_can_be_read(trajectory, tmp_path):
 
 
 def test_of_many_steps_a_few_are_decoded_the_first_and_the_last_among_them(pipe):
-    trajectory = record(pipe, ask(n_inference_steps=9), show=4)
+    trajectory = record(pipe, ask(steps=9), show=4)
     assert trajectory.shown == [0, 3, 5, 8] and len(trajectory.shown_x_t) == len(trajectory.shown_x0) == 4
     assert len(trajectory.x0) == 9
     assert trajectory.shown_x0[1].tobytes() == pipe.decode(trajectory.x0[3:4])[0].tobytes()
@@ -89,10 +89,10 @@ def test_the_animation_has_a_frame_for_each_step_and_rests_at_the_end(trajectory
 
 def test_one_picture_at_a_time(pipe):
     with pytest.raises(ValueError, match="one picture at a time can be explained, not 2"):
-        record(pipe, ask(num_images=2))
+        record(pipe, ask(num=2))
 
 
 def test_settings_in_words():
     line = "“a cat”, not “a dog” · seed 1 · euler_a · 4 steps · guidance 3"
-    assert describe(ask(uncond_prompt="a dog")) == line
+    assert describe(ask(negative="a dog")) == line
     assert describe(ask("8 steps"), "steps", "cfg") == "“8 steps” · seed 1 · euler_a"

@@ -31,7 +31,7 @@ LIT = (
     "() => [...document.querySelectorAll('#view .word')].map(w => Number(w.style.getPropertyValue('--lit')))"
 )
 
-DEFAULT: Any = {"sampler_name": MINI.sampler_name, "cfg_scale": MINI.cfg_scale}
+DEFAULT: Any = {"sampler": MINI.sampler, "cfg": MINI.cfg}
 
 
 def fill(page: Any, **fields: object) -> None:
@@ -273,7 +273,7 @@ def test_two_tabs_at_once_do_not_mix(open_tab):
     for page, (prompt, seed) in wanted.items():
         path = drawn(page)
         assert [text.split()[0] for text in page.locator("#view .word").all_inner_texts()] == prompt.split()
-        request = Request(prompt, seed=seed, **DEFAULT, n_inference_steps=6)
+        request = Request(prompt, seed=seed, **DEFAULT, steps=6)
         assert np.array_equal(pixels(path), np.asarray(model("mini").generate(request, progress=False)))
         assert page.locator("#strip img").count() == 1
         assert scrub(page, "ArrowLeft").startswith("step 6 of 6")
@@ -300,7 +300,7 @@ def test_the_last_pictures_stay_side_by_side_while_settings_are_dragged(open_tab
     assert [value(page, name) for name in ("prompt", "seed", "cfg")] == [
         "a red apple",
         "21",
-        f"{MINI.cfg_scale:g}",
+        f"{MINI.cfg:g}",
     ]
 
 
@@ -326,7 +326,7 @@ def test_all_is_done_by_keyboard(open_tab):
     page.keyboard.type("a tree")
     page.keyboard.press("Enter")
     assert carried_by(drawn(page))["prompt"] == "a tree"
-    assert scrub(page, "ArrowLeft").startswith(f"step {MINI.n_inference_steps} of ")
+    assert scrub(page, "ArrowLeft").startswith(f"step {MINI.steps} of ")
     page.focus("#view .canvas")
     page.keyboard.press("Tab")
     assert page.evaluate(LIT) == [1, 0]

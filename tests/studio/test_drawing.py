@@ -16,7 +16,7 @@ from reifusion.studio.drawing import Drawing, draw
 
 
 def request(**more) -> Request:
-    return Request("a cat on a dog", **{"seed": 3, "sampler_name": "ddim", "n_inference_steps": 4, **more})
+    return Request("a cat on a dog", **{"seed": 3, "sampler": "ddim", "steps": 4, **more})
 
 
 def same(one, other) -> bool:
@@ -35,26 +35,26 @@ def test_watching_changes_nothing_and_every_step_is_kept(pipe, finish):
 
 
 def test_of_many_steps_some_are_decoded_the_first_and_the_last_among_them(finish):
-    drawing = finish(request(n_inference_steps=60))
+    drawing = finish(request(steps=60))
     steps = [frame.step for frame in drawing.frames[1:-1]]
     assert len(steps) == drawing_module.MOST and steps[0] == 0 and steps[-1] == 59 == drawing.total - 1
 
 
 def test_without_guidance_the_prompt_does_not_push(finish):
-    assert finish(request(cfg_scale=1)).frames[1].push is None
+    assert finish(request(cfg=1)).frames[1].push is None
 
 
 def test_the_drawing_grows_while_it_is_watched(model, tmp_path):
     seen = [
         (len(drawing.frames), drawing.done)
-        for drawing in draw(request(n_inference_steps=20), model, tmp_path, threading.Event())
+        for drawing in draw(request(steps=20), model, tmp_path, threading.Event())
     ]
     assert seen == sorted(seen) and seen[-1] == (22, True) and len({frames for frames, _ in seen}) > 3
 
 
 def test_stopping_keeps_what_is_there_and_writes_nothing(model, tmp_path):
     stop = threading.Event()
-    for drawing in draw(request(n_inference_steps=1000), model, tmp_path / "out", stop):
+    for drawing in draw(request(steps=1000), model, tmp_path / "out", stop):
         if len(drawing.frames) > 2:
             stop.set()
     assert drawing.note.startswith("Stopped after step ") and drawing.note.endswith(" of 1000.")
@@ -62,7 +62,7 @@ def test_stopping_keeps_what_is_there_and_writes_nothing(model, tmp_path):
 
 
 def test_who_leaves_does_not_keep_the_model(model, tmp_path, finish):
-    watching: Any = draw(request(n_inference_steps=1000), model, tmp_path, threading.Event())
+    watching: Any = draw(request(steps=1000), model, tmp_path, threading.Event())
     next(watching)
     watching.close()
     started = time.monotonic()
@@ -85,7 +85,7 @@ def test_two_pages_at_once_do_not_mix(pipe, model, tmp_path):
     drawn: dict[str, Any] = {}
 
     def watch(prompt: str) -> None:
-        wanted = Request(prompt, seed=3, n_inference_steps=6, sampler_name="ddpm")
+        wanted = Request(prompt, seed=3, steps=6, sampler="ddpm")
         *_, drawn[prompt] = draw(wanted, model, tmp_path, threading.Event())
 
     pages = [threading.Thread(target=watch, args=[prompt]) for prompt in prompts]
@@ -94,7 +94,7 @@ def test_two_pages_at_once_do_not_mix(pipe, model, tmp_path):
     for page in pages:
         page.join()
     for prompt in prompts:
-        wanted = Request(prompt, seed=3, n_inference_steps=6, sampler_name="ddpm")
+        wanted = Request(prompt, seed=3, steps=6, sampler="ddpm")
         assert same(drawn[prompt].frames[-1].picture, pipe.generate(wanted, progress=False))
         assert [word.text for word in drawn[prompt].attention.words] == prompt.split()
         assert all(len(maps) == 6 for maps in drawn[prompt].attention.maps.values())
@@ -108,7 +108,7 @@ def test_two_pages_at_once_do_not_mix(pipe, model, tmp_path):
 
 @pytest.mark.parametrize("name", ["ddim", "euler_a"])  # one in ᾱ, one in σ
 def test_the_curves_are_those_of_the_schedule(finish, name):
-    drawing = finish(request(sampler_name=name))
+    drawing = finish(request(sampler=name))
     signal, noise = torch.tensor(drawing.signal), torch.tensor(drawing.noise)
     assert len(signal) == 1000 and torch.allclose(signal**2 + noise**2, torch.ones(1000))
     assert [frame.t for frame in drawing.frames[1:-1]] == drawing.sampler.timesteps.tolist()

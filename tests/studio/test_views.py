@@ -22,7 +22,7 @@ EVIL = "a <b onclick=alert(1)> cat \" ' ${1+1} {{x}} &amp;"
 
 @pytest.fixture
 def drawing(finish):
-    return finish(Request("a cat on a dog", seed=3, sampler_name="ddpm", n_inference_steps=4))
+    return finish(Request("a cat on a dog", seed=3, sampler="ddpm", steps=4))
 
 
 def heats(html: str) -> dict:
@@ -46,7 +46,7 @@ def test_noise_has_no_words(drawing):
 
 
 def test_a_prompt_is_text_and_never_markup(finish):
-    html = view(drawing := finish(Request(EVIL, seed=3, sampler_name="ddpm", n_inference_steps=2)), 1)
+    html = view(drawing := finish(Request(EVIL, seed=3, sampler="ddpm", steps=2)), 1)
     assert "<b onclick" not in html + happens(drawing, 1) + says(EVIL) + carries({"prompt": EVIL})
     assert "a &lt;b onclick=alert(1)&gt; cat &quot;" in html
 
@@ -96,7 +96,7 @@ def test_each_stage_shows_its_own_equations(drawing):
 
 
 def test_without_guidance_nothing_is_said_of_it(finish):
-    drawing = finish(Request("a cat", seed=3, sampler_name="ddim", n_inference_steps=2, cfg_scale=1))
+    drawing = finish(Request("a cat", seed=3, sampler="ddim", steps=2, cfg=1))
     assert "Salimans 2022" not in happens(drawing, 1) and "Song et al. 2021" in happens(drawing, 1)
 
 

@@ -34,7 +34,7 @@ def editor(size=(64, 64), painted=(16, 16, 48, 48)) -> dict:
 def test_the_fields_make_the_request():
     request = ask(**FIELDS | {"negative": "dog", "size": " 64x96 "})
     assert (request.prompts, request.negatives, request.seeds) == (["a cat"], ["dog"], [5])
-    assert (request.sampler_name, request.n_inference_steps, request.cfg_scale) == ("ddim", 3, 2.5)
+    assert (request.sampler, request.steps, request.cfg) == ("ddim", 3, 2.5)
     assert (request.width, request.height, request.picture, request.redraw) == (64, 96, None, None)
 
 
@@ -103,7 +103,7 @@ def test_any_text_and_number_survive_the_shell_and_python(text, cfg):
     assert words[-2:] == ["--", text] and f"--cfg={cfg}" in words
     assert (f"--negative={text}" in words) == (text != "")
     compile(as_python(settings), "copied", "exec")
-    assert repr(text) in as_python(settings) and f"cfg_scale={cfg!r}" in as_python(settings)
+    assert repr(text) in as_python(settings) and f"cfg={cfg!r}" in as_python(settings)
 
 
 def test_strength_is_said_only_where_it_counts():
