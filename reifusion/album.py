@@ -92,7 +92,11 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
     for name in FILES:
         if name in names and name in before.hashes and before.hashes[name] != now.hashes.get(name):
             value = getattr(now.settings, name)
-            what = f"LoRA {' or '.join(file for file, _ in value)}" if name == "lora" else f"{name.replace('_', ' ')} {value}"
+            what = (
+                f"LoRA {' or '.join(file for file, _ in value)}"
+                if name == "lora"
+                else f"{name.replace('_', ' ')} {value}"
+            )
             warnings.warn(f"the {what} is not what it was, so the picture will differ", stacklevel=2)
 
 

@@ -241,7 +241,9 @@ class Settings:
         if self.deepcache != 1:
             imports.append("from reifusion.shortcuts.deepcache import deepcached")
             pipe.append(f"pipe = deepcached(pipe, {self.deepcache})")
-        said = {name: value for name, value in self._said().items() if name in requested() and name != "prompt"}
+        said = {
+            name: value for name, value in self._said().items() if name in requested() and name != "prompt"
+        }
         settings = [f"    {name}={value!r}," for name, value in said.items()]
         call = ["picture = pipe.generate(", f"    {self.prompt!r},", *settings, ")"]
         return "\n".join([*imports, "", *pipe, *call, 'picture.save("picture.png")'])

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from reifusion.profile import KINDS, REST, profiled
 
 from reifusion import cli, profile
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.profile import KINDS, REST, profiled
 from tests.tiny import TINY, Bytes, networks
 
 

@@ -106,7 +106,9 @@ class Experiment:
     own: tuple[Own, ...] = ()
     settings: str = "prompt seed steps cfg sampler size"
     subject: Callable[[dict[str, Any]], str] = lambda said: said["prompt"]
-    check: Callable[[dict[str, Any]], None] = lambda said: None  # raises ValueError for options that do not agree
+    check: Callable[[dict[str, Any]], None] = lambda said: (
+        None
+    )  # raises ValueError for options that do not agree
 
 
 def _pixel_and_by(said: dict[str, Any]) -> None:
@@ -305,9 +307,13 @@ def _command(experiment: Experiment) -> Callable[..., None]:
     )
     def show(given: dict[str, Any], out: Out = OUT, quiet: Quiet = False) -> None:
         texts = {one.name: given.pop(one.name, None) for one in experiment.own}
-        own = {one.name: None if texts[one.name] is None else one.read(texts[one.name]) for one in experiment.own}
+        own = {
+            one.name: None if texts[one.name] is None else one.read(texts[one.name]) for one in experiment.own
+        }
         experiment.check(own)
-        varied = [(one.varies, value) for one in experiment.own if one.varies for value in _all(own[one.name])]
+        varied = [
+            (one.varies, value) for one in experiment.own if one.varies for value in _all(own[one.name])
+        ]
         settings, request = _request(given, varied)
         with writable(Path(out)):
             pipe = _pipe(settings)

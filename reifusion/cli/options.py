@@ -53,7 +53,9 @@ def takes(*parameters: inspect.Parameter) -> Callable[[Callable[..., Any]], Call
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         def run(**values: Any) -> Any:
             given = {one.name: values.pop(one.name) for one in parameters}
-            return command({name: value for name, value in given.items() if value not in (None, [])}, **values)
+            return command(
+                {name: value for name, value in given.items() if value not in (None, [])}, **values
+            )
 
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
         own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]

@@ -87,8 +87,7 @@ def steps(
     suitable = suiting(pipe)
     samplers = samplers or [name for name in ("ddim", "dpmpp_2m", "euler_a") if name in suitable] or suitable
     rows = [
-        draw_all(pipe, (replace(request, sampler=name, steps=count) for count in counts))
-        for name in samplers
+        draw_all(pipe, (replace(request, sampler=name, steps=count) for count in counts)) for name in samplers
     ]
     away = [[distance(picture, row[-1]) for picture in row] for row in rows]
     figure = picture_grid(

@@ -75,9 +75,7 @@ def halves(pipe: StableDiffusion, request: Request, num: int = 12) -> Exhibit:
     findings: list[Finding] = []
     cells: list[Image.Image] = []
     captions = []
-    for k, things in enumerate(
-        tqdm(pairs(num, request.seeds[0]), unit="picture", disable=None, leave=False)
-    ):
+    for k, things in enumerate(tqdm(pairs(num, request.seeds[0]), unit="picture", disable=None, leave=False)):
         one, other = (f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in things)
         asked = replace(
             request, prompt=f"{one} on the left and {other} on the right", seed=request.seeds[0] + k
@@ -104,9 +102,7 @@ def halves(pipe: StableDiffusion, request: Request, num: int = 12) -> Exhibit:
         f"{summary} · {describe(request, 'prompt', 'seed')}",
         captions=[captions[line] for line in lines],
     )
-    alt = (
-        f"{num} pictures of two things each, and beside each where the two words were looked at. {summary}."
-    )
+    alt = f"{num} pictures of two things each, and beside each where the two words were looked at. {summary}."
     numbers = {"share": share, "iou": own, "other_iou": other_side, "findings": [vars(f) for f in findings]}
     return Exhibit(figure, "Do words find their things?", alt, GUIDE["halves"], numbers, _table(findings))
 

@@ -46,9 +46,7 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
     elif facts.zero_terminal_snr:
         path += ", to noise alone"
     target = facts.prediction_type.removesuffix("_prediction")
-    subtitle = (
-        f"{pipe.config.name} · {path} · the network predicts {target} · {request.steps} steps"
-    )
+    subtitle = f"{pipe.config.name} · {path} · the network predicts {target} · {request.steps} steps"
     _, top = sheet(WIDTH, 100, "The noise schedule", subtitle)
     shown = torch.linspace(0, len(t) - 1, 8).round().long().tolist()
     cell = (WIDTH - 2 * MARGIN - 7 * GAP) // 8

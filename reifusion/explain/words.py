@@ -231,7 +231,9 @@ def words(
     """
     with watch(pipe, request, pixel) as attention:
         *_, last = pipe.denoise(request)
-    chosen = [attention.find(word)] if word else attention.telling(1 if by == "head" else 6) or attention.special
+    chosen = (
+        [attention.find(word)] if word else attention.telling(1 if by == "head" else 6) or attention.special
+    )
     picture = pipe.decode(last.latents)[0]
     if by == "word":
         return attention.by_word(picture, special)

@@ -148,4 +148,7 @@ def test_the_files_say_the_same(table, tmp_path):
     rows = json.loads((tmp_path / "trace.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [row.name for row in table.rows]
     text = (tmp_path / "trace.txt").read_text()
-    assert len(text.splitlines()) == len(rows) + 3 and "down.1.1.layers.0.cross_attention (CrossAttention)" in text
+    assert (
+        len(text.splitlines()) == len(rows) + 3
+        and "down.1.1.layers.0.cross_attention (CrossAttention)" in text
+    )
