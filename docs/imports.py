@@ -1,4 +1,4 @@
-"""Who imports whom: read from the code, and drawn."""
+"""Which part imports which: read from the code, and drawn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parts() -> dict[str, list[Path]]:
 
 
 def imports() -> dict[tuple[str, str], bool]:
-    """(who, whom) -> whether who cannot even be imported without; False: only when a function runs."""
+    """(who, whom) -> True if the import of who needs whom; False if only some functions of who do."""
     known = parts()
     found: dict[tuple[str, str], bool] = {}
     for name, files in known.items():
@@ -52,23 +52,21 @@ def _targets(node: ast.AST, path: Path) -> list[str]:
 
 
 def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
-    """How high each part stands: above all that it needs, and the command line, where one begins, on top."""
+    """How high each part stands: above all that it needs. Raises ValueError if two parts need each other."""
     needs: dict[str, set[str]] = {name: set() for name in parts()}
-    for (who, whom), at_once in edges.items():
-        if at_once and whom != "cli":
-            needs[who].add(whom)
+    for who, whom in edges:
+        needs[who].add(whom)
 
     def height(name: str, above: tuple[str, ...] = ()) -> int:
         if name in above:
             raise ValueError(f"{' imports '.join((*above, name))}: a circle")
         return 1 + max((height(other, (*above, name)) for other in needs[name]), default=-1)
 
-    found = {name: height(name) for name in needs}
-    return found | {"cli": max(found.values()) + 1}
+    return {name: height(name) for name in needs}
 
 
 def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
-    """Without those to the command line, and those that others imply: from a to c, if a → b → c."""
+    """The edges without those that others imply: from a to c, if a → b → c."""
 
     def reaches(start: str, goal: str, seen: frozenset[str]) -> bool:
         return any(
@@ -76,13 +74,12 @@ def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
             for who, whom in edges if who == start and whom not in seen
         )  # fmt: skip
 
-    down = {pair: at_once for pair, at_once in edges.items() if pair[1] != "cli"}
     return {
         (who, whom): at_once
-        for (who, whom), at_once in down.items()
+        for (who, whom), at_once in edges.items()
         if not any(
             reaches(other, whom, frozenset((who, other)))
-            for one, other in down
+            for one, other in edges
             if one == who and other != whom
         )
     }
