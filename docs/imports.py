@@ -52,7 +52,10 @@ def _targets(node: ast.AST, path: Path) -> list[str]:
 
 
 def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
-    """How high each part stands: above all that it needs. Raises ValueError if two parts need each other."""
+    """How high each part stands: above all that it needs, and close below those that need it.
+
+    Raises ValueError if two parts need each other.
+    """
     needs: dict[str, set[str]] = {name: set() for name in parts()}
     for who, whom in edges:
         needs[who].add(whom)
@@ -62,7 +65,11 @@ def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
             raise ValueError(f"{' imports '.join((*above, name))}: a circle")
         return 1 + max((height(other, (*above, name)) for other in needs[name]), default=-1)
 
-    return {name: height(name) for name in needs}
+    heights = {name: height(name) for name in needs}
+    for name in sorted(heights, key=lambda name: -heights[name]):
+        users = [heights[who] for who, whom in edges if whom == name]
+        heights[name] = min(users, default=heights[name] + 1) - 1
+    return heights
 
 
 def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
@@ -110,7 +117,7 @@ def diagram() -> str:
         )
     boxes = [
         f'<rect x="{x - BOX[0] / 2:.0f}" y="{y - BOX[1] / 2:.0f}" width="{BOX[0]}" height="{BOX[1]}" rx="6"'
-        f' fill="none" stroke="currentColor"/>'
+        f' fill="var(--md-default-bg-color, white)" stroke="currentColor"/>'
         f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" fill="currentColor">{name}</text>'
         for name, (x, y) in place.items()
     ]

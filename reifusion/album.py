@@ -1,8 +1,8 @@
 """Pictures with their settings: a PNG that says how it was drawn, for us and for other programs.
 
-`entry` collects what a picture's file is to say, `save` writes the picture, `read` reads the entry back. Beside the
-settings stand the hashes of the files that they name, so that `warn_if_changed` can tell whether the same settings
-still draw the same picture.
+`entry` collects what a picture's file is to say, `save` writes the picture, `read` reads the entry back.
+Beside the settings stand the hashes of the files that they name, so that `warn_if_changed` can tell whether
+the same settings still draw the same picture.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FILES = frozenset(("model", "lora", "init_image", "mask"))  # the settings that 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a picture's file says of the picture."""
+    """What a picture's file says about the picture."""
 
     settings: Settings
     hashes: dict[str, Any]  # of the files, by setting: a text, and for the LoRAs a list of texts
@@ -51,7 +51,7 @@ class Entry:
 
 
 def entry(settings: Settings, request: Request, pipe: StableDiffusion) -> Entry:
-    """Returns the entry of a request's first picture. settings: what the request does not know: files, shortcuts."""
+    """Returns the entry for a request's first picture. settings: the model, files and shortcuts behind it."""
     dtype = str(pipe.dtype).removeprefix("torch.")
     settings = replace(settings.filled(request.for_model(pipe.config)), dtype=dtype)
     return Entry(settings, _hashes(settings), pipe.config.name)
@@ -71,7 +71,7 @@ def save(picture: Image.Image, entry: Entry, path: Path) -> Path:
 
 
 def read(path: str | Path) -> Entry:
-    """Reads what a picture of ours says of itself. Raises ValueError, in one sentence, for any other file."""
+    """Reads the entry of a picture of ours. Raises ValueError, in one sentence, for other files."""
     try:
         carried = json.loads(getattr(read_picture(path), "text", {})["reifusion"])
         hashes = {name: carried[f"{name}_hash"] for name in FILES if carried.get(f"{name}_hash") is not None}
@@ -88,7 +88,7 @@ def read(path: str | Path) -> Entry:
 
 
 def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -> None:
-    """Warns of files that have changed since a picture was drawn. names: the settings taken from the picture."""
+    """Warns of files that have changed since a picture was drawn. names: the settings to look at."""
     for name in FILES:
         if name in names and name in before.hashes and before.hashes[name] != now.hashes.get(name):
             value = getattr(now.settings, name)
@@ -101,7 +101,7 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
 
 
 def _hashes(settings: Settings) -> dict[str, Any]:
-    """The hashes of the files that the settings name, by setting."""
+    """Returns the hashes of the files that the settings name, by setting."""
     found: dict[str, Any] = {"model": file_hash(model_loader.info(settings.model).path)}
     if settings.lora:
         found["lora"] = [file_hash(file) for file, _ in settings.lora]
@@ -112,7 +112,7 @@ def _hashes(settings: Settings) -> dict[str, Any]:
 
 
 def file_hash(source: str | Path) -> str:
-    """The first ten digits of the SHA-256 of a file, as other programs show it, or of all weights in a folder."""
+    """Returns ten digits of the SHA-256 of a file, or of a folder's weights, as other programs show it."""
     path, digest = Path(source), hashlib.sha256()
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         with file.open("rb") as stream:
@@ -122,7 +122,7 @@ def file_hash(source: str | Path) -> str:
 
 
 def keep(picture: Image.Image, folder: Path) -> str:
-    """Writes an input picture once, named by its content, so that settings can refer to it; returns its path."""
+    """Writes an input picture once, named by its content, for settings to refer to; returns its path."""
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     path = folder / f"input-{hashlib.sha256(stream.getvalue()).hexdigest()[:10]}.png"
@@ -146,7 +146,7 @@ def slug(prompt: str) -> str:
 
 
 def png_path(out: str) -> Path | None:
-    """Returns the file that `out` names, or None if `out` names a folder. Raises ValueError for other formats."""
+    """Returns the file that `out` names; None for a folder. Raises ValueError for formats other than PNG."""
     path = Path(out)
     if any(len(part.encode()) > 240 for part in path.parts):
         raise ValueError(f"the name {out[:20]}… is too long")
@@ -161,7 +161,7 @@ def png_path(out: str) -> Path | None:
 
 
 def parameters(entry: Entry) -> str:
-    """The settings as text, in the form that AUTOMATIC1111's web UI established."""
+    """Returns the settings as text, in the form that AUTOMATIC1111's web UI established."""
     settings = entry.settings
     loras = [(Path(file).stem, weight) for file, weight in settings.lora]
     hashes = [f"{name}: {digest}" for (name, _), digest in zip(loras, entry.hashes.get("lora", ()))]

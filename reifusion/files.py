@@ -15,7 +15,7 @@ from typing import Any
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields another name for a file or a folder, which becomes `path` if all goes well, and is removed otherwise."""
+    """Yields another name for a file or folder, which becomes `path` if all goes well, or else vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{uuid.uuid4().hex[:8]}"
@@ -52,10 +52,10 @@ def free(path: Path) -> Path:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Checks, before the work begins, that files can be written to a folder; makes the folder if it is missing.
+    """Checks, before the work begins, that files can be written to a folder; makes a folder that is missing.
 
-    At the end, folders that were made here and are still empty are removed. Raises ValueError if nothing can be
-    written.
+    At the end, folders that were made here and are still empty are removed. Raises ValueError if nothing can
+    be written.
     """
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:

@@ -1,8 +1,9 @@
 """A picture's settings, known once: names, defaults, help, and the forms that they take outside Python.
 
-The command line and the studio make `Settings` of texts, the album writes them into pictures and reads them back,
-and `request` and `pipe` turn them into what draws. The limits of a setting are checked in `model/request.py`.
-PyTorch is imported by the functions that need it, and not by this file, so that `--help` answers at once.
+The command line and the studio make `Settings` of texts, the album writes them into pictures and reads them
+back, and `request` and `pipe` turn them into what draws. The limits of a setting are checked in
+`model/request.py`. PyTorch is imported by the functions that need it, and not by this file, so that `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def sampler_names() -> list[str]:
-    """The names of the samplers, read from their source: to import it is to import PyTorch."""
+    """Returns the names of the samplers, read from their source, as importing it would import PyTorch."""
     sources = (Path(__file__).with_name("model") / file for file in ("ddpm.py", "samplers.py"))
     lines = "".join(source.read_text("utf-8") for source in sources)
     return re.findall(r'^    name, title = "(\w+)"', lines, re.MULTILINE)
 
 
-# ---- from a picture's metadata, which is JSON that anybody may have written: ValueError for a wrong type ------
+# ---- from a picture's metadata: JSON, in which any value may have the wrong type, which is a ValueError ----
 
 
 def _carried_number(value: Any) -> float:
@@ -99,7 +100,7 @@ def _carried_loras(value: Any) -> tuple[tuple[str, float], ...]:
     return tuple((file, weight) for file, weight in value)
 
 
-# ---- the settings ---------------------------------------------------------------------------------------------
+# ---- the settings -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ _MODEL = "the model's"
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides one picture. None leaves a setting open: it is then the model's own, or none."""
+    """Everything that decides one picture. None leaves a setting to the model, or switches it off."""
 
     prompt: str | None = _setting("Prompt", "What to draw.")
     negative: str = _setting("Negative prompt", "What to keep away from.", "")
@@ -183,7 +184,7 @@ class Settings:
     dtype: str | None = _setting("dtype", "bf16, fp16 or fp32.", shown="what suits the device")
 
     def request(self, num: int = 1) -> Request:
-        """Returns what is to be asked of the model. Raises ValueError, in one sentence, for what cannot be drawn."""
+        """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
         from .model.request import Request
 
         if self.prompt is None:
@@ -195,7 +196,7 @@ class Settings:
         return Request(**settings, num=num)
 
     def pipe(self, device: torch.device | str | None = None) -> StableDiffusion:
-        """Loads the model, with its LoRAs and shortcuts. Raises ValueError, in one sentence, for a wrong file."""
+        """Loads the model, with LoRAs and shortcuts. Raises ValueError, in one sentence, for a wrong file."""
         from .api import load
         from .shortcuts.deepcache import deepcached
         from .shortcuts.int8 import quantize
@@ -210,7 +211,7 @@ class Settings:
         return deepcached(pipe, self.deepcache)
 
     def filled(self, request: Request) -> Settings:
-        """Returns the settings of the request's first picture; model, LoRAs, files and shortcuts are kept."""
+        """Returns these settings with those that the request's first picture has in their place."""
         return replace(self, **of_request(request))
 
     def carried(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ class Settings:
         return "\n".join([*imports, "", *pipe, *call, 'picture.save("picture.png")'])
 
     def _said(self) -> dict[str, Any]:
-        """The settings that must be said for the picture to be the same."""
+        """Returns the settings that must be said for the picture to be the same."""
 
         def counts(name: str, value: Any) -> bool:
             if name == "strength":
@@ -264,12 +265,12 @@ ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Set
 
 
 def read(texts: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a command line takes them -> their values. Raises ValueError, in one sentence."""
+    """Returns the values of settings that a command line took. Raises ValueError, in one sentence."""
     return {name: ABOUT[name].read(text) for name, text in texts.items()}
 
 
 def from_carried(carried: Mapping[str, Any]) -> Settings:
-    """Settings as a picture carries them -> Settings; names that are not known here are ignored.
+    """Returns the settings that a picture carries; names that are not known here are ignored.
 
     Raises ValueError, with the name and the value, for a value of the wrong type.
     """
@@ -284,7 +285,7 @@ def from_carried(carried: Mapping[str, Any]) -> Settings:
 
 
 def requested() -> list[str]:
-    """The names of the settings that a `Request` has too; the others are the model's."""
+    """Returns the names of the settings that a `Request` has too; the others concern the model."""
     from .model.request import Request
 
     known = {one.name for one in fields(Request)}
@@ -292,6 +293,6 @@ def requested() -> list[str]:
 
 
 def of_request(request: Request) -> dict[str, Any]:
-    """The settings of a request's first picture, by name, without the pictures that it begins with."""
+    """Returns the settings of a request's first picture, by name, without its input pictures."""
     values = {name: getattr(request, name) for name in requested() if name not in ("init_image", "mask")}
     return values | {"prompt": request.prompts[0], "negative": request.negatives[0]}

@@ -206,6 +206,13 @@ def test_like_says_when_the_input_image_has_changed(draw, run):
     assert err == "reifusion: the init image photo.png is not what it was, so the picture will differ\n"
 
 
+def test_python_and_the_command_line_draw_the_same_picture(run):
+    picture = reifusion.generate("a red apple", seed=3, progress=False)
+    code, out, err = run("generate", "a red apple", "--seed", 3)
+    assert (code, err) == (0, "")
+    assert np.array_equal(pixels(Path(out.strip())), np.array(picture))
+
+
 # Looking and converting
 
 

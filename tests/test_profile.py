@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,9 +68,9 @@ def test_fast_forms_are_counted_and_do_not_step_aside(monkeypatch):
     with profiled(fast) as found:
         draw(fast)
     assert {*KINDS.values()} <= {part.name for part in found.parts}
-    stepped_aside = []
+    stepped_aside: list[type] = []
     for kind in set(kernels.FAST.values()):
-        plain = kind.__bases__[0]
+        plain: Any = kind.__bases__[0]
         monkeypatch.setattr(plain, "forward", _noting(plain.forward, kind, stepped_aside))
     draw(fast)
     expected, stepped_aside[:] = list(stepped_aside), []

@@ -1,4 +1,4 @@
-"""Settings survive the shell, Python and a picture's metadata; an album overwrites nothing and notices changes."""
+"""Settings survive the shell, Python and a picture's metadata; an album notices what has changed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from reifusion.settings import ABOUT, Settings, from_carried, of_request, read, 
 
 SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64), dtype="float32")
 OTHERS = Settings(
-    "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)), "euler_a", 3, 2.5, 7,
-    (64, 96), "photo.png", "mask.png", 0.7, 1, (0.3, 5.0), 0.25, 2, True, "float32",
+    "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)), "euler_a",
+    3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1, (0.3, 5.0), 0.25, 2, True, "float32",
 )  # fmt: skip
 
 

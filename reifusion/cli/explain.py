@@ -1,8 +1,8 @@
 """`reifusion explain …`: with a prompt, everything about one picture; with a name, an experiment.
 
-`EXPERIMENTS` is the table of experiments. Each is a function in `reifusion/explain`, which makes one picture, and
-what that function needs: some of the settings, and options of its own. The functions are imported late, as they
-import PyTorch.
+`EXPERIMENTS` is the table of experiments. Each is a function in `reifusion/explain`, which makes one
+picture, and what that function needs: some of the settings, and options of its own. The functions are
+imported late, as they import PyTorch.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ OUT = "explain"
 
 
 def main(arguments: list[str]) -> int:
-    """Runs `reifusion explain` with these arguments; returns the exit code. Errors are raised, as typer's are."""
+    """Runs `reifusion explain` with these arguments; returns the exit code. Does not catch errors."""
     names = [command.name for command in app.registered_commands]
     if arguments and arguments[0] not in (*names, "--help"):
         arguments = ["picture", *arguments]
     return app(arguments or ["--help"], prog_name="reifusion explain", standalone_mode=False) or 0
 
 
-# ---- what options are made of -----------------------------------------------------------------------------------
+# ---- the table --------------------------------------------------------------------------------------------
 
 
 def _numbers(flag: str, kind: type) -> Callable[[str], list[Any]]:
@@ -218,11 +218,11 @@ EXPERIMENTS: dict[str, Experiment] = {
 }  # fmt: skip
 
 
-# ---- the commands -----------------------------------------------------------------------------------------------
+# ---- the commands -----------------------------------------------------------------------------------------
 
 
 def _settings(names: str) -> list[inspect.Parameter]:
-    """Returns options for these settings, and for the model. The prompt must be given; the seed is 0 unless given."""
+    """Returns options for these settings and the model. A prompt is required; the seed is 0 by default."""
     own: dict[str, dict[str, Any]] = {"prompt": {"required": True}, "seed": {"default": 0}}
     return [setting(name, **own.get(name, {})) for name in [*names.split(), "model"]]
 
@@ -230,7 +230,8 @@ def _settings(names: str) -> list[inspect.Parameter]:
 def _request(given: dict[str, Any], varied: Iterable[tuple[str, Any]] = ()) -> tuple[Settings, Request]:
     """Returns what was asked for. varied: settings, by name, that an experiment is going to change.
 
-    Raises ValueError, in one sentence, for what the model cannot draw, which its file says before it is loaded.
+    Raises ValueError, in one sentence, for what the model cannot draw, which its file says before it is
+    loaded.
     """
     from ..model.model_loader import info
 
@@ -296,7 +297,7 @@ def trace(given: dict[str, Any], out: Out = OUT, quiet: Quiet = False) -> None:
 
 
 def _command(experiment: Experiment) -> Callable[..., None]:
-    """Returns the command that makes the experiment's picture, and prints where it is and what to look for."""
+    """Returns the command that makes the picture, and prints its place and what to look for."""
 
     @takes(
         *_settings(experiment.settings),

@@ -1,8 +1,9 @@
 """The way in, and what holds for every verb: exit codes, errors, memory.
 
-Exit codes: 0 done, 1 the work failed, 2 the input was wrong, 130 stopped by Ctrl-C. An error is one sentence on
-stderr; REIFUSION_DEBUG=1 shows the traceback as well. Whatever can be wrong with the user's input is found before
-the work starts. PyTorch is imported by the commands when they run, so that `--help` answers at once.
+Exit codes: 0 done, 1 the work failed, 2 the input was wrong, 130 stopped by Ctrl-C. An error is one sentence
+on stderr; REIFUSION_DEBUG=1 shows the traceback as well. Whatever can be wrong with the user's input is
+found before the work starts. PyTorch is imported by the commands when they run, so that `--help` answers at
+once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _root(
     pass
 
 
-# The base class of typer's usage errors. Typer has a copy of click inside since 0.2x; before, it imported click.
+# The base class of typer's usage errors, which is click's: imported before typer 0.2x, and a copy since then.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 

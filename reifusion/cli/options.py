@@ -24,9 +24,9 @@ def option(
 ) -> inspect.Parameter:
     """Returns a parameter of a command.
 
-    default: None if the command is to know that the user left the option out. flags: if not those of the name. kind:
-    the type; list for texts that may be repeated. shown: the default in words. argument: it has a place and no flag.
-    more: what typer knows besides.
+    default: None if the command is to know that the user left the option out. flags: if not those of the
+    name. kind: the type; list for texts that may be repeated. shown: the default in words. argument: it has
+    a place and no flag. more: what typer knows besides.
     """
     shown = default if shown is None else shown
     said = shown is not None and shown is not False and shown != "" and not required

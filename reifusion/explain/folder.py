@@ -24,10 +24,10 @@ def explain(
     entry: album.Entry,
     pixel: tuple[int, int] | None = None,
 ) -> None:
-    """Draws the request's one picture, watches, and fills the folder, which must exist; index.html shows it all.
+    """Draws the request's picture, watches, and fills a folder that exists; index.html shows the rest.
 
-    entry: what picture.png says of itself. pixel: (x, y) of a place in the picture, to see what the place looks at.
-    Raises ValueError for a request of several pictures or a pixel outside.
+    entry: what picture.png says of itself. pixel: (x, y) of a place in the picture, to see what the place
+    looks at. Raises ValueError for a request of several pictures or a pixel outside.
     """
     folder = Path(folder)
     with watch(pipe, request, pixel) as attention:
@@ -122,7 +122,8 @@ _BODY = """<h1>{prompt}</h1>
 <p><img src="trajectory.gif" alt="Left, noise becomes a picture; right, what the network sees in it."></p>
 {forming}
 <h2>Which word made which pixel</h2>
-<p>Point at a word, or choose one with Tab and the arrow keys. Red is where the picture looked at the word.</p>
+<p>Point at a word, or choose one with Tab and the arrow keys. Red is where the picture
+looked at the word.</p>
 <div id="words">
 <p>{words}</p>
 <div class="stage"><img src="picture.png" alt="the picture">{overlays}</div>

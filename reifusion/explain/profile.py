@@ -1,8 +1,8 @@
 """Where the time goes: `reifusion generate --profile`.
 
 Hooks time each network, and each kind of block in the U-Net, while they draw as always: the modules that are
-watched are those whose fast forms do not mind a hook. The arithmetic is counted apart, on networks without weights.
-The trace opens in a browser: chrome://tracing or ui.perfetto.dev.
+watched are those whose fast forms do not mind a hook. The arithmetic is counted apart, on networks without
+weights. The trace opens in a browser: chrome://tracing or ui.perfetto.dev.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ WIDTH = 1160
 
 
 def signal_and_noise(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns t, and the factors of picture and noise in what the network is given at t: (T,) each, float64."""
+    """Returns t, and the shares of picture and noise in the network's input at t: (T,) each, float64."""
     t = torch.arange(sampler.num_training_steps)
     one, none = torch.ones(len(t), 1, dtype=torch.float64), torch.zeros(len(t), 1, dtype=torch.float64)
     signal, noise = sampler.add_noise(one, t, none)[:, 0], sampler.add_noise(none, t, one)[:, 0]

@@ -1,8 +1,8 @@
 """What every module does, in the order in which they run: shapes, parameters, arithmetic, time, statistics.
 
-`trace` watches the first denoising step, and runs each network again with the same inputs and a hook at every
-module. A `Trace` is a table: as text, as JSON, and as a page whose rows lead to the line of source that makes the
-call. The fast kernels are taken out for it, so the lines are the textbook's.
+`trace` watches the first denoising step, and runs each network again with the same inputs and a hook at
+every module. A `Trace` is a table: as text, as JSON, and as a page whose rows lead to the line of source
+that makes the call. The fast kernels are taken out for it, so the lines are the textbook's.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Trace:
 def trace(pipe: StableDiffusion, request: Request) -> Trace:
     """Runs text encoder, U-Net (the first step) and decoder for the request's picture, each four times.
 
-    Once with hooks that look at every module's tensors, then three times with hooks that only take the time: the
-    fastest run counts. A module that is called twice has two rows.
+    Once with hooks that look at every module's tensors, then three times with hooks that only take the time:
+    the fastest run counts. A module that is called twice has two rows.
     """
     request, device = request.for_model(pipe.config), torch.device(pipe.device)
     rows: list[Row] = []
@@ -230,7 +230,7 @@ def _hooked(network: nn.Module, enter: Callable, leave: Callable) -> Iterator[No
 
 
 def _caller(module: nn.Module) -> tuple[str, int]:
-    """Returns the file and line of the textbook that is calling the module, or else those of its `forward`."""
+    """Returns the file and line of the textbook that is calling the module; without one, its `forward`'s."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -242,7 +242,7 @@ def _caller(module: nn.Module) -> tuple[str, int]:
 
 
 def own_flops(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> int:
-    """Counts the module's own additions and multiplications, without its submodules': 2 for each product in a sum."""
+    """Counts the additions and multiplications of the module itself: 2 for each product in a sum."""
     if isinstance(module, nn.Linear):
         return 2 * output.numel() * module.in_features
     if isinstance(module, nn.Conv2d):
@@ -315,9 +315,9 @@ pre span:target { background: light-dark(#fff1b8, #574a12); }
 
 _BODY = """<h1>Every module, in order</h1>
 <p class="about">{about}</p>
-<p>For a picture, the text encoder runs once, the U-Net once in every step, of which this is the first, and the
-decoder once. The numbers of a row include those of all rows that are indented below it. The bar behind the
-milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
+<p>For a picture, the text encoder runs once, the U-Net once in every step, of which this is the first, and
+the decoder once. The numbers of a row include those of all rows that are indented below the row. The bar
+behind the milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
 <table><thead><tr>{head}</tr></thead><tbody>
 {rows}
 </tbody></table>

@@ -6,7 +6,8 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1b1b1f, #ececf1); --grey: light-dark(#63636e, #a0a0ac);
-  --rule: light-dark(#d8d8de, #3a3a42); --paper: light-dark(#fff, #17171a); --link: light-dark(#2f5bd0, #93b0ff); }
+  --rule: light-dark(#d8d8de, #3a3a42); --paper: light-dark(#fff, #17171a);
+  --link: light-dark(#2f5bd0, #93b0ff); }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 p, figcaption { max-width: 46rem; }
 .about, figcaption { color: var(--grey); }

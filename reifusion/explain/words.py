@@ -226,8 +226,8 @@ def words(
 ) -> Exhibit:
     """Draws the request's picture, and shows where it looked.
 
-    by: "word", "step", "layer", "head", or "pixel", the place that looks. word: the only one to show; None: the most
-    telling ones. special: also show start, end and padding, by word.
+    by: "word", "step", "layer", "head", or "pixel", the place that looks. word: the only one to show; None:
+    the most telling ones. special: also show start, end and padding, by word.
     """
     with watch(pipe, request, pixel) as attention:
         *_, last = pipe.denoise(request)

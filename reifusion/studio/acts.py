@@ -75,7 +75,8 @@ class Acts:
             yield self._ended(tab, drawing)
 
     def _ended(self, tab: Tab, drawing: Drawing) -> dict[Any, Any]:
-        parts, update = self.parts, {self.parts.status: says(drawing.note, drawing.failed)}
+        parts = self.parts
+        update: dict[Any, Any] = {parts.status: says(drawing.note, drawing.failed)}
         if drawing.frames:
             tab.drawing, end = drawing, len(drawing.frames) - 1
             update |= self._look(tab, end)
@@ -170,7 +171,9 @@ class Acts:
         try:
             entry = _entry(paths[index])
             settings = entry.settings
-            begin, mask = (path and read_picture(path) for path in (settings.init_image, settings.mask))
+            begin, mask = (
+                None if path is None else read_picture(path) for path in (settings.init_image, settings.mask)
+            )
         except (ValueError, IndexError) as error:
             return {parts.status: says(str(error), failed=True)}
         lost = [name for name in BEYOND if getattr(settings, name) != ABOUT[name].default]

@@ -1,14 +1,14 @@
-"""Draws one picture after the other, while pages watch: what each step saw, and which pixels looked at which word."""
+"""Draws one picture after the other, while pages watch the steps and the attention."""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import cast
+from typing import Any, cast
 
 from PIL import Image
 
@@ -61,8 +61,8 @@ class Drawing:
 def draw(request: Request, source: str, folder: Path, stop: threading.Event) -> Iterator[Drawing]:
     """Draws with the model of that name; yields the same `Drawing` whenever there is something new.
 
-    The work is done in a thread of its own, so that the lock is released however the work ends: when the picture is
-    done, when `stop` is set, or when nobody listens any more. Errors are in the drawing's note.
+    The work is done in a thread of its own, so that the lock is released however the work ends: when the
+    picture is done, when `stop` is set, or when nobody listens any more. Errors are in the drawing's note.
     """
     drawing, news = Drawing(request, "Waiting for the picture of another page."), SimpleQueue[None]()
 
@@ -130,8 +130,10 @@ def _draw(
         return _stopped(drawing)
     folder.mkdir(parents=True, exist_ok=True)
     given = {"init_image": request.init_image, "mask": request.mask}
-    kept = {name: album.keep(one, folder) for name, one in given.items() if isinstance(one, Image.Image)}
-    entry = album.entry(replace(Settings(model=source), **kept), request, pipe)
+    kept: dict[str, Any] = {
+        name: album.keep(one, folder) for name, one in given.items() if isinstance(one, Image.Image)
+    }
+    entry = album.entry(Settings(model=source, **kept), request, pipe)
     drawing.path = album.save(picture, entry, folder / album.file_name(entry.settings))
     drawing.settings = entry.settings
     drawing.note = f"Done: {drawing.path}"

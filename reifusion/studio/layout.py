@@ -64,14 +64,17 @@ class Parts:
                     samplers(config), value=own.sampler, label="Sampler", elem_id="sampler"
                 )
                 with gr.Row():
-                    self.seed = gr.Number(0, precision=0, label="Seed", min_width=120, elem_id="seed",
-                                     placeholder="a new one each time")  # fmt: skip
-                    self.size = gr.Textbox(label="Width x height", min_width=120, elem_id="size",
-                                      placeholder="the model's")  # fmt: skip
+                    self.seed = gr.Number(
+                        0, precision=0, label="Seed", min_width=120, elem_id="seed",
+                        placeholder="a new one each time",
+                    )  # fmt: skip
+                    self.size = gr.Textbox(
+                        label="Width x height", min_width=120, elem_id="size", placeholder="the model's"
+                    )
                 self.live = gr.Checkbox(label="Draw anew when one of these changes", elem_id="live")
                 with gr.Accordion("Begin with a picture, paint what is to change", open=False):
                     gr.HTML(
-                        "<p>The part that you paint white is redrawn; if you paint nothing, the whole picture is.</p>"
+                        "<p>What you paint white is redrawn; without any paint, the whole picture is.</p>"
                     )
                     self.editor = gr.ImageEditor(
                         type="pil", image_mode="RGBA", format="png", sources=("upload", "clipboard"),
@@ -120,7 +123,7 @@ def samplers(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 def theme() -> gr.themes.Base:
-    """Returns colours and type: large enough for a wall, and white on blue, as orange is too pale for white."""
+    """Returns type that is large enough for a wall, and blue behind white, as orange is too pale for that."""
     theme = gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", text_size="lg", font=FONTS, font_mono=MONO
     )

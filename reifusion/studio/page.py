@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def page(source: str = "mini", folder: str | os.PathLike = "images") -> gr.Blocks:
-    """Returns the page. It draws with the model `source` until told otherwise, and writes pictures to the folder."""
+    """Returns the page, which begins with the model `source` and writes pictures to the folder."""
     folder = Path(folder)
     with gr.Blocks(title="reifusion studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         parts = Parts(source, drawing.model(source).config, folder)
@@ -27,8 +27,8 @@ def serve(
 ) -> tuple[gr.Blocks, str]:
     """Starts the page at 127.0.0.1, in threads of its own; returns the page and its address.
 
-    port: None for the first free one from 7860. Raises ValueError for a source that is not a model, and for a port
-    that is taken.
+    port: None for the first free one from 7860. Raises ValueError for a source that is not a model, and for
+    a port that is taken.
     """
     drawing.model(source)  # a wrong file is found before the page opens
     blocks = page(source, folder)

@@ -33,7 +33,7 @@ class Excerpt:
 
 
 def excerpts(thing: Callable | type, *ids: str) -> list[Excerpt]:
-    """Returns the equations in the source of a function or class: those of the ids, or all if no id is given."""
+    """Returns the equations in the source of a function or class: those with the ids, or all without ids."""
     lines, first = inspect.getsourcelines(thing)
     found, i = [], 0
     while i < len(lines):
@@ -97,7 +97,7 @@ def happens(drawing: Drawing, place: int) -> str:
         said = f"At t = {frame.t:g} the network looks at the noisy latents and, by attention, at the words."
         sections = [("The pixels look at the words", said, excerpts(softmax_attention, "attention"))]
         if frame.push is not None:
-            said = f"The difference that the prompt makes, {frame.push:.4f} on average, is taken {request.cfg:g} times."
+            said = f"The prompt's push, {frame.push:.4f} on average, is multiplied by {request.cfg:g}."
             sections.append(("Guidance", said, excerpts(Guidance.__call__, "guidance")))
         said = "The clean picture above follows from the noise that the network sees."
         sees = excerpts(type(sampler).predict, *kind) or [whole(type(sampler).predict)]

@@ -18,7 +18,7 @@ GRID = 64  # the finest grid on which heat maps are sent; only the attention of 
 
 
 def view(drawing: Drawing, place: int) -> str:
-    """Returns HTML: the frame at that place of the slider, and the prompt's words with their heat at that step.
+    """Returns HTML: the frame at that place of the slider, and the prompt's words with their heat there.
 
     `studio.js` connects pixels and words, by mouse and by keyboard.
     """
@@ -36,7 +36,8 @@ def view(drawing: Drawing, place: int) -> str:
         "to the picture and move about with the arrows."
     )
     return f"""<figure class="view" data-heats="{escape(json.dumps(heats))}">
-<div class="canvas" {'tabindex="0" role="application"' if words else ""} aria-label="The picture, word by word">
+<div class="canvas" {'tabindex="0" role="application"' if words else ""}
+ aria-label="The picture, word by word">
 <img alt="{escape(caption(drawing, place))}: {escape(drawing.request.prompts[0])}"
  src="data:image/png;base64,{_base64(stream.getvalue())}"><canvas aria-hidden="true"></canvas></div>
 <figcaption><b>{escape(caption(drawing, place))}</b>
@@ -56,7 +57,7 @@ def caption(drawing: Drawing, place: int) -> str:
 
 
 def _heats(drawing: Drawing, place: int) -> tuple[list[tuple[str, float]], dict[str, object]]:
-    """Returns each word with its share of all attention, and the words' maps as bytes, 255 at the maximum of each."""
+    """Returns each word with its share of all attention, and the words' maps in bytes, each up to 255."""
     frame, attention = drawing.frames[place], drawing.attention
     if attention is None or not attention.maps or (place == 0 and frame.step is None):
         return [], {}
@@ -71,7 +72,7 @@ def _heats(drawing: Drawing, place: int) -> tuple[list[tuple[str, float]], dict[
 
 
 def schedule(drawing: Drawing, place: int) -> str:
-    """Returns an SVG: how much picture and noise there is at each t, the sampler's timesteps, and the current t."""
+    """Returns an SVG: the shares of picture and noise at each t, the sampler's timesteps, the current t."""
     width, height, left, foot = 560, 150, 8, 26
     last = len(drawing.signal) - 1
     timesteps = [float(t) for t in drawing.sampler.timesteps] if drawing.sampler else []

@@ -24,9 +24,9 @@ def ask(
 ) -> Request:
     """Returns the request that the fields stand for.
 
-    seed: None for a new one. size: "512x768", or "" for the model's. start: the editor's content, `background` and
-    `layers`, RGBA; the painted part is redrawn, or everything if nothing is painted. Raises ValueError, in one
-    sentence, for what cannot be drawn.
+    seed: None for a new one. size: "512x768", or "" for the model's. start: the editor's content,
+    `background` and `layers`, RGBA; the painted part is redrawn, or everything if nothing is painted. Raises
+    ValueError, in one sentence, for what cannot be drawn.
     """
     picture, mask = _start(start)
     return Request(

@@ -71,6 +71,7 @@ def test_the_command_and_the_python_repeat_the_picture_exactly(start, model, fin
     monkeypatch.chdir(tmp_path)
     drawing: Drawing = finish(ask(**FIELDS | {"start": start, "negative": "-dog", "prompt": "-a cat's"}))
     drawn = np.asarray(drawing.frames[-1].picture)
+    assert drawing.settings is not None
     words = shlex.split(drawing.settings.as_command())
     assert words[0] == "reifusion" and cli.main([*words[1:2], "--out=again.png", *words[2:]]) == 0
     assert np.array_equal(np.asarray(Image.open("again.png")), drawn)
