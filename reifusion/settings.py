@@ -264,7 +264,7 @@ class Settings:
 ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Settings)}
 
 
-def read(texts: Mapping[str, Any]) -> dict[str, Any]:
+def parsed(texts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of settings that a command line took. Raises ValueError, in one sentence."""
     return {name: ABOUT[name].read(text) for name, text in texts.items()}
 

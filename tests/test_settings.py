@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from reifusion import album
 from reifusion.model.request import Request
-from reifusion.settings import ABOUT, Settings, from_carried, of_request, read, requested
+from reifusion.settings import ABOUT, Settings, from_carried, of_request, parsed, requested
 
 SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64), dtype="float32")
 OTHERS = Settings(
@@ -68,9 +68,9 @@ def test_a_value_of_the_wrong_type_is_named(name):
 
 def test_what_the_shell_is_told_is_what_was_meant():
     texts: dict[str, Any] = {"size": "64x96", "guidance_interval": "0.3:5.0", "steps": 3}
-    assert read(texts) == {"size": (64, 96), "guidance_interval": (0.3, 5.0), "steps": 3}
+    assert parsed(texts) == {"size": (64, 96), "guidance_interval": (0.3, 5.0), "steps": 3}
     for name in ("size", "guidance_interval"):
-        assert ABOUT[name].write(read(texts)[name]) == texts[name]
+        assert ABOUT[name].write(parsed(texts)[name]) == texts[name]
 
 
 def test_settings_and_requests_speak_the_same_words():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ..files import writable
-from ..settings import ABOUT, Settings, read
+from ..settings import ABOUT, Settings, parsed
 from .options import setting, takes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def generate(
     from ..model.model_loader import info
 
     before = None if like is None else album.read(like)
-    settings = replace(Settings() if before is None else before.settings, **read(given))
+    settings = replace(Settings() if before is None else before.settings, **parsed(given))
     request = settings.request(num)
     request = request.for_model(info(settings.model).config)
     file = album.png_path(out)

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from reifusion import kernels
 from reifusion.explain.trace import PACKAGE, Trace, own_flops, trace
 from reifusion.model.attention import CrossAttention
 from reifusion.model.request import Request
@@ -92,6 +93,16 @@ def test_a_row_leads_to_the_line_that_makes_the_call(table):
         elif not row.depth:
             assert "def forward(" in line or f"class {row.kind}" in line or line.startswith("    @")
     assert checked > 100
+
+
+def test_rows_lead_to_the_textbook_also_where_fast_kernels_are_installed(table):
+    fast = tiny()
+    kernels.install(fast.models)
+    rows = trace(fast, REQUEST).rows
+    assert [(row.name, row.kind, row.source, row.line, row.flops) for row in rows] == [
+        (row.name, row.kind, row.source, row.line, row.flops) for row in table.rows
+    ]
+    assert any(type(module) in kernels.PLAIN for module in fast.models["diffusion"].modules())
 
 
 def test_nothing_is_left_hooked(pipe, table):
