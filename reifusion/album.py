@@ -1,8 +1,8 @@
 """Pictures with their settings: a PNG that says how it was drawn, for us and for other programs.
 
-`entry` collects what a picture's file is to say, `save` writes the picture, `read` reads the entry back.
-Beside the settings stand the hashes of the files that they name, so that `warn_if_changed` can tell whether
-the same settings still draw the same picture.
+An entry is what a picture's file says: `entry` makes one, `save` writes it with the picture, `read` reads it
+back. Beside the settings, an entry has the hashes of the files that the settings name, so `warn_if_changed`
+can tell whether the same settings still draw the same picture.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .model.request import Request
 from .model.samplers import SAMPLERS
 from .settings import ABOUT, Settings, from_carried, read_picture
 
-FILES = frozenset(("model", "lora", "init_image", "mask"))  # the settings that name files
+FILES = ("model", "lora", "init_image", "mask")  # the settings that name files
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,9 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
     for name in FILES:
         if name in names and name in before.hashes and before.hashes[name] != now.hashes.get(name):
             value = getattr(now.settings, name)
-            what = (
-                f"LoRA {' or '.join(file for file, _ in value)}"
-                if name == "lora"
-                else f"{name.replace('_', ' ')} {value}"
-            )
-            warnings.warn(f"the {what} is not what it was, so the picture will differ", stacklevel=2)
+            which = " or ".join(file for file, _ in value) if name == "lora" else value
+            what = "LoRA" if name == "lora" else name.replace("_", " ")
+            warnings.warn(f"the {what} {which} is not what it was, so the picture will differ", stacklevel=2)
 
 
 def _hashes(settings: Settings) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""A picture's settings, known once: names, defaults, help, and the forms that they take outside Python.
+"""A picture's settings: their names, defaults and help, and their forms as text, metadata, shell and Python.
 
-The command line and the studio make `Settings` of texts, the album writes them into pictures and reads them
-back, and `request` and `pipe` turn them into what draws. The limits of a setting are checked in
-`model/request.py`. PyTorch is imported by the functions that need it, and not by this file, so that `--help`
+Everything that draws begins here. The command line makes `Settings` of texts, the album writes them into
+pictures and reads them back, and `request` and `pipe` make ready what draws. The limits of a setting are
+checked in `model/request.py`. Functions that need PyTorch import it, and this file does not, so that `--help`
 answers at once.
 """
 
@@ -43,7 +43,7 @@ def read_interval(text: str) -> tuple[float, float]:
 
 
 def read_lora(text: str) -> tuple[str, float]:
-    """zork.safetensors:0.8 -> the file and its weight, which is 1 if the text does not say it"""
+    """zork.safetensors:0.8 -> the file and its weight, which is 1 unless the text says otherwise"""
     file, _, number = text.rpartition(":")
     if Path(text).exists() or not Path(file).is_file():  # a colon can be part of the path
         return text, 1.0
@@ -74,7 +74,7 @@ def sampler_names() -> list[str]:
     return re.findall(r'^    name, title = "(\w+)"', lines, re.MULTILINE)
 
 
-# ---- from a picture's metadata: JSON, in which any value may have the wrong type, which is a ValueError ----
+# ---- from a picture's metadata, where a value may have the wrong type: a ValueError -----------------------
 
 
 def _carried_number(value: Any) -> float:
@@ -110,11 +110,11 @@ class About:
     title: str  # as other programs and the studio name it
     help: str
     default: Any
-    shown: str  # the default, in words; "" if there is nothing to say
-    kind: type  # what a command line takes: str, int, float, bool, or list for an option that may be repeated
-    read: Callable[[Any], Any]  # from what the command line took
-    write: Callable[[Any], str]  # … and back
-    carried: Callable[[Any], Any]  # from JSON; ValueError if it has the wrong type
+    shown: str  # the default in words, or ""
+    kind: type  # on a command line: str, int, float, bool, or list for an option that may be repeated
+    read: Callable[[Any], Any]  # a command line's form -> the value
+    write: Callable[[Any], str]  # the value -> text
+    carried: Callable[[Any], Any]  # metadata, JSON -> the value; ValueError for a wrong type
 
 
 def _setting(
@@ -211,11 +211,11 @@ class Settings:
         return deepcached(pipe, self.deepcache)
 
     def filled(self, request: Request) -> Settings:
-        """Returns these settings with those that the request's first picture has in their place."""
+        """Returns these settings, with the request's own in their place wherever it has some."""
         return replace(self, **of_request(request))
 
     def carried(self) -> dict[str, Any]:
-        """Returns the settings as a picture carries them, in JSON; open ones are left out."""
+        """Returns the settings as a picture carries them, ready for JSON; open ones are left out."""
         values = {name: getattr(self, name) for name in ABOUT}
         return {name: value for name, value in values.items() if value not in (None, ())}
 
@@ -265,12 +265,12 @@ ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Set
 
 
 def parsed(texts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of settings that a command line took. Raises ValueError, in one sentence."""
+    """Reads settings in the form of a command line. Raises ValueError, in one sentence."""
     return {name: ABOUT[name].read(text) for name, text in texts.items()}
 
 
 def from_carried(carried: Mapping[str, Any]) -> Settings:
-    """Returns the settings that a picture carries; names that are not known here are ignored.
+    """Reads the settings that a picture carries, and ignores unknown names.
 
     Raises ValueError, with the name and the value, for a value of the wrong type.
     """

@@ -47,7 +47,7 @@ def generate(
         pipe = settings.pipe(device)
         entry = album.entry(settings, request, pipe)
         if before is not None:
-            album.warn_if_changed(before, entry, album.FILES - given.keys())
+            album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])
         for seed in request.seeds:
             # One at a time, so that not a bit of a picture depends on --num.
             one = replace(request, seed=seed, num=1)

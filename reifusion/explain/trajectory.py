@@ -1,6 +1,6 @@
-"""How a picture comes out of noise: every step of the denoising loop, kept, and shown.
+"""How a picture comes out of noise: the steps of the denoising loop, recorded and shown.
 
-`record` draws a picture and keeps what each step saw and said. A `Trajectory` is written as data
+`record` draws a picture and keeps the tensors of each step. A `Trajectory` is written as data
 (`save`), a film strip (`strip`), an animation (`animate`) and curves (`curves`).
 """
 
@@ -41,13 +41,13 @@ from .guide import GUIDE, one_line
 
 @dataclass
 class Trajectory:
-    """N steps. Tensors are (N, C, h, w), float32, on the CPU, in the sampler's own scaling."""
+    """All N steps of a picture. Tensors are (N, C, h, w), float32, on the CPU, as the sampler scales them."""
 
     request: Request
     t: list[float]  # the timestep of each step
     x_t: Tensor  # the latents before the step
     x0: Tensor  # the clean latents that the network saw in them
-    eps: Tensor  # the noise it saw, after guidance
+    eps: Tensor  # the noise that the network saw, after guidance
     eps_cond: Tensor  # … with the prompt
     eps_uncond: Tensor | None  # … without; None if there was no guidance
     latents: Tensor  # (1, C, h, w), after the last step
@@ -62,7 +62,7 @@ class Trajectory:
         return None if self.eps_uncond is None else self.eps_cond - self.eps_uncond
 
     def norms(self) -> list[dict[str, float]]:
-        """What can be said of each step in single numbers: root mean squares over the latents."""
+        """Returns single numbers for each step: root mean squares over the latents."""
         rows = []
         for i, t in enumerate(self.t):
             row = {"t": t, "x_t": rms(self.x_t[i]), "x0": rms(self.x0[i])}
@@ -88,7 +88,7 @@ class Trajectory:
         write_json(os.path.join(folder, "trajectory.json"), facts)
 
     def strip(self, most: int = 8) -> Exhibit:
-        """The film strip: at most so many moments, in three rows: x_t, x0, where guidance pushes."""
+        """Shows the film strip: at most `most` moments in three rows: x_t, x0, where guidance pushes."""
         chosen = [self.shown.index(i) for i in spread(self.shown, most)]
         rows = [[self.shown_x_t[k] for k in chosen], [self.shown_x0[k] for k in chosen]]
         labels = ["$x_t$\nwhat the\nnetwork\nis given", "$\\hat{x}_0$\nwhat it sees\nin it"]
@@ -112,7 +112,7 @@ class Trajectory:
         return Exhibit(figure, "From noise to a picture", alt, GUIDE["strip"], {"steps": self.norms()})
 
     def curves(self) -> Exhibit:
-        """How strongly the prompt pushes, and how settled the picture is, step by step."""
+        """Shows how strongly the prompt pushes, and how settled the picture is, step by step."""
         rows = self.norms()
         figure, top = sheet(1000, 400, "What the steps do", describe(self.request))
         height = 400 - top - MARGIN - 48

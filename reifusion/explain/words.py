@@ -1,9 +1,9 @@
 """Which word made which pixel: cross-attention, recorded while a picture is drawn.
 
 In a cross-attention layer every place of the picture spreads its attention, 1 in all, over the prompt's
-tokens. `watch` keeps that for every layer, head and step, beside the drawing and without changing a bit of
-it. An `Attention` then says where a word was looked at (`heat`), and shows it. Source: Tang et al. 2022,
-"What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
+tokens. `watch` keeps the attention of every layer, head and step while a picture is drawn, without changing
+a bit of the picture. An `Attention` then tells and shows where a word was looked at (`heat`). Source: Tang
+et al. 2022, "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Word:
 
 @dataclass
 class Attention:
-    """Who looked at what while one picture was drawn: N steps, T tokens. All tensors on the CPU, float16."""
+    """All attention of one picture: N steps, T tokens. Tensors are on the CPU, float16."""
 
     request: Request
     size: tuple[int, int]  # the picture's width and height
-    tokens: list[str]  # what each says: start, the prompt's, end, and all the padding as one
-    words: list[Word]  # the prompt's
+    tokens: list[str]  # as text: start, the prompt's, end, and all padding as one
+    words: list[Word]  # of the prompt
     special: list[Word]  # start, end and padding
     pixel: tuple[int, int] | None = None  # the place that `looks` belongs to
     maps: dict[str, Tensor] = field(default_factory=dict)  # layer -> (N, heads, T, h, w), sums to 1 over T
@@ -63,17 +63,17 @@ class Attention:
         layers: Sequence[str] | None = None,
         heads: slice = slice(None),
     ) -> Tensor:
-        """Where the word was looked at: (H, W), float32, the share of each pixel's attention, 0 to 1."""
+        """Returns the share of each pixel's attention that the word got, 0 to 1: (H, W), float32."""
         chosen = [self.maps[name] for name in layers or self.maps]
         return self._heat([maps[steps, heads][:, :, list(word.tokens)].float().sum(2) for maps in chosen])
 
     def look(self, layers: Sequence[str] | None = None) -> Tensor:
-        """Where the chosen pixel looked: (H, W), relative to looking everywhere alike, which is 1."""
+        """Returns the chosen pixel's attention to each pixel: (H, W), 1 where it is average."""
         chosen = [self.looks[name] for name in layers or self.looks]
         return self._heat([looks.float() * looks[0, 0].numel() for looks in chosen])
 
     def _heat(self, maps: list[Tensor]) -> Tensor:
-        """The mean of maps, each (n, heads, h, w) and of any grid, at the picture's size: (H, W)."""
+        """Returns the mean of maps, each (n, heads, h, w) and of any grid, at the picture's size: (H, W)."""
         # [daam] §2.2, Tang et al. 2022: D_k[x, y] = Σᵢⱼₗ F⁽ⁱ⁾ⱼₖₗ[x, y], of layers i, steps j, heads l; F is a
         # head's map of the k-th word, scaled up bicubically. That is linear, so the sums come first here.
         # Divided by the number of maps, D is a share of attention, and relative to its maximum the same.
@@ -85,11 +85,11 @@ class Attention:
         return (total[0, 0] / number).clamp(min=0)  # bicubic curves undershoot
 
     def share(self, word: Word) -> float:
-        """How much of all attention the word got, 0 to 1."""
+        """Returns the word's share of all attention, 0 to 1."""
         return self.heat(word).mean().item()
 
     def telling(self, most: int) -> list[Word]:
-        """The words whose maps have the most contrast, at most so many, in the prompt's order."""
+        """Returns the words whose maps have the most contrast, at most `most`, in the prompt's order."""
 
         def contrast(word: Word) -> float:
             heat = self.heat(word)
@@ -99,7 +99,7 @@ class Attention:
         return [word for word in self.words if word in best]
 
     def find(self, text: str) -> Word:
-        """The prompt's first word of that text. Raises ValueError, naming the words, if there is none."""
+        """Returns the prompt's first word with that text. Raises ValueError if there is none."""
         for word in self.words:
             if word.text == text.strip().lower():
                 return word
@@ -107,7 +107,7 @@ class Attention:
         raise ValueError(f"the prompt has no word {text!r}; its words are {known}")
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes words.safetensors (each layer's maps, each word's heat) and words.json (what of)."""
+        """Writes words.safetensors, each layer's maps and each word's heat, and words.json, their labels."""
         tensors = {f"maps.{name}": maps for name, maps in self.maps.items()}
         tensors |= {f"looks.{name}": looks for name, looks in self.looks.items()}
         words = [*self.words, *self.special]
@@ -126,7 +126,7 @@ class Attention:
     # Pictures
 
     def by_word(self, picture: Image.Image, special: bool = False) -> Exhibit:
-        """The picture, and over it each word's heat, over all layers, heads and steps."""
+        """Shows the picture with each word's heat over it, the mean over all layers, heads and steps."""
         words = [*self.words, *(self.special if special or not self.words else [])]
         cells = [picture, *(overlay(picture, relative(self.heat(word))) for word in words)]
         captions = ["", *(f"{plain(word.text, 24)}\n{self.share(word):.1%}" for word in words)]
@@ -140,12 +140,12 @@ class Attention:
         shares = ", ".join(f"{word.text} {self.share(word):.1%}" for word in words)
         alt = one_line(f"""
             The picture of “{self.request.prompts[0]}”, then once more for each word, with the places marked
-            in red that looked at it: {shares}.""")
+            in red that looked at the word: {shares}.""")
         numbers = {"shares": [[word.text, self.share(word)] for word in words]}
         return Exhibit(figure, "Which word made which pixel", alt, GUIDE["words"], numbers)
 
     def by_step(self, picture: Image.Image, words: Sequence[Word], most: int = 8) -> Exhibit:
-        """A row for each word: the mean over groups of steps, from noise to picture."""
+        """Shows a row for each word: the mean over groups of steps, from noise to picture."""
         steps = len(next(iter(self.maps.values())))
         edges = np.linspace(0, steps, min(most, steps) + 1).round().astype(int)
         spans = [slice(int(a), int(b)) for a, b in pairwise(edges)]
@@ -154,14 +154,14 @@ class Attention:
         return self._overlays(picture, words, heats, labels, "Words, step by step", "words-by-step")
 
     def by_layer(self, picture: Image.Image, words: Sequence[Word]) -> Exhibit:
-        """A row for each word: one layer after the other, down and up the U."""
+        """Shows a row for each word: one layer after the other, down and up the U."""
         heats = [[self.heat(word, layers=[name]) for name in self.maps] for word in words]
         grids = [f"{maps.shape[-1]}×{maps.shape[-2]}" for maps in self.maps.values()]
         labels = [f"{label(name)}\n{grid}" for name, grid in zip(self.maps, grids)]
         return self._overlays(picture, words, heats, labels, "Words, layer by layer", "words-by-layer")
 
     def by_head(self, picture: Image.Image, word: Word) -> Exhibit:
-        """A row for each layer: one head after the other, all for one word."""
+        """Shows a row for each layer: one head after the other, all for one word."""
         heats = [
             [self.heat(word, layers=[name], heads=slice(k, k + 1)) for k in range(maps.shape[1])]
             for name, maps in self.maps.items()
@@ -172,7 +172,7 @@ class Attention:
         return self._overlays(picture, rows, heats, labels, title, "words-by-head")
 
     def of_pixel(self, picture: Image.Image) -> Exhibit:
-        """Where the chosen pixel looked: in all layers, then at each resolution."""
+        """Shows where the chosen pixel looked: in all layers, then at each resolution."""
         if self.pixel is None or not self.looks:
             raise ValueError("no pixel was chosen when the picture was drawn")
         grids = dict.fromkeys(tuple(looks.shape[-2:]) for looks in self.looks.values())
@@ -196,7 +196,7 @@ class Attention:
         title: str,
         guide: str,
     ) -> Exhibit:
-        """Rows of overlays; each row is on one scale, so that its cells can be compared."""
+        """Shows rows of overlays. A row has one scale, so that the cells in the row can be compared."""
         names = [row if isinstance(row, str) else row.text for row in rows]
         highest = [max(heat.max().item() for heat in row) for row in heats]
         cells = [[overlay(picture, heat / most) for heat in row] for row, most in zip(heats, highest)]
@@ -224,7 +224,7 @@ def words(
     special: bool = False,
     pixel: tuple[int, int] | None = None,
 ) -> Exhibit:
-    """Draws the request's picture, and shows where it looked.
+    """Draws the request's picture, and shows where the picture looked.
 
     by: "word", "step", "layer", "head", or "pixel", the place that looks. word: the only one to show; None:
     the most telling ones. special: also show start, end and padding, by word.
@@ -253,10 +253,10 @@ _AXES = ("steps", "heads", "tokens", "height", "width")
 def watch(
     pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None = None
 ) -> Iterator[Attention]:
-    """Records the attention of all that is drawn inside the `with`; complete when that ends.
+    """Records the attention while the request's picture is drawn inside the `with`; complete at its end.
 
-    pixel: (x, y) in the picture; its self-attention is kept too, in layers of up to 32 × 32 places. What is
-    kept belongs to the request's one picture, and with guidance to its prompt, not to the negative one.
+    pixel: (x, y) in the picture; its self-attention is kept too, in layers of up to 32 × 32 places. The
+    request is for one picture. With guidance, the maps are those of its prompt, not of the negative prompt.
     Raises ValueError for a pixel outside the picture.
     """
     request = request.for_model(pipe.config)
@@ -270,7 +270,7 @@ def watch(
     before: list[tuple[CrossAttention | SelfAttention, Hook | None]] = []
 
     def words_hook(name: str, h: int, w: int) -> Hook:
-        last = len(attention.tokens) - 1  # all from here on is padding
+        last = len(attention.tokens) - 1  # from here on there is only padding
 
         def hook(weights: Tensor) -> None:  # (B, heads, h·w, S)
             mine = weights[0].float()  # with guidance, the prompt's half of the batch comes first
@@ -311,14 +311,14 @@ def watch(
 
 
 def prompt_words(pipe: StableDiffusion, request: Request) -> list[Word]:
-    """The prompt's words, as far as there is room for them."""
+    """Returns the prompt's words, as many as the text encoder has room for."""
     pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
     numbered = groupby(enumerate(pieces, 1), key=lambda entry: (entry[1].word_index, entry[1].word))
     return [Word(text, tuple(place for place, _ in group)) for (_, text), group in numbered]
 
 
 def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None) -> Attention:
-    """An Attention without maps yet: what the columns of the weights stand for."""
+    """Returns an Attention without maps, which says what the columns of the weights stand for."""
     pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
     tokens = ["start", *(piece.text for piece in pieces), "end", "padding"]
     special = [Word(tokens[k], (k,)) for k in (0, len(tokens) - 2, len(tokens) - 1)]
@@ -327,7 +327,7 @@ def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | No
 
 
 def row_grids(config: UNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """The rows of the U ("down.3", "middle", "up.0") -> the height and width at which each works."""
+    """Returns the height and width at which each row of the U works ("down.3", "middle", "up.0")."""
     down, _, up = plan(config)
     grid, grids, pile = (height, width), {}, []
     for i, row in enumerate(down):
@@ -350,7 +350,7 @@ def label(name: str) -> str:
 
 
 def _kept(weights: Tensor, h: int, w: int) -> Tensor:
-    """(…, h·w) -> (…, h, w), in half the room: 11 bits are plenty for a picture."""
+    """(…, h·w) -> (…, h, w), in half the memory: 11 bits are plenty for a picture."""
     return weights.to("cpu", torch.float16).unflatten(-1, (h, w))
 
 
@@ -363,7 +363,7 @@ def relative(heat: Tensor) -> Tensor:
 
 
 def _crossed(picture: Image.Image, pixel: tuple[int, int]) -> Image.Image:
-    """The picture with a cross at the pixel."""
+    """Returns the picture with a cross at the pixel."""
     picture, (x, y) = picture.copy(), pixel
     pen, arm = ImageDraw.Draw(picture), max(3, picture.width // 24)
     for colour, width in ((PAPER, 3), (INK, 1)):

@@ -34,11 +34,11 @@ BEYOND = ("lora", "clip_skip", "guidance_interval", "guidance_rescale", "deepcac
 class Tab:
     """One page in a browser. Pages share nothing."""
 
-    stop: threading.Event = field(default_factory=threading.Event)  # of what it draws now
+    stop: threading.Event = field(default_factory=threading.Event)  # ends the drawing that is going on
     wanted: tuple[Any, ...] = ()  # the content of the fields when drawing last began
-    drawing: Drawing | None = None  # what the slider goes through
-    strip: list[Path] = field(default_factory=list)  # drawn here, newest first
-    shelf: list[Path] = field(default_factory=list)  # the pictures in the gallery
+    drawing: Drawing | None = None  # the drawing on view
+    strip: list[Path] = field(default_factory=list)  # pictures drawn here, newest first
+    shelf: list[Path] = field(default_factory=list)  # pictures in the gallery
 
 
 @dataclass

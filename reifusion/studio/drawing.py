@@ -23,7 +23,7 @@ from ..model.pipeline import Step
 from ..model.request import Request
 from ..settings import Settings
 
-# One model draws for all pages, one picture at a time: recording puts hooks into it.
+# One model draws for all pages, one picture at a time, because recording puts hooks into the model.
 _LOCK = threading.Lock()
 model = functools.lru_cache(maxsize=2)(load)  # two, so that two pages can compare two models
 
@@ -45,14 +45,14 @@ class Drawing:
     """One picture: what was asked for, and what has come about so far."""
 
     request: Request  # with nothing left open, as soon as the model is loaded
-    note: str = ""  # how far it is, in one sentence
+    note: str = ""  # how far the work is, in one sentence
     failed: bool = False  # then `note` says why
     done: bool = False
     frames: list[Frame] = field(default_factory=list)  # the noise, what each step saw, the picture
     total: int = 0  # steps
     sampler: Sampler | None = None
-    signal: list[float] = field(default_factory=list)  # how much picture the network is given at each t
-    noise: list[float] = field(default_factory=list)  # … and how much noise
+    signal: list[float] = field(default_factory=list)  # the share of picture in the network's input at each t
+    noise: list[float] = field(default_factory=list)  # … and the share of noise
     attention: Attention | None = None
     path: Path | None = None  # where the picture is; None until it is complete
     settings: Settings | None = None  # as the picture's file says; None until it is complete

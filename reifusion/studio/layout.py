@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ class Parts:
         own = Request("").for_model(config)
         gr.HTML(TITLE)
         with gr.Row(equal_height=True):
-            self.prompt = gr.Textbox("a red apple", label="Prompt", scale=6, min_width=240, elem_id="prompt")
+            self.prompt = gr.Textbox(
+                "a red apple", label=_title("prompt"), scale=6, min_width=240, elem_id="prompt"
+            )
             self.start = gr.Button("Draw", variant="primary", scale=1, min_width=100, elem_id="draw")
             self.cancel = gr.Button("Cancel", scale=1, min_width=100, elem_id="cancel")
         self.status = gr.HTML(says("Nothing drawn yet."), elem_id="status")
@@ -52,20 +55,20 @@ class Parts:
                 )  # fmt: skip
                 self.curves = gr.HTML(elem_id="schedule")
             with gr.Column(scale=2, min_width=280):
-                self.negative = gr.Textbox(
-                    label="Negative prompt: what to keep away from", elem_id="negative"
-                )
+                self.negative = gr.Textbox(label=_title("negative", True), elem_id="negative")
                 self.cfg = gr.Slider(
-                    1, 20, own.cfg, step=0.5, label="CFG: how closely to follow the prompt", buttons=[],
+                    1, 20, own.cfg, step=0.5, label=_title("cfg", True), buttons=[],
                     elem_id="cfg",
                 )  # fmt: skip
-                self.steps = gr.Slider(1, 100, own.steps, step=1, label="Steps", buttons=[], elem_id="steps")
+                self.steps = gr.Slider(
+                    1, 100, own.steps, step=1, label=_title("steps"), buttons=[], elem_id="steps"
+                )
                 self.sampler = gr.Dropdown(
-                    samplers(config), value=own.sampler, label="Sampler", elem_id="sampler"
+                    samplers(config), value=own.sampler, label=_title("sampler"), elem_id="sampler"
                 )
                 with gr.Row():
                     self.seed = gr.Number(
-                        0, precision=0, label="Seed", min_width=120, elem_id="seed",
+                        0, precision=0, label=_title("seed"), min_width=120, elem_id="seed",
                         placeholder="a new one each time",
                     )  # fmt: skip
                     self.size = gr.Textbox(
@@ -83,7 +86,7 @@ class Parts:
                     )  # fmt: skip
                     self.reuse = gr.Button("Begin with the last picture", size="sm", elem_id="reuse")
                     self.strength = gr.Slider(
-                        0.05, 1, ABOUT["strength"].default, step=0.05, label="Strength: how much may change",
+                        0.05, 1, ABOUT["strength"].default, step=0.05, label=_title("strength", True),
                         buttons=[], elem_id="strength",
                     )  # fmt: skip
                 with gr.Accordion("Another model", open=False):
@@ -115,6 +118,12 @@ class Parts:
             self.prompt, self.negative, self.sampler, self.steps, self.cfg, self.seed, self.size, self.editor,
             self.strength,
         ]  # fmt: skip
+
+
+def _title(name: str, explained: bool = False) -> str:
+    """Returns a setting's title, and with `explained` the first part of its help."""
+    title, help = ABOUT[name].title, re.split("[;.,]", ABOUT[name].help)[0]
+    return f"{title}: {help[0].lower()}{help[1:]}" if explained else title
 
 
 def samplers(config: ModelConfig) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Explains the stage on view: its equations, and the lines that compute them.
+"""Explains the stage on view: the equations, and the lines that compute them.
 
 Both are read from the code itself. An equation is a comment that begins with `# [id] source: …`; the
 statement below it computes it.
