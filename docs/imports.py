@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,7 @@ def _targets(node: ast.AST, path: Path) -> list[str]:
 
 
 def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
-    """How high each part stands: above all that it needs, and close below those that need it.
+    """How high each part stands: above the parts that it needs; if it needs none, close below its users.
 
     Raises ValueError if two parts need each other.
     """
@@ -66,9 +67,9 @@ def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
         return 1 + max((height(other, (*above, name)) for other in needs[name]), default=-1)
 
     heights = {name: height(name) for name in needs}
-    for name in sorted(heights, key=lambda name: -heights[name]):
-        users = [heights[who] for who, whom in edges if whom == name]
-        heights[name] = min(users, default=heights[name] + 1) - 1
+    for name in needs:
+        if not needs[name]:
+            heights[name] = min((heights[who] for who, whom in edges if whom == name), default=1) - 1
     return heights
 
 
@@ -92,6 +93,12 @@ def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
     }
 
 
+def _middle(places: Iterable[float]) -> float:
+    """The mean of places; without any, the middle of the page."""
+    found = list(places)
+    return sum(found) / len(found) if found else WIDTH / 2
+
+
 def diagram() -> str:
     """An SVG: a box for each part, a line to what it needs, dashed where only some of its functions do."""
     edges = imports()
@@ -100,6 +107,7 @@ def diagram() -> str:
     place: dict[str, tuple[float, float]] = {}
     for level in range(top + 1):
         names = [name for name in heights if heights[name] == level]
+        names.sort(key=lambda name: _middle(place[whom][0] for who, whom in drawn if who == name))
         for k, name in enumerate(names):
             below = [place[whom][0] for who, whom in drawn if who == name and heights.get(whom) == level - 1]
             alone = len(names) == 1 and below  # stands above what it needs

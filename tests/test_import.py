@@ -64,12 +64,12 @@ def test_generate_has_the_seeds_signature():
     assert positional == seeds
     assert list(positional) == list(seeds)
     assert [p.kind for p in parameters.values()][-1] is inspect.Parameter.VAR_KEYWORD
-    called = []
+    called: list[Any] = []
     small: dict[str, Any] = {"seed": 3, "n_inference_steps": 1, "progress": False, "callback": called.append}
-    pictures = reifusion.generate("a cat", height=64, width=72, num_images=2, **small)
+    pictures: Any = reifusion.generate("a cat", height=64, width=72, num_images=2, **small)
     assert [picture.size for picture in pictures] == [(72, 64)] * 2 and len(called) == 1
     begun: dict[str, Any] = {"input_image": pictures[0], "mask": Image.new("L", (72, 64))}
-    kept = reifusion.generate("a cat", height=64, width=72, **begun, **small)
+    kept: Any = reifusion.generate("a cat", height=64, width=72, **begun, **small)
     assert kept.tobytes() == pictures[0].tobytes()
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -43,7 +44,8 @@ def test_make_targets_of_the_readme_exist():
 
 
 def test_flags_of_the_readme_exist():
-    known = {flag for option in get_command(app).commands["generate"].params for flag in option.opts}
+    group: Any = get_command(app)
+    known = {flag for option in group.commands["generate"].params for flag in option.opts}
     flags = {
         flag
         for line in README.splitlines()

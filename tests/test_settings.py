@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from typer.main import get_command
 
 from reifusion import album
+from reifusion.cli.main import app
 from reifusion.model.request import Request
 from reifusion.settings import ABOUT, Settings, from_carried, of_request, parsed, requested
 
@@ -52,6 +54,13 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
         assert name in carried
         assert f"{name}=" in python or name in ("prompt", "model", "lora", "deepcache", "int8")
     assert "deepcached(pipe, 2)" in python and "load_lora('zork.safetensors'), 0.5" in python
+
+
+def test_every_flag_that_is_said_exists():
+    group: Any = get_command(app)
+    known = {flag for option in group.commands["generate"].params for flag in option.opts}
+    said = {word.partition("=")[0] for word in shlex.split(OTHERS.as_command()) if word.startswith("--")}
+    assert said - {"--"} <= known and len(said) == len(ABOUT)
 
 
 def test_what_a_picture_carries_is_read_back():
