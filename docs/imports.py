@@ -1,9 +1,10 @@
-"""Reads from the code which part imports which, and draws it."""
+"""Which part imports which: read from the code, and drawn."""
 
 from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ def parts() -> dict[str, list[Path]]:
 
 
 def imports() -> dict[tuple[str, str], bool]:
-    """(importer, imported) -> True if the import happens at once, False if only when a function runs."""
+    """(who, whom) -> True if the import of who needs whom; False if only some functions of who do."""
     known = parts()
     found: dict[tuple[str, str], bool] = {}
     for name, files in known.items():
@@ -52,23 +53,28 @@ def _targets(node: ast.AST, path: Path) -> list[str]:
 
 
 def levels(edges: dict[tuple[str, str], bool]) -> dict[str, int]:
-    """Returns the height of each part: above all parts that it needs, with the command line on top."""
+    """How high each part stands: above the parts that it needs; if it needs none, close below its users.
+
+    Raises ValueError if two parts need each other.
+    """
     needs: dict[str, set[str]] = {name: set() for name in parts()}
-    for (who, whom), at_once in edges.items():
-        if at_once and whom != "cli":
-            needs[who].add(whom)
+    for who, whom in edges:
+        needs[who].add(whom)
 
     def height(name: str, above: tuple[str, ...] = ()) -> int:
         if name in above:
             raise ValueError(f"{' imports '.join((*above, name))}: a circle")
         return 1 + max((height(other, (*above, name)) for other in needs[name]), default=-1)
 
-    found = {name: height(name) for name in needs}
-    return found | {"cli": max(found.values()) + 1}
+    heights = {name: height(name) for name in needs}
+    for name in needs:
+        if not needs[name]:
+            heights[name] = min((heights[who] for who, whom in edges if whom == name), default=1) - 1
+    return heights
 
 
 def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
-    """Leaves out arrows to the command line, and arrows that others imply: from a to c, if a → b → c."""
+    """The edges without those that others imply: from a to c, if a → b → c."""
 
     def reaches(start: str, goal: str, seen: frozenset[str]) -> bool:
         return any(
@@ -76,16 +82,21 @@ def direct(edges: dict[tuple[str, str], bool]) -> dict[tuple[str, str], bool]:
             for who, whom in edges if who == start and whom not in seen
         )  # fmt: skip
 
-    down = {pair: at_once for pair, at_once in edges.items() if pair[1] != "cli"}
     return {
         (who, whom): at_once
-        for (who, whom), at_once in down.items()
+        for (who, whom), at_once in edges.items()
         if not any(
             reaches(other, whom, frozenset((who, other)))
-            for one, other in down
+            for one, other in edges
             if one == who and other != whom
         )
     }
+
+
+def _middle(places: Iterable[float]) -> float:
+    """The mean of places; without any, the middle of the page."""
+    found = list(places)
+    return sum(found) / len(found) if found else WIDTH / 2
 
 
 def diagram() -> str:
@@ -96,6 +107,7 @@ def diagram() -> str:
     place: dict[str, tuple[float, float]] = {}
     for level in range(top + 1):
         names = [name for name in heights if heights[name] == level]
+        names.sort(key=lambda name: _middle(place[whom][0] for who, whom in drawn if who == name))
         for k, name in enumerate(names):
             below = [place[whom][0] for who, whom in drawn if who == name and heights.get(whom) == level - 1]
             alone = len(names) == 1 and below  # stands above what it needs
@@ -113,7 +125,7 @@ def diagram() -> str:
         )
     boxes = [
         f'<rect x="{x - BOX[0] / 2:.0f}" y="{y - BOX[1] / 2:.0f}" width="{BOX[0]}" height="{BOX[1]}" rx="6"'
-        f' fill="none" stroke="currentColor"/>'
+        f' fill="var(--md-default-bg-color, white)" stroke="currentColor"/>'
         f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" fill="currentColor">{name}</text>'
         for name, (x, y) in place.items()
     ]

@@ -1,20 +1,21 @@
-"""Writing so that who looks at a file sees a whole one or none, and so that nothing is overwritten."""
+"""Writing files: a reader sees a whole file or none, and no file is overwritten."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields another name, for a file or a folder, that becomes `path` if all goes well, else vanishes."""
+    """Yields another name for a file or folder, which becomes `path` if all goes well, or else vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{uuid.uuid4().hex[:8]}"
@@ -33,7 +34,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     with whole(path) as temporary:
-        # What a command line hands over need not be UTF-8.
+        # A text from a command line need not be UTF-8.
         temporary.write_text(text, "utf-8", "replace")
 
 
@@ -42,8 +43,30 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def free(path: Path) -> Path:
-    """The path, or path-2, path-3, … if that is taken."""
+    """Returns the path, or path-2, path-3, … if the path is taken."""
     number, target = 2, path
     while target.exists():
         number, target = number + 1, path.with_stem(f"{path.stem}-{number}")
     return target
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Checks, before the work begins, that files can be written to a folder; makes a folder that is missing.
+
+    At the end, folders that were made here and are still empty are removed. Raises ValueError if nothing can
+    be written.
+    """
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+        yield
+    finally:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import reifusion
-from reifusion import cli
+from reifusion import api, cli
 from reifusion.model import model_loader, pipeline, samplers
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.tokenizer import Tokenizer
+from reifusion.settings import sampler_names
 from tests.tiny import networks
 
 TINY = ModelConfig(
@@ -174,6 +176,19 @@ def test_like_repeats_pictures_made_from_pictures(draw, run):
     assert np.array_equal(pixels(Path(out.strip())), pixels(path))
 
 
+def test_a_picture_of_an_earlier_version_is_repeated(run, model):
+    carried = {"prompt": "a cat", "model": model, "sampler": "ddim", "steps": 2, "cfg": 3, "seed": 5}
+    carried |= {"size": [64, 64], "guidance_interval": "0.3:5", "tome": 0.5, "int8": False}
+    chunks = PngInfo()
+    chunks.add_text("reifusion", json.dumps(carried))
+    Image.new("RGB", (8, 8)).save("old.png", pnginfo=chunks)
+    code, out, err = run("generate", "--like", "old.png")
+    assert (code, err) == (0, "")
+    kept = settings(Path(out.strip()))
+    assert kept["guidance_interval"] == [0.3, 5] and "tome" not in kept
+    assert all(kept[name] == carried[name] for name in ("prompt", "sampler", "steps", "cfg", "seed", "size"))
+
+
 def test_flags_override_what_is_repeated(draw, run):
     (path,) = draw("a cat", "--sampler", "ddim", "--seed", 4)
     code, out, _ = run("generate", "a dog", "--like", path, "--steps", 3)
@@ -189,6 +204,13 @@ def test_like_says_when_the_input_image_has_changed(draw, run):
     code, _, err = run("generate", "--like", path)
     assert code == 0
     assert err == "reifusion: the init image photo.png is not what it was, so the picture will differ\n"
+
+
+def test_python_and_the_command_line_draw_the_same_picture(run):
+    picture = reifusion.generate("a red apple", seed=3, progress=False)
+    code, out, err = run("generate", "a red apple", "--seed", 3)
+    assert (code, err) == (0, "")
+    assert np.array_equal(pixels(Path(out.strip())), np.array(picture))
 
 
 # Looking and converting
@@ -321,8 +343,6 @@ def test_a_broken_picture_is_refused(run, model):
     ["{", "[]", "7", '{"prompt": ["a"]}', '{"prompt": "a", "steps": "x"}', '{"prompt": "a", "size": [1]}'],
 )
 def test_a_picture_with_odd_settings_is_refused(run, model, carried):
-    from PIL.PngImagePlugin import PngInfo
-
     chunks = PngInfo()
     chunks.add_text("reifusion", carried)
     Image.new("RGB", (8, 8)).save("odd.png", pnginfo=chunks)
@@ -330,7 +350,7 @@ def test_a_picture_with_odd_settings_is_refused(run, model, carried):
 
 
 def test_an_unwritable_output_is_found_before_the_work_starts(run, model, monkeypatch):
-    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("the work has started"))
+    monkeypatch.setattr(api, "load", lambda *_: pytest.fail("the work has started"))
     Path("file").touch()
     for out in ("file/cat.png", "file", "/proc/x"):
         assert "cannot write" in wrong(run, "generate", "a cat", "--model", model, "--out", out)
@@ -390,8 +410,8 @@ def start(*arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which `&` switches off
-        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},  # installed or not
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what `&` has switched off
+        env=os.environ | {"PYTHONPATH": str(Path(reifusion.__file__).parents[1])},  # installed or not
     )
 
 
@@ -435,5 +455,5 @@ def test_version_and_help():
         assert "generate" in out
 
 
-def test_the_command_line_knows_every_sampler():
-    assert list(cli.SAMPLERS) == list(samplers.SAMPLERS)
+def test_the_help_knows_every_sampler():
+    assert sampler_names() == list(samplers.SAMPLERS)

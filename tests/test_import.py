@@ -7,6 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 import reifusion
 
@@ -48,9 +51,9 @@ def test_generate_has_the_seeds_signature():
         "init_image": None,
         "strength": 0.8,
         "do_cfg": True,
-        "cfg": 7.5,
-        "sampler": "ddpm",
-        "steps": 50,
+        "cfg_scale": None,
+        "sampler_name": None,
+        "n_inference_steps": None,
         "models": None,
         "seed": None,
         "device": None,
@@ -60,8 +63,14 @@ def test_generate_has_the_seeds_signature():
     positional = {n: p.default for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
     assert positional == seeds
     assert list(positional) == list(seeds)
-    keyword_only = {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert {"height", "width", "num_images", "mask", "callback"} <= keyword_only
+    assert [p.kind for p in parameters.values()][-1] is inspect.Parameter.VAR_KEYWORD
+    called: list[Any] = []
+    small: dict[str, Any] = {"seed": 3, "n_inference_steps": 1, "progress": False, "callback": called.append}
+    pictures: Any = reifusion.generate("a cat", height=64, width=72, num_images=2, **small)
+    assert [picture.size for picture in pictures] == [(72, 64)] * 2 and len(called) == 1
+    begun: dict[str, Any] = {"input_image": pictures[0], "mask": Image.new("L", (72, 64))}
+    kept: Any = reifusion.generate("a cat", height=64, width=72, **begun, **small)
+    assert kept.tobytes() == pictures[0].tobytes()
 
 
 def test_load_has_its_signature():

@@ -90,7 +90,7 @@ def test_a_negative_prompt_takes_away_what_it_names():
 
 def test_img2img_moves_further_from_its_input_with_greater_strength():
     given = np.asarray(sketch(), float)
-    back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # the change by the VAE alone
+    back = mini().decode(mini().encode_image(to_tensor(sketch())))[0]  # what the VAE alone changes
     pictures = [draw(["a tiger face"], init_image=sketch(), strength=s)[0] for s in (0.1, 0.25, 0.9)]
     least, little, much = (np.abs(picture - given).mean() for picture in pictures)
     assert least < 2 * np.abs(np.asarray(back) - given).mean() < 2 * little

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from reifusion import cli, profile
+from reifusion import cli, kernels
+from reifusion.explain import profile
+from reifusion.explain.profile import KINDS, REST, profiled
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.profile import KINDS, REST, profiled
 from tests.tiny import TINY, Bytes, networks
 
 
@@ -47,7 +49,7 @@ def test_guidance_is_seen_in_the_arithmetic(pipe):
         with profiled(pipe) as found:
             draw(pipe, cfg=scale)
         counts.append(next(part.gflop for part in found.parts if part.name == "U-Net"))
-    assert 1.5 * counts[0] < counts[1] < 2 * counts[0]  # up to the words, both halves are computed as one
+    assert 1.5 * counts[0] < counts[1] < 2 * counts[0]  # both halves share the time embedding
 
 
 def test_a_profile_changes_nothing_and_leaves_nothing_behind(pipe):
@@ -56,9 +58,33 @@ def test_a_profile_changes_nothing_and_leaves_nothing_behind(pipe):
         assert np.array_equal(draw(pipe), before)
     with pytest.raises(ZeroDivisionError), profiled(pipe):
         raise ZeroDivisionError
-    assert not any(
-        "forward" in vars(module) for network in pipe.models.values() for module in network.modules()
-    )
+    for module in (module for network in pipe.models.values() for module in network.modules()):
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_fast_forms_are_counted_and_do_not_step_aside(monkeypatch):
+    fast = StableDiffusion(TINY, Bytes(), networks(TINY, noise=0.1))
+    kernels.install(fast.models)
+    with profiled(fast) as found:
+        draw(fast)
+    assert {*KINDS.values()} <= {part.name for part in found.parts}
+    stepped_aside: list[type] = []
+    for kind in set(kernels.FAST.values()):
+        plain: Any = kind.__bases__[0]
+        monkeypatch.setattr(plain, "forward", _noting(plain.forward, kind, stepped_aside))
+    draw(fast)
+    expected, stepped_aside[:] = list(stepped_aside), []
+    with profiled(fast):
+        draw(fast)
+    assert stepped_aside == expected
+
+
+def _noting(forward, kind, seen):
+    def noting(self, *given, **named):
+        seen.extend([kind] * (type(self) is kind))
+        return forward(self, *given, **named)
+
+    return noting
 
 
 def test_the_trace_opens_in_a_viewer(pipe, tmp_path):
@@ -84,7 +110,7 @@ def test_the_limit_is_what_this_machine_reaches():
 
 
 def test_the_command_line_says_where_the_time_went_and_keeps_a_trace(tmp_path, capsys, monkeypatch, pipe):
-    monkeypatch.setattr("reifusion.model.pipeline.load", lambda *_: pipe)
+    monkeypatch.setattr("reifusion.api.load", lambda *_: pipe)
     assert (
         cli.main(["generate", "a", "--profile", "--steps", "2", "--seed", "3", "--out", str(tmp_path)]) == 0
     )

@@ -48,6 +48,7 @@ def ablate(pipe: StableDiffusion, request: Request, most: int = 10) -> Exhibit:
 
     A long prompt is cut to its first `most` words.
     """
+    request = request.for_model(pipe.config)
     words = numbered(prompt_words(pipe, request)[:most])
     layers = {
         label(name): module

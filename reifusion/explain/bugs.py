@@ -20,12 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import attention, clip, ddpm, diffusion, encoder, pipeline, samplers
+from ..model import attention, clip, ddpm, decoder, diffusion, encoder, pipeline, samplers
 from ..model.pictures import to_tensor
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from .figures import Exhibit, picture_grid, plain
 from .guide import GUIDE
+from .steer import swapped
 
 Patches = Iterator[Any]  # context managers such as `patch` returns, to be entered together
 
@@ -53,11 +54,11 @@ class Bug:
     def draw(
         self, pipe: StableDiffusion, prompt: str, seed: int = 0, **settings: Any
     ) -> tuple[Image.Image, Image.Image]:
-        """Draws the picture without the bug and with it."""
-        settings = {"sampler_name": self.sampler, "n_inference_steps": 25, "cfg_scale": 4.0, **settings}
+        """The picture without the bug, and with it."""
+        settings = {"sampler": self.sampler, "steps": 25, "cfg": 4.0, **settings}
         if self.from_picture:
             start = pipe.generate(prompt, seed=seed, progress=False, **settings)
-            settings |= {"input_image": start, "strength": 0.3}
+            settings |= {"init_image": start, "strength": 0.3}
         right = pipe.generate(prompt, seed=seed, progress=False, **settings)
         with self.switched_on(pipe):
             wrong = pipe.generate(prompt, seed=seed, progress=False, **settings)
@@ -78,13 +79,27 @@ def _bug(
     return register
 
 
-def gallery(pipe: StableDiffusion, request: Request, names: Sequence[str], across: int = 3) -> Exhibit:
-    """Shows each named bug's picture beside the correct one, with the number that gives the bug away."""
+def _with(network: nn.Module, kind: type[nn.Module], **methods: Callable[..., Any]) -> Patches:
+    """Gives the modules of a kind other methods."""
+    for module in network.modules():
+        if isinstance(module, kind):
+            yield swapped(module, type(kind.__name__, (type(module),), methods))
+
+
+def gallery(
+    pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None, across: int = 3
+) -> Exhibit:
+    """Each named bug's picture beside the right one, with the number that gives it away; None: all bugs."""
+    names = names or list(BUGS)
+    for name in names:
+        if name not in BUGS:
+            raise ValueError(f"there is no bug {name!r}; there are {', '.join(BUGS)}")
+    request = request.for_model(pipe.config)
     pairs, captions, numbers = [], [], {}
     for name in names:
         bug = BUGS[name]
-        scale, steps, seed = request.cfg_scale, request.n_inference_steps, request.seeds[0]
-        pairs.append(bug.draw(pipe, request.prompts[0], seed, cfg_scale=scale, n_inference_steps=steps))
+        prompt, seed = request.prompts[0], request.seeds[0]
+        pairs.append(bug.draw(pipe, prompt, seed, cfg=request.cfg, steps=request.steps))
         right = bug.measure(pipe)
         with bug.switched_on(pipe):
             wrong = bug.measure(pipe)
@@ -160,7 +175,7 @@ def _towards_the_words(pipe: StableDiffusion) -> float:
     """Returns how far a guided step goes in the direction of the prompt: s if the code is right."""
 
     def eps(prompt: str, scale: float) -> Tensor:
-        steps = pipe.denoise(prompt, seed=0, n_inference_steps=4, cfg_scale=scale, sampler_name="ddim")
+        steps = pipe.denoise(prompt, seed=0, steps=4, cfg=scale, sampler="ddim")
         return next(steps).eps
 
     nothing = eps("", 1)
@@ -300,7 +315,7 @@ def symmetric_padding(pipe: StableDiffusion) -> Patches:
     def forward(self: encoder.Downsample, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (1, 1, 1, 1)))
 
-    yield patch.object(encoder.Downsample, "forward", forward)
+    yield from _with(pipe.models["encoder"], encoder.Downsample, forward=forward)
 
 
 @_bug(
@@ -311,7 +326,12 @@ def symmetric_padding(pipe: StableDiffusion) -> Patches:
     "tests/parity/test_networks.py::test_vae_agrees",
 )
 def wrong_scale(pipe: StableDiffusion) -> Patches:
-    yield patch("reifusion.model.decoder.unscale_latents", lambda latents, config: latents / 0.18215)
+    right = type(pipe.models["decoder"]).forward
+
+    def forward(self: decoder.Decoder, latents: Tensor) -> Tensor:
+        return right(self, latents * self.config.scale_factor / 0.18215)
+
+    yield from _with(pipe.models["decoder"], decoder.Decoder, forward=forward)
 
 
 @_bug(
@@ -322,10 +342,10 @@ def wrong_scale(pipe: StableDiffusion) -> Patches:
     "tests/model/test_samplers.py::test_leading_timesteps_have_stable_diffusions_offset",
 )
 def no_offset(pipe: StableDiffusion) -> Patches:
-    def spaced(self: ddpm.Sampler, n: int) -> Tensor:
-        return torch.arange(n).flip(0) * (self.num_training_steps // n)
+    def leading(n: int, total: int) -> Tensor:
+        return torch.arange(n).flip(0) * (total // n)
 
-    yield patch.object(ddpm.Sampler, "_spaced", spaced)
+    yield patch.object(ddpm, "leading", leading)
 
 
 @_bug(
@@ -366,13 +386,13 @@ def sines_first(pipe: StableDiffusion) -> Patches:
     "tests/model/test_pipeline.py::test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond",
 )
 def guidance_swapped(pipe: StableDiffusion) -> Patches:
-    right = diffusion.UNet.forward
+    right = type(pipe.models["diffusion"]).forward
 
-    def forward(self: diffusion.UNet, latents: Tensor, context: Tensor, t: Tensor) -> Tensor:
-        output = right(self, latents, context, t)
+    def forward(self: diffusion.UNet, latents: Tensor, context: Tensor, t: Tensor, **more: Any) -> Tensor:
+        output = right(self, latents, context, t, **more)
         return output.roll(len(output) // 2, dims=0) if len(output) % 2 == 0 else output
 
-    yield patch.object(diffusion.UNet, "forward", forward)
+    yield from _with(pipe.models["diffusion"], diffusion.UNet, forward=forward)
 
 
 @_bug(
@@ -398,10 +418,10 @@ def wrong_gelu(pipe: StableDiffusion) -> Patches:
 def no_causal_mask(pipe: StableDiffusion) -> Patches:
     right = attention.SelfAttention.forward
 
-    def forward(self: attention.SelfAttention, x: Tensor, causal: bool = False, **more: Any) -> Tensor:
-        return right(self, x, False, **more)
+    def forward(self: attention.SelfAttention, x: Tensor, causal: bool = False) -> Tensor:
+        return right(self, x, causal=False)
 
-    yield patch.object(attention.SelfAttention, "forward", forward)
+    yield from _with(pipe.models["clip"], attention.SelfAttention, forward=forward)
 
 
 @_bug(
@@ -434,7 +454,7 @@ def unclamped_variance(pipe: StableDiffusion) -> Patches:
         with patch.object(torch.Tensor, "clamp", lambda x, *limits: x):
             return right(self, image)
 
-    yield patch.object(encoder.Encoder, "moments", moments)
+    yield from _with(pipe.models["encoder"], encoder.Encoder, moments=moments)
 
 
 @_bug(

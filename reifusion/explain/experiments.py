@@ -52,10 +52,11 @@ def saturation(picture: Image.Image) -> float:
 def cfg(
     pipe: StableDiffusion, request: Request, scales: Sequence[float] = (1, 2, 4, 7.5, 12, 20), seeds: int = 2
 ) -> Exhibit:
-    """A row for each seed, a column for each guidance scale; `seeds` is the number of rows."""
+    """A row for each of so many seeds, a column for each guidance scale."""
+    request = request.for_model(pipe.config)
     first = request.seeds[0]
     rows = [
-        draw_all(pipe, (replace(request, seed=first + k, cfg_scale=scale) for scale in scales))
+        draw_all(pipe, (replace(request, seed=first + k, cfg=scale) for scale in scales))
         for k in range(seeds)
     ]
     saturations = [[saturation(picture) for picture in row] for row in rows]
@@ -81,12 +82,12 @@ def steps(
     counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     samplers: Sequence[str] | None = None,
 ) -> Exhibit:
-    """A row for each sampler, a column for each number of steps; None: three different ones, if they suit."""
+    """A row for each sampler, a column for each number of steps; None: three that differ, if they suit."""
+    request = request.for_model(pipe.config)
     suitable = suiting(pipe)
     samplers = samplers or [name for name in ("ddim", "dpmpp_2m", "euler_a") if name in suitable] or suitable
     rows = [
-        draw_all(pipe, (replace(request, sampler_name=name, n_inference_steps=count) for count in counts))
-        for name in samplers
+        draw_all(pipe, (replace(request, sampler=name, steps=count) for count in counts)) for name in samplers
     ]
     away = [[distance(picture, row[-1]) for picture in row] for row in rows]
     figure = picture_grid(
@@ -110,11 +111,12 @@ def suiting(pipe: StableDiffusion) -> list[str]:
 
 
 def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:
-    """A picture for each sampler, with the same noise and number of steps; None: all that suit the model."""
+    """Every sampler, with the same noise and number of steps; None: all that suit the model."""
+    request = request.for_model(pipe.config)
     names = names or suiting(pipe)
     pictures, calls = [], []
     for name in tqdm(names, unit="picture", disable=None, leave=False):
-        turns = list(pipe.denoise(replace(request, sampler_name=name)))
+        turns = list(pipe.denoise(replace(request, sampler=name)))
         pictures += pipe.decode(turns[-1].latents)
         calls.append(len(turns))
     captions = [f"{name}\n{count} calls" for name, count in zip(names, calls)]
@@ -156,13 +158,9 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
     begin = request.seeds[0]
     if to == begin:
         raise ValueError(f"a walk needs two seeds, not {begin} twice")
-    width, height = request.size(pipe.config)
-    shape = (
-        1,
-        pipe.config.vae.latent_channels,
-        height // pipe.config.vae.factor,
-        width // pipe.config.vae.factor,
-    )
+    request, vae = request.for_model(pipe.config), pipe.config.vae
+    width, height = request.size  # type: ignore[misc]
+    shape = (1, vae.latent_channels, height // vae.factor, width // vae.factor)  # type: ignore[operator]
     one, other = (randn(shape, torch.Generator().manual_seed(seed)) for seed in (begin, to))
     way = [k / (stops - 1) for k in range(stops)]
     noises = [[walk(one, other, u) for u in way] for walk in (slerp, lerp)]
@@ -185,7 +183,8 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
 
 
 def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, seeds: int = 2) -> Exhibit:
-    """A walk from the vectors of the request's prompt to those of another, in a row for each of the seeds."""
+    """From the vectors of the request's prompt to those of another; a row for each of so many seeds."""
+    request = request.for_model(pipe.config)
     begin = request.prompts[0]
     context = pipe.encode_text([begin, to], request.clip_skip).float()  # (2, S, width)
     way = [k / (stops - 1) for k in range(stops)]

@@ -1,4 +1,4 @@
-"""How the pictures of this package look: one typeface, exact pixels, and a description of each in words."""
+"""How the pictures of this package look: one typeface, exact pixels, and a text that describes each."""
 
 from __future__ import annotations
 
@@ -52,20 +52,21 @@ MARGIN, GAP, LINE = 28, 10, 18  # pixels: around everything, between pictures, a
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A picture with its title, its texts and its numbers."""
+    """A picture with its texts and numbers."""
 
     figure: Figure
     title: str
-    alt: str  # a description of the picture in words
+    alt: str  # a description for readers who cannot see the picture
     guide: str = ""  # what to look for
-    numbers: dict[str, Any] = field(default_factory=dict)  # the measurements, as JSON can hold them
+    numbers: dict[str, Any] = field(default_factory=dict)  # what was measured; can be written as JSON
+    table: str = ""  # the numbers as text for a terminal, where they are worth reading
 
     @property
     def image(self) -> Image.Image:
         return render(self.figure)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a PNG that carries the title, the alt text, the guide, and the numbers as JSON."""
+        """Writes a PNG that carries the title, alt text and guide, and the numbers as JSON."""
         chunks = PngInfo()
         texts = {"Title": self.title, "Description": self.alt, "Comment": self.guide, "Software": "reifusion"}
         texts["reifusion-explain"] = json.dumps(self.numbers)
@@ -76,7 +77,7 @@ class Exhibit:
 
 
 def styled() -> AbstractContextManager[None]:
-    """Applies STYLE to the figures that are made inside the block."""
+    """Applies `STYLE` to the figures that are made inside the `with`."""
     return matplotlib.rc_context(cast(Any, STYLE))
 
 
@@ -89,21 +90,21 @@ def render(figure: Figure) -> Image.Image:
 
 
 def plain(text: str, most: int = 10_000) -> str:
-    """Makes a user's text fit for a figure: one line, at most `most` characters, and $ is not maths."""
+    """Makes a user's text fit for a figure: one line of at most `most` characters, in which $ is no maths."""
     text = "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def typeface(size: int) -> ImageFont.FreeTypeFont:
-    """Returns the figures' typeface for Pillow."""
+    """Returns the same typeface, for Pillow."""
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
-# Placing by pixels, from the top left
+# Placing things by pixels, from the top left
 
 
 def sheet(width: int, height: int, title: str, subtitle: str = "") -> tuple[Figure, int]:
-    """Returns an empty figure with its heading, and the y at which the room below the heading begins."""
+    """Returns an empty figure with a heading, and where the room below the heading begins."""
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
     characters = (width - 2 * MARGIN) // 9
     write(figure, MARGIN, MARGIN + 10, plain(title, characters), size=14, weight="bold")
@@ -114,7 +115,7 @@ def sheet(width: int, height: int, title: str, subtitle: str = "") -> tuple[Figu
 
 
 def write(figure: Figure, x: float, y: float, text: str, *, size: float = 10, **style: Any) -> None:
-    """Writes text with the middle of its line at y and its left end at x, unless `ha` says otherwise."""
+    """Writes a text whose middle is at y; x is its left end unless `ha` says otherwise."""
     width, height = figure.get_size_inches() * DPI
     with styled():
         figure.text(x / width, 1 - y / height, text, size=size, **{"va": "center_baseline", **style})
@@ -129,7 +130,7 @@ def axes_at(figure: Figure, x: float, y: float, width: float, height: float) -> 
 
 
 def place(figure: Figure, picture: Image.Image, x: int, y: int) -> None:
-    """Places the picture's own pixels, none resampled; a hairline shows where a white picture ends."""
+    """Places a picture without resampling, with a hairline around it that shows where a white one ends."""
     axes = axes_at(figure, x, y, *picture.size)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.set(xticks=[], yticks=[])
@@ -148,10 +149,10 @@ def picture_grid(
     captions: Sequence[Sequence[str]] = (),
     below: int = 0,
 ) -> Figure:
-    """Draws rows of pictures of one shape, with labels above columns, before rows and under each picture.
+    """Returns rows of pictures of one shape, with labels above columns, before rows, and under pictures.
 
-    Labels may hold line breaks, and maths between $; users' text goes through `plain`. below: the number of
-    pixels that are left free at the bottom.
+    Labels may hold line breaks, and maths between $; users' text goes through `plain`. below: pixels to
+    leave free at the bottom.
     """
     first = next(picture for row in pictures for picture in row if picture is not None)
     across = max(map(len, pictures))
@@ -161,7 +162,7 @@ def picture_grid(
     foot = [LINE * max((t.count("\n") + 1 for t in texts if t), default=0) for texts in captions]
     foot = foot or [0] * len(pictures)
     total = max(2 * MARGIN + label + across * (width + GAP) - GAP, 480)
-    _, top = sheet(total, 100, title, subtitle)  # how high the heading is depends on the width only
+    _, top = sheet(total, 100, title, subtitle)  # the heading's height depends on the width only
     bottom = top + head + sum(height + GAP + one for one in foot) + MARGIN - GAP + below
     figure, y = sheet(total, bottom, title, subtitle)
     for j, text in enumerate(columns):
@@ -184,7 +185,7 @@ def picture_grid(
 
 
 def fitting_size(width: int, height: int, many: int) -> tuple[int, int]:
-    """Returns the size at which to show pictures: a whole multiple for small ones, less if there are many."""
+    """Returns the size to show pictures at: a whole multiple for small ones, and less for many."""
     room = min(256, max(96, 1600 // many))
     scale = room / max(width, height)
     if scale > 1:
@@ -193,7 +194,7 @@ def fitting_size(width: int, height: int, many: int) -> tuple[int, int]:
 
 
 def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Enlarges a picture so that every pixel stays a visible square, or reduces it smoothly."""
+    """Resizes a picture: larger, with each pixel as a square that can be seen; smaller, smoothly."""
     larger = size[0] >= picture.width
     return picture.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 
@@ -212,16 +213,16 @@ def signed_picture(values: Tensor | np.ndarray, most: float) -> Image.Image:
 
 
 def overlay(picture: Image.Image, heat: Tensor | np.ndarray) -> Image.Image:
-    """Lays heat (H, W) in [0, 1] over the picture, faded and grey: yellow, orange, dark red at 1."""
+    """Returns the picture, faded and grey, under heat (H, W) in [0, 1]: yellow, orange, dark red at 1."""
     grey = np.asarray(picture.convert("L"), dtype=float)[..., None] / 255
     colours = np.asarray(_coloured(heat, 0, 1, "YlOrRd"), dtype=float)
-    tint = np.asarray(heat, dtype=float)[..., None].clip(0, 1)  # no tint where there is no heat
+    tint = np.asarray(heat, dtype=float)[..., None].clip(0, 1)  # where there is no heat, there is no tint
     faded = 0.35 + 0.65 * grey
     return Image.fromarray((faded * (255 * (1 - tint) + colours * tint)).round().astype(np.uint8))
 
 
 def two_heats(picture: Image.Image, one: Tensor, other: Tensor) -> Image.Image:
-    """Tints the picture, faded and grey: red where one heat (H, W) is higher, blue where the other is."""
+    """Returns the picture, faded and grey; red where one heat (H, W) leads, blue where the other does."""
     lead = np.asarray(one / one.max().clamp(min=1e-12) - other / other.max().clamp(min=1e-12))
     grey = 0.35 + 0.65 * np.asarray(picture.convert("L"), dtype=float)[..., None] / 255
     colours = np.asarray(signed_picture(lead, 1), dtype=float)

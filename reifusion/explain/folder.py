@@ -1,4 +1,4 @@
-"""Everything that can be shown about one picture, in one folder, with a page to begin from."""
+"""Everything about one picture, in one folder, with a page to begin from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from html import escape
 from pathlib import Path
 
-from PIL.PngImagePlugin import PngInfo
-
+from .. import album
 from ..files import whole, write_text
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
+from . import web
 from .figures import Exhibit, overlay
 from .trace import Trace, trace
 from .trajectory import Trajectory, describe, record
@@ -21,13 +21,13 @@ def explain(
     pipe: StableDiffusion,
     request: Request,
     folder: str | os.PathLike,
+    entry: album.Entry,
     pixel: tuple[int, int] | None = None,
-    metadata: PngInfo | None = None,
 ) -> None:
-    """Draws the request's one picture, watches, and fills the folder, which must exist; begin at index.html.
+    """Draws the request's picture, watches, and fills a folder that exists; index.html shows the rest.
 
-    pixel: (x, y) of a place in the picture whose attention is shown. metadata: for picture.png.
-    Raises ValueError for a request for several pictures or a pixel outside the picture.
+    entry: what picture.png says of itself. pixel: (x, y) of a place in the picture, to see what the place
+    looks at. Raises ValueError for a request of several pictures or a pixel outside.
     """
     folder = Path(folder)
     with watch(pipe, request, pixel) as attention:
@@ -46,8 +46,7 @@ def explain(
         exhibits["pixel"] = attention.of_pixel(picture)
     for name, exhibit in exhibits.items():
         exhibit.save(folder / f"{name}.png")
-    with whole(folder / "picture.png") as temporary:
-        picture.save(temporary, "PNG", pnginfo=metadata)
+    album.save(picture, entry, folder / "picture.png")
     trajectory.animate(folder / "trajectory.gif")
     trajectory.save(folder)
     attention.save(folder)
@@ -61,7 +60,7 @@ def explain(
 
 
 def page(trajectory: Trajectory, attention: Attention, table: Trace, exhibits: dict[str, Exhibit]) -> str:
-    """Returns the page that shows the files beside it; the page needs no network and no script."""
+    """Returns the page that shows the files beside it."""
     prompt = escape(trajectory.request.prompts[0])
     words, overlays, rules = [], [], []
     for k, word in enumerate(attention.words):
@@ -80,65 +79,59 @@ def page(trajectory: Trajectory, attention: Attention, table: Trace, exhibits: d
         f"<td>{row.flops / 1e9:,.2f}</td><td>{1e3 * row.seconds:,.1f}</td></tr>"
         for row in table.networks
     )
-    return _PAGE.format(
+    side = trajectory.picture.width * (2 if trajectory.picture.width < 256 else 1)
+    body = _BODY.format(
         prompt=prompt,
         about=escape(describe(trajectory.request)),
-        side=2 * trajectory.picture.width if trajectory.picture.width < 256 else trajectory.picture.width,
         steps=len(trajectory.t),
-        rules="\n".join(rules),
         words=" ".join(words),
         overlays="".join(overlays),
         forming="\n".join(forming),
         figures="\n".join(figures.values()),
         networks=networks,
     )
+    style = "\n".join([_STYLE, f"body {{ --side: {side}px; }}", *rules, ""])
+    return web.page(trajectory.request.prompts[0], style, body)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{prompt}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: light-dark(#1b1b1f, #ececf1); --grey: light-dark(#63636e, #a0a0ac);
-  --rule: light-dark(#d8d8de, #3a3a42); --paper: light-dark(#fff, #17171a);
-  --mark: light-dark(#fbe3d6, #5a2d18); --link: light-dark(#2f5bd0, #93b0ff); }}
-body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }}
-h1 {{ margin-bottom: .2rem; }}
-h2 {{ margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: 1.2rem; }}
-p, figcaption {{ max-width: 46rem; }} .about, figcaption {{ color: var(--grey); }} a {{ color: var(--link); }}
-img {{ max-width: 100%; height: auto; vertical-align: top; }} figure {{ margin: 1.5rem 0; }}
-figure img {{ border-radius: 4px; }} figcaption {{ margin-top: .4rem; }}
-.pixels {{ image-rendering: pixelated; width: {side}px; }}
-.stage {{ position: relative; display: inline-block; }}
-.stage img + img, .stage img ~ img {{ position: absolute; inset: 0; opacity: 0; transition: opacity .15s; }}
-.stage img {{ width: {side}px; image-rendering: pixelated; }}
-label {{ font-size: 1.3rem; padding: .1rem .4rem; border-radius: 4px; cursor: pointer; }}
-label:hover, label:has(:checked), label:focus-within {{ background: var(--mark); }}
-label input {{ position: absolute; opacity: 0; }}
-td, th {{ padding: .15rem 1rem .15rem 0; text-align: right; font-weight: 400; }}
-th:first-child {{ text-align: left; }}
-thead th {{ color: var(--grey); }}
-{rules}
-</style>
-<h1>{prompt}</h1>
+_STYLE = """
+body { max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; --mark: light-dark(#fbe3d6, #5a2d18); }
+h1 { margin-bottom: .2rem; }
+h2 { margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: 1.2rem; }
+img { max-width: 100%; height: auto; vertical-align: top; }
+figure { margin: 1.5rem 0; }
+figure img { border-radius: 4px; }
+figcaption { margin-top: .4rem; }
+.pixels { image-rendering: pixelated; width: var(--side); }
+.stage { position: relative; display: inline-block; }
+.stage img + img, .stage img ~ img { position: absolute; inset: 0; opacity: 0; transition: opacity .15s; }
+.stage img { width: var(--side); image-rendering: pixelated; }
+label { font-size: 1.3rem; padding: .1rem .4rem; border-radius: 4px; cursor: pointer; }
+label:hover, label:has(:checked), label:focus-within { background: var(--mark); }
+label input { position: absolute; opacity: 0; }
+td, th { padding: .15rem 1rem .15rem 0; }
+th:first-child { text-align: left; }
+thead th { color: var(--grey); }
+"""
+
+_BODY = """<h1>{prompt}</h1>
 <p class="about">{about}</p>
 <img class="pixels" src="picture.png" alt="the picture of “{prompt}”">
 <h2>The picture forms</h2>
-<p>In each of {steps} steps the network predicted the noise in the picture, and some of it was removed.</p>
+<p>{steps} times the network predicted the noise in the picture, and some of that noise was taken away.</p>
 <p><img src="trajectory.gif" alt="Left, noise becomes a picture; right, what the network sees in it."></p>
 {forming}
 <h2>Which word made which pixel</h2>
-<p>Point at a word, or choose one with Tab and the arrow keys. Red marks the places that looked at it.</p>
+<p>Point at a word, or choose one with Tab and the arrow keys. Red is where the picture
+looked at the word.</p>
 <div id="words">
 <p>{words}</p>
 <div class="stage"><img src="picture.png" alt="the picture">{overlays}</div>
 </div>
 {figures}
 <h2>What ran</h2>
-<p><a href="trace.html">trace.html</a> lists every module in order, with shapes, arithmetic and time, and
-links each to its line of source. The U-Net's numbers are those of one of the {steps} steps.</p>
+<p>Every module in order, with shapes, arithmetic and time; each leads to the line of source that calls it:
+<a href="trace.html">trace.html</a>. The U-Net's numbers are those of one of the {steps} steps.</p>
 <table><thead><tr><th scope="col">network</th><th scope="col">parameters</th>
 <th scope="col">GFLOP</th><th scope="col">ms</th></tr></thead><tbody>{networks}</tbody></table>
 <h2>The numbers behind it</h2>
@@ -146,5 +139,4 @@ links each to its line of source. The U-Net's numbers are those of one of the {s
 step's latents, noise and guidance. <a href="words.safetensors">words.safetensors</a> and
 <a href="words.json">.json</a>: attention by layer, head, step and token. <a href="trace.json">trace.json</a>
 and <a href="trace.txt">.txt</a>: the table.</p>
-</html>
 """

@@ -69,14 +69,13 @@ def foreground(picture: Image.Image) -> Tensor:
     return (pixels - rim.median(0).values).abs().amax(-1) > 40
 
 
-def halves(pipe: StableDiffusion, request: Request, count: int = 12) -> Exhibit:
-    """Draws `count` prompts, each with two words and two sides; the request's prompt is not used."""
+def halves(pipe: StableDiffusion, request: Request, num: int = 12) -> Exhibit:
+    """So many prompts, each with two words and two sides; the request's prompt is not used."""
+    request = request.for_model(pipe.config)
     findings: list[Finding] = []
     cells: list[Image.Image] = []
     captions = []
-    for k, things in enumerate(
-        tqdm(pairs(count, request.seeds[0]), unit="picture", disable=None, leave=False)
-    ):
+    for k, things in enumerate(tqdm(pairs(num, request.seeds[0]), unit="picture", disable=None, leave=False)):
         one, other = (f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in things)
         asked = replace(
             request, prompt=f"{one} on the left and {other} on the right", seed=request.seeds[0] + k
@@ -103,6 +102,14 @@ def halves(pipe: StableDiffusion, request: Request, count: int = 12) -> Exhibit:
         f"{summary} · {describe(request, 'prompt', 'seed')}",
         captions=[captions[line] for line in lines],
     )
-    alt = f"{count} pictures of two things, each beside the places that looked at the two words. {summary}."
+    alt = f"{num} pictures of two things each, and beside each where the two words were looked at. {summary}."
     numbers = {"share": share, "iou": own, "other_iou": other_side, "findings": [vars(f) for f in findings]}
-    return Exhibit(figure, "Do words find their things?", alt, GUIDE["halves"], numbers)
+    return Exhibit(figure, "Do words find their things?", alt, GUIDE["halves"], numbers, _table(findings))
+
+
+def _table(findings: list[Finding]) -> str:
+    lines = [f"{'prompt':56} {'word':12} share   IoU  IoU of the other side"]
+    for found in findings:
+        numbers = f"{found.share:5.2f} {found.iou:5.2f} {found.other_iou:5.2f}"
+        lines.append(f"{found.prompt:56} {found.word:12} {numbers}")
+    return "\n".join(lines)

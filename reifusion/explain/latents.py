@@ -18,7 +18,8 @@ from .trajectory import describe
 
 
 def latents(pipe: StableDiffusion, request: Request) -> Exhibit:
-    """Shows the channels of a picture's latents, and the picture when one channel is evened out."""
+    """The channels of a picture's latents, and what is left of the picture when one is evened out."""
+    request = request.for_model(pipe.config)
     *_, last = pipe.denoise(request)
     z = last.latents  # (1, C, h, w)
     picture = pipe.decode(z)[0]
@@ -46,6 +47,11 @@ def latents(pipe: StableDiffusion, request: Request) -> Exhibit:
         below each channel the picture that is decoded without it.""")
     title = "The picture as the U-Net knows it"
     return Exhibit(figure, title, alt, GUIDE["latents"], {"mean_std": spread, "most": most})
+
+
+def vae(pipe: StableDiffusion, request: Request, picture: Image.Image | None = None) -> Exhibit:
+    """Shows the round trip of a picture, or of a test card; nothing else is asked of the request."""
+    return round_trip(pipe, picture)
 
 
 def round_trip(pipe: StableDiffusion, picture: Image.Image | None = None) -> Exhibit:

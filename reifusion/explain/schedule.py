@@ -20,17 +20,22 @@ WIDTH = 1160
 
 
 def signal_and_noise(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns t, and the factors of picture and noise at each t: three tensors of one length, float64."""
+    """Returns t, and the shares of picture and noise in the network's input at t: (T,) each, float64."""
     t = torch.arange(sampler.num_training_steps)
     one, none = torch.ones(len(t), 1, dtype=torch.float64), torch.zeros(len(t), 1, dtype=torch.float64)
-    return t, sampler.add_noise(one, t, none)[:, 0], sampler.add_noise(none, t, one)[:, 0]
+    signal, noise = sampler.add_noise(one, t, none)[:, 0], sampler.add_noise(none, t, one)[:, 0]
+    if noise.max() > 1:  # samplers in σ blow x_t up, and scale it down for the network
+        length = torch.hypot(signal, noise)
+        signal, noise = signal / length, noise / length
+    return t, signal, noise
 
 
 def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:
     """Draws curves, a test card under growing noise, and the samplers' timesteps; None: of all except lcm."""
     names = names or suiting(pipe)
     facts, flow = pipe.config.schedule, pipe.config.schedule.prediction_type == "flow"
-    sampler = pipe._sampler(replace(request, sampler_name=suiting(pipe)[0]), [torch.Generator()])
+    request = request.for_model(pipe.config)
+    sampler = pipe.sampler(replace(request, sampler=suiting(pipe)[0]))
     t, signal, noise = signal_and_noise(sampler)
     snr = (signal / noise).square()  # SNR(t) = ᾱₜ / (1 - ᾱₜ), §2, Kingma et al. 2021
     crossing = int((snr < 1).int().argmax())
@@ -41,9 +46,7 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
     elif facts.zero_terminal_snr:
         path += ", to noise alone"
     target = facts.prediction_type.removesuffix("_prediction")
-    subtitle = (
-        f"{pipe.config.name} · {path} · the network predicts {target} · {request.n_inference_steps} steps"
-    )
+    subtitle = f"{pipe.config.name} · {path} · the network predicts {target} · {request.steps} steps"
     _, top = sheet(WIDTH, 100, "The noise schedule", subtitle)
     shown = torch.linspace(0, len(t) - 1, 8).round().long().tolist()
     cell = (WIDTH - 2 * MARGIN - 7 * GAP) // 8
@@ -76,8 +79,7 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
 
     timesteps: dict[str, list[float]] = {}
     for name in names:
-        one = pipe._sampler(replace(request, sampler_name=name), [torch.Generator()])
-        timesteps[name] = one.timesteps.tolist()
+        timesteps[name] = pipe.sampler(replace(request, sampler=name)).timesteps.tolist()
     with styled():
         axes = axes_at(figure, MARGIN + 130, ticks_at + 20, WIDTH - 2 * MARGIN - 130, 20 * len(names))
         axes.set(
@@ -92,6 +94,6 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
     alt = one_line(f"""
         Above, two curves over {len(t)} timesteps: the picture's share falls from 1, the noise's rises, and
         they cross at t = {crossing}. In the middle a test card under more and more noise. Below, the
-        timesteps that each of {len(names)} samplers uses in {request.n_inference_steps} steps.""")
+        timesteps that each of {len(names)} samplers uses in {request.steps} steps.""")
     numbers = {"crossing": crossing, "snr": {int(i): snr[i].item() for i in shown}, "timesteps": timesteps}
     return Exhibit(figure, "The noise schedule", alt, GUIDE["schedule"], numbers)

@@ -1,20 +1,23 @@
-"""Changing one thing inside the model, and putting it back."""
+"""Changes one thing inside the model for a while: the words that the U-Net reads, a layer, a head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..model.attention import CrossAttention
+from ..model.attention import CrossAttention, split_heads
 from ..model.pipeline import StableDiffusion
+from ..swap import swap
 
 
 @dataclass
 class Rewritten(StableDiffusion):
-    """A model whose U-Net reads other vectors than those of the text encoder."""
+    """A model whose U-Net reads edited vectors, not those that the text encoder wrote."""
 
     edit: Callable[[Tensor], Tensor] = lambda context: context
 
@@ -25,24 +28,45 @@ class Rewritten(StableDiffusion):
 def rewritten(pipe: StableDiffusion, edit: Callable[[Tensor], Tensor]) -> StableDiffusion:
     """Returns the same networks with `edit` between text encoder and U-Net: (B, S, width) -> the same shape.
 
-    With guidance the prompt comes first in the batch, and the negative prompt after it.
+    With guidance, the prompt comes first in the batch and the negative prompt second.
     """
     return Rewritten(**{part.name: getattr(pipe, part.name) for part in fields(pipe) if part.init}, edit=edit)
 
 
+class Silent(CrossAttention):
+    """Cross-attention that adds nothing to the picture."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (B, L, width), y (B, S, context_width) -> (B, L, width), all 0"""
+        return torch.zeros_like(x)
+
+
+class WithoutHead(CrossAttention):
+    """Cross-attention in which one head adds nothing."""
+
+    silent: int  # which head
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (B, L, width), y (B, S, context_width) -> (B, L, width)"""
+        q = split_heads(self.q(x), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.kv(y).chunk(2, dim=-1))
+        heads = list(self.kernel(q, k, v, False).unbind(1))  # each (B, L, d)
+        heads[self.silent] = torch.zeros_like(heads[self.silent])
+        return self.out(torch.cat(heads, dim=-1))
+
+
 @contextmanager
-def muted(layer: CrossAttention, head: int | None = None) -> Iterator[None]:
-    """Silences one head of the layer (None: all heads) until the block ends, and then restores the layer."""
-    weight, bias = layer.out.weight.data, layer.out.bias.data
-    kept = weight.clone(), bias.clone()
-    width = weight.shape[1] // layer.heads
+def swapped(module: nn.Module, by: type[nn.Module], **state: Any) -> Iterator[None]:
+    """Makes a module behave as a `by` while the `with` lasts; see `swap`."""
+    put_back = swap(module, by, **state)
     try:
-        if head is None:
-            weight.zero_()
-            bias.zero_()
-        else:  # the output is a sum over heads, each with its own columns of this matrix
-            weight[:, head * width : (head + 1) * width] = 0
         yield
     finally:
-        weight.copy_(kept[0])
-        bias.copy_(kept[1])
+        put_back()
+
+
+@contextmanager
+def muted(layer: CrossAttention, head: int | None = None) -> Iterator[None]:
+    """Mutes one head of a layer while the `with` lasts; None: all heads."""
+    with swapped(layer, Silent) if head is None else swapped(layer, WithoutHead, silent=head):
+        yield

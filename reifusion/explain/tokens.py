@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from ..model.pipeline import StableDiffusion
+from ..model.request import Request
 from ..model.tokenizer import END_OF_WORD, Tokenizer, as_bytes, merge_pair, parse_merges
 from .figures import GREY, INK, MARGIN, PALETTE, RULE, Exhibit, axes_at, plain, sheet, write
 from .guide import GUIDE
@@ -28,6 +30,11 @@ def merges(tokenizer: Tokenizer, word: str) -> list[list[str]]:
     while known := [pair for pair in pairwise(states[-1]) if pair in ranks]:
         states.append(merge_pair(states[-1], min(known, key=ranks.__getitem__)))
     return states
+
+
+def of_prompt(pipe: StableDiffusion, request: Request) -> Exhibit:
+    """Shows the tokens of the request's prompt."""
+    return tokens(pipe.tokenizer, request.prompts[0])
 
 
 def tokens(tokenizer: Tokenizer, prompt: str, most: int = 6) -> Exhibit:

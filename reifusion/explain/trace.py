@@ -1,7 +1,8 @@
 """What every module does, in the order in which they run: shapes, parameters, arithmetic, time, statistics.
 
-`trace` runs each network as the first denoising step does, with a hook at every module. A `Trace` is a
-table: as text, as JSON, and as a page whose rows lead to the line of source that makes the call.
+`trace` watches the first denoising step, and runs each network again with the same inputs and a hook at
+every module. A `Trace` is a table: as text, as JSON, and as a page whose rows lead to the line of source
+that makes the call. The fast kernels are taken out for it, so the lines are the textbook's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -21,39 +22,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..files import write_json, write_text
-from ..model import attention
 from ..model.attention import CrossAttention, SelfAttention
-from ..model.ddpm import randn
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
-from .trajectory import describe, settings
+from ..settings import of_request
+from . import web
+from .trajectory import describe
 
-MODEL = Path(attention.__file__).parent  # the folder of the source files to which rows lead
+PACKAGE = Path(__file__).parents[1]
+TEXTBOOK = (PACKAGE / "model", PACKAGE / "families")  # where the source is that rows lead to
 
 
 @dataclass
 class Row:
-    """One call of one module, including its submodules; the `own_…` fields leave them out."""
+    """One call of one module. The numbers include the module's submodules; those named `own_…` do not."""
 
     name: str  # as in `pipe.models`: "diffusion.down.1.0.conv_1"
     kind: str  # its class
     depth: int  # 0 for a whole network
-    takes: list[list[int]]  # the shapes of the input tensors
-    gives: list[int]  # the shape of the output
-    mean: float  # of the output
+    takes: list[list[int]]  # the shapes of the tensors that it takes
+    gives: list[int]  # the shape of its output
+    mean: float  # of its output
     std: float
     parameters: int
     flops: int  # additions and multiplications in matrix products and convolutions; the rest is small
     own_flops: int
-    source: str  # the file in reifusion/model that makes the call
-    line: int  # the line of the call in that file
+    source: str  # the file that makes the call: "model/diffusion.py"
+    line: int  # the line in that file
     seconds: float = 0.0
     own_seconds: float = 0.0
 
 
 @dataclass
 class Trace:
+    """The rows of all modules that run for a picture, in the order in which they begin."""
+
     request: Request
     machine: str
     rows: list[Row]
@@ -72,7 +77,7 @@ class Trace:
         return sorted(((kind, *parts) for kind, parts in sums.items()), key=lambda entry: -entry[3])
 
     def text(self) -> str:
-        """The table, for the terminal."""
+        """Returns the table for a terminal."""
         table: list[tuple[str, ...]] = [("module", *_HEAD, "called at")]
         table += [
             (f"{'  ' * row.depth}{_short(row)} ({row.kind})", *_cells(row), f"{row.source}:{row.line}")
@@ -83,13 +88,13 @@ class Trace:
         return "\n".join([f"{describe(self.request)} · {self.machine}", "", *lines, ""])
 
     def html(self) -> str:
-        """Returns a self-contained page: the table, and below it the source to which its rows lead."""
+        """Returns a page with the table, and below it the source that the rows lead to."""
         total = {row.name: row.seconds for row in self.networks}
-        body = []
+        lines = []
         for row in self.rows:
             part = row.seconds / max(total[row.name.partition(".")[0]], 1e-12)
             cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row))
-            body.append(
+            lines.append(
                 f'<tr class="d{row.depth}" style="--depth:{row.depth};--part:{part:.4f}">'
                 f'<th scope="row"><a href="#{row.source}-{row.line}">{escape(_short(row))}</a> '
                 f"<i>{row.kind}</i></th>{cells}<td>{row.source}:{row.line}</td></tr>"
@@ -99,57 +104,63 @@ class Trace:
             f"<td>{calls}</td><td>{_human(flops)}</td><td>{1e3 * own:.2f}</td></tr>"
             for kind, calls, flops, own in self.kinds()
         )
-        return _PAGE.format(
+        body = _BODY.format(
             about=escape(f"{describe(self.request)} · {self.machine}"),
             head="".join(f'<th scope="col">{head}</th>' for head in ("module", *_HEAD, "called at")),
-            body="\n".join(body),
+            rows="\n".join(lines),
             kinds=kinds,
             listings="\n".join(_listing(source) for source in dict.fromkeys(row.source for row in self.rows)),
         )
+        return web.page("Every module, in order", _STYLE, body)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes trace.txt, trace.json and trace.html."""
         write_text(Path(folder, "trace.txt"), self.text())
         write_text(Path(folder, "trace.html"), self.html())
-        facts = {"settings": settings(self.request), "machine": self.machine}
+        facts = {"settings": of_request(self.request), "machine": self.machine}
         write_json(Path(folder, "trace.json"), facts | {"rows": [asdict(row) for row in self.rows]})
 
 
 def trace(pipe: StableDiffusion, request: Request) -> Trace:
-    """Runs text encoder, U-Net (the first step, both halves of the guidance) and decoder, each four times.
+    """Runs text encoder, U-Net (the first step) and decoder for the request's picture, each four times.
 
-    The first run has hooks that look at every module's tensors. The other three have hooks that only take the
-    time, and the fastest run counts. A module that is called twice has two rows.
+    Once with hooks that look at every module's tensors, then three times with hooks that only take the time:
+    the fastest run counts. A module that is called twice has two rows.
     """
-    width, height = request.size(pipe.config)
-    vae, device = pipe.config.vae, torch.device(pipe.device)
-    guided = request.do_cfg and request.cfg_scale != 1
-    prompts = [request.prompts[0]] + [request.negatives[0]] * guided
-    tokens = torch.tensor([pipe.tokenizer.encode(prompt) for prompt in prompts]).to(device)
-    context = pipe.encode_text(prompts, request.clip_skip)
-    shape = (1, vae.latent_channels, height // vae.factor, width // vae.factor)
-    noise = randn(shape, torch.Generator().manual_seed(request.seeds[0])).to(device, pipe.dtype)
-    x = noise.repeat(len(prompts), 1, 1, 1)
-    if (extra := pipe.config.unet.in_channels - vae.latent_channels) > 0:  # mask and picture, for inpainting
-        x = torch.cat([x, x.new_zeros(len(x), extra, *shape[2:])], dim=1)
-    t = torch.full((len(prompts),), pipe.config.schedule.num_training_steps - 1.0, device=device)
-    networks = {name: pipe.models[name].to(device) for name in ("clip", "diffusion", "decoder")}
-    calls: dict[str, Callable[[], Tensor]] = {
-        "clip": lambda: networks["clip"](tokens, skip=request.clip_skip),
-        "diffusion": lambda: networks["diffusion"](x, context, t),
-        "decoder": lambda: networks["decoder"](noise),
-    }
+    request, device = request.for_model(pipe.config), torch.device(pipe.device)
     rows: list[Row] = []
-    with torch.inference_mode():
-        for name, call in calls.items():
-            looked_at = _look(name, networks[name], call)
-            times = min(
-                (_time(networks[name], call, device) for _ in range(3)), key=lambda times: times[0][0]
-            )
+    with kernels.plain(pipe.models), torch.inference_mode():
+        for name, call in _calls(pipe, request).items():
+            network = pipe.models[name].to(device)
+            looked_at = _look(name, network, call)
+            times = min((_time(network, call, device) for _ in range(3)), key=lambda times: times[0][0])
             for row, (seconds, inside) in zip(looked_at, times, strict=True):
                 row.seconds, row.own_seconds = seconds, seconds - inside
             rows += looked_at
     return Trace(request, f"{device}, {str(pipe.dtype).removeprefix('torch.')}", rows)
+
+
+def _calls(pipe: StableDiffusion, request: Request) -> dict[str, Callable[[], Tensor]]:
+    """Returns the first call of each network in the first step, ready to be made again."""
+    calls: dict[str, Callable[[], Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(network: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            calls.setdefault(name, lambda: network(*given, **named))
+
+        return hook
+
+    networks = {name: pipe.models[name] for name in ("clip", "diffusion", "decoder")}
+    handles = [
+        network.register_forward_pre_hook(keep(name), with_kwargs=True) for name, network in networks.items()
+    ]
+    try:
+        with closing(pipe.denoise(request)) as steps:
+            pipe.decode(next(steps).x0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
 
 
 def _look(name: str, network: nn.Module, call: Callable[[], Tensor]) -> list[Row]:
@@ -182,7 +193,7 @@ def _look(name: str, network: nn.Module, call: Callable[[], Tensor]) -> list[Row
 
 
 def _time(network: nn.Module, call: Callable[[], Tensor], device: torch.device) -> list[list[float]]:
-    """Returns the seconds of each call of a module, and the seconds spent in its submodules."""
+    """Returns, for each call of a module, its seconds and how many of them its submodules took."""
     times: list[list[float]] = []
     running: list[list[float]] = []
 
@@ -219,18 +230,19 @@ def _hooked(network: nn.Module, enter: Callable, leave: Callable) -> Iterator[No
 
 
 def _caller(module: nn.Module) -> tuple[str, int]:
-    """Returns the file and line in reifusion/model that call the module, or if none do, its `forward`'s."""
+    """Returns the file and line of the textbook that is calling the module; without one, its `forward`'s."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if Path(frame.f_code.co_filename).parent == MODEL:
-            return Path(frame.f_code.co_filename).name, frame.f_lineno
+        path = Path(frame.f_code.co_filename)
+        if path.parent in TEXTBOOK:
+            return path.relative_to(PACKAGE).as_posix(), frame.f_lineno
         frame = frame.f_back
     code = type(module).forward.__code__
-    return Path(code.co_filename).name, code.co_firstlineno
+    return Path(code.co_filename).relative_to(PACKAGE).as_posix(), code.co_firstlineno
 
 
 def own_flops(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> int:
-    """Counts the module's additions and multiplications, without submodules: 2 for each product in a sum."""
+    """Counts the additions and multiplications of the module itself: 2 for each product in a sum."""
     if isinstance(module, nn.Linear):
         return 2 * output.numel() * module.in_features
     if isinstance(module, nn.Conv2d):
@@ -275,8 +287,8 @@ def _human(number: float) -> str:
 
 
 def _listing(source: str) -> str:
-    """Returns a source file as HTML, each line with an id for links."""
-    lines = (MODEL / source).read_text("utf-8").splitlines()
+    """Returns a source file as HTML, in which each line has an id to lead to."""
+    lines = (PACKAGE / source).read_text("utf-8").splitlines()
     numbered = "\n".join(
         f'<span id="{source}-{number}"><b>{number:4}</b> {escape(line)}</span>'
         for number, line in enumerate(lines, 1)
@@ -284,46 +296,37 @@ def _listing(source: str) -> str:
     return f"<h2>{source}</h2>\n<pre>{numbered}</pre>"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Every module, in order</title>
-<style>
-:root {{ color-scheme: light dark; --ink: light-dark(#1b1b1f, #ececf1); --grey: light-dark(#63636e, #a0a0ac);
-  --rule: light-dark(#d8d8de, #3a3a42); --paper: light-dark(#fff, #17171a);
-  --mark: light-dark(#fff1b8, #574a12); --bar: light-dark(#dfe7fb, #22315c);
-  --link: light-dark(#2f5bd0, #93b0ff); }}
-body {{ font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem; }}
-p {{ max-width: 46rem; }} p.about, i {{ color: var(--grey); font-style: normal; }} a {{ color: var(--link); }}
-table {{ border-collapse: collapse; white-space: nowrap; }}
-th, td {{ padding: .15rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); font-weight: 400; }}
-th[scope=row] {{ text-align: left; padding-left: calc(.7rem + var(--depth, 0) * 1.1rem); }}
-thead th {{ position: sticky; top: 0; background: var(--paper); font-weight: 600; }}
-thead th:first-child, td:last-child {{ text-align: left; }}
-tr.d0 th, tr.d0 td {{ font-weight: 600; border-top: 2px solid var(--ink); }}
-tr[class] td:nth-child(6) {{
-  background: linear-gradient(to left, var(--bar) calc(var(--part) * 100%), transparent 0); }}
-pre {{ font: 12.5px/1.5 ui-monospace, monospace; overflow-x: auto; }}
-pre b {{ color: var(--grey); font-weight: 400; }}
-pre span {{ display: inline-block; min-width: 100%; scroll-margin-top: 40vh; }}
-pre span:target {{ background: var(--mark); }}
-</style>
-<h1>Every module, in order</h1>
+_STYLE = """
+body { font-size: 14px; line-height: 1.45; margin: 2rem; }
+i { color: var(--grey); font-style: normal; }
+table { border-collapse: collapse; white-space: nowrap; }
+th, td { padding: .15rem .7rem; border-bottom: 1px solid var(--rule); }
+th[scope=row] { text-align: left; padding-left: calc(.7rem + var(--depth, 0) * 1.1rem); }
+thead th { position: sticky; top: 0; background: var(--paper); font-weight: 600; }
+thead th:first-child, td:last-child { text-align: left; }
+tr.d0 th, tr.d0 td { font-weight: 600; border-top: 2px solid var(--ink); }
+tr[class] td:nth-child(6) { --bar: light-dark(#dfe7fb, #22315c);
+  background: linear-gradient(to left, var(--bar) calc(var(--part) * 100%), transparent 0); }
+pre { font: 12.5px/1.5 ui-monospace, monospace; overflow-x: auto; }
+pre b { color: var(--grey); font-weight: 400; }
+pre span { display: inline-block; min-width: 100%; scroll-margin-top: 40vh; }
+pre span:target { background: light-dark(#fff1b8, #574a12); }
+"""
+
+_BODY = """<h1>Every module, in order</h1>
 <p class="about">{about}</p>
-<p>Drawing a picture runs the text encoder once, the U-Net once for every step (this is the first), and the
-decoder once. A row's numbers include all rows that are indented below it. The bar behind the
-milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
+<p>For a picture, the text encoder runs once, the U-Net once in every step, of which this is the first, and
+the decoder once. The numbers of a row include those of all rows that are indented below the row. The bar
+behind the milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
 <table><thead><tr>{head}</tr></thead><tbody>
-{body}
+{rows}
 </tbody></table>
 <h2>Where time and arithmetic go</h2>
-<p>Each kind of module, without its submodules. A FLOP is one addition or multiplication.</p>
+<p>Each kind of module, without the modules inside. A FLOP is one addition or multiplication.</p>
 <table><thead><tr><th scope="col">kind</th><th scope="col">calls</th><th scope="col">FLOPs</th>
 <th scope="col">ms</th></tr></thead><tbody>
 {kinds}
 </tbody></table>
 <h1>Source</h1>
 {listings}
-</html>
 """

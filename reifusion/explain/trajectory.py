@@ -1,6 +1,6 @@
-"""How a picture comes out of noise: every step of the denoising loop, kept, and shown.
+"""How a picture comes out of noise: the steps of the denoising loop, recorded and shown.
 
-`record` draws a picture and keeps the input and output of each step. A `Trajectory` is written as data
+`record` draws a picture and keeps the tensors of each step. A `Trajectory` is written as data
 (`save`), a film strip (`strip`), an animation (`animate`) and curves (`curves`).
 """
 
@@ -19,6 +19,7 @@ from ..files import whole, write_json
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from ..model.tensors import write_tensors
+from ..settings import of_request
 from .figures import (
     GAP,
     INK,
@@ -40,15 +41,15 @@ from .guide import GUIDE, one_line
 
 @dataclass
 class Trajectory:
-    """N steps of one picture. Tensors are (N, C, h, w), float32, on the CPU, in the sampler's own scaling."""
+    """All N steps of a picture. Tensors are (N, C, h, w), float32, on the CPU, as the sampler scales them."""
 
     request: Request
     t: list[float]  # the timestep of each step
     x_t: Tensor  # the latents before the step
-    x0: Tensor  # the clean latents that the network saw in x_t
+    x0: Tensor  # the clean latents that the network saw in them
     eps: Tensor  # the noise that the network saw, after guidance
-    eps_cond: Tensor  # the noise seen with the prompt
-    eps_uncond: Tensor | None  # the noise seen without the prompt; None if there was no guidance
+    eps_cond: Tensor  # … with the prompt
+    eps_uncond: Tensor | None  # … without; None if there was no guidance
     latents: Tensor  # (1, C, h, w), after the last step
     picture: Image.Image
     shown: list[int]  # the steps whose latents are decoded below
@@ -61,16 +62,16 @@ class Trajectory:
         return None if self.eps_uncond is None else self.eps_cond - self.eps_uncond
 
     def norms(self) -> list[dict[str, float]]:
-        """Sums up each step in single numbers: root mean squares over the latents."""
+        """Returns single numbers for each step: root mean squares over the latents."""
         rows = []
         for i, t in enumerate(self.t):
-            row = {"t": t, "x_t": _rms(self.x_t[i]), "x0": _rms(self.x0[i])}
-            row |= {"eps_cond": _rms(self.eps_cond[i])}
+            row = {"t": t, "x_t": rms(self.x_t[i]), "x0": rms(self.x0[i])}
+            row |= {"eps_cond": rms(self.eps_cond[i])}
             if self.eps_uncond is not None:
-                row["eps_uncond"] = _rms(self.eps_uncond[i])
-                row["guidance"] = _rms(self.eps_cond[i] - self.eps_uncond[i])
-            row["x0_change"] = _rms(self.x0[i] - self.x0[i - 1]) if i else 0.0
-            row["x0_to_end"] = _rms(self.x0[i] - self.latents[0])
+                row["eps_uncond"] = rms(self.eps_uncond[i])
+                row["guidance"] = rms(self.eps_cond[i] - self.eps_uncond[i])
+            row["x0_change"] = rms(self.x0[i] - self.x0[i - 1]) if i else 0.0
+            row["x0_to_end"] = rms(self.x0[i] - self.latents[0])
             rows.append(row)
         return rows
 
@@ -83,12 +84,12 @@ class Trajectory:
         tensors |= {"shown_x_t": _pixels(self.shown_x_t), "shown_x0": _pixels(self.shown_x0)}
         with whole(os.path.join(folder, "trajectory.safetensors")) as temporary:
             write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        facts = {"settings": settings(self.request), "steps": self.norms(), "shown": self.shown}
+        facts = {"settings": of_request(self.request), "steps": self.norms(), "shown": self.shown}
         write_json(os.path.join(folder, "trajectory.json"), facts)
 
     def strip(self, most: int = 8) -> Exhibit:
-        """The film strip: at most `most` moments, in three rows: x_t, x0, where guidance pushes."""
-        chosen = [self.shown.index(i) for i in _spread(self.shown, most)]
+        """Shows the film strip: at most `most` moments in three rows: x_t, x0, where guidance pushes."""
+        chosen = [self.shown.index(i) for i in spread(self.shown, most)]
         rows = [[self.shown_x_t[k] for k in chosen], [self.shown_x0[k] for k in chosen]]
         labels = ["$x_t$\nwhat the\nnetwork\nis given", "$\\hat{x}_0$\nwhat it sees\nin it"]
         captions: list[list[str]] = [[], []]
@@ -98,7 +99,7 @@ class Trajectory:
             size = self.picture.size
             rows.append([heat_picture(maps[self.shown[k]], 0, most_heat).resize(size, 0) for k in chosen])
             labels.append("where the\nprompt\npushes")
-            captions.append([f"{_rms(guidance[self.shown[k]]):.3f}" for k in chosen])
+            captions.append([f"{rms(guidance[self.shown[k]]):.3f}" for k in chosen])
         columns = [f"step {self.shown[k] + 1}, t = {self.t[self.shown[k]]:g}" for k in chosen]
         figure = picture_grid(
             rows, "From noise to a picture", describe(self.request), columns=columns, rows=labels,
@@ -111,7 +112,7 @@ class Trajectory:
         return Exhibit(figure, "From noise to a picture", alt, GUIDE["strip"], {"steps": self.norms()})
 
     def curves(self) -> Exhibit:
-        """How strongly the prompt pushes, and how settled the picture is, step by step."""
+        """Shows how strongly the prompt pushes, and how settled the picture is, step by step."""
         rows = self.norms()
         figure, top = sheet(1000, 400, "What the steps do", describe(self.request))
         height = 400 - top - MARGIN - 48
@@ -166,8 +167,9 @@ def record(pipe: StableDiffusion, request: Request, show: int = 25) -> Trajector
     """
     if len(request.prompts) > 1:
         raise ValueError(f"one picture at a time can be explained, not {len(request.prompts)}")
+    request = request.for_model(pipe.config)
     steps = list(pipe.denoise(request))
-    shown = _spread(range(len(steps)), show)
+    shown = spread(range(len(steps)), show)
     latents = steps[-1].latents
 
     def stack(name: str) -> Tensor:
@@ -184,45 +186,39 @@ def record(pipe: StableDiffusion, request: Request, show: int = 25) -> Trajector
         latents=latents.cpu(),
         picture=pipe.decode(latents)[0],
         shown=shown,
-        # Samplers in σ scale x_t up, but the decoder only knows latents of at most unit variance.
-        shown_x_t=[pipe.decode(steps[i].x_t / steps[i].x_t.std().clamp(min=1))[0] for i in shown],
+        shown_x_t=[decode_noisy(pipe, steps[i].x_t) for i in shown],
         shown_x0=[pipe.decode(steps[i].x0)[0] for i in shown],
     )
 
 
-def settings(request: Request) -> dict[str, Any]:
-    """Returns the settings that decide the picture, as JSON can hold them."""
-    return {
-        "prompt": request.prompts[0],
-        "negative": request.negatives[0],
-        "seed": request.seeds[0],
-        "sampler": request.sampler_name or "default sampler",
-        "steps": request.n_inference_steps,
-        "cfg": request.cfg_scale,
-    }
+def decode_noisy(pipe: StableDiffusion, x_t: Tensor) -> Image.Image:
+    """Decodes latents (1, C, h, w) that are still noisy."""
+    # Samplers in σ blow x_t up. At most unit variance is what the decoder knows.
+    return pipe.decode(x_t / x_t.std().clamp(min=1))[0]
 
 
 def describe(request: Request, *varied: str) -> str:
-    """Returns the settings as a line of text, without those that are varied."""
-    facts = settings(request)
+    """Returns the settings as a line of text, without those that are varied and those that are open."""
+    negative = request.negatives[0]
     line = {
-        "prompt": f"“{facts['prompt']}”" + (f", not “{facts['negative']}”" if facts["negative"] else ""),
-        "seed": f"seed {facts['seed']}",
-        "sampler": facts["sampler"],
-        "steps": f"{facts['steps']} steps",
-        "cfg": f"guidance {facts['cfg']:g}",
+        "prompt": f"“{request.prompts[0]}”" + (f", not “{negative}”" if negative else ""),
+        "seed": f"seed {request.seed}",
+        "sampler": request.sampler,
+        "steps": None if request.steps is None else f"{request.steps} steps",
+        "cfg": None if request.cfg is None else f"guidance {request.cfg:g}",
     }
-    return " · ".join(part for name, part in line.items() if name not in varied)
+    return " · ".join(part for name, part in line.items() if part and name not in varied)
 
 
-def _spread(indices: Any, most: int) -> list[int]:
-    """Returns at most `most` of the indices, evenly spread, including the first and the last."""
+def spread(indices: Any, most: int) -> list[int]:
+    """Returns at most `most` of the indices, evenly spread, the first and the last among them."""
     last = len(indices) - 1
     places = torch.linspace(0, last, min(most, last + 1)).round().long().tolist()
     return [int(indices[place]) for place in places]
 
 
-def _rms(x: Tensor) -> float:
+def rms(x: Tensor) -> float:
+    """Returns the root mean square."""
     return x.double().square().mean().sqrt().item()
 
 

@@ -1,9 +1,9 @@
 """Which word made which pixel: cross-attention, recorded while a picture is drawn.
 
 In a cross-attention layer every place of the picture spreads its attention, 1 in all, over the prompt's
-tokens. `watch` records these weights for every layer, head and step while the picture is drawn, which stays
-the same to the bit. An `Attention` then says which places looked at a word (`heat`), and shows them. Source:
-Tang et al. 2022, "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
+tokens. `watch` keeps the attention of every layer, head and step while a picture is drawn, without changing
+a bit of the picture. An `Attention` then tells and shows where a word was looked at (`heat`). Source: Tang
+et al. 2022, "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ from ..model.diffusion import plan
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from ..model.tensors import write_tensors
+from ..settings import of_request
 from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
 from .guide import GUIDE, one_line
-from .trajectory import describe, settings
+from .trajectory import describe
 
 # Self-attention has L × L weights for every head: beyond this grid, recording them takes too much memory.
 LARGEST_SELF_GRID = 32 * 32
@@ -43,11 +45,11 @@ class Word:
 
 @dataclass
 class Attention:
-    """The attention recorded while one picture was drawn: N steps, T tokens. Tensors: on the CPU, float16."""
+    """All attention of one picture: N steps, T tokens. Tensors are on the CPU, float16."""
 
     request: Request
     size: tuple[int, int]  # the picture's width and height
-    tokens: list[str]  # the text of each: start, the prompt's tokens, end, and all the padding as one
+    tokens: list[str]  # as text: start, the prompt's, end, and all padding as one
     words: list[Word]  # of the prompt
     special: list[Word]  # start, end and padding
     pixel: tuple[int, int] | None = None  # the place that `looks` belongs to
@@ -66,12 +68,12 @@ class Attention:
         return self._heat([maps[steps, heads][:, :, list(word.tokens)].float().sum(2) for maps in chosen])
 
     def look(self, layers: Sequence[str] | None = None) -> Tensor:
-        """Returns where the chosen pixel looked: (H, W), relative to even attention, which is 1."""
+        """Returns the chosen pixel's attention to each pixel: (H, W), 1 where it is average."""
         chosen = [self.looks[name] for name in layers or self.looks]
         return self._heat([looks.float() * looks[0, 0].numel() for looks in chosen])
 
     def _heat(self, maps: list[Tensor]) -> Tensor:
-        """Returns the mean of maps, each (n, heads, h, w) with any grid, at the picture's size: (H, W)."""
+        """Returns the mean of maps, each (n, heads, h, w) and of any grid, at the picture's size: (H, W)."""
         # [daam] §2.2, Tang et al. 2022: D_k[x, y] = Σᵢⱼₗ F⁽ⁱ⁾ⱼₖₗ[x, y], of layers i, steps j, heads l; F is a
         # head's map of the k-th word, scaled up bicubically. That is linear, so the sums come first here.
         # Divided by the number of maps, D is a share of attention, and relative to its maximum the same.
@@ -97,7 +99,7 @@ class Attention:
         return [word for word in self.words if word in best]
 
     def find(self, text: str) -> Word:
-        """Returns the prompt's first word with that text; raises ValueError with the words if none has it."""
+        """Returns the prompt's first word with that text. Raises ValueError if there is none."""
         for word in self.words:
             if word.text == text.strip().lower():
                 return word
@@ -105,7 +107,7 @@ class Attention:
         raise ValueError(f"the prompt has no word {text!r}; its words are {known}")
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes words.safetensors (each layer's maps, each word's heat) and words.json (their settings)."""
+        """Writes words.safetensors, each layer's maps and each word's heat, and words.json, their labels."""
         tensors = {f"maps.{name}": maps for name, maps in self.maps.items()}
         tensors |= {f"looks.{name}": looks for name, looks in self.looks.items()}
         words = [*self.words, *self.special]
@@ -113,7 +115,7 @@ class Attention:
         with whole(os.path.join(folder, "words.safetensors")) as temporary:
             write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         facts = {
-            "settings": settings(self.request),
+            "settings": of_request(self.request),
             "tokens": self.tokens,
             "words": [{"text": w.text, "tokens": w.tokens, "share": self.share(w)} for w in words],
             "layers": {name: dict(zip(_AXES, maps.shape)) for name, maps in self.maps.items()},
@@ -124,7 +126,7 @@ class Attention:
     # Pictures
 
     def by_word(self, picture: Image.Image, special: bool = False) -> Exhibit:
-        """The picture under each word's heat, collected over all layers, heads and steps."""
+        """Shows the picture with each word's heat over it, the mean over all layers, heads and steps."""
         words = [*self.words, *(self.special if special or not self.words else [])]
         cells = [picture, *(overlay(picture, relative(self.heat(word))) for word in words)]
         captions = ["", *(f"{plain(word.text, 24)}\n{self.share(word):.1%}" for word in words)]
@@ -138,12 +140,12 @@ class Attention:
         shares = ", ".join(f"{word.text} {self.share(word):.1%}" for word in words)
         alt = one_line(f"""
             The picture of “{self.request.prompts[0]}”, then once more for each word, with the places marked
-            in red that looked at it: {shares}.""")
+            in red that looked at the word: {shares}.""")
         numbers = {"shares": [[word.text, self.share(word)] for word in words]}
         return Exhibit(figure, "Which word made which pixel", alt, GUIDE["words"], numbers)
 
     def by_step(self, picture: Image.Image, words: Sequence[Word], most: int = 8) -> Exhibit:
-        """A row for each word: the mean over groups of steps, from noise to picture."""
+        """Shows a row for each word: the mean over groups of steps, from noise to picture."""
         steps = len(next(iter(self.maps.values())))
         edges = np.linspace(0, steps, min(most, steps) + 1).round().astype(int)
         spans = [slice(int(a), int(b)) for a, b in pairwise(edges)]
@@ -152,14 +154,14 @@ class Attention:
         return self._overlays(picture, words, heats, labels, "Words, step by step", "words-by-step")
 
     def by_layer(self, picture: Image.Image, words: Sequence[Word]) -> Exhibit:
-        """A row for each word: one layer after the other, down and up the U."""
+        """Shows a row for each word: one layer after the other, down and up the U."""
         heats = [[self.heat(word, layers=[name]) for name in self.maps] for word in words]
         grids = [f"{maps.shape[-1]}×{maps.shape[-2]}" for maps in self.maps.values()]
         labels = [f"{label(name)}\n{grid}" for name, grid in zip(self.maps, grids)]
         return self._overlays(picture, words, heats, labels, "Words, layer by layer", "words-by-layer")
 
     def by_head(self, picture: Image.Image, word: Word) -> Exhibit:
-        """A row for each layer: one head after the other, all for one word."""
+        """Shows a row for each layer: one head after the other, all for one word."""
         heats = [
             [self.heat(word, layers=[name], heads=slice(k, k + 1)) for k in range(maps.shape[1])]
             for name, maps in self.maps.items()
@@ -170,7 +172,7 @@ class Attention:
         return self._overlays(picture, rows, heats, labels, title, "words-by-head")
 
     def of_pixel(self, picture: Image.Image) -> Exhibit:
-        """The places at which the chosen pixel looked: in all layers, then at each resolution."""
+        """Shows where the chosen pixel looked: in all layers, then at each resolution."""
         if self.pixel is None or not self.looks:
             raise ValueError("no pixel was chosen when the picture was drawn")
         grids = dict.fromkeys(tuple(looks.shape[-2:]) for looks in self.looks.values())
@@ -194,7 +196,7 @@ class Attention:
         title: str,
         guide: str,
     ) -> Exhibit:
-        """Rows of overlays; each row is on one scale, so that its cells can be compared."""
+        """Shows rows of overlays. A row has one scale, so that the cells in the row can be compared."""
         names = [row if isinstance(row, str) else row.text for row in rows]
         highest = [max(heat.max().item() for heat in row) for row in heats]
         cells = [[overlay(picture, heat / most) for heat in row] for row, most in zip(heats, highest)]
@@ -214,6 +216,36 @@ class Attention:
         return Exhibit(figure, title, alt, GUIDE[guide], {"rows": names, "columns": shown, "shares": means})
 
 
+def words(
+    pipe: StableDiffusion,
+    request: Request,
+    by: str = "word",
+    word: str | None = None,
+    special: bool = False,
+    pixel: tuple[int, int] | None = None,
+) -> Exhibit:
+    """Draws the request's picture, and shows where the picture looked.
+
+    by: "word", "step", "layer", "head", or "pixel", the place that looks. word: the only one to show; None:
+    the most telling ones. special: also show start, end and padding, by word.
+    """
+    with watch(pipe, request, pixel) as attention:
+        *_, last = pipe.denoise(request)
+    chosen = (
+        [attention.find(word)] if word else attention.telling(1 if by == "head" else 6) or attention.special
+    )
+    picture = pipe.decode(last.latents)[0]
+    if by == "word":
+        return attention.by_word(picture, special)
+    if by == "pixel":
+        return attention.of_pixel(picture)
+    if by == "step":
+        return attention.by_step(picture, chosen)
+    if by == "layer":
+        return attention.by_layer(picture, chosen)
+    return attention.by_head(picture, chosen[0])
+
+
 _AXES = ("steps", "heads", "tokens", "height", "width")
 
 
@@ -221,13 +253,14 @@ _AXES = ("steps", "heads", "tokens", "height", "width")
 def watch(
     pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None = None
 ) -> Iterator[Attention]:
-    """Records the attention of everything drawn inside the `with` block; complete when the block ends.
+    """Records the attention while the request's picture is drawn inside the `with`; complete at its end.
 
-    pixel: (x, y) in the picture, whose self-attention is kept too, in layers of up to 32 × 32 places. The
-    record belongs to the request's one picture, and with guidance to its prompt, not to the negative prompt.
+    pixel: (x, y) in the picture; its self-attention is kept too, in layers of up to 32 × 32 places. The
+    request is for one picture. With guidance, the maps are those of its prompt, not of the negative prompt.
     Raises ValueError for a pixel outside the picture.
     """
-    width, height = request.size(pipe.config)
+    request = request.for_model(pipe.config)
+    width, height = cast("tuple[int, int]", request.size)
     if pixel is not None and not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
         raise ValueError(f"the pixel {pixel[0]},{pixel[1]} is outside the picture of {width}x{height}")
     attention = _expect(pipe, request, pixel)
@@ -237,7 +270,7 @@ def watch(
     before: list[tuple[CrossAttention | SelfAttention, Hook | None]] = []
 
     def words_hook(name: str, h: int, w: int) -> Hook:
-        last = len(attention.tokens) - 1  # from here on, all tokens are padding
+        last = len(attention.tokens) - 1  # from here on there is only padding
 
         def hook(weights: Tensor) -> None:  # (B, heads, h·w, S)
             mine = weights[0].float()  # with guidance, the prompt's half of the batch comes first
@@ -278,23 +311,23 @@ def watch(
 
 
 def prompt_words(pipe: StableDiffusion, request: Request) -> list[Word]:
-    """Returns the prompt's words, as far as they fit into the text encoder's context."""
+    """Returns the prompt's words, as many as the text encoder has room for."""
     pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
     numbered = groupby(enumerate(pieces, 1), key=lambda entry: (entry[1].word_index, entry[1].word))
     return [Word(text, tuple(place for place, _ in group)) for (_, text), group in numbered]
 
 
 def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None) -> Attention:
-    """Returns an Attention without maps: it says which token each column of the weights belongs to."""
+    """Returns an Attention without maps, which says what the columns of the weights stand for."""
     pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
     tokens = ["start", *(piece.text for piece in pieces), "end", "padding"]
     special = [Word(tokens[k], (k,)) for k in (0, len(tokens) - 2, len(tokens) - 1)]
     words = prompt_words(pipe, request)
-    return Attention(request, request.size(pipe.config), tokens, words, special, pixel)
+    return Attention(request, request.size, tokens, words, special, pixel)  # type: ignore[arg-type]
 
 
 def row_grids(config: UNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """Returns the height and width at which each row of the U ("down.3", "middle", "up.0") works."""
+    """Returns the height and width at which each row of the U works ("down.3", "middle", "up.0")."""
     down, _, up = plan(config)
     grid, grids, pile = (height, width), {}, []
     for i, row in enumerate(down):
@@ -330,7 +363,7 @@ def relative(heat: Tensor) -> Tensor:
 
 
 def _crossed(picture: Image.Image, pixel: tuple[int, int]) -> Image.Image:
-    """The picture with a cross at the pixel."""
+    """Returns the picture with a cross at the pixel."""
     picture, (x, y) = picture.copy(), pixel
     pen, arm = ImageDraw.Draw(picture), max(3, picture.width // 24)
     for colour, width in ((PAPER, 3), (INK, 1)):

@@ -45,8 +45,12 @@ def suits(network: nn.Module, x: Tensor, numbers: int) -> bool:
         and numbers * x.element_size() > 2 * BAND
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+        and not any(_hooked(module) for module in network.modules() if module is not network)
     )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:

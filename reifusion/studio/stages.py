@@ -1,4 +1,4 @@
-"""What happens here: the equations of the stage that is being looked at, and the lines that compute them.
+"""Explains the stage on view: the equations, and the lines that compute them.
 
 Both are read from the code itself. An equation is a comment that begins with `# [id] source: …`; the
 statement below it computes it.
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ..cli import SAMPLERS
 from ..model.attention import softmax_attention
 from ..model.clip import CLIPEmbedding
 from ..model.ddpm import Sampler, randn
 from ..model.encoder import scale_latents, unscale_latents
+from ..model.guidance import Guidance
 from ..model.pictures import to_picture
-from ..model.pipeline import StableDiffusion
 from .drawing import Drawing
 
 PACKAGE = Path(__file__).parents[2]
@@ -34,7 +33,7 @@ class Excerpt:
 
 
 def excerpts(thing: Callable | type, *ids: str) -> list[Excerpt]:
-    """The equations in the source of a function or class; only those of the ids, if any are given."""
+    """Returns the equations in the source of a function or class: those with the ids, or all without ids."""
     lines, first = inspect.getsourcelines(thing)
     found, i = [], 0
     while i < len(lines):
@@ -54,7 +53,7 @@ def excerpts(thing: Callable | type, *ids: str) -> list[Excerpt]:
 
 
 def whole(thing: Callable) -> Excerpt:
-    """A function without an equation, as far as there is room."""
+    """Returns the source of a function without an equation, as far as there is room."""
     lines, first = inspect.getsourcelines(thing)
     more = ["    …\n"] if len(lines) > MOST else []
     return _excerpt(thing, "", lines[:MOST] + more, first)
@@ -68,7 +67,7 @@ def _excerpt(thing: Callable | type, equation: str, lines: list[str], line: int)
 
 
 def _way_back(sampler: Sampler) -> list[Excerpt]:
-    """The equations of a sampler's step: its own, and those of the class that it has its step from."""
+    """Returns the equations of a sampler's step: its own, and those of the class that defines the step."""
     kind = type(sampler)
     giver = next(one for one in kind.__mro__ if "_step" in vars(one) or "step" in vars(one))
     found = [excerpt for one in dict.fromkeys((kind, giver)) for excerpt in excerpts(one)]
@@ -76,7 +75,7 @@ def _way_back(sampler: Sampler) -> list[Excerpt]:
 
 
 def happens(drawing: Drawing, place: int) -> str:
-    """HTML: what happens at that place of the slider."""
+    """Returns HTML that explains what happens at that place of the slider."""
     frame, sampler, request = drawing.frames[place], drawing.sampler, drawing.request
     assert sampler is not None
     if frame.step is None and place == 0:
@@ -86,8 +85,8 @@ def happens(drawing: Drawing, place: int) -> str:
             ("Noise is drawn", f"From the seed, {request.seed}, on the CPU: everywhere the same.",
              [whole(randn)]),
         ]  # fmt: skip
-        if request.picture is not None:
-            said = "It is not begun with noise alone, but with your picture under noise."
+        if request.init_image is not None:
+            said = "The loop begins with your picture under noise, and not with noise alone."
             sections.append(("Your picture", said, excerpts(type(sampler).add_noise)))
     elif frame.step is None:
         said = "The latents, a small picture of four numbers a place, become pixels."
@@ -98,14 +97,12 @@ def happens(drawing: Drawing, place: int) -> str:
         said = f"At t = {frame.t:g} the network looks at the noisy latents and, by attention, at the words."
         sections = [("The pixels look at the words", said, excerpts(softmax_attention, "attention"))]
         if frame.push is not None:
-            said = (
-                f"What the prompt changes, {frame.push:.4f} on average, is taken {request.cfg_scale:g} times."
-            )
-            sections.append(("Guidance", said, excerpts(StableDiffusion.denoise, "guidance")))
-        said = "From the noise that the network sees follows the clean picture above."
+            said = f"The prompt's push, {frame.push:.4f} on average, is multiplied by {request.cfg:g}."
+            sections.append(("Guidance", said, excerpts(Guidance.__call__, "guidance")))
+        said = "The clean picture above follows from the noise that the network sees."
         sees = excerpts(type(sampler).predict, *kind) or [whole(type(sampler).predict)]
         sections.append(("What it sees", said, sees))
-        said = f"{SAMPLERS[drawing.settings['sampler']]} goes on to the next, less noisy latents."
+        said = f"{sampler.title} goes on to the next, less noisy latents."
         sections.append(("One step back", said, _way_back(sampler)))
     stages = "".join(
         f'<section class="stage"><h3>{escape(title)}</h3><p>{escape(said)}</p>'

@@ -1,4 +1,4 @@
-"""What a drawing looks like in the page: the picture with its words, and where on the schedule it is."""
+"""How a drawing looks in the page: the picture with its words, and its place on the noise schedule."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from ..explain.words import relative
 from .drawing import Drawing
 
-GRID = 64  # heat maps are sent at most so fine; attention itself is not finer, but for large pictures
+GRID = 64  # the finest grid on which heat maps are sent; only the attention of large pictures is finer
 
 
 def view(drawing: Drawing, place: int) -> str:
-    """HTML: the frame at that place of the slider, and the prompt's words, each with its heat at that step.
+    """Returns HTML: the frame at that place of the slider, and the prompt's words with their heat there.
 
-    `studio.js` brings the two together, by mouse and by keyboard.
+    `studio.js` connects pixels and words, by mouse and by keyboard.
     """
     frame = drawing.frames[place]
     stream = io.BytesIO()
@@ -36,7 +36,8 @@ def view(drawing: Drawing, place: int) -> str:
         "to the picture and move about with the arrows."
     )
     return f"""<figure class="view" data-heats="{escape(json.dumps(heats))}">
-<div class="canvas" {'tabindex="0" role="application"' * bool(words)} aria-label="The picture, word by word">
+<div class="canvas" {'tabindex="0" role="application"' if words else ""}
+ aria-label="The picture, word by word">
 <img alt="{escape(caption(drawing, place))}: {escape(drawing.request.prompts[0])}"
  src="data:image/png;base64,{_base64(stream.getvalue())}"><canvas aria-hidden="true"></canvas></div>
 <figcaption><b>{escape(caption(drawing, place))}</b>
@@ -52,11 +53,11 @@ def caption(drawing: Drawing, place: int) -> str:
         )
     if place == 0:
         return "the noise it began with"
-    return "the picture" if drawing.path else "what it saw when it was stopped"
+    return "the picture" if drawing.path else "what the network saw when drawing was stopped"
 
 
 def _heats(drawing: Drawing, place: int) -> tuple[list[tuple[str, float]], dict[str, object]]:
-    """Each word with its share of all attention, and as bytes the map of each, 255 at its maximum."""
+    """Returns each word with its share of all attention, and the words' maps in bytes, each up to 255."""
     frame, attention = drawing.frames[place], drawing.attention
     if attention is None or not attention.maps or (place == 0 and frame.step is None):
         return [], {}
@@ -71,7 +72,7 @@ def _heats(drawing: Drawing, place: int) -> tuple[list[tuple[str, float]], dict[
 
 
 def schedule(drawing: Drawing, place: int) -> str:
-    """An SVG: how much picture and noise there is at each t, where the sampler looks, and where we are."""
+    """Returns an SVG: the shares of picture and noise at each t, the sampler's timesteps, the current t."""
     width, height, left, foot = 560, 150, 8, 26
     last = len(drawing.signal) - 1
     timesteps = [float(t) for t in drawing.sampler.timesteps] if drawing.sampler else []
@@ -99,7 +100,7 @@ the timesteps at which the sampler looks.</figcaption></figure>"""
 
 
 def carries(settings: dict[str, Any]) -> str:
-    """What a picture's file says of it."""
+    """Returns HTML with what a picture's file says of the picture."""
     rows = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in settings.items()
     )
@@ -107,7 +108,7 @@ def carries(settings: dict[str, Any]) -> str:
 
 
 def says(text: str, failed: bool = False) -> str:
-    """One sentence about how things are."""
+    """Returns HTML with one sentence about the state of the work."""
     role, kind = ("alert", "failed") if failed else ("status", "fine")
     return f'<p role="{role}" class="says {kind}">{escape(text)}</p>'
 

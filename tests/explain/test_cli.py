@@ -104,7 +104,7 @@ def test_words_can_be_looked_at_in_other_ways(run, model, by):
 
 def test_trace_prints_its_table(run, model):
     code, out, _ = run("trace", "a cat", "--model", model)
-    assert code == 0 and "down.1.1.cross_attention (CrossAttention)" in out
+    assert code == 0 and "down.1.1.layers.0.cross_attention (CrossAttention)" in out
     assert out.splitlines()[-1] == "explain/trace-a-cat-0/trace.html"
 
 

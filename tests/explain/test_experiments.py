@@ -237,6 +237,6 @@ def test_a_model_of_rectified_flow_is_explained_by_its_own_samplers():
     assert record(pipe, request).t == pytest.approx([1000, 2000 / 3, 1000 / 3])
 
 
-def test_a_replaced_request_keeps_everything_else():
+def test_all_else_is_kept_in_a_replaced_request():
     request = replace(ask(), cfg=9.0)
     assert request.seeds == [1] and request.prompts == ["a cat on a rocket"]

@@ -67,7 +67,7 @@ def test_saved_files_can_be_read(trajectory, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trajectory.json", "trajectory.safetensors"]
 
 
-def test_a_few_of_many_steps_are_decoded_including_the_first_and_the_last(pipe):
+def test_of_many_steps_a_few_are_decoded_the_first_and_the_last_among_them(pipe):
     trajectory = record(pipe, ask(steps=9), show=4)
     assert trajectory.shown == [0, 3, 5, 8] and len(trajectory.shown_x_t) == len(trajectory.shown_x0) == 4
     assert len(trajectory.x0) == 9

@@ -70,7 +70,7 @@ def test_hooks_are_gone_afterwards_also_when_drawing_fails(pipe):
 
 
 def test_maps_have_a_place_for_every_step_head_token_and_grid_point(pipe):
-    maps = recorded(pipe, ask(width=88, height=64)).maps  # latents of 8×11, then 4×6
+    maps = recorded(pipe, ask(size=(88, 64))).maps  # latents of 8×11, then 4×6
     tokens = len(["start", "a", "cat", "on", "a", "rock", "et", "end", "padding"])
     assert [list(part.shape) for part in maps.values()] == [
         [3, 2, tokens, *grid] for grid in [(8, 11), (4, 6), (4, 6), (4, 6), (4, 6), (8, 11), (8, 11)]
@@ -98,8 +98,8 @@ def test_pieces_of_a_word_are_joined(attention):
     assert [word.text for word in attention.words] == ["a", "cat", "on", "a", "rocket"]
     rocket = attention.find("rocket")
     assert [attention.tokens[k] for k in rocket.tokens] == ["rock", "et"]
-    maps = attention.maps["middle.1.cross_attention"]
-    joined = attention.heat(rocket, layers=["middle.1.cross_attention"]).mean()
+    maps = attention.maps["middle.1.layers.0.cross_attention"]
+    joined = attention.heat(rocket, layers=["middle.1.layers.0.cross_attention"]).mean()
     assert joined == pytest.approx(maps[:, :, [5, 6]].float().sum(2).mean().item(), rel=1e-2)
 
 
@@ -109,8 +109,8 @@ def test_the_prompts_half_is_kept_not_the_negative_ones(pipe):
         return torch.cat([part.float().flatten() for part in maps.values()])
 
     guided = first(negative="dog dog dog")
-    assert torch.allclose(guided, first(do_cfg=False), atol=2e-3)
-    assert not torch.allclose(guided, first(prompt="a dog on a rocket", do_cfg=False), atol=2e-3)
+    assert torch.allclose(guided, first(cfg=1), atol=2e-3)
+    assert not torch.allclose(guided, first(prompt="a dog on a rocket", cfg=1), atol=2e-3)
 
 
 def test_heat_is_the_mean_of_all_maps_each_scaled_up_bicubically(attention):
@@ -154,7 +154,7 @@ def test_saved_files_can_be_read(attention, tmp_path):
         load_file(tmp_path / "words.safetensors"),
         json.loads((tmp_path / "words.json").read_text()),
     )
-    name = "up.3.1.cross_attention"
+    name = "up.3.1.layers.0.cross_attention"
     assert torch.equal(tensors[f"maps.{name}"], attention.maps[name])
     assert facts["layers"][name] == {"steps": 3, "heads": 2, "tokens": 9, "height": 8, "width": 8}
     assert torch.equal(tensors["heat"][1], attention.heat(attention.find("cat")))
@@ -220,7 +220,7 @@ def test_words_land_on_their_halves(planted):
 
 
 def test_a_pixel_looks_where_it_looks(planted):
-    attention = recorded(planted, ask(width=96), (88, 4))  # at the right and the top
+    attention = recorded(planted, ask(size=(96, 64)), (88, 4))  # at the right and the top
     look = attention.look()
     y, x = divmod(int(look.argmax()), 96)
     assert x < 32 and y > 32  # at the left and the bottom

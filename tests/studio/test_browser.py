@@ -137,7 +137,7 @@ def test_scrubbing_goes_through_the_steps_with_marker_and_equations(apple):
     assert where() != begin
     assert scrub(apple, "ArrowLeft").startswith("step 4 of 4, t = ")
     apple.wait_for_function("document.querySelector('#happens').innerText.includes('Ho & Salimans 2022')")
-    assert "reifusion/model/pipeline.py:" in apple.inner_text("#happens")
+    assert "reifusion/model/guidance.py:" in apple.inner_text("#happens")
     assert scrub(apple, "End") == "the picture"
 
 

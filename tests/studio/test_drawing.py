@@ -34,7 +34,7 @@ def test_watching_changes_nothing_and_every_step_is_kept(pipe, finish):
     assert [word.text for word in drawing.attention.words] == ["a", "cat", "on", "a", "dog"]
 
 
-def test_some_of_many_steps_are_decoded_including_the_first_and_the_last(finish):
+def test_of_many_steps_some_are_decoded_the_first_and_the_last_among_them(finish):
     drawing = finish(request(steps=60))
     steps = [frame.step for frame in drawing.frames[1:-1]]
     assert len(steps) == drawing_module.MOST and steps[0] == 0 and steps[-1] == 59 == drawing.total - 1
@@ -61,7 +61,7 @@ def test_stopping_keeps_what_is_there_and_writes_nothing(model, tmp_path):
     assert drawing.path is None and not (tmp_path / "out").exists() and len(drawing.frames) > 3
 
 
-def test_a_page_that_leaves_does_not_keep_the_model(model, tmp_path, finish):
+def test_who_leaves_does_not_keep_the_model(model, tmp_path, finish):
     watching: Any = draw(request(steps=1000), model, tmp_path, threading.Event())
     next(watching)
     watching.close()

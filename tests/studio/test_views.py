@@ -95,7 +95,7 @@ def test_each_stage_shows_its_own_equations(drawing):
     assert "def to_picture" in end
 
 
-def test_without_guidance_nothing_mentions_it(finish):
+def test_without_guidance_nothing_is_said_of_it(finish):
     drawing = finish(Request("a cat", seed=3, sampler="ddim", steps=2, cfg=1))
     assert "Salimans 2022" not in happens(drawing, 1) and "Song et al. 2021" in happens(drawing, 1)
 

@@ -1,8 +1,8 @@
 """Where the time goes: `reifusion generate --profile`.
 
-Each network, and each kind of block in the U-Net, is timed while it draws as always; nothing is slowed down
-or left out. The arithmetic is counted apart, on networks without weights. The trace opens in a browser:
-chrome://tracing or ui.perfetto.dev.
+Hooks time each network, and each kind of block in the U-Net, while they draw as always: the modules that are
+watched are those whose fast forms do not mind a hook. The arithmetic is counted apart, on networks without
+weights. The trace opens in a browser: chrome://tracing or ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .files import write_text
-from .model.attention import CrossAttention, SelfAttention, Words
-from .model.diffusion import GEGLU, Downsample, ResidualBlock, Upsample
-from .model.model_loader import build
-from .model.pipeline import StableDiffusion
+from ..families import build
+from ..files import write_text
+from ..model.attention import CrossAttention, SelfAttention
+from ..model.diffusion import GEGLU, Downsample, ResidualBlock, Upsample
+from ..model.pipeline import StableDiffusion
 
 NETWORKS = {"clip": "text encoder", "encoder": "VAE encoder", "diffusion": "U-Net", "decoder": "VAE decoder"}
 KINDS: dict[type, str] = {
@@ -102,37 +102,41 @@ def profiled(pipe: StableDiffusion) -> Iterator[Profile]:
     """Times what `pipe` does inside the `with`."""
     device, dtype = torch.device(pipe.device), pipe.dtype
     profile = Profile(f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    shapes: dict[str, list[Any]] = {}  # what each network was given
-    timed: list[nn.Module] = []
+    shapes: dict[str, list[Any]] = {}  # of the tensors that each network was given
+    handles: list[Any] = []
 
     def watch(module: nn.Module, name: str, kind: str, network: str | None = None) -> None:
-        forward = module.forward
+        started: list[float] = []
 
-        def timing(*given: Any, **settings: Any) -> Any:
+        def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
             if network is not None:
                 shapes.setdefault(network, [_shape(x) for x in given])
-            start = _now(device)
-            output = forward(*given, **settings)
-            profile.spans.append((name, kind, start, _now(device)))
-            return output
+            started.append(_now(device))
 
-        # In place of the method, not as a hook: under a hook, the fast forms would step aside.
-        module.forward = timing
-        timed.append(module)
+        def leave(*_: Any) -> None:
+            profile.spans.append((name, kind, started.pop(), _now(device)))
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
 
     for key, kind in NETWORKS.items():
         watch(pipe.models[key], kind, kind, key)
     for name, module in pipe.models["diffusion"].named_modules():
-        if type(module) in KINDS:
-            watch(module, name, KINDS[type(module)])
+        if (block := kind_of(module)) is not None:
+            watch(module, name, block)
     try:
         yield profile
     finally:
-        for module in timed:
-            del module.forward
+        for handle in handles:
+            handle.remove()
     profile.spans.sort(key=lambda span: (span[2], -span[3]))
     profile.parts = _sum_up(profile.spans, _count(pipe, shapes))
     profile.limit = measure_limit(device, dtype)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Returns the kind of a block of the U-Net, in whatever fast form it is; None for any other module."""
+    return next((name for kind, name in KINDS.items() if isinstance(module, kind)), None)
 
 
 def _now(device: torch.device) -> float:
@@ -142,7 +146,6 @@ def _now(device: torch.device) -> float:
 
 
 def _shape(x: Any) -> tuple[torch.Size, torch.dtype] | None:
-    x = x.context if isinstance(x, Words) else x
     return (x.shape, x.dtype) if isinstance(x, Tensor) else None
 
 
@@ -185,9 +188,9 @@ def _count(pipe: StableDiffusion, shapes: dict[str, list[Any]]) -> dict[str, flo
         if key == "diffusion":
             counts = counter.get_flop_counts()
             for name, module in network.named_modules():
-                if type(module) in KINDS:
+                if (kind := kind_of(module)) is not None:
                     its = counts.get(f"{type(network).__name__}.{name}", {})
-                    gflop[KINDS[type(module)]] += sum(its.values()) / 1e9
+                    gflop[kind] += sum(its.values()) / 1e9
     return gflop
 
 

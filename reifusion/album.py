@@ -1,0 +1,183 @@
+"""Pictures with their settings: a PNG that says how it was drawn, for us and for other programs.
+
+An entry is what a picture's file says: `entry` makes one, `save` writes it with the picture, `read` reads it
+back. Beside the settings, an entry has the hashes of the files that the settings name, so `warn_if_changed`
+can tell whether the same settings still draw the same picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from . import __version__
+from .files import free, whole
+from .model import model_loader
+from .model.pipeline import StableDiffusion
+from .model.request import Request
+from .model.samplers import SAMPLERS
+from .settings import ABOUT, Settings, from_carried, read_picture
+
+FILES = ("model", "lora", "init_image", "mask")  # the settings that name files
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a picture's file says about the picture."""
+
+    settings: Settings
+    hashes: dict[str, Any]  # of the files, by setting: a text, and for the LoRAs a list of texts
+    model_name: str = ""
+
+    def carried(self) -> dict[str, Any]:
+        """Returns the entry as the file carries it, in JSON."""
+        said: dict[str, Any] = {}
+        for name, value in self.settings.carried().items():
+            said[name] = value
+            if name in self.hashes:
+                said[f"{name}_hash"] = self.hashes[name]
+        return said
+
+
+def entry(settings: Settings, request: Request, pipe: StableDiffusion) -> Entry:
+    """Returns the entry for a request's first picture. settings: the model, files and shortcuts behind it."""
+    dtype = str(pipe.dtype).removeprefix("torch.")
+    settings = replace(settings.filled(request.for_model(pipe.config)), dtype=dtype)
+    return Entry(settings, _hashes(settings), pipe.config.name)
+
+
+def save(picture: Image.Image, entry: Entry, path: Path) -> Path:
+    """Writes the picture to the path, or to path-2, path-3, … if the path is taken; returns where it is."""
+    chunks = PngInfo()
+    # A prompt that was not UTF-8 on the command line must not fail here, when the work is done.
+    chunks.add_text("parameters", parameters(entry).encode("utf-8", "replace").decode("utf-8"))
+    said = {"version": __version__, **entry.carried(), "model_name": entry.model_name}
+    chunks.add_text("reifusion", json.dumps(said))
+    target = free(path)
+    with whole(target) as temporary:
+        picture.save(temporary, pnginfo=chunks)
+    return target
+
+
+def read(path: str | Path) -> Entry:
+    """Reads the entry of a picture of ours. Raises ValueError, in one sentence, for other files."""
+    try:
+        carried = json.loads(getattr(read_picture(path), "text", {})["reifusion"])
+        hashes = {name: carried[f"{name}_hash"] for name in FILES if carried.get(f"{name}_hash") is not None}
+        model_name = str(carried.get("model_name", ""))
+    except (KeyError, json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{path} carries no settings of reifusion's") from None
+    for name, value in hashes.items():
+        if not isinstance(value, list if name == "lora" else str):
+            raise ValueError(f"{path} carries settings, but its {name}_hash is {value!r}")
+    try:
+        return Entry(from_carried(carried), hashes, model_name)
+    except ValueError as error:
+        raise ValueError(f"{path} carries settings, but {error}") from None
+
+
+def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -> None:
+    """Warns of files that have changed since a picture was drawn. names: the settings to look at."""
+    for name in FILES:
+        if name in names and name in before.hashes and before.hashes[name] != now.hashes.get(name):
+            value = getattr(now.settings, name)
+            which = " or ".join(file for file, _ in value) if name == "lora" else value
+            what = "LoRA" if name == "lora" else name.replace("_", " ")
+            warnings.warn(f"the {what} {which} is not what it was, so the picture will differ", stacklevel=2)
+
+
+def _hashes(settings: Settings) -> dict[str, Any]:
+    """Returns the hashes of the files that the settings name, by setting."""
+    found: dict[str, Any] = {"model": file_hash(model_loader.info(settings.model).path)}
+    if settings.lora:
+        found["lora"] = [file_hash(file) for file, _ in settings.lora]
+    for name in ("init_image", "mask"):
+        if path := getattr(settings, name):
+            found[name] = file_hash(path)
+    return found
+
+
+def file_hash(source: str | Path) -> str:
+    """Returns ten digits of the SHA-256 of a file, or of a folder's weights, as other programs show it."""
+    path, digest = Path(source), hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            while block := stream.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:10]
+
+
+def keep(picture: Image.Image, folder: Path) -> str:
+    """Writes an input picture once, named by its content, for settings to refer to; returns its path."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    path = folder / f"input-{hashlib.sha256(stream.getvalue()).hexdigest()[:10]}.png"
+    if not path.exists():
+        with whole(path) as temporary:
+            temporary.write_bytes(stream.getvalue())
+    return str(path)
+
+
+# Names
+
+
+def file_name(settings: Settings) -> str:
+    """'A cat, stretching', seed 7 -> 'a-cat-stretching-7.png'"""
+    return f"{slug(settings.prompt or '')}-{settings.seed}.png"
+
+
+def slug(prompt: str) -> str:
+    """'A cat, stretching' -> 'a-cat-stretching'"""
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "picture"
+
+
+def png_path(out: str) -> Path | None:
+    """Returns the file that `out` names; None for a folder. Raises ValueError for formats other than PNG."""
+    path = Path(out)
+    if any(len(part.encode()) > 240 for part in path.parts):
+        raise ValueError(f"the name {out[:20]}… is too long")
+    if path.suffix == "" or path.is_dir() or out.endswith(("/", os.sep)):
+        return None
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"pictures are written as .png, not as {path.suffix}")
+    return path
+
+
+# For other programs
+
+
+def parameters(entry: Entry) -> str:
+    """Returns the settings as text, in the form that AUTOMATIC1111's web UI established."""
+    settings = entry.settings
+    loras = [(Path(file).stem, weight) for file, weight in settings.lora]
+    hashes = [f"{name}: {digest}" for (name, _), digest in zip(loras, entry.hashes.get("lora", ()))]
+
+    facts = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLERS[str(settings.sampler)].title,
+        "CFG scale": settings.cfg,
+        "Seed": settings.seed,
+        "Size": ABOUT["size"].write(settings.size),
+        "Model hash": entry.hashes["model"],
+        "Model": entry.model_name,
+        "Lora hashes": f'"{", ".join(hashes)}"' if loras else None,
+        "Denoising strength": settings.strength if settings.init_image else None,
+        "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # they count from 1
+        "Version": f"reifusion {__version__}",
+    }
+    lines = [" ".join([settings.prompt or "", *(f"<lora:{name}:{weight:g}>" for name, weight in loras)])]
+    if settings.negative:
+        lines.append(f"Negative prompt: {settings.negative}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""`reifusion generate`: draws pictures, each with its settings inside."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from ..files import writable
+from ..settings import ABOUT, Settings, parsed
+from .options import setting, takes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@takes(*map(setting, ABOUT))
+def generate(
+    given: dict[str, Any],
+    num: Annotated[int, typer.Option(help="How many pictures; their seeds count up.")] = 1,
+    out: Annotated[str, typer.Option(help="A .png file, or a folder.")] = "images",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the pictures are.")] = False,
+    like: Annotated[
+        str | None, typer.Option(help="Repeat this picture; other options override its settings.")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went; write a trace beside the picture.")
+    ] = False,
+) -> None:
+    """Draws a picture and says where it is."""
+    from .. import album
+    from ..model.model_loader import info
+
+    before = None if like is None else album.read(like)
+    settings = replace(Settings() if before is None else before.settings, **parsed(given))
+    request = settings.request(num)
+    request = request.for_model(info(settings.model).config)
+    file = album.png_path(out)
+    with writable(file.parent if file else Path(out)):
+        pipe = settings.pipe(device)
+        entry = album.entry(settings, request, pipe)
+        if before is not None:
+            album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])
+        for seed in request.seeds:
+            # One at a time, so that not a bit of a picture depends on --num.
+            one = replace(request, seed=seed, num=1)
+            entry = replace(entry, settings=replace(entry.settings, seed=seed))
+            with _profiled(pipe) if profile else contextlib.nullcontext() as times:
+                picture = pipe.generate(one, progress=not quiet and sys.stderr.isatty())
+            path = file or Path(out) / album.file_name(entry.settings)
+            path = album.save(cast("Image.Image", picture), entry, path)
+            print(path, flush=True)
+            if times is not None:
+                print(times.text(), file=sys.stderr)
+                times.save(path.with_suffix(".trace.json"))
+
+
+def _profiled(pipe: Any) -> Any:
+    from ..explain.profile import profiled
+
+    return profiled(pipe)

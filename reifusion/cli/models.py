@@ -1,0 +1,71 @@
+"""`reifusion info` and `reifusion convert`: what is in a file, and the same model in another format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..files import writable
+
+
+def info(
+    file: Annotated[str, typer.Argument(help="A model, or a picture drawn here.", show_default=False)],
+) -> None:
+    """Says what is in a file: a model's format and sizes, or a picture's settings."""
+    for name, value in (_of_picture if file.lower().endswith(".png") else _of_model)(file).items():
+        print(f"{name:12} {value}")
+
+
+def _of_picture(file: str) -> dict[str, Any]:
+    from .. import album
+
+    return album.read(file).carried()
+
+
+def _of_model(file: str) -> dict[str, Any]:
+    from ..model import model_loader
+
+    found = model_loader.info(file)
+    config, schedule, numbers = found.config, found.config.schedule, found.parameters
+    return {
+        "file": found.path,
+        "format": found.format,
+        "model": f"{config.name}, for pictures of {config.size}x{config.size}",
+        "size": f"{found.size / 1e6:,.1f} MB, {found.dtype}",
+        "parameters": f"{sum(numbers.values()):,}",
+        **{f"  {name}": f"{number:,}" for name, number in numbers.items()},
+        "text": f"{config.clip.layers} layers of {config.clip.width}, {config.clip.vocab_size:,} tokens",
+        "vae": f"1/{config.vae.factor} of each side, {config.vae.latent_channels} channels",
+        "unet": f"channels {' '.join(map(str, config.unet.channels))}",
+        "schedule": "flow"
+        if schedule.prediction_type == "flow"
+        else f"{schedule.beta_schedule}, {schedule.prediction_type}",
+        **found.metadata,
+    }
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The model to read.", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="DST", help="What to write.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(help="native, compvis (one file) or diffusers (a folder).", show_default=False)
+    ],
+) -> None:
+    """Writes a model in another format, bit for bit."""
+    from ..model import model_loader
+    from ..model.model_converter import FORMATS
+
+    if to not in FORMATS:
+        raise ValueError(f"there is no format {to!r}; there are {', '.join(FORMATS)}")
+    if to != "diffusers" and not target.endswith(".safetensors"):
+        raise ValueError(f"the format {to} is a .safetensors file, not {target}")
+    if os.path.exists(target):
+        raise ValueError(f"{target} is there already, and nothing is overwritten")
+    with writable(Path(target).parent):
+        metadata = model_loader.info(source).metadata
+        config, models, tokenizer = model_loader.load(source)
+        model_loader.save(config, models, target, to, tokenizer, metadata)
+    print(target)

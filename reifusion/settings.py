@@ -1,0 +1,298 @@
+"""A picture's settings: their names, defaults and help, and their forms as text, metadata, shell and Python.
+
+Everything that draws begins here. The command line makes `Settings` of texts, the album writes them into
+pictures and reads them back, and `request` and `pipe` make ready what draws. The limits of a setting are
+checked in `model/request.py`. Functions that need PyTorch import it, and this file does not, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .model.pipeline import StableDiffusion
+    from .model.request import Request
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """512x768 -> (512, 768)"""
+    found = re.fullmatch(r"(\d{1,6})[x×X](\d{1,6})", text)
+    if found is None:
+        raise ValueError(f"a size is width x height, like 512x768, not {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def read_interval(text: str) -> tuple[float, float]:
+    """0.3:5 -> (0.3, 5.0)"""
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise ValueError(f"a guidance interval is from:to, like 0.3:5, not {text!r}") from None
+    return low, high
+
+
+def read_lora(text: str) -> tuple[str, float]:
+    """zork.safetensors:0.8 -> the file and its weight, which is 1 unless the text says otherwise"""
+    file, _, number = text.rpartition(":")
+    if Path(text).exists() or not Path(file).is_file():  # a colon can be part of the path
+        return text, 1.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(weight := float(number)):
+            return file, weight
+    raise ValueError(f"the weight of a LoRA is a number, as in {file}:0.8, not {number!r}")
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Opens a picture and reads it to its end, so that a truncated file is found now."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise ValueError(f"there is no picture at {path}") from None
+    except Exception as error:  # Pillow raises anything from OSError to SyntaxError for broken files
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def sampler_names() -> list[str]:
+    """Returns the names of the samplers, read from their source, as importing it would import PyTorch."""
+    sources = (Path(__file__).with_name("model") / file for file in ("ddpm.py", "samplers.py"))
+    lines = "".join(source.read_text("utf-8") for source in sources)
+    return re.findall(r'^    name, title = "(\w+)"', lines, re.MULTILINE)
+
+
+# ---- from a picture's metadata, where a value may have the wrong type: a ValueError -----------------------
+
+
+def _carried_number(value: Any) -> float:
+    if isinstance(value, int | float):
+        return value
+    raise ValueError
+
+
+def _carried_size(value: Any) -> tuple[int, int]:
+    if isinstance(value, list) and len(value) == 2:
+        return value[0], value[1]
+    raise ValueError
+
+
+def _carried_interval(value: Any) -> tuple[float, float]:
+    return read_interval(value) if isinstance(value, str) else _carried_size(value)
+
+
+def _carried_loras(value: Any) -> tuple[tuple[str, float], ...]:
+    for one in value if isinstance(value, list) else [None]:
+        if not isinstance(one, list) or [type(part) for part in one] not in ([str, float], [str, int]):
+            raise ValueError
+    return tuple((file, weight) for file, weight in value)
+
+
+# ---- the settings -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class About:
+    """One setting, apart from its value."""
+
+    title: str  # as other programs and the studio name it
+    help: str
+    default: Any
+    shown: str  # the default in words, or ""
+    kind: type  # on a command line: str, int, float, bool, or list for an option that may be repeated
+    read: Callable[[Any], Any]  # a command line's form -> the value
+    write: Callable[[Any], str]  # the value -> text
+    carried: Callable[[Any], Any]  # metadata, JSON -> the value; ValueError for a wrong type
+
+
+def _setting(
+    title: str,
+    help: str,
+    default: Any = None,
+    *,
+    kind: type = str,
+    shown: str | None = None,
+    read: Callable[[Any], Any] = lambda value: value,
+    write: Callable[[Any], str] = str,
+    carried: Callable[[Any], Any] | None = None,
+) -> Any:
+    def of_kind(value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        raise ValueError
+
+    if shown is None:
+        shown = str(default) if default else ""
+    about = About(title, help, default, shown, kind, read, write, carried or of_kind)
+    return field(default=default, metadata={"about": about})
+
+
+_MODEL = "the model's"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides one picture. None leaves a setting to the model, or switches it off."""
+
+    prompt: str | None = _setting("Prompt", "What to draw.")
+    negative: str = _setting("Negative prompt", "What to keep away from.", "")
+    model: str = _setting("Model", "A .safetensors or .ckpt file, a diffusers folder, or owner/name.", "mini")
+    lora: tuple[tuple[str, float], ...] = _setting(
+        "LoRA", "A LoRA, as file or file:weight; can be given several times.", (), kind=list,
+        read=lambda texts: tuple(map(read_lora, texts)), carried=_carried_loras,
+    )  # fmt: skip
+    sampler: str | None = _setting("Sampler", f"One of {', '.join(sampler_names())}.", shown=_MODEL)
+    steps: int | None = _setting("Steps", "1 to 1000.", kind=int, shown=_MODEL)
+    cfg: float | None = _setting(
+        "CFG scale", "How closely to follow the prompt; 1 is no guidance, and twice as fast.",
+        kind=float, shown=_MODEL, carried=_carried_number,
+    )  # fmt: skip
+    seed: int | None = _setting("Seed", "The same seed gives the same picture.", kind=int, shown="a new one")
+    size: tuple[int, int] | None = _setting(
+        "Size", "Width x height, like 512x768.", shown=_MODEL,
+        read=read_size, write=lambda size: "x".join(map(str, size)), carried=_carried_size,
+    )  # fmt: skip
+    init_image: str | None = _setting("Init image", "Begin with this picture.")
+    mask: str | None = _setting("Mask", "Redraw the init image only where this one is white.")
+    strength: float = _setting(
+        "Denoising strength", "How much of the init image may change, to 1.", 0.8,
+        kind=float, carried=_carried_number,
+    )  # fmt: skip
+    clip_skip: int = _setting("Clip skip", "Layers of the text encoder to leave out.", 0, kind=int, shown="0")
+    guidance_interval: tuple[float, float] | None = _setting(
+        "Guidance interval", "Guidance only at noise from:to, like 0.3:5; other steps take half the time.",
+        read=read_interval, write=lambda ends: ":".join(map(str, ends)), carried=_carried_interval,
+    )  # fmt: skip
+    guidance_rescale: float = _setting(
+        "Guidance rescale", "How much of the contrast that guidance adds is taken back, to 1.", 0.0,
+        kind=float, shown="0", carried=_carried_number,
+    )  # fmt: skip
+    deepcache: int = _setting("DeepCache", "The U-Net's inside on every n-th step only.", 1, kind=int)
+    int8: bool = _setting("8-bit weights", "Weights of 8 bits.", False, kind=bool)
+    dtype: str | None = _setting("dtype", "bf16, fp16 or fp32.", shown="what suits the device")
+
+    def request(self, num: int = 1) -> Request:
+        """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
+        from .model.request import Request
+
+        if self.prompt is None:
+            raise ValueError('say what to draw, as in: reifusion generate "a cat"')
+        settings = {name: getattr(self, name) for name in requested()}
+        for name in ("init_image", "mask"):
+            path = getattr(self, name)
+            settings[name] = None if path is None else read_picture(path)
+        return Request(**settings, num=num)
+
+    def pipe(self, device: torch.device | str | None = None) -> StableDiffusion:
+        """Loads the model, with LoRAs and shortcuts. Raises ValueError, in one sentence, for a wrong file."""
+        from .api import load
+        from .shortcuts.deepcache import deepcached
+        from .shortcuts.int8 import quantize
+        from .weights.lora import apply, load_lora
+
+        loras = [(load_lora(file), weight) for file, weight in self.lora]
+        pipe = load(self.model, device, self.dtype)
+        for lora, weight in loras:
+            apply(pipe, lora, weight)
+        if self.int8:
+            quantize(pipe)
+        return deepcached(pipe, self.deepcache)
+
+    def filled(self, request: Request) -> Settings:
+        """Returns these settings, with the request's own in their place wherever it has some."""
+        return replace(self, **of_request(request))
+
+    def carried(self) -> dict[str, Any]:
+        """Returns the settings as a picture carries them, ready for JSON; open ones are left out."""
+        values = {name: getattr(self, name) for name in ABOUT}
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
+    def as_command(self) -> str:
+        """Returns the line for a shell that draws the picture again."""
+        words = ["reifusion", "generate"]
+        for name, value in self._said().items():
+            flag, write = f"--{name.replace('_', '-')}", ABOUT[name].write
+            if name == "lora":
+                words += [f"{flag}={file}:{weight}" for file, weight in value]
+            elif name != "prompt":
+                words.append(flag if value is True else f"{flag}={write(value)}")
+        return shlex.join([*words, "--", self.prompt or ""])
+
+    def as_python(self) -> str:
+        """Returns the Python that draws the picture again."""
+        imports, pipe = ["import reifusion"], [f"pipe = reifusion.load({self.model!r}, dtype={self.dtype!r})"]
+        if self.lora:
+            imports.append("from reifusion.weights.lora import apply, load_lora")
+            pipe += [f"apply(pipe, load_lora({file!r}), {weight!r})" for file, weight in self.lora]
+        if self.int8:
+            imports.append("from reifusion.shortcuts.int8 import quantize")
+            pipe.append("quantize(pipe)")
+        if self.deepcache != 1:
+            imports.append("from reifusion.shortcuts.deepcache import deepcached")
+            pipe.append(f"pipe = deepcached(pipe, {self.deepcache})")
+        said = {
+            name: value for name, value in self._said().items() if name in requested() and name != "prompt"
+        }
+        settings = [f"    {name}={value!r}," for name, value in said.items()]
+        call = ["picture = pipe.generate(", f"    {self.prompt!r},", *settings, ")"]
+        return "\n".join([*imports, "", *pipe, *call, 'picture.save("picture.png")'])
+
+    def _said(self) -> dict[str, Any]:
+        """Returns the settings that must be said for the picture to be the same."""
+
+        def counts(name: str, value: Any) -> bool:
+            if name == "strength":
+                return self.init_image is not None
+            return name == "model" or value != ABOUT[name].default
+
+        values = {name: getattr(self, name) for name in ABOUT}
+        return {name: value for name, value in values.items() if counts(name, value)}
+
+
+ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Settings)}
+
+
+def parsed(texts: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads settings in the form of a command line. Raises ValueError, in one sentence."""
+    return {name: ABOUT[name].read(text) for name, text in texts.items()}
+
+
+def from_carried(carried: Mapping[str, Any]) -> Settings:
+    """Reads the settings that a picture carries, and ignores unknown names.
+
+    Raises ValueError, with the name and the value, for a value of the wrong type.
+    """
+    values = {}
+    for name, about in ABOUT.items():
+        if carried.get(name) is not None:
+            try:
+                values[name] = about.carried(carried[name])
+            except ValueError:
+                raise ValueError(f"its {name} is {carried[name]!r}") from None
+    return Settings(**values)
+
+
+def requested() -> list[str]:
+    """Returns the names of the settings that a `Request` has too; the others concern the model."""
+    from .model.request import Request
+
+    known = {one.name for one in fields(Request)}
+    return [name for name in ABOUT if name in known]
+
+
+def of_request(request: Request) -> dict[str, Any]:
+    """Returns the settings of a request's first picture, by name, without its input pictures."""
+    values = {name: getattr(request, name) for name in requested() if name not in ("init_image", "mask")}
+    return values | {"prompt": request.prompts[0], "negative": request.negatives[0]}
