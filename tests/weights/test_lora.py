@@ -247,8 +247,12 @@ def test_there_is_a_place_for_every_row_of_every_weight():
     assert rows == {name: len(x) for name, x in state(models).items() if name.endswith(".weight")}
     names = [place.name for place in places(TINY)]
     assert len(set(names)) == len(names)
-    assert {f"diffusion.middle.1.layers.0.self_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
-    assert {f"diffusion.middle.1.layers.0.cross_attention.{part}" for part in ("q", "k", "v", "out")} <= set(names)
+    assert {f"diffusion.middle.1.layers.0.self_attention.{part}" for part in ("q", "k", "v", "out")} <= set(
+        names
+    )
+    assert {f"diffusion.middle.1.layers.0.cross_attention.{part}" for part in ("q", "k", "v", "out")} <= set(
+        names
+    )
 
 
 OUT = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -313,7 +317,9 @@ def test_half_precision_is_rounded_once_from_float32(dtype):
     apply(models, one, 0.01)
     apply(models, two, 0.01)
     exact = before.float() + 0.01 * one.updates[OUT].delta() + 0.01 * two.updates[OUT].delta()
-    assert torch.equal(state(models)["diffusion.middle.1.layers.0.cross_attention.out.weight"], exact.to(dtype))
+    assert torch.equal(
+        state(models)["diffusion.middle.1.layers.0.cross_attention.out.weight"], exact.to(dtype)
+    )
 
 
 def test_a_network_stays_in_the_order_of_memory_it_was_in():
@@ -393,7 +399,7 @@ def test_other_kinds_are_refused_by_name(tmp_path, name, kind):
     [
         ({U_NET["kohya"][0]: None}, "lacks its down matrix"),
         ({U_NET["kohya"][1]: None}, "lacks its up matrix"),
-        ({U_NET["kohya"][0]: torch.full((R, 16), math.nan)}, "down.weight holds what is not a finite"),
+        ({U_NET["kohya"][0]: torch.full((R, 16), math.nan)}, "down.weight holds a number that is not finite"),
         ({U_NET["kohya"][0]: random(R + 1, 16)}, r"do not fit together, \(4, 16\) and \(16, 3\)"),
         ({U_NET["kohya"][0]: random(16)}, "do not fit together"),
         ({U_NET["kohya"][0]: random(0, 16), U_NET["kohya"][1]: random(16, 0)}, "do not fit together"),
