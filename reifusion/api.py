@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import families, kernels
+from . import families, kernels, weights
 from .model import pipeline
-from .model.model_loader import load as load_networks
 from .model.pipeline import StableDiffusion
 from .shortcuts.deepcache import deepcached
 
@@ -27,14 +26,14 @@ def load(
 ) -> StableDiffusion:
     """A model, ready to draw.
 
-    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name". device: None
-    for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that suits the
-    device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device
-    or a dtype that does not exist.
+    source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name".
+    device: None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that
+    suits the device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and
+    for a device or a dtype that does not exist.
     """
     device = find_device(device)
     source = source if isinstance(source, str) else os.fspath(source)
-    config, models, tokenizer = load_networks(source, device, find_dtype(dtype, device), make=families.build)
+    config, models, tokenizer = weights.load(source, device, find_dtype(dtype, device))
     for network in models.values():
         # The order in memory in which convolutions are fastest.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

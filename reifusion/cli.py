@@ -173,7 +173,7 @@ def generate(
 
     from .shortcuts.int8 import quantize
     from .weights.lora import apply, load_lora
-    from .model.model_loader import info
+    from .weights import info
     from .api import load
     from .model.request import Request
 
@@ -236,9 +236,9 @@ def info(
     if file.lower().endswith(".png"):
         facts: dict[str, Any] = _read_settings(file)
     else:
-        from .model import model_loader
+        from . import weights
 
-        found = model_loader.info(file)
+        found = weights.info(file)
         config, schedule, numbers = found.config, found.config.schedule, found.parameters
         facts = {
             "file": found.path,
@@ -268,7 +268,7 @@ def convert(
     ],
 ) -> None:
     """Writes a model in another format, bit for bit."""
-    from .model import model_loader
+    from . import weights
     from .model.model_converter import FORMATS
 
     if to not in FORMATS:
@@ -278,9 +278,9 @@ def convert(
     if os.path.exists(target):
         raise InputError(f"{target} is there already, and nothing is overwritten")
     with _writable(Path(target).parent):
-        metadata = model_loader.info(source).metadata
-        config, models, tokenizer = model_loader.load(source)
-        model_loader.save(config, models, target, to, tokenizer, metadata)
+        metadata = weights.info(source).metadata
+        config, models, tokenizer = weights.load(source)
+        weights.save(config, models, target, to, tokenizer, metadata)
     print(target)
 
 
@@ -434,7 +434,7 @@ def _hash(name: str, source: Any) -> Any:
         return [_hash("", file) for file, _ in source]
     path = Path(source)
     if name == "model":
-        from .model.model_loader import info
+        from .weights import info
 
         path = info(source).path
     digest = hashlib.sha256()

@@ -18,9 +18,10 @@ from PIL import Image
 
 import reifusion
 from reifusion import cli
-from reifusion.model import model_loader, pipeline, samplers
-from reifusion.model.tokenizer import Tokenizer
+from reifusion.model import pipeline, samplers
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights import save
 from tests.tiny import networks
 
 TINY = ModelConfig(
@@ -36,7 +37,7 @@ TINY = ModelConfig(
 def model(tmp_path_factory) -> str:
     """Writes the file of a tiny model with random weights."""
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(TINY, networks(TINY), path, tokenizer=Tokenizer())
+    save(TINY, networks(TINY), path, tokenizer=Tokenizer())
     return str(path)
 
 

@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from reifusion import cli
-from reifusion.model import model_loader
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights import save
 from tests.tiny import networks
 
 TOKENIZER = Tokenizer("c a\nca t</w>\n", context_length=8)
@@ -33,7 +33,7 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(TINY, networks(TINY), path, tokenizer=TOKENIZER)
+    save(TINY, networks(TINY), path, tokenizer=TOKENIZER)
     return str(path)
 
 

@@ -364,7 +364,7 @@ def _request(
     cfg: float | None = None, sampler: str | None = None, size: str | None = None,
 ) -> Request:  # fmt: skip
     """What was asked for; what was not is what the model's pictures are best drawn with."""
-    from ..model.model_loader import info
+    from ..weights import info
     from ..model.request import Request
 
     width, height = (None, None) if size is None else _parse_size(size)

@@ -32,7 +32,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, scale_latents
 from ..model.pictures import fit, to_tensor
-from ..model.tensors import write_tensors
+from ..weights.writing import write_tensors
 from .data import DataError
 from .images import Item, Pictures, some
 

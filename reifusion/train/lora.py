@@ -25,7 +25,7 @@ from .. import __version__
 from ..files import whole
 from ..model.config import ModelConfig
 from ..weights.lora import Place, places
-from ..model.tensors import write_tensors
+from ..weights.writing import write_tensors
 from .images import open_pictures
 from .latents import cache_latents
 from .loop import LoopConfig, processes

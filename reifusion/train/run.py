@@ -17,10 +17,11 @@ from tqdm import tqdm
 from ..files import whole
 from ..model.tokenizer import Tokenizer
 from ..model.config import MINI, SD15, ModelConfig
-from ..model.model_loader import load, save
 from ..model.pipeline import StableDiffusion
 from ..api import load as load_pipeline
-from ..model.tensors import ModelError, write_tensors
+from ..model.tensors import ModelError
+from ..weights import load, save
+from ..weights.writing import write_tensors
 from .bpe import train_bpe
 from .checkpoint import save_atomically
 from .data import DataError
@@ -184,7 +185,7 @@ def model_config(recipe: Recipe) -> ModelConfig:
 
 
 def load_config(source: str) -> ModelConfig:
-    from ..model.model_loader import info
+    from ..weights import info
 
     return info(source).config
 

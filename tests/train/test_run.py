@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 import reifusion
 from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.model_loader import ModelError, build, info, save
+from reifusion.model.model_loader import ModelError, build
 from reifusion.train import run
 from reifusion.train.__main__ import main
+from reifusion.weights import info, save
 from tests.sprites import NOUNS, prepared
 
 # As large as SD 1.5 where its recipes care, and small elsewhere.
