@@ -17,6 +17,7 @@ def make_weights(quick: bool) -> Path:
 
     from reifusion.model import model_loader
     from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+    from reifusion.weights import save
 
     folder = CACHE / ("quick" if quick else "sd-1.5")
     if (folder / "diffusers" / "model_index.json").exists():
@@ -38,8 +39,8 @@ def make_weights(quick: bool) -> Path:
             spread = x[0].numel() ** -0.5 if x.ndim > 1 else 0.05
             x.copy_(around + spread * torch.randn(x.shape, generator=generator))
     folder.mkdir(parents=True, exist_ok=True)
-    model_loader.save(config, models, folder / "model.safetensors", to="compvis")
-    model_loader.save(config, models, folder / "diffusers", to="diffusers")
+    save(config, models, folder / "model.safetensors", to="compvis")
+    save(config, models, folder / "diffusers", to="diffusers")
     return folder
 
 

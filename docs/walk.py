@@ -64,13 +64,13 @@ def theirs() -> dict[str, Any]:
     import diffusers
     import transformers
 
-    from reifusion.model import model_loader
     from reifusion.model.clip import CLIP
     from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
     from reifusion.model.decoder import Decoder
     from reifusion.model.diffusion import UNet
     from reifusion.model.encoder import Encoder
     from reifusion.model.tokenizer import Tokenizer
+    from reifusion.weights import save
 
     config = ModelConfig(
         size=64,
@@ -81,7 +81,7 @@ def theirs() -> dict[str, Any]:
     networks = {"clip": CLIP(config.clip), "diffusion": UNet(config.unet)}
     models = {**networks, "encoder": Encoder(config.vae), "decoder": Decoder(config.vae)}
     with tempfile.TemporaryDirectory() as folder:
-        model_loader.save(config, models, Path(folder, "tiny"), "diffusers", Tokenizer())
+        save(config, models, Path(folder, "tiny"), "diffusers", Tokenizer())
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(Path(folder, "tiny"))
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

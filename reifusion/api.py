@@ -34,7 +34,7 @@ def load(
     """
     device = find_device(device)
     source = source if isinstance(source, str) else os.fspath(source)
-    config, models, tokenizer = load_networks(source, device, find_dtype(dtype, device), make=families.build)
+    config, models, tokenizer = weights.load(source, device, find_dtype(dtype, device))
     for network in models.values():
         # The order in memory in which convolutions are fastest.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

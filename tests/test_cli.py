@@ -38,7 +38,7 @@ TINY = ModelConfig(
 def model(tmp_path_factory) -> str:
     """Writes the file of a tiny model with random weights."""
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(TINY, networks(TINY), path, tokenizer=Tokenizer())
+    save(TINY, networks(TINY), path, tokenizer=Tokenizer())
     return str(path)
 
 

@@ -33,7 +33,7 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(TINY, networks(TINY), path, tokenizer=TOKENIZER)
+    save(TINY, networks(TINY), path, tokenizer=TOKENIZER)
     return str(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import subprocess
@@ -36,6 +37,13 @@ def test_the_command_line_does_not_import_torch_to_print_help():
     code = "import sys; from reifusion.cli import main; main(['generate', '--help'])"
     code += "; assert 'torch' not in sys.modules"
     assert "--sampler" in python(code)
+
+
+def test_the_model_imports_nothing_of_the_package_outside_itself():
+    for path in Path(reifusion.__file__).with_name("model").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2 and (node.module or "").split(".")[0] != "reifusion", path.name
 
 
 def test_the_package_offers_two_functions_and_a_version():

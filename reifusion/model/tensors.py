@@ -1,6 +1,6 @@
-"""Files of tensors: reading them one tensor at a time without running what they hold, and writing them whole.
+"""Reads tensors from files of unknown origin: one tensor at a time, and without running code from the file.
 
-No code in a file is ever run, and every complaint is a `ModelError` of one sentence.
+Every complaint is a `ModelError` of one sentence.
 """
 
 from __future__ import annotations
@@ -10,28 +10,19 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 
 class ModelError(ValueError):
-    """What is wrong with a model's file, in one sentence."""
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
-    """Writes a `.safetensors` that others may read as far as the user's umask lets them."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, None if header is None else dict(header))  # for the owner's eyes only
-    path.chmod(mode)
+    """Says in one sentence what is wrong with a model's file."""
 
 
 class TensorFile:
-    """A file of tensors: opening it reads the header, `read` one tensor."""
+    """A file of tensors. Opening the file reads its header; `read` reads one tensor."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -56,16 +47,20 @@ class TensorFile:
             raise ModelError(f"{path} is not a checkpoint" if start else f"{path} is empty")
         self._get = self._reopen()
 
+    def tensors(self) -> dict[str, Stored]:
+        """Returns the file's tensors by name, none of them read yet."""
+        return {name: Stored(self, name) for name in self.shapes}
+
     def read(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-        """One tensor, converted; a convolution's weights with their channels last in memory."""
-        # The file is mapped into memory. All that was read of it counts as used until the mapping is closed,
+        """Reads and converts one tensor. A convolution's weights have their channels last in memory."""
+        # The file is mapped into memory. Every part that was read counts as used until the mapping is closed,
         # so it is closed now and then; otherwise a whole checkpoint would be in memory beside the networks.
         if self._get is None or self._mapped > self._size // 32:
             self._get, self._mapped = None, 0
             self._get = self._reopen()
         tensor = self._get(name).detach()
         self._mapped += tensor.nbytes
-        # At once in the order in which convolutions are fastest, instead of once more afterwards.
+        # Convolutions are fastest in this order. Copying into it here saves a second copy later.
         order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
         return tensor.to(device, dtype or tensor.dtype, copy=True, memory_format=order)
 
@@ -89,6 +84,24 @@ class TensorFile:
         return tensors.__getitem__
 
 
+class Stored(NamedTuple):
+    """A tensor that is still in its file."""
+
+    file: TensorFile
+    name: str  # in that file
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.file.shapes[self.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.dtypes[self.name]
+
+    def read(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        return self.file.read(self.name, device, dtype)
+
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -100,14 +113,14 @@ _DTYPES = {
 
 
 class _Inert:
-    """Stands in for what PyTorch Lightning leaves in a checkpoint beside the weights; does nothing."""
+    """Replaces objects of PyTorch Lightning in a checkpoint, and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
 
 def _unpickle(path: Path) -> Mapping[str, Any]:
-    """A `.ckpt`, `.pt` or `.bin` -> its tensors by name, left on disk until used. Nothing in it is run."""
+    """Opens a `.ckpt`, `.pt` or `.bin`: its tensors by name, which stay on disk until they are used."""
     zipped = zipfile.is_zipfile(path)  # since PyTorch 1.6; the older format cannot be mapped into memory
     stand_ins: list[Any] = []
     try:
@@ -116,7 +129,9 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
                 if not name.startswith(("pytorch_lightning.", "lightning.")):
                     raise ModelError(f"{path} holds code ({name}) beside its tensors and was not opened")
                 stand_ins.append((_Inert, name))
-        mapped = zipped and path.suffix != ".safetensors"  # with that name, torch.load trusts the name
+        mapped = (
+            zipped and path.suffix != ".safetensors"
+        )  # a name that torch.load trusts more than the content
         with torch.serialization.safe_globals(stand_ins), open(path, "rb") as stream:
             content = torch.load(path if mapped else stream, "cpu", mmap=mapped, weights_only=True)
     except UnpicklingError as error:
@@ -126,10 +141,10 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
         raise ModelError(f"{path} is not a checkpoint, or is damaged") from None
     except ModelError:
         raise
-    except Exception as error:  # whatever the parser stumbles over
+    except Exception as error:  # a damaged pickle can raise anything
         raise ModelError(f"{path} is cut off or damaged, or is not a checkpoint") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]  # Lightning's
+        content = content["state_dict"]  # as Lightning nests it
     if not isinstance(content, Mapping):
         raise ModelError(f"{path} holds no tensors by name")
     return content

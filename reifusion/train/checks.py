@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..model.config import ModelConfig, ScheduleConfig
 from ..model.diffusion import UNet
-from ..model.model_loader import load
+from ..weights import load
 from . import critic as critics
 from . import text2image
 from . import vae as vaes

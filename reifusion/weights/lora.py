@@ -1,8 +1,8 @@
 """LoRA: a small file that changes what a big model draws (Hu et al. 2021, arXiv:2106.09685).
 
-It holds, for some of the layers, two thin matrices whose product is added to the weight. `load_lora` reads a
-file, `apply` adds it to a model, `remove` takes it out again. Layers are found by the names that they have in
-checkpoints, so one table, in `model_converter.py`, serves both. How to make one is in `train/lora.py`.
+A LoRA holds, for some of the layers, two thin matrices whose product is added to the layer's weight.
+`load_lora` reads the file, `apply` adds the LoRA to a model, `remove` takes it out again. Layers are found by
+their names in checkpoints, so the table in `model_converter.py` serves both. `train/lora.py` makes LoRAs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..model.tensors import ModelError, TensorFile
 if TYPE_CHECKING:
     from ..model.pipeline import StableDiffusion
 
-# What a tensor's name ends in, in the files of kohya, of PEFT and diffusers, and of diffusers before 0.22.
+# The ends of a tensor's name in the files of kohya, of PEFT and diffusers, and of diffusers before 0.22.
 ENDINGS = {
     "down": r"[._]lora(_down|_A|\.down|_linear_layer\.down)\.weight",
     "up": r"[._]lora(_up|_B|\.up|_linear_layer\.up)\.weight",
     "alpha": r"\.alpha",
 }
 
-# What else goes by the name of LoRA. To read one as if it were plain would draw something else.
+# Other methods whose files are called LoRAs. Read as if it were plain, such a file would draw something else.
 OTHERS = {
     r"dora_scale|lora_magnitude_vector": "DoRA",
     r"hada_": "LoHa",
@@ -44,14 +44,14 @@ OTHERS = {
     r"lora_B\.bias|lora_up\.bias": "a LoRA with biases",
 }
 
-# A layer's name in a file -> what all spellings have in common, but for dots and underscores.
+# These replacements, in this order, make the spellings of a layer's name the same, except for . and _.
 SPELLINGS = (
     (r"^model\.diffusion_model\.", "unet."),  # CompVis's
     (r"^cond_stage_model\.transformer\.", "text_encoder."),
-    (r"\.processor\.", "."),  # diffusers before 0.22, here and in the next two
+    (r"\.processor\.", "."),  # diffusers before 0.22, as are the next two
     (r"\.to_out$", ".to_out.0"),
     (r"^text_encoder\.(.*self_attn)\.to_(q|k|v|out)(\.0)?$", r"text_encoder.\1.\2_proj"),
-    (r"^(?!unet\.|text_encoder|lora_)", "unet."),  # a U-Net's alone
+    (r"^(?!unet\.|text_encoder|lora_)", "unet."),  # a LoRA of the U-Net alone
     (r"^lora_te_", "text_encoder."),  # kohya's
     (r"^lora_unet_", "unet."),
     (r"^text_encoder\.(?=encoder)", "text_encoder.text_model."),  # transformers 5
@@ -60,7 +60,7 @@ SPELLINGS = (
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one layer: B A, scaled by α/r."""
+    """The change of one layer: B A, scaled by α/r."""
 
     down: Tensor  # A, (r, in), or (r, in, k, k) for a convolution
     up: Tensor  # B, (out, r), or (out, r, 1, 1)
@@ -71,8 +71,8 @@ class Update:
         return len(self.down)
 
     def delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """ΔW, (out, in) or (out, in·k·k), in float32."""
-        # A convolution and a 1×1 convolution after it are one convolution: the same product, pixel by pixel.
+        """Returns ΔW, (out, in) or (out, in·k·k), in float32."""
+        # A convolution followed by a 1×1 convolution is one convolution, whose weight is the same product.
         up, down = (x.flatten(1).to(device, torch.float32) for x in (self.up, self.down))
         # Eq. 3, Hu et al. 2021: h = W₀x + ΔWx = W₀x + BAx; §4.1: ΔWx is scaled by α/r
         return self.alpha / self.rank * (up @ down)  # (out, r) @ (r, in·k·k) -> (out, in·k·k)
@@ -80,7 +80,7 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """A LoRA, by itself: which layers it changes, and how."""
+    """A LoRA that has been read: the layers that it changes, and their changes."""
 
     updates: dict[str, Update]  # by the layer's name, as the file spells it
     metadata: dict[str, str] = field(default_factory=dict)
@@ -89,28 +89,33 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Place:
-    """A layer that a LoRA can change; of stacked projections (q, k and v in one matrix), one of them."""
+    """A layer that a LoRA can change, or one projection of a layer that stacks q, k and v in one matrix."""
 
     network: str  # "clip" or "diffusion"
-    layer: str  # our name in there, "middle.1.layers.0.self_attention.qkv"
-    part: int  # of `parts` equal slices of the rows
+    layer: str  # our name in that network, "middle.1.layers.0.self_attention.qkv"
+    part: int  # the projection's number among the `parts` equal slices of the rows
     parts: int
-    diffusers: str  # its name there, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    compvis: str  # … and there, "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
-    convolution: bool = False  # a linear layer here, a 1×1 convolution there
+    diffusers: str  # its name in diffusers, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    compvis: (
+        str  # its name in CompVis, "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
+    )
+    convolution: bool = False  # a 1×1 convolution in diffusers, a linear layer here
 
     @property
     def name(self) -> str:
-        """Ours for a part too: "diffusion.middle.1.layers.0.self_attention.q"."""
+        """Our name for the projection: "diffusion.middle.1.layers.0.self_attention.q"."""
         path = f"{self.network}.{self.layer}"
-        return path if self.parts == 1 else path[: -self.parts] + path[-self.parts :][self.part]
+        if self.parts == 1:
+            return path
+        stacked = "qkv"[-self.parts :]  # three of them, or k and v alone
+        return path.removesuffix(stacked) + stacked[self.part]
 
 
 def load_lora(file: str | Path) -> LoRA:
-    """Reads a LoRA of kohya's or PEFT's layout (also old ones of diffusers), `.safetensors` or a pickle.
+    """Reads a LoRA, `.safetensors` or a pickle, in the layout of kohya, PEFT, or old versions of diffusers.
 
-    No code in the file is run. A layer without its α has α = r. Raises ModelError, in one sentence, for what
-    is no LoRA, is one of another kind, or is damaged.
+    No code in the file is run. A layer without its α has α = r. Raises ModelError, in one sentence, for a
+    file that is not a LoRA, is a LoRA of another kind, or is damaged.
     """
     opened = TensorFile(Path(file))
     path, updates = opened.path, {}
@@ -131,19 +136,19 @@ def load_lora(file: str | Path) -> LoRA:
 
 
 def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each layer, by `ENDINGS`."""
+    """Reads the tensors of each layer, by `ENDINGS`."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name in file.shapes:
         for pattern, kind in OTHERS.items():
             if re.search(pattern, name):
                 raise ModelError(
-                    f"{file.path} is no plain LoRA but {kind}, which is not built in: see {name}"
+                    f"{file.path} is not a plain LoRA but {kind}, which is not built in: see {name}"
                 )
         for part, ending in ENDINGS.items():
             if found := re.fullmatch(f"(.+?){ending}", name):
                 tensor = file.read(name, "cpu", None)
                 if not tensor.float().isfinite().all():
-                    raise ModelError(f"{file.path} is damaged: {name} holds what is not a finite number")
+                    raise ModelError(f"{file.path} is damaged: {name} holds a number that is not finite")
                 layers.setdefault(found[1], {})[part] = tensor
                 break
         else:
@@ -152,7 +157,7 @@ def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
 
 
 def _peft_alpha(file: TensorFile, layer: str, rank: int) -> float:
-    """α by the config of PEFT that diffusers writes into the header; r without one."""
+    """Returns α by the config of PEFT that diffusers writes into the header, or r where there is none."""
     try:
         config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
         network, _, inner = layer.partition(".")
@@ -171,7 +176,7 @@ def _peft_alpha(file: TensorFile, layer: str, rank: int) -> float:
 
 
 def places(config: ModelConfig) -> list[Place]:
-    """Every weight of a model's U-Net and text encoder, by place."""
+    """Returns the places of all weights in a model's U-Net and text encoder."""
     found = []
     for one, other in zip(rules(config, "diffusers"), rules(config, "compvis")):
         network, _, inner = one.ours.partition(".")
@@ -188,9 +193,10 @@ def places(config: ModelConfig) -> list[Place]:
 def apply(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA, weight: float = 1.0) -> None:
     """Adds weight · ΔW to the weights of a model, or of a dict with its "clip" and its "diffusion".
 
-    weight: 1 as it was made, less for less of it, below 0 for the opposite. Further LoRAs, or the same one
-    again, add up. Computed in float32, whatever the model's dtype, and rounded once. Before anything is
-    changed, raises ModelError for a LoRA that does not fit the model, ValueError for a weight of no number.
+    weight: 1 for the LoRA as it was made, less for a weaker effect, below 0 for the opposite. LoRAs add up,
+    and so does the same LoRA twice. The sum is computed in float32, whatever the model's dtype, and rounded
+    once. Raises ModelError for a LoRA that does not fit the model, and ValueError for a weight that is not
+    finite; then the model is left as it was.
     """
     if not math.isfinite(weight):
         raise ValueError(f"the weight of a LoRA must be a finite number, not {weight}")
@@ -205,7 +211,7 @@ def apply(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA, weight: f
 
 
 def remove(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA | None = None) -> None:
-    """Takes a LoRA, or all, out again; without any, the model is bit for bit what it was."""
+    """Takes one LoRA, or all, out again. Without LoRAs, the model is bit for bit what it was before."""
     for name in ("clip", "diffusion"):
         network = _models(pipe)[name]
         merged = _merged(network)
@@ -215,9 +221,9 @@ def remove(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA | None = 
 
 @dataclass
 class _Merged:
-    """What a network remembers of the LoRAs in it."""
+    """The LoRAs in a network, and the weights that they replaced."""
 
-    originals: dict[str, Tensor] = field(default_factory=dict)  # of the weights that are changed, by name
+    originals: dict[str, Tensor] = field(default_factory=dict)  # the changed weights before, by name
     added: list[tuple[LoRA, float, dict[Place, Update]]] = field(default_factory=list)
 
 
@@ -227,7 +233,7 @@ def _merged(network: nn.Module) -> _Merged:
 
 @torch.no_grad()
 def _merge(network: nn.Module, merged: _Merged) -> None:
-    """Sets the weights to the originals plus all that is added now."""
+    """Sets the weights to the originals plus all changes that remain."""
     totals: dict[str, Tensor] = {}
     for _, weight, updates in merged.added:
         for place, update in updates.items():
@@ -251,7 +257,7 @@ def _models(pipe: StableDiffusion | Mapping[str, nn.Module]) -> Mapping[str, nn.
 
 
 def _find(lora: LoRA, models: Mapping[str, Any]) -> dict[Place, Update]:
-    """Where each of its updates goes. Raises ModelError for one that has no place, or does not fit there."""
+    """Returns the place of each update. Raises ModelError for an update that has no place or does not fit."""
     config = ModelConfig(clip=models["clip"].config, unet=models["diffusion"].config)
     known = {_flat(name): place for place in places(config) for name in (place.diffusers, place.compvis)}
     found: dict[Place, Update] = {}
@@ -273,12 +279,12 @@ def _find(lora: LoRA, models: Mapping[str, Any]) -> dict[Place, Update]:
 
 
 def _flat(layer: str) -> str:
-    """A layer's name in any spelling -> the one that all have in common."""
+    """Returns the spelling that all spellings of a layer's name have in common."""
     for pattern, new in SPELLINGS:
         layer = re.sub(pattern, new, layer)
     return layer.replace(".", "_")
 
 
 def _four(shape: torch.Size) -> tuple[int, ...]:
-    """A linear layer and a 1×1 convolution are the same thing: (out, in) -> (out, in, 1, 1)"""
+    """Treats a linear layer as the 1×1 convolution that it is: (out, in) -> (out, in, 1, 1)"""
     return (*shape, 1, 1)[:4]

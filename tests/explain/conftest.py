@@ -42,5 +42,5 @@ def velocity_pipe() -> StableDiffusion:
 def model(tmp_path_factory) -> str:
     """The file of the tiny model."""
     path: Path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(TINY, tiny().models, path, tokenizer=TOKENIZER)
+    save(TINY, tiny().models, path, tokenizer=TOKENIZER)
     return str(path)

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reifusion.model.config import MINI, SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.model.diffusers_folder import config_from_diffusers, config_to_diffusers
 from reifusion.model.model_converter import (
     FORMATS,
     HARMLESS,
-    ModelError,
-    config_from_diffusers,
-    config_to_diffusers,
     convert,
     detect,
     match,
@@ -26,6 +24,7 @@ from reifusion.model.model_converter import (
     structure,
 )
 from reifusion.model.model_loader import build
+from reifusion.model.tensors import ModelError
 
 TINY = ModelConfig(
     name="tiny",

@@ -20,14 +20,14 @@ from torch import Tensor
 from reifusion.api import generate
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import DDPMSampler, randn
-from reifusion.model.model_converter import config_from_diffusers, config_to_diffusers
-from reifusion.model.model_loader import info, save
+from reifusion.model.diffusers_folder import config_from_diffusers, config_to_diffusers
 from reifusion.model.pictures import to_tensor
 from reifusion.model.pipeline import StableDiffusion, Step
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS, FlowSampler, samplers_for
 from reifusion.model.tensors import ModelError
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights import info, save
 from tests.tiny import Bytes, networks
 
 TINY = ModelConfig(

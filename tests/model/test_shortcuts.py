@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 import reifusion
 from reifusion import cli
-from reifusion.model import model_loader
 from reifusion.model.clip import CLIP
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
@@ -29,6 +28,7 @@ from reifusion.model.samplers import SAMPLERS
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.shortcuts.deepcache import DeepCache, deepcached
 from reifusion.shortcuts.int8 import Int8Conv2d, Int8Linear, quantize, quantize_layer
+from reifusion.weights import save
 
 TINY = ModelConfig(
     name="tiny",
@@ -376,7 +376,7 @@ def model(tmp_path_factory) -> str:
         "diffusion": randomized(UNet(config.unet)),
     }
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    model_loader.save(config, models, path, tokenizer=Tokenizer())
+    save(config, models, path, tokenizer=Tokenizer())
     return str(path)
 
 

@@ -13,21 +13,19 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from reifusion.model.model_loader import build, info, load, save
+from reifusion.model.config import ModelConfig, ScheduleConfig, VAEConfig
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights import info, load, save
+from tests.tiny import SMALL, WORDS, random_networks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-TOKENIZER = Tokenizer("c a\nca t</w>\nd o\ndo g</w>\n", context_length=16)
-TINY = ModelConfig(
+TINY = replace(
+    SMALL,
     name="tiny",
-    size=32,
-    clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, width=24, layers=2, heads=4),
     vae=VAEConfig(channels=(16, 32, 32), layers=1, groups=8, scale_factor=0.3),
-    unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 # A small SD 2.x: heads of one width, linear projections, exact GELU.
@@ -36,18 +34,6 @@ TINY_2 = replace(
     clip=replace(TINY.clip, activation="gelu"),
     unet=replace(TINY.unet, heads=(2, 4), linear_projection=True),
 )
-
-
-def random_models(config: ModelConfig) -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    models = {name: module.to_empty(device="cpu").eval() for name, module in build(config).items()}
-    for module in models.values():
-        for name, x in module.named_parameters():
-            fan_in = x[0].numel() if x.ndim > 1 else 25
-            nn.init.normal_(
-                x, float("norm" in name and x.ndim == 1 and name.endswith("weight")), fan_in**-0.5
-            )
-    return models
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -82,7 +68,7 @@ def assert_agrees(models: dict[str, nn.Module], tokenizer: Tokenizer, config: Mo
 @pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["as SD 1", "as SD 2"])
 def written_here(request, tmp_path_factory) -> tuple[ModelConfig, Path]:
     config, path = request.param, tmp_path_factory.mktemp("ours") / "tiny"
-    save(config, random_models(config), path, "diffusers", TOKENIZER)
+    save(config, random_networks(config), path, "diffusers", WORDS)
     return config, path
 
 
@@ -96,7 +82,7 @@ def pipe(written_here):
 
 def test_diffusers_reads_what_is_written_here(written_here, pipe):
     config, _ = written_here
-    assert_agrees(random_models(config), TOKENIZER, config, pipe)
+    assert_agrees(random_networks(config), WORDS, config, pipe)
 
 
 def test_diffusers_misses_nothing_and_finds_nothing_superfluous(written_here):
@@ -161,7 +147,7 @@ def test_text_encoders_are_read_with_and_without_their_prefix(written_here, pipe
         assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
     pipe.save_pretrained(tmp_path / "theirs")
     for folder in path, tmp_path / "theirs":
-        assert_agrees(load(folder)[1], TOKENIZER, config, pipe)
+        assert_agrees(load(folder)[1], WORDS, config, pipe)
 
 
 def test_a_single_file_is_read_by_diffusers_key_conversion(written_here, tmp_path):
@@ -173,7 +159,7 @@ def test_a_single_file_is_read_by_diffusers_key_conversion(written_here, tmp_pat
     from safetensors.torch import load_file
 
     config, path = written_here
-    save(config, random_models(config), tmp_path / "x.safetensors", "compvis", TOKENIZER)
+    save(config, random_networks(config), tmp_path / "x.safetensors", "compvis", WORDS)
     state = load_file(tmp_path / "x.safetensors")
     unet_config = diffusers.UNet2DConditionModel.load_config(path / "unet")
     vae_config = diffusers.AutoencoderKL.load_config(path / "vae")
@@ -189,7 +175,7 @@ def test_a_single_file_is_read_by_diffusers_key_conversion(written_here, tmp_pat
 def test_from_compvis_to_diffusers_and_back_to_the_same_file(written_here, tmp_path):
     config, _ = written_here
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    save(config, random_models(config), one, "compvis", TOKENIZER)
+    save(config, random_networks(config), one, "compvis", WORDS)
     config_1, models, tokenizer = load(one)
     save(config_1, models, tmp_path / config.name, "diffusers", tokenizer)
     save(*load(tmp_path / config.name)[:2], two, "compvis", tokenizer)

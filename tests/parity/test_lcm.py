@@ -22,38 +22,22 @@ from reifusion.model.model_loader import _config_from_shapes, save
 from reifusion.model.model_loader import load as load_networks
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import SAMPLERS
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.shortcuts.deepcache import deepcached
 from reifusion.train.lora import attach, save_lora
+from reifusion.weights import load, save
 from reifusion.weights.lora import apply, load_lora
+from tests.tiny import SMALL, WORDS, random_networks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
 
-TOKENIZER = Tokenizer("c a\nca t</w>\nd o\ndo g</w>\n", context_length=16)
-TINY = ModelConfig(
-    name="tiny",
-    size=32,
-    clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, width=24, layers=2, heads=4),
-    vae=VAEConfig(channels=(16, 32), layers=1, groups=8),
-    unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
-)
 PROMPTS, SEED = ["a cat", "a dog"], 5
 
 
 def write(config: ModelConfig, path: Path, to: str = "diffusers") -> Path:
     """Writes a model with random weights."""
-    torch.manual_seed(0)
-    models = {name: module.to_empty(device="cpu").eval() for name, module in build(config).items()}
-    for module in models.values():
-        for name, x in module.named_parameters():
-            nn.init.normal_(x, float("norm" in name and name.endswith("weight")), x[0].numel() ** -0.5)
-    save(config, models, path, to, TOKENIZER)
+    save(config, random_networks(config), path, to, WORDS)
     return path
-
-
-def load(path: Path) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
-    return load_networks(path, make=build)
 
 
 def draw_ours(pipe: StableDiffusion, steps: int, scale: float, **settings: Any) -> np.ndarray:
@@ -72,7 +56,7 @@ def draw_ours(pipe: StableDiffusion, steps: int, scale: float, **settings: Any) 
 
 def draw_theirs(pipe: Any, steps: int, scale: float) -> np.ndarray:
     generators = [torch.Generator().manual_seed(SEED + k) for k in range(len(PROMPTS))]
-    side = TINY.size
+    side = SMALL.size
     drawn = pipe(
         PROMPTS,
         num_inference_steps=steps,
@@ -96,7 +80,7 @@ def assert_same(drawn: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory) -> Path:
-    return write(TINY, tmp_path_factory.mktemp("model") / "tiny")
+    return write(SMALL, tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module", params=["kohya", "peft"])
@@ -140,7 +124,7 @@ def test_the_command_line_draws_it_too(usual, lora, theirs, tmp_path, capsys):
 # A model that was distilled as a whole, with the guidance as an input
 
 
-LCM = replace(TINY, unet=replace(TINY.unet, guidance_width=16))
+LCM = replace(SMALL, unet=replace(SMALL.unet, guidance_width=16))
 
 
 def waves(scale: torch.Tensor, width: int) -> torch.Tensor:
@@ -252,4 +236,4 @@ def test_a_file_without_metadata_is_recognised_by_its_shapes(to, tmp_path):
 
 
 def test_an_ordinary_model_is_not_an_lcm():
-    assert "original_inference_steps" not in config_to_diffusers(TINY)["scheduler"]
+    assert "original_inference_steps" not in config_to_diffusers(SMALL)["scheduler"]

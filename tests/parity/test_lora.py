@@ -11,26 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.model_loader import build, load, save
-from reifusion.model.tokenizer import Tokenizer
 from reifusion.train.lora import ATTENTION, LAYOUTS, TEXT_ENCODER, attach, detach, save_lora
+from reifusion.weights import load, save
 from reifusion.weights.lora import apply, load_lora, remove
+from tests.tiny import SMALL, WORDS, random_networks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-TOKENIZER = Tokenizer("c a\nca t</w>\nd o\ndo g</w>\n", context_length=16)
-TINY = ModelConfig(
-    name="tiny",
-    size=32,
-    clip=CLIPConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, width=24, layers=2, heads=4),
-    vae=VAEConfig(channels=(16, 32), layers=1, groups=8),
-    unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
-)
 # As in SD 2.x and the mini: heads of one width, and linear layers around the transformer.
-TINY_2 = replace(TINY, unet=replace(TINY.unet, heads=(2, 4), linear_projection=True))
+SMALL_2 = replace(SMALL, unet=replace(SMALL.unet, heads=(2, 4), linear_projection=True))
 
 TARGETS = {
     "attention": (ATTENTION, TEXT_ENCODER),
@@ -39,16 +30,11 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["as SD 1", "as SD 2"])
+@pytest.fixture(scope="module", params=[SMALL, SMALL_2], ids=["as SD 1", "as SD 2"])
 def folder(request, tmp_path_factory) -> Path:
     """Writes a model with random weights, in diffusers's format."""
-    torch.manual_seed(0)
-    models = {name: module.to_empty(device="cpu").eval() for name, module in build(request.param).items()}
-    for module in models.values():
-        for name, x in module.named_parameters():
-            nn.init.normal_(x, float("norm" in name and name.endswith("weight")), x[0].numel() ** -0.5)
     path = tmp_path_factory.mktemp("model") / "tiny"
-    save(request.param, models, path, "diffusers", TOKENIZER)
+    save(request.param, random_networks(request.param), path, "diffusers", WORDS)
     return path
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from reifusion.api import load
-from reifusion.model import model_loader
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights import save
 from tests.tiny import networks
 
 diffusers = pytest.importorskip("diffusers")
@@ -48,7 +48,7 @@ SEED, STEPS, SCALE = 11, 10, 7.5
 def folder(tmp_path_factory) -> Path:
     """Writes a folder in diffusers' format, with random weights."""
     path = tmp_path_factory.mktemp("diffusers") / "tiny"
-    model_loader.save(TINY, networks(TINY, noise=0.05), path, "diffusers", Tokenizer())
+    save(TINY, networks(TINY, noise=0.05), path, "diffusers", Tokenizer())
     return path
 
 

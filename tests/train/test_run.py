@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import reifusion
 from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.model_loader import ModelError, build, info, save
+from reifusion.model.model_loader import ModelError, build
 from reifusion.train import run
 from reifusion.train.__main__ import main
 from reifusion.train.vae_file import load_vae, save_vae

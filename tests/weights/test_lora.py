@@ -399,7 +399,7 @@ def test_other_kinds_are_refused_by_name(tmp_path, name, kind):
     [
         ({U_NET["kohya"][0]: None}, "lacks its down matrix"),
         ({U_NET["kohya"][1]: None}, "lacks its up matrix"),
-        ({U_NET["kohya"][0]: torch.full((R, 16), math.nan)}, "down.weight holds what is not a finite"),
+        ({U_NET["kohya"][0]: torch.full((R, 16), math.nan)}, "down.weight holds a number that is not finite"),
         ({U_NET["kohya"][0]: random(R + 1, 16)}, r"do not fit together, \(4, 16\) and \(16, 3\)"),
         ({U_NET["kohya"][0]: random(16)}, "do not fit together"),
         ({U_NET["kohya"][0]: random(0, 16), U_NET["kohya"][1]: random(16, 0)}, "do not fit together"),

@@ -1,0 +1,255 @@
+"""A folder of diffusers: which of its files hold the weights, and its `config.json`s, read and made.
+
+The folder has a subfolder for each part: `text_encoder/`, `vae/` and `unet/` with weights, and `scheduler/`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+from .tensors import ModelError, Stored, TensorFile
+
+PARTS = ("text_encoder", "vae", "unet")  # the subfolders with weights that are used here
+
+# Our field, their key, and the value that a file without the key means. Without a third entry, the file must
+# have the key.
+FIELDS: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "text_encoder": (
+        ("vocab_size", "vocab_size"),
+        ("context_length", "max_position_embeddings", 77),
+        ("width", "hidden_size"),
+        ("layers", "num_hidden_layers"),
+        ("heads", "num_attention_heads"),
+        ("activation", "hidden_act", "quick_gelu"),
+    ),
+    "vae": (
+        ("in_channels", "in_channels"),
+        ("latent_channels", "latent_channels"),
+        ("channels", "block_out_channels"),
+        ("layers", "layers_per_block"),
+        ("groups", "norm_num_groups", 32),
+        ("scale_factor", "scaling_factor", 0.18215),
+    ),
+    "unet": (
+        ("in_channels", "in_channels"),
+        ("out_channels", "out_channels"),
+        ("channels", "block_out_channels"),
+        ("layers", "layers_per_block"),
+        ("heads", "attention_head_dim", 8),  # diffusers's mistake: the number of heads, not their width
+        ("attention", "transformer_layers_per_block", 1),
+        ("context_width", "cross_attention_dim"),
+        ("groups", "norm_num_groups", 32),
+        ("linear_projection", "use_linear_projection", False),
+        ("guidance_width", "time_cond_proj_dim", None),
+    ),
+    "scheduler": (
+        ("num_training_steps", "num_train_timesteps"),
+        ("beta_start", "beta_start"),
+        ("beta_end", "beta_end"),
+        ("beta_schedule", "beta_schedule"),
+        ("prediction_type", "prediction_type", "epsilon"),
+        ("zero_terminal_snr", "rescale_betas_zero_snr", False),
+        ("original_inference_steps", "original_inference_steps", 50),
+    ),
+    "flow scheduler": (("num_training_steps", "num_train_timesteps"),),
+}
+
+# The networks here have no setting for these. A file with another value is refused.
+FIXED: dict[str, dict[str, Any]] = {
+    "text_encoder": {"layer_norm_eps": 1e-05},
+    "vae": {
+        "act_fn": "silu",
+        "mid_block_add_attention": True,
+        "shift_factor": None,
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    },
+    "unet": {
+        "act_fn": "silu",
+        "addition_embed_type": None,
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "downsample_padding": 1,
+        "dual_cross_attention": False,
+        "encoder_hid_dim": None,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "num_attention_heads": None,
+        "num_class_embeds": None,
+        "only_cross_attention": False,
+        "resnet_time_scale_shift": "default",
+    },
+    "scheduler": {"trained_betas": None},
+    "flow scheduler": {
+        "invert_sigmas": False,
+        "shift": 1.0,
+        "shift_terminal": None,
+        "use_dynamic_shifting": False,
+    },
+}
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # the only class there that has no β
+
+
+# The weights
+
+
+def open_folder(folder: Path) -> dict[str, Stored]:
+    """Opens the files with weights; returns their tensors by name, "unet.…", none of them read yet."""
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} is not a folder of diffusers: it has no model_index.json")
+    if "text_encoder_2" in _read_json(folder / "model_index.json"):
+        raise ModelError(f"{folder} is Stable Diffusion XL, which is not built in")
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    tensors = {}
+    for part in PARTS:
+        found = weight_files(files, part)
+        total = re.search(r"-of-(\d+)", found[0]) if found else None
+        if len(found) != (int(total[1]) if total else 1):
+            raise ModelError(f"{folder} lacks files with the weights of its {part}")
+        for name in found:
+            stored = TensorFile(folder / name).tensors()
+            tensors.update({f"{part}.{inner}": tensor for inner, tensor in stored.items()})
+    return tensors
+
+
+def weight_files(files: Collection[str], part: str) -> list[str]:
+    """Picks the files with the weights of a part: safetensors before .bin, full precision before fp16."""
+    names = rf"{part}/(pytorch_model|diffusion_pytorch_model|model)"
+    for ending in ("safetensors", "bin"):
+        for variant in ("", r"\.fp16"):
+            for shard in ("", r"-\d+-of-\d+"):
+                pattern = rf"{names}({variant}{shard}|{shard}{variant})\.{ending}"
+                found = sorted(name for name in files if re.fullmatch(pattern, name))
+                if found:
+                    return found
+    return []
+
+
+# The configs
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Reads the config of the model in a folder."""
+    jsons = {part: _read_json(folder / part / "config.json") for part in PARTS}
+    jsons["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
+    return config_from_diffusers(jsons, folder.resolve().name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is missing or is not JSON")
+    return content
+
+
+def _tables(flow: bool) -> dict[str, str]:
+    """Returns the key in `FIELDS` and `FIXED` of each part."""
+    return {**dict(zip(PARTS, PARTS)), "scheduler": "flow scheduler" if flow else "scheduler"}
+
+
+def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "diffusers") -> ModelConfig:
+    """Translates the contents of the four `config.json`s, by folder, into our config."""
+    flow = jsons["scheduler"].get("_class_name") == FLOW_SCHEDULER
+    ours: dict[str, dict[str, Any]] = {}
+    for part, table in _tables(flow).items():
+        ours[part], theirs = {}, jsons[part]
+        for field, key, *absent in FIELDS[table]:
+            if key not in theirs and not absent:
+                raise ModelError(f"the config of its {part} lacks {key}")
+            value = theirs.get(key, *absent)
+            ours[part][field] = tuple(value) if isinstance(value, list) else value
+        for key, fixed in FIXED[table].items():
+            if theirs.get(key, fixed) != fixed:
+                raise ModelError(f"its {part} has {key} = {theirs[key]!r}, which is not built in")
+    unet, blocks = ours["unet"], jsons["unet"]["down_block_types"]
+    for field, key in (("heads", "attention_head_dim"), ("attention", "transformer_layers_per_block")):
+        value = unet[field]  # one number for all levels, or one for each
+        unet[field] = value if isinstance(value, tuple) else (value,) * len(blocks)
+        if len(unet[field]) != len(blocks) or not all(isinstance(n, int) for n in unet[field]):
+            raise ModelError(f"its unet has {key} = {value!r}, which does not fit its {len(blocks)} levels")
+    unet["middle_attention"] = unet["attention"][-1]
+    unet["attention"] = tuple(n if "CrossAttn" in block else 0 for n, block in zip(unet["attention"], blocks))
+    schedule = ours["scheduler"]
+    if flow:
+        schedule["prediction_type"] = "flow"
+    elif jsons["scheduler"].get("timestep_spacing") == "trailing" and not schedule["zero_terminal_snr"]:
+        schedule["timestep_spacing"] = (
+            "trailing"  # which zero_terminal_snr implies; all others are the samplers'
+        )
+    vae = VAEConfig(**ours["vae"])
+    return ModelConfig(
+        name=name,
+        size=(jsons["unet"].get("sample_size") or 64) * vae.factor,
+        clip=CLIPConfig(**ours["text_encoder"]),
+        vae=vae,
+        unet=UNetConfig(**unet),
+        schedule=ScheduleConfig(**schedule),
+    )
+
+
+def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Translates our config into the contents of the four `config.json`s, by folder."""
+    ours = {"text_encoder": config.clip, "vae": config.vae, "unet": config.unet, "scheduler": config.schedule}
+    flow = config.schedule.prediction_type == "flow"
+    jsons: dict[str, dict[str, Any]] = {
+        part: {key: getattr(ours[part], field) for field, key, *_ in FIELDS[table]} | FIXED[table]
+        for part, table in _tables(flow).items()
+    }
+    jsons["text_encoder"] |= {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "intermediate_size": 4 * config.clip.width,
+        "bos_token_id": config.clip.vocab_size - 2,
+        "eos_token_id": config.clip.vocab_size - 1,
+        "pad_token_id": config.clip.vocab_size - 1,
+    }
+    levels = len(config.vae.channels)
+    jsons["vae"] |= {
+        "_class_name": "AutoencoderKL",
+        "out_channels": config.vae.in_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": config.size,
+    }
+    jsons["unet"] |= _unet_to_diffusers(config.unet) | {"sample_size": config.size // config.vae.factor}
+    if flow:
+        jsons["scheduler"]["_class_name"] = FLOW_SCHEDULER
+    elif config.unet.guidance_width is not None:
+        jsons["scheduler"]["_class_name"] = "LCMScheduler"
+    else:
+        del jsons["scheduler"]["original_inference_steps"]  # LCMScheduler's alone
+        jsons["scheduler"] |= {  # SD 1.x's own sampler; a pipeline can be given another
+            "_class_name": "DDIMScheduler" if config.schedule.zero_terminal_snr else "PNDMScheduler",
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "clip_sample": False,  # for the samplers that would, by default, clip x̂₀ to [−1, 1]
+            "steps_offset": 1,
+        }
+        if config.schedule.zero_terminal_snr or config.schedule.timestep_spacing:
+            jsons["scheduler"]["timestep_spacing"] = "trailing"
+    return jsons
+
+
+def _unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
+    heads, attention = config.heads, config.attention
+    # In diffusers, the last entry counts for the middle too, whether or not the last level has attention.
+    depths = [*(depth or 1 for depth in attention[:-1]), config.middle_attention]
+    if attention[-1] not in (0, depths[-1]):
+        raise ModelError("its middle has another depth than its last level, which diffusers cannot express")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in attention],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(attention)],
+        "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
+        "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
+    }

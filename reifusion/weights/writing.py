@@ -1,0 +1,105 @@
+"""Writes models: in any of the three formats, and whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import families
+from ..files import whole
+from ..model.config import ModelConfig
+from ..model.diffusers_folder import PARTS, config_to_diffusers
+from ..model.model_converter import convert
+from ..model.model_loader import state_dict
+from ..model.tensors import ModelError
+from ..model.tokenizer import Tokenizer
+
+
+def save(
+    config: ModelConfig,
+    models: Mapping[str, nn.Module],
+    path: str | Path,
+    to: str = "native",
+    tokenizer: Tokenizer | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model: one `.safetensors` ("native", "compvis"), or a folder ("diffusers").
+
+    A reader sees the old content or the new, never half of it. metadata: more facts for the file's header.
+    """
+    path = Path(path)
+    if to == "diffusers":
+        ours = path.is_dir() and ((path / "model_index.json").exists() or not any(path.iterdir()))
+        if path.exists() and not ours:
+            raise ModelError(f"{path} exists and is not a diffusers folder, so it was left as it is")
+    elif path.is_dir():
+        raise ModelError(f"{path} is a folder, and the format {to} is one file")
+    native = state_dict(models)
+    for name, x in state_dict(families.build(config)).items():  # a file that is written must be loadable
+        if name not in native or native[name].shape != x.shape:
+            raise ModelError(f"the networks do not have the sizes of their config, at {name}")
+    tokenizer = tokenizer or Tokenizer(context_length=config.clip.context_length)
+    if tokenizer.vocab_size > config.clip.vocab_size:
+        raise ModelError("the text encoder has fewer tokens than the tokenizer")
+    tensors = {key: x.detach().cpu().contiguous() for key, x in convert(native, to, config).items()}
+    header = {**(metadata or {}), "format": "reifusion" if to == "native" else "pt"}
+    header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer)}
+    with whole(path) as temporary:
+        if to == "diffusers":
+            _write_folder(temporary, config, tensors)
+            tokenizer.save_folder(temporary / "tokenizer")
+        else:
+            write_tensors(tensors, temporary, header)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
+    """Writes a `.safetensors` with the permissions of the user's umask."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, None if header is None else dict(header))  # as readable by the owner only
+    path.chmod(mode)
+
+
+def _tokenizer_header(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns what a header must hold to bring a tokenizer back; nothing for CLIP's own."""
+    if tokenizer.is_standard:
+        return {}
+    header = {"tokenizer": tokenizer.merges_text, "pad": tokenizer._tokens[tokenizer.pad]}
+    if Tokenizer(tokenizer.merges_text)._ids != tokenizer._ids:
+        header["vocabulary"] = json.dumps(tokenizer._ids)
+    return header
+
+
+def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` opens, except the tokenizer."""
+    configs = config_to_diffusers(config)
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    for part, values in configs.items():
+        (folder / part).mkdir()
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (folder / part / name).write_text(json.dumps(values, indent=2))
+        if part in PARTS:
+            name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            start = f"{part}."
+            own = {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}
+            write_tensors(own, folder / part / f"{name}.safetensors", {"format": "pt"})

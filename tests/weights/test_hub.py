@@ -1,0 +1,101 @@
+"""The hub: a model is fetched without what is not needed, and only for a name that is no file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from reifusion.model.model_loader import load as load_path
+from reifusion.model.tensors import ModelError
+from reifusion.weights import hub as hub_module
+from reifusion.weights import info, load, save
+from tests.tiny import SMALL, WORDS, assert_same_networks, random_networks
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    return random_networks(SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("diffusers") / "small"
+    save(SMALL, models, path, "diffusers", WORDS)
+    return path
+
+
+class Hub:
+    """Stands in for the hub: a repository with both sizes of weights, or no network."""
+
+    def __init__(self, folder: Path | None, cached: bool = False):
+        self.folder, self.cached = folder, cached
+        self.fetched: list[tuple] = []
+
+    def list_repo_files(self, repository: str) -> list[str]:
+        if self.folder is None or self.cached:
+            raise ConnectionError("no network")
+        return [x.relative_to(self.folder).as_posix() for x in self.folder.rglob("*")] + [
+            "unet/model.fp16.safetensors"
+        ]
+
+    def snapshot_download(self, repository: str, allow_patterns=None, local_files_only=False) -> str:
+        if self.folder is None or (self.cached and not local_files_only):
+            raise FileNotFoundError("not in the cache")
+        self.fetched = allow_patterns
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    def put(folder: Path | None, cached: bool = False) -> Hub:
+        made = Hub(folder, cached)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+        return made
+
+    return put
+
+
+def test_a_model_of_the_hub_is_fetched_without_what_is_not_needed(hub, folder, models):
+    made = hub(folder)
+    assert_same_networks(load("someone/small")[1], models)
+    weights = {name for name in made.fetched if name.endswith((".safetensors", ".bin"))}
+    assert weights == {
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_a_model_of_the_hub_is_found_in_the_cache_without_a_network(hub, folder, models):
+    hub(folder, cached=True)
+    assert_same_networks(load("someone/small")[1], models)
+
+
+def test_no_network_is_said(hub):
+    hub(None)
+    with pytest.raises(ModelError, match=r"someone/small; the hub was not reached .* not in the local cache"):
+        load("someone/small")
+
+
+@pytest.mark.parametrize("source", ["", "a\0b", "x" * 5000, "a/b/c", "../a", "a/b.ckpt", "https://x.y/z"])
+def test_nothing_of_that_name(source, monkeypatch):
+    monkeypatch.setattr(hub_module, "_download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    with pytest.raises(ModelError):
+        load(source)
+
+
+def test_a_path_and_the_mini_do_not_need_the_hub(folder, monkeypatch):
+    monkeypatch.setattr(hub_module, "_download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    assert info(folder).config == info(str(folder)).config == SMALL
+    assert info("mini").config.name == "mini"
+
+
+def test_the_loader_itself_does_not_ask_the_hub(monkeypatch):
+    monkeypatch.setattr(hub_module, "_download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    with pytest.raises(ModelError, match="there is no file or folder someone/small"):
+        load_path("someone/small")
