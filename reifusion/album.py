@@ -21,9 +21,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from . import __version__
+from . import __version__, weights
 from .files import free, whole
-from .model import model_loader
 from .model.pipeline import StableDiffusion
 from .model.request import Request
 from .model.samplers import SAMPLERS
@@ -99,7 +98,7 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
 
 def _hashes(settings: Settings) -> dict[str, Any]:
     """Returns the hashes of the files that the settings name, by setting."""
-    found: dict[str, Any] = {"model": file_hash(model_loader.info(settings.model).path)}
+    found: dict[str, Any] = {"model": file_hash(weights.info(settings.model).path)}
     if settings.lora:
         found["lora"] = [file_hash(file) for file, _ in settings.lora]
     for name in ("init_image", "mask"):

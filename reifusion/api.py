@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import families, kernels
+from . import families, kernels, weights
 from .model import first_call
-from .model.model_loader import load as load_networks
 from .model.pipeline import StableDiffusion
 from .shortcuts.deepcache import deepcached
 

@@ -19,10 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 
 import reifusion
 from reifusion import api, cli
-from reifusion.model import model_loader, pipeline, samplers
+from reifusion.model import pipeline, samplers
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.settings import sampler_names
+from reifusion.weights import save
 from tests.tiny import networks
 
 TINY = ModelConfig(

@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from reifusion import cli
-from reifusion.model import model_loader
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights import save
 from tests.tiny import networks
 
 TOKENIZER = Tokenizer("c a\nca t</w>\n", context_length=8)

@@ -36,7 +36,7 @@ def generate(
 ) -> None:
     """Draws a picture and says where it is."""
     from .. import album
-    from ..model.model_loader import info
+    from ..weights import info
 
     before = None if like is None else album.read(like)
     settings = replace(Settings() if before is None else before.settings, **parsed(given))

@@ -56,7 +56,7 @@ def _request(given: dict[str, Any], varied: Iterable[tuple[str, Any]] = ()) -> t
     Raises ValueError, in one sentence, for what the model cannot draw: a look at its file tells, before
     loading.
     """
-    from ..model.model_loader import info
+    from ..weights import info
 
     settings = replace(Settings(prompt="", seed=0), **parsed(given))
     request, config = settings.request(), info(settings.model).config

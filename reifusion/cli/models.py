@@ -26,9 +26,9 @@ def _of_picture(file: str) -> dict[str, Any]:
 
 
 def _of_model(file: str) -> dict[str, Any]:
-    from ..model import model_loader
+    from .. import weights
 
-    found = model_loader.info(file)
+    found = weights.info(file)
     config, schedule, numbers = found.config, found.config.schedule, found.parameters
     return {
         "file": found.path,
@@ -55,7 +55,7 @@ def convert(
     ],
 ) -> None:
     """Writes a model in another format, bit for bit."""
-    from ..model import model_loader
+    from .. import weights
     from ..model.model_converter import FORMATS
 
     if to not in FORMATS:
@@ -65,7 +65,7 @@ def convert(
     if os.path.exists(target):
         raise ValueError(f"{target} is there already, and nothing is overwritten")
     with writable(Path(target).parent):
-        metadata = model_loader.info(source).metadata
-        config, models, tokenizer = model_loader.load(source)
-        model_loader.save(config, models, target, to, tokenizer, metadata)
+        metadata = weights.info(source).metadata
+        config, models, tokenizer = weights.load(source)
+        weights.save(config, models, target, to, tokenizer, metadata)
     print(target)

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..files import whole, write_json
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
-from ..model.tensors import write_tensors
 from ..settings import of_request
+from ..weights.writing import write_tensors
 from .figures import (
     GAP,
     INK,

@@ -27,8 +27,8 @@ from ..model.config import UNetConfig
 from ..model.diffusion import plan
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
-from ..model.tensors import write_tensors
 from ..settings import of_request
+from ..weights.writing import write_tensors
 from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
 from .guide import GUIDE, one_line
 from .trajectory import describe

@@ -32,8 +32,8 @@ from ..files import whole
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, sample, scale_latents
 from ..model.pictures import fit, to_tensor
-from ..model.tensors import write_tensors
 from ..model.tokenizer import Tokenizer
+from ..weights.writing import write_tensors
 from .images import DataError, Item, Pictures, some
 
 Size = tuple[int, int]  # width and height in pixels

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from .. import __version__
 from ..files import whole
 from ..model.config import ModelConfig
-from ..model.tensors import write_tensors
 from ..swap import swap
 from ..weights.lora import Place, places
+from ..weights.writing import write_tensors
 from .images import open_pictures
 from .latents import cache_latents
 from .loop import LoopConfig, processes

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..api import load as load_pipeline
 from ..model.config import MINI, SD15, ModelConfig
-from ..model.model_loader import info, load, save
 from ..model.pipeline import StableDiffusion
+from ..weights import info, load, save
 from .images import DataError
 from .loop import processes
 from .lora import train_lora

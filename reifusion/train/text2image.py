@@ -102,7 +102,7 @@ def _begin_as_identity(layer: nn.Module) -> None:
     if isinstance(layer, ResidualBlock):
         nn.init.zeros_(layer.conv_2.weight)
     elif isinstance(layer, AttentionBlock):
-        nn.init.zeros_(layer.proj_out.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(layer.proj_out.weight)
 
 
 def forward_process(schedule: ScheduleConfig) -> Sampler:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from ..files import whole
 from ..model.config import ModelConfig
-from ..model.model_loader import load
-from ..model.tensors import ModelError, write_tensors
+from ..model.tensors import ModelError
+from ..weights import load
+from ..weights.writing import write_tensors
 from .vae import VAE
 
 FORMAT = "reifusion-vae"  # the header's "format", which tells such a file from a whole model

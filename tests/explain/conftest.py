@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from reifusion.model import model_loader
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights import save
 from tests.tiny import networks
 
 TOKENIZER = Tokenizer("c a\nca t</w>\nd o\ndo g</w>\no n</w>\nr o\nc k\nro ck\ne t</w>", context_length=40)

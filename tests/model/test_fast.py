@@ -344,7 +344,7 @@ def test_what_is_installed_is_taken_out_again_to_the_bit():
 def test_a_copy_and_a_hook_know_nothing_of_what_is_installed():
     models = networks()
     calls: list[int] = []
-    models["diffusion"].down[1][0].conv_1.register_forward_hook(lambda *_: calls.append(1))
+    models["diffusion"].get_submodule("down.1.0.conv_1").register_forward_hook(lambda *_: calls.append(1))
     kernels.install(models)
     twin = copy.deepcopy(models["diffusion"])
     with torch.inference_mode():

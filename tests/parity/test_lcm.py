@@ -16,10 +16,10 @@ from torch import nn
 from reifusion import cli
 from reifusion.api import load as load_pipe
 from reifusion.families import build
-from reifusion.model.config import SD15, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from reifusion.model.model_converter import config_to_diffusers, convert, match
-from reifusion.model.model_loader import _config_from_shapes, save
-from reifusion.model.model_loader import load as load_networks
+from reifusion.model.config import SD15, ModelConfig
+from reifusion.model.diffusers_folder import config_to_diffusers
+from reifusion.model.model_converter import convert, match
+from reifusion.model.model_loader import _config_from_shapes
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import SAMPLERS
 from reifusion.shortcuts.deepcache import deepcached

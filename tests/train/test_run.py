@@ -14,6 +14,7 @@ from reifusion.model.model_loader import ModelError, build
 from reifusion.train import run
 from reifusion.train.__main__ import main
 from reifusion.train.vae_file import load_vae, save_vae
+from reifusion.weights import info, save
 from tests.sprites import NOUNS, prepared
 
 # It has SD 1.5's vocabulary and VAE factor, which its recipes rely on, and is small otherwise.
