@@ -55,8 +55,8 @@ def test_generate_has_the_seeds_signature():
     parameters = inspect.signature(reifusion.generate).parameters
     seeds = {
         "prompt": inspect.Parameter.empty,
-        "negative": None,
-        "init_image": None,
+        "uncond_prompt": None,
+        "input_image": None,
         "strength": 0.8,
         "do_cfg": True,
         "cfg_scale": None,

@@ -398,7 +398,7 @@ def draw(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "kept"),
     [
-        (["--guidance-interval", "0.3:5"], {"guidance_interval": "0.3:5"}),
+        (["--guidance-interval", "0.3:5"], {"guidance_interval": [0.3, 5.0]}),
         (["--deepcache", 2], {"deepcache": 2}),
         (["--int8"], {"int8": True}),
     ],

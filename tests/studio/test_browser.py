@@ -313,7 +313,7 @@ def test_a_picture_of_the_gallery_gives_its_settings_back(open_tab):
     page.locator("#shelf button:has(img)").first.click()
     wait(page, "^Settings of ")
     assert [value(page, name) for name in ("prompt", "seed", "steps")] == ["a red apple", "23", "5"]
-    assert DEFAULT["sampler_name"] in page.inner_text("#facts")
+    assert DEFAULT["sampler"] in page.inner_text("#facts")
 
 
 def test_everything_can_be_done_by_keyboard(open_tab):
