@@ -370,14 +370,26 @@ def convert(
     Nothing is computed, so a round trip is bit-exact. Tensors that are not part of the model (`HARMLESS`) are
     left out.
     """
-    _, matched, unknown = match(state_dict, config)
+    format, matched, unknown = match(state_dict, config)
     if unknown:
         raise ModelError(f"{len(unknown)} tensors have no place in the model, first {unknown[0]}")
     native = {rule.ours: rule.merge([state_dict[name] for name in rule.theirs]) for rule in matched}
     if to == "native":
         return native
+    if config is None:
+        config = structure(native, "native")
+        # Our names do not tell whether the projections are convolutions in files. They are in SD 1.x, whose
+        # words are 768 wide.
+        projections = [state_dict[rule.theirs[0]] for rule in matched if rule.ours.endswith("proj_in.weight")]
+        words = [x for name, x in native.items() if name.endswith("cross_attention.kv.weight")]
+        told = [x.ndim == 2 for x in projections]
+        if format == "native":
+            told = [x.shape[1] != 768 for x in words]
+            [x.ndim == 2 for x in projections] if format != "native" else [x.shape[1] != 768 for x in words]
+        )
+        config = replace(config, unet=replace(config.unet, linear_projection=all(told)))
     theirs: dict[str, Tensor] = {}
-    for rule in rules(config or structure(native, "native"), to):
+    for rule in rules(config, to):
         if rule.ours in native:
             theirs |= zip(rule.theirs, rule.split(native[rule.ours]), strict=True)
     return theirs

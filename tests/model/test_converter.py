@@ -322,6 +322,19 @@ def test_other_formats_are_refused():
         convert(random_state(TINY), "onnx")
 
 
+@pytest.mark.parametrize(("config", "ndim"), [(SD15, 4), (MINI, 2)])
+@pytest.mark.parametrize("to", ["compvis", "diffusers"])
+def test_projections_are_convolutions_in_files_of_sd1_and_linear_elsewhere(config, ndim, to):
+    native = {f"{net}.{name}": x for net, m in build(config).items() for name, x in m.state_dict().items()}
+    for known in (None, config):
+        theirs = convert(native, to, known)
+        shapes = {x.ndim for name, x in theirs.items() if name.endswith("proj_in.weight")}
+        assert shapes == {ndim}
+        other = "diffusers" if to == "compvis" else "compvis"
+        again = convert(theirs, other)
+        assert {x.ndim for name, x in again.items() if name.endswith("proj_in.weight")} == {ndim}
+
+
 # Configs
 
 
