@@ -133,7 +133,7 @@ def bags(names: list[str]) -> Tensor:
 
 
 def contrastive_loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """What `DualEncoder` makes of B pictures of different subjects and of their names, (B, joint) both.
+    """The outputs of `DualEncoder` for B pictures of different subjects and of their names, (B, joint) both.
 
     Returns the loss, and figures for the log.
     """
@@ -396,7 +396,7 @@ def save_judge(judge: Judge, path: Path) -> None:
 
 
 def load_judge(path: Path, training: JudgeTraining) -> Judge:
-    """What `save_judge` wrote, of the same training."""
+    """Reads the judge that `save_judge` wrote, if its training was the same."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["judge"])
     about["unseen"] = {style: (right, of) for style, (right, of) in about["unseen"].items()}

@@ -52,7 +52,7 @@ def saturation(picture: Image.Image) -> float:
 def cfg(
     pipe: StableDiffusion, request: Request, scales: Sequence[float] = (1, 2, 4, 7.5, 12, 20), seeds: int = 2
 ) -> Exhibit:
-    """A row for each of so many seeds, a column for each guidance scale."""
+    """Draws a row for each of `seeds` seeds, with a column for each guidance scale."""
     request = request.for_model(pipe.config)
     first = request.seeds[0]
     rows = [
@@ -183,7 +183,7 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
 
 
 def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, seeds: int = 2) -> Exhibit:
-    """From the vectors of the request's prompt to those of another; a row for each of so many seeds."""
+    """Walks from the vectors of the request's prompt to those of another, with a row for each of `seeds` seeds."""
     request = request.for_model(pipe.config)
     begin = request.prompts[0]
     context = pipe.encode_text([begin, to], request.clip_skip).float()  # (2, S, width)

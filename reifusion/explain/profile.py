@@ -51,7 +51,7 @@ class Part:
 
 @dataclass
 class Profile:
-    """What was measured. Full once the `with` of `profiled` has ended."""
+    """The measurements, complete once the `with` of `profiled` has ended."""
 
     device: str
     limit: float = 0.0  # GFLOP/s: the most that a large product or convolution reaches here

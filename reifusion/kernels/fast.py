@@ -68,7 +68,7 @@ class Conv2d(nn.Conv2d):
 
 
 def _patches(x: Tensor, size: int) -> Tensor:
-    """What each output pixel of a convolution padded by 1 looks at: (B, C, H, W) -> (B, H', W', size²·C)"""
+    """Gathers the inputs of each output pixel of a convolution padded by 1: (B, C, H, W) -> (B, H', W', size²·C)"""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H+2, W+2, C)
     windows = padded.unfold(1, size, 1).unfold(2, size, 1)  # (B, H', W', C, size, size)
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)

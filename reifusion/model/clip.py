@@ -63,7 +63,7 @@ class CLIP(nn.Module):
 
 
 class CLIPEmbedding(nn.Module):
-    """What a token is, plus where it stands: both learned."""
+    """The vector of a token plus the vector of its position: both learned."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

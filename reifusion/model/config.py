@@ -68,7 +68,7 @@ class ScheduleConfig:
     beta_end: float = 0.0120
     beta_schedule: str = "scaled_linear"  # linear in √β, Stable Diffusion's; or "linear", DDPM's
     prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon", "v_prediction" or "flow"
-    zero_terminal_snr: bool = False  # nothing but noise at the last step (Lin et al. 2023), for v_prediction
+    zero_terminal_snr: bool = False  # all noise at the last step (Lin et al. 2023), for v_prediction
     timestep_spacing: str | None = None  # None: each sampler's own; "trailing": begins at the last timestep
     original_inference_steps: int = 50  # LCMs: the number of timesteps that they were distilled on
 

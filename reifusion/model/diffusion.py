@@ -78,7 +78,7 @@ def plan(config: UNetConfig) -> tuple[list[list[Layer]], list[Layer], list[list[
 
 
 class Given(NamedTuple):
-    """What every layer of the U is given beside its input; each layer takes what it needs."""
+    """The inputs that every layer of the U is given beside x; each layer takes those that it needs."""
 
     time: Tensor  # (B, 4·channels) or (1, 4·channels)
     context: Tensor  # the words, (B, S, context_width)

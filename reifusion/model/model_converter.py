@@ -380,14 +380,13 @@ def convert(
         config = structure(native, "native")
         # Our names do not tell whether the projections are convolutions in files. They are in SD 1.x, whose
         # words are 768 wide.
-        projections = [state_dict[rule.theirs[0]] for rule in matched if rule.ours.endswith("proj_in.weight")]
-        words = [x for name, x in native.items() if name.endswith("cross_attention.kv.weight")]
-        told = [x.ndim == 2 for x in projections]
         if format == "native":
-            told = [x.shape[1] != 768 for x in words]
-            [x.ndim == 2 for x in projections] if format != "native" else [x.shape[1] != 768 for x in words]
-        )
-        config = replace(config, unet=replace(config.unet, linear_projection=all(told)))
+            words = [x for name, x in native.items() if name.endswith("cross_attention.kv.weight")]
+            linear = all(x.shape[1] != 768 for x in words)
+        else:
+            projections = [rule.theirs[0] for rule in matched if rule.ours.endswith("proj_in.weight")]
+            linear = all(state_dict[name].ndim == 2 for name in projections)
+        config = replace(config, unet=replace(config.unet, linear_projection=linear))
     theirs: dict[str, Tensor] = {}
     for rule in rules(config, to):
         if rule.ours in native:

@@ -133,7 +133,7 @@ class EulerSampler(Sampler):
 
     @property
     def init_noise_sigma(self) -> float:
-        """What to multiply standard normal noise by, to start from: 1 / √ᾱ = √(σ² + 1)."""
+        """The factor by which standard normal noise is multiplied to begin with: 1 / √ᾱ = √(σ² + 1)."""
         return math.sqrt(self.sigmas[0] ** 2 + 1)
 
     def scale_model_input(self, x: Tensor, t: float | Tensor) -> Tensor:
@@ -408,7 +408,7 @@ class FlowSampler(Sampler):
         return (1 - sigma).to(x.dtype).to(x.device), sigma.to(x.dtype).to(x.device)
 
     def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
-        """What a flow network is trained to output: dx/dσ, the same at every t."""
+        """The target of a flow network: dx/dσ, the same at every t."""
         # [flow-velocity] Eq. 1, Liu et al. 2022: v = dx/dσ = ε - x₀
         return (noise.to(x0.device) - exact(x0)).to(x0.dtype)
 

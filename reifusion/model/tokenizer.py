@@ -125,7 +125,7 @@ class Tokenizer:
 
     @property
     def merges_text(self) -> str:
-        """What the constructor takes as text: a pair a line."""
+        """The merges as text, one pair a line, as the constructor takes them."""
         return "\n".join(" ".join(pair) for pair in self._ranks)
 
     def encode(self, text: str) -> list[int]:

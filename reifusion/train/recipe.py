@@ -56,7 +56,7 @@ class Recipe:
     size: int = 0  # side in pixels of the pictures, or of a square with their area; 0: the model's
     scenes: int = 60_000  # emoji: the number of pictures to compose
     prediction_type: str = ""  # epsilon, v_prediction or flow; "": the model's
-    zero_terminal_snr: bool = False  # with v_prediction: nothing but noise at the last timestep
+    zero_terminal_snr: bool = False  # with v_prediction: all noise at the last timestep
     mirror: bool = False  # True: pictures of your own are also shown mirrored
     folder: str = ""  # for checkpoints, curves and sheets; "": runs/ and the recipe's name
     out: str = ""  # the finished model; "": in the folder
