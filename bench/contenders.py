@@ -68,9 +68,9 @@ class Reifusion:
             return lambda: pipe.encode_text([PROMPT, ""]).float().cpu()
         if row["kind"] == "unet":
             x, t = latents.repeat(2, 1, 1, 1), torch.tensor([given["t"]], device=pipe.device)
-            return lambda: models["diffusion"](x, context, t).float().cpu()
+            return torch.inference_mode()(lambda: models["diffusion"](x, context, t).float().cpu())
         if row["kind"] == "vae":
-            return lambda: models["decoder"](latents).float().cpu()
+            return torch.inference_mode()(lambda: models["decoder"](latents).float().cpu())
         settings: dict[str, Any] = {"sampler": "ddim", "steps": row["steps"], "cfg": SCALE}
         settings["size"] = (row["width"], row["height"])
         return lambda: pipe.generate(PROMPT, seed=SEED, progress=False, **settings)

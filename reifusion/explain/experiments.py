@@ -183,7 +183,7 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
 
 
 def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, seeds: int = 2) -> Exhibit:
-    """Walks from the vectors of the request's prompt to those of another, with a row for each of `seeds` seeds."""
+    """Walks from the vectors of one prompt to those of another, with a row for each of `seeds` seeds."""
     request = request.for_model(pipe.config)
     begin = request.prompts[0]
     context = pipe.encode_text([begin, to], request.clip_skip).float()  # (2, S, width)

@@ -1,8 +1,9 @@
 """Speed, installed into networks that were loaded, and taken out again. `model/` never hears of it.
 
 `install` gives modules of the textbook's kinds a class with the same parameters and a faster `forward`, and
-sets the slot that attention offers. The fast forms step aside by themselves for gradients, autocast and
-compilers, so that an installed network may be trained. The tests hold both forms equal.
+sets the slot that attention offers. Outside of inference mode, and under autocast or a compiler, the fast
+forms step aside by themselves, so that every derivative of an installed network is right. The tests hold both
+forms equal.
 """
 
 from __future__ import annotations

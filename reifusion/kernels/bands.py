@@ -43,7 +43,7 @@ def suits(network: nn.Module, x: Tensor, numbers: int) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and numbers * x.element_size() > 2 * BAND
-        and not torch.is_grad_enabled()
+        and torch.is_inference_mode_enabled()
         and not torch.compiler.is_compiling()
         and not any(_hooked(module) for module in network.modules() if module is not network)
     )

@@ -15,11 +15,11 @@ from ..model.diffusion import Given
 
 
 def drawing(x: Tensor) -> bool:
-    """True if x is used to draw on a CPU: no gradient, autocast or compiler needs the plain form."""
+    """True if x is used to draw on a CPU: no derivative, autocast or compiler needs the plain form."""
     return (
         x.device.type == "cpu"
         and x.dtype in _DTYPES
-        and not torch.is_grad_enabled()
+        and torch.is_inference_mode_enabled()  # so that no derivative, backward or forward, is asked for
         and not torch.is_autocast_enabled("cpu")  # autocast knows the plain forms only
         and not torch.compiler.is_compiling()
     )
@@ -68,7 +68,7 @@ class Conv2d(nn.Conv2d):
 
 
 def _patches(x: Tensor, size: int) -> Tensor:
-    """Gathers the inputs of each output pixel of a convolution padded by 1: (B, C, H, W) -> (B, H', W', size²·C)"""
+    """Gathers what each output of a convolution padded by 1 sees: (B, C, H, W) -> (B, H', W', size²·C)"""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H+2, W+2, C)
     windows = padded.unfold(1, size, 1).unfold(2, size, 1)  # (B, H', W', C, size, size)
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)

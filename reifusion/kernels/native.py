@@ -40,7 +40,7 @@ class _View(ctypes.Structure):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """`model.attention.attention` by the faster of the two kernels, for the slot of an attention layer."""
-    if not (causal or q.requires_grad) and (out := flash_attention(q, k, v)) is not None:
+    if torch.is_inference_mode_enabled() and not causal and (out := flash_attention(q, k, v)) is not None:
         return out
     return textbook.attention(q, k, v, causal)
 

@@ -77,8 +77,9 @@ class _Int8(nn.Module):
 
 
 def _suits(x: Tensor) -> bool:
-    """True if the CPU multiplies whole numbers fast."""
-    return x.device.type == "cpu" and getattr(torch.cpu, "_is_vnni_supported", bool)()
+    """True if the CPU multiplies whole numbers fast, and no derivative is asked for, which they do not have."""
+    vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()
+    return torch.is_inference_mode_enabled() and x.device.type == "cpu" and vnni
 
 
 class Int8Linear(_Int8):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reifusion import kernels
 from reifusion.kernels import bands, native
@@ -293,14 +294,14 @@ def test_fast_forms_step_aside_for_a_hook_and_for_gradients():
     seen: list[nn.Module] = []
     for module in layer.conv, geglu.linear_1:
         module.register_forward_hook(lambda module, given, output: seen.append(module))
-    with torch.no_grad():
+    with torch.inference_mode():
         layer(x)
         geglu(x.flatten(2).mT)
     assert seen == [layer.conv, geglu.linear_1]
 
 
 @bf16
-@torch.no_grad()
+@torch.inference_mode()
 def test_fast_forms_leave_autocast_its_choice_of_precision():
     linear, conv, layer, geglu = Linear(16, 128), Conv2d(16, 24, 3, padding=1), VAEUpsample(16), GEGLU(16)
     x = normal(1, 16, 3, 3)
@@ -361,6 +362,29 @@ def test_a_change_of_weights_is_seen_in_the_next_call():
     unet.down[1][1].layers[0].cross_attention.kv.weight.data.mul_(2)
     after = unet(x, context, t)
     assert error(after, plain(unet)(x, context, t)) < 1e-5 < error(after, before)
+
+
+def test_derivatives_of_an_installed_network_are_those_of_the_plain_one():
+    """Backward towards words and latents, forward mode under no_grad, and vmap: against the plain network."""
+    fast, slow = installed(randomized(UNet(UNET))), randomized(UNet(UNET))
+    x, context, t = normal(2, 4, 8, 8), normal(2, 7, 24, seed=1), torch.tensor([5.0])
+    v, w = normal(2, 4, 8, 8, seed=2), normal(2, 7, 24, seed=3)
+
+    def gradients(unet: nn.Module) -> tuple[torch.Tensor, ...]:
+        inputs = [y.clone().requires_grad_() for y in (x, context)]
+        return torch.autograd.grad(unet(*inputs, t).pow(2).sum(), inputs)
+
+    for one, other in zip(gradients(fast), gradients(slow)):
+        assert error(one, other) < 1e-5
+    for unet in fast, slow:
+        # PyTorch's fused attention has no forward mode, and says so; its plain form has.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            ahead, behind = (unet(x + d * v, context + d * w, t) for d in (1e-3, -1e-3))
+            tangent = torch.func.jvp(lambda *y, unet=unet: unet(*y, t), (x, context), (v, w))[1]
+        assert error(tangent, (ahead - behind) / 2e-3) < 1e-2
+    many = normal(3, 2, 4, 8, 8)
+    one_by_one = torch.stack([slow(y, context, t) for y in many])
+    assert error(torch.func.vmap(lambda y: fast(y, context, t))(many), one_by_one) < 1e-5
 
 
 # The U-Net: both halves of the guidance begin with the same numbers
