@@ -77,7 +77,7 @@ class _Int8(nn.Module):
 
 
 def _suits(x: Tensor) -> bool:
-    """True if the CPU multiplies whole numbers fast, and no derivative is asked for, which they do not have."""
+    """True if the CPU multiplies whole numbers fast, and no derivative is asked for: they have none."""
     vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()
     return torch.is_inference_mode_enabled() and x.device.type == "cpu" and vnni
 
