@@ -7,60 +7,70 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from bench.weights import make_weights
-from reifusion.model import attention, diffusion, fast, pipeline
+from reifusion import kernels
+from reifusion.api import load
+from reifusion.kernels import fast, halves, native
+from reifusion.swap import swap
 
 
-def plain_geglu(x: Tensor, linear: nn.Linear) -> Tensor:
-    value, gate = linear(x).chunk(2, dim=-1)
-    return value * F.gelu(gate)
+@contextmanager
+def without(unet: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
+    """Takes one fast form out of the network for a while."""
+    layers = [layer for layer in unet.modules() if type(layer) is kind]
+    put_back = [swap(layer, kernels.PLAIN[kind]) for layer in layers]
+    try:
+        yield
+    finally:
+        for undo in put_back:
+            undo()
 
 
-def plain_upsampled(x: Tensor, conv: nn.Conv2d, size: Any) -> Tensor:
-    return conv(F.interpolate(x, size=size, mode="nearest"))
-
-
-WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
-    "nothing": nullcontext,
-    "attention.c": lambda: patch.object(attention, "flash_attention", lambda q, k, v: None),
-    "Linear without addmm": lambda: patch.object(fast.Linear, "forward", nn.Linear.forward),
-    "Conv2d as a matrix product": lambda: patch.object(fast.Conv2d, "forward", nn.Conv2d.forward),
-    "geglu in two turns": lambda: patch.object(diffusion, "geglu", plain_geglu),
-    "upsampled by small kernels": lambda: patch.object(diffusion, "upsampled", plain_upsampled),
-    "Words": nullcontext,
-    "one half until the words": nullcontext,
-}
+@contextmanager
+def without_attention_c() -> Iterator[None]:
+    library, native._library = native._library, lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        native._library = library
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ablation", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--size", type=int, default=512)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = pipeline.load(make_weights(options.quick) / "model.safetensors")
+    pipe = load(make_weights(options.quick) / "model.safetensors", "cpu")
     unet, config = pipe.models["diffusion"], pipe.config.unet
-    x = torch.randn(1, 4, options.size // 8, options.size // 8).to(pipe.dtype)
-    context = torch.randn(2, 77, config.context_width).to(pipe.dtype)
-    words, t = attention.Words(context), torch.tensor([501])
-    seconds: dict[str, list[float]] = {name: [] for name in WITHOUT}
+    x = torch.randn(1, 4, options.size // 8, options.size // 8).to(pipe.dtype).repeat(2, 1, 1, 1)
+    context, t = torch.randn(2, 77, config.context_width).to(pipe.dtype), torch.tensor([501.0])
+    forms: dict[str, Callable[[], AbstractContextManager]] = {
+        "nothing": nullcontext,
+        "attention.c": without_attention_c,
+        "Linear without addmm": lambda: without(unet, fast.Linear),
+        "Conv2d as a matrix product": lambda: without(unet, fast.Conv2d),
+        "GEGLU in two passes": lambda: without(unet, fast.GEGLU),
+        "upsampling by small kernels": lambda: without(unet, fast.UNetUpsample),
+        "one half until the words": lambda: without(unet, halves.Row),
+        "any of them": lambda: kernels.plain({"diffusion": unet}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
     with torch.inference_mode(), suppress(KeyboardInterrupt):  # the results so far are printed
         for turn in range(options.rounds + 1):
-            for name, without in WITHOUT.items():
-                given = x.repeat(2, 1, 1, 1) if name == "one half until the words" else x
-                with without():
+            for name, form in forms.items():
+                with form():
                     start = time.process_time()
-                    unet(given, context if name == "Words" else words, t)
+                    unet(x, context, t)
                     if turn > 0:
                         seconds[name].append(time.process_time() - start)
     medians = {name: statistics.median(times) for name, times in seconds.items() if times}

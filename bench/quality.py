@@ -33,10 +33,10 @@ from reifusion.train.mini.scenes import Scene, Sprites, scene_sheet
 from reifusion.train.mini.sprites import LOOKS, default_cache, held_out_sprites, training_sprites
 
 from . import pixels
+from .estimates import kid, kid_interval, mean, nearest, too_near, wilson
 from .judge import Judge, all_pictures, choices, fingerprint, get_judge, retrieved, through_vae
 from .pixels import on_white
 from .prompts import COUNTS, Prompt, make_prompts
-from .statistics import kid, kid_interval, mean, nearest, too_near, wilson
 from .unseen import unseen_pictures
 
 CARD = Path(__file__).parents[1] / "reifusion" / "data" / "MODEL_CARD.md"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.speed import DECODE, IMPORT, KEPT, LOAD, MEMORY, OURS, ROWS, SCALING, SHELL, STEP, Result
+from bench.rows import DECODE, IMPORT, KEPT, LOAD, MEMORY, OURS, ROWS, SCALING, SHELL, STEP, Result
 from reifusion.files import whole, write_text
 
 EAGER = ("diffusers fp32", "diffusers bf16", "diffusers bf16 channels-last")

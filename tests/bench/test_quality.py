@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from bench import estimates, pixels, quality
 from bench import judge as judging
-from bench import pixels, quality, statistics
 from bench.judge import Judge, JudgeTraining, Seen, choices, retrieved
 from bench.pixels import on_white
 from bench.prompts import COUNTS, Prompt, make_prompts
@@ -69,21 +69,21 @@ def of_kind(prompts: list[Prompt], kind: str) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.kind == kind]
 
 
-# ---- statistics
+# ---- estimates
 
 
 @slowly
 @given(st.integers(1, 400).flatmap(lambda of: st.tuples(st.integers(0, of), st.just(of))))
 def test_wilson_intervals_end_where_the_share_is_1_96_standard_errors_away(pair: tuple[int, int]) -> None:
     right, of = pair
-    low, high = statistics.wilson(right, of)
+    low, high = estimates.wilson(right, of)
     assert 0 <= low <= right / of + 1e-12 and right / of - 1e-12 <= high <= 1 and low < high
     for end in (low, high):
         assert (right / of - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / of, abs=1e-12)
 
 
 def test_wilson_interval_of_8_in_10() -> None:
-    assert statistics.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert estimates.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 @slowly
@@ -98,17 +98,17 @@ def test_kid_is_what_two_loops_compute(m: int, n: int, d: int, seed: int) -> Non
     expected = sum(k(x[i], x[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
     expected += sum(k(y[i], y[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     expected -= 2 * sum(k(a, b) for a in x for b in y) / (m * n)
-    assert statistics.kid(x, y) == pytest.approx(expected, abs=1e-8)
+    assert estimates.kid(x, y) == pytest.approx(expected, abs=1e-8)
 
 
 def test_kid_is_zero_for_alike_sets_and_grows_as_they_part() -> None:
     generator = torch.Generator().manual_seed(0)
-    alike = [statistics.kid(*torch.randn(2, 100, 16, generator=generator)) for _ in range(100)]
+    alike = [estimates.kid(*torch.randn(2, 100, 16, generator=generator)) for _ in range(100)]
     error = np.std(alike) / 10
     assert abs(np.mean(alike)) < 3 * error  # unbiased
     assert min(alike) < 0 < max(alike)
     x, y = torch.randn(2, 200, 16, generator=generator)
-    apart = [statistics.kid(x, y + shift) for shift in (0.0, 0.3, 0.6, 1.2)]
+    apart = [estimates.kid(x, y + shift) for shift in (0.0, 0.3, 0.6, 1.2)]
     assert apart == sorted(apart) and apart[1] > 3 * np.std(alike)
 
 
@@ -119,8 +119,8 @@ def test_kid_interval_is_as_wide_as_kid_spreads_on_new_sets() -> None:
         x, y = torch.randn(2, 80, 8, generator=generator)
         return x, y + 0.5
 
-    spread = float(np.std([statistics.kid(*sets()) for _ in range(200)]))
-    low, high = statistics.kid_interval(*sets())
+    spread = float(np.std([estimates.kid(*sets()) for _ in range(200)]))
+    low, high = estimates.kid_interval(*sets())
     assert 0.6 < (high - low) / (2 * 1.96 * spread) < 1.6
 
 
@@ -128,7 +128,7 @@ def test_mean_interval_covers_the_true_mean_19_times_in_20() -> None:
     generator = torch.Generator().manual_seed(2)
     covered = 0
     for _ in range(1000):
-        middle, low, high = statistics.mean(3 + torch.randn(100, generator=generator))
+        middle, low, high = estimates.mean(3 + torch.randn(100, generator=generator))
         covered += low < 3 < high
         assert low < middle < high
     assert 920 < covered < 980
@@ -351,20 +351,20 @@ def test_copies_are_told_from_new_drawings(trained: Sprites) -> None:
     training = [on_white(trained.pixels[i]) for found in trained.index.values() for i in found.values()]
     names = [subject for subject, found in trained.index.items() for _ in found]
     theirs = quality.thumbnails(training)
-    away, place = statistics.nearest(theirs[:8], theirs)
+    away, place = estimates.nearest(theirs[:8], theirs)
     assert place.tolist() == list(range(8)) and away.max() == 0
-    assert statistics.too_near(theirs[:8], names[:8], theirs, names) == 8
+    assert estimates.too_near(theirs[:8], names[:8], theirs, names) == 8
     new = [image.copy() for image in training[:8]]
     for image in new:
         image[30:90, 30:90] = (255, 0, 255)
-    assert statistics.too_near(quality.thumbnails(new), names[:8], theirs, names) == 0
+    assert estimates.too_near(quality.thumbnails(new), names[:8], theirs, names) == 0
 
 
 def test_near_is_measured_against_the_subjects_most_alike_drawings() -> None:
     training, names = torch.tensor([[0.0], [1.0], [5.0], [100.0], [103.0]]), ["a", "a", "a", "b", "b"]
     ours = torch.tensor([[2.5], [1.5], [105.0], [107.0], [0.1]])
     # "a" allows less than 1, "b" less than 3; the nearest may be a picture of anything.
-    assert [statistics.too_near(x[None], [name], training, names) for x, name in zip(ours, "aabbb")] == [
+    assert [estimates.too_near(x[None], [name], training, names) for x, name in zip(ours, "aabbb")] == [
         0,
         1,
         1,
