@@ -15,7 +15,7 @@ import torch
 
 from bench import contenders, report, speed, weights
 from bench.contenders import CONTENDERS
-from bench.speed import (
+from bench.rows import (
     AS_IS,
     DECODE,
     IMPORT,
@@ -27,12 +27,10 @@ from bench.speed import (
     ROWS,
     SHELL,
     STEP,
-    Bench,
     Result,
     Row,
-    Worker,
-    measure,
 )
+from bench.speed import Bench, Worker, measure
 
 LIMITS = {
     "matmul bfloat16, TFLOP/s": 1.0,
