@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -115,11 +116,13 @@ class StableDiffusion:
         single = isinstance(request.prompt, str) and request.num == 1
         return pictures[0] if single else pictures
 
-    @torch.inference_mode()  # also while the generator runs, but not in between, in its caller
     def denoise(
         self, prompt: str | Sequence[str] | Request, negative: Any = None, **settings: Any
-    ) -> Generator[Step, None, None]:
-        """The loop of `generate`, one `Step` at a time; the settings are the fields of `Request`."""
+    ) -> Generator[Step, Tensor | None, None]:
+        """The loop of `generate`, one `Step` at a time; the settings are the fields of `Request`.
+
+        Latents that the caller sends back, `steps.send(latents)`, take the place of the step's own.
+        """
         request = ask(prompt, negative, **settings).for_model(self.config)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         sampler = self.sampler(request, generators)
@@ -129,16 +132,17 @@ class StableDiffusion:
         latents, step, extra = self._begin(request, sampler, self._noise(request, generators))
         with self._borrow("diffusion") as unet:
             denoiser = beside(self.denoiser(self.around(unet), request), extra)
-            guided = Guidance(denoiser, positive, negative, *request.guidance)
+            guided = Guidance(in_inference_mode(denoiser), positive, negative, *request.guidance)
             # 3. Denoising loop
             for index, t in enumerate(sampler.timesteps):
-                x = sampler.scale_model_input(latents, t)
-                time = t.float().reshape(1).to(self.device)
-                output, cond, uncond = guided(x, time, sampler.sigma(t))
                 x_t, before = latents, copy.copy(sampler)
-                latents = step(t, x_t, output)
+                with torch.no_grad():
+                    time = t.float().reshape(1).to(self.device)
+                    output, cond, uncond = guided(sampler.scale_model_input(x_t, t), time, sampler.sigma(t))
+                    latents = step(t, x_t, output)
                 total = len(sampler.timesteps)
-                yield Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
+                sent = yield Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
+                latents = latents if sent is None else sent
 
     def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:
         """The sampler that a request asks for, with the request's timesteps.
@@ -153,7 +157,6 @@ class StableDiffusion:
             sampler.set_strength(request.strength)
         return sampler
 
-    @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
         """B prompts -> (B, 77, 768), in the dtype of the U-Net. The same prompt is encoded once."""
         if clip_skip >= self.config.clip.layers:
@@ -161,14 +164,14 @@ class StableDiffusion:
         distinct = list(dict.fromkeys(prompts))
         tokens = torch.tensor([self.tokenizer.encode(prompt) for prompt in distinct])  # (D, 77)
         with self._borrow("clip") as clip:
-            context = clip(tokens.to(self.device), skip=clip_skip)  # (D, 77) -> (D, 77, 768)
+            encode = in_inference_mode(partial(clip, skip=clip_skip))
+            context = encode(tokens.to(self.device))  # (D, 77) -> (D, 77, 768)
         return context[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
 
-    @torch.inference_mode()
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32: the mean; its noise is far below ours."""
         with self._borrow("encoder") as encoder:
-            return encoder(pixels.to(self.device, _dtype(encoder))).float()
+            return in_inference_mode(encoder)(pixels.to(self.device, _dtype(encoder))).float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -240,6 +243,17 @@ class StableDiffusion:
         finally:
             if self.idle_device is not None:
                 self.models[name].to(self.idle_device)
+
+
+def in_inference_mode(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The network without derivatives, at full speed. Its output is an ordinary tensor, fit for a graph."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            output = network(*inputs)
+        return output.clone()
+
+    return run
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -373,6 +375,30 @@ def test_a_callback_that_raises_ends_all(pipe):
 
     with pytest.raises(InterruptedError):
         draw(pipe, "a cat", callback=stop)
+
+
+def test_latents_that_are_sent_back_take_the_place_of_the_steps_own(pipe):
+    steps = pipe.denoise("a cat", seed=3, **without_progress())
+    first = next(steps)
+    sent = steps.send(2 * first.latents)
+    assert torch.equal(sent.x_t, 2 * first.latents)
+    assert torch.equal(next(steps).x_t, sent.latents)
+
+
+def test_what_the_pipeline_returns_can_be_part_of_a_graph(pipe):
+    latents, words = pipe.encode_image(torch.zeros(1, 3, 64, 64)), pipe.encode_text(["a cat"])
+    step = next(pipe.denoise("a cat", seed=3, **without_progress()))
+    x = step.x_t.requires_grad_()
+    unet = pipe.models["diffusion"].requires_grad_(True)
+    unet(x + latents[..., :8, :8].mean(), words, torch.tensor([5.0])).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    step.latents.mul_(0.9)  # in place as well
+
+
+def test_a_loop_that_is_left_open_ends_in_silence():
+    code = "import reifusion; steps = reifusion.load().denoise('a cat', seed=1, steps=3); next(steps)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_caller_of_the_loop_is_not_in_inference_mode(pipe):
