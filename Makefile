@@ -8,7 +8,7 @@ PYTHON ?= python3
 PROMPT ?= a cat stretching on the floor
 SEED ?= 0
 BUG ?= guidance-swapped
-LINE ?= model/ddpm.py:265
+LINE ?= $(shell sed -n 's/^make equation LINE=\([^ ]*\).*/\1/p' README.md)
 # On Linux without a GPU, TORCH_INDEX=<PyTorch's CPU index, see pytorch.org> spares gigabytes of CUDA.
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
