@@ -283,7 +283,7 @@ HARMLESS_NAMES = {
 
 
 @pytest.mark.parametrize("format, name", [(f, name) for f, names in HARMLESS_NAMES.items() for name in names])
-def test_what_is_not_part_of_the_model_is_left_out(format, name):
+def test_tensors_that_are_not_part_of_the_model_are_left_out(format, name):
     native = random_state(TINY)
     assert_same(convert(convert(native, format) | {name: torch.ones(3)}), native)
 
@@ -297,7 +297,7 @@ def test_what_is_not_part_of_the_model_is_left_out(format, name):
         ("diffusers", "unet.class_embedding.weight"),
     ],
 )
-def test_what_is_unknown_is_named(format, name):
+def test_an_unknown_tensor_is_named(format, name):
     state = convert(random_state(TINY), format) | {name: torch.ones(3)}
     with pytest.raises(ModelError, match=f"1 tensors have no place in the model, first {name}"):
         convert(state)
@@ -419,7 +419,7 @@ def test_published_config_of_sd15_is_ours():
         ("scheduler", "trained_betas", [0.1]),
     ],
 )
-def test_what_would_silently_draw_something_else_is_refused(part, key, value):
+def test_a_config_that_would_silently_draw_something_else_is_refused(part, key, value):
     jsons = config_to_diffusers(TINY)
     jsons[part][key] = value
     with pytest.raises(ModelError, match=f"its {part} has {key} = .*, which is not built in"):

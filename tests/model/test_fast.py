@@ -133,7 +133,7 @@ def test_compiled_attention_does_not_depend_on_the_number_of_threads():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_compiled_attention_leaves_alone_what_it_is_not_made_for():
+def test_compiled_attention_declines_inputs_that_it_is_not_made_for():
     x = normal(1, 2, 8, 16)
     for q in x, x.bfloat16()[..., :15], x.bfloat16().transpose(2, 3), x.bfloat16()[:, :, :0], x.half():
         assert native.flash_attention(q, q, q) is None
@@ -202,7 +202,7 @@ def test_reifusion_native_0_switches_it_off(fresh, monkeypatch):
 
 
 @compiled
-def test_it_is_compiled_once_where_only_its_user_can_write(fresh):
+def test_the_kernel_is_compiled_once_where_only_its_user_can_write(fresh):
     assert native._library() is not None
     (library,) = native._cache().iterdir()
     assert [path.stat().st_mode & 0o777 for path in (library, library.parent)] == [0o700, 0o700]
@@ -212,7 +212,7 @@ def test_it_is_compiled_once_where_only_its_user_can_write(fresh):
 
 
 @compiled
-def test_what_others_could_have_written_is_not_loaded(fresh):
+def test_a_library_that_others_could_have_written_is_not_loaded(fresh):
     assert native._library() is not None
     (library,) = native._cache().iterdir()
     for path in library, library.parent:
@@ -321,7 +321,7 @@ def networks() -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def test_what_is_installed_is_taken_out_again_to_the_bit():
+def test_installed_kernels_are_taken_out_again_to_the_bit():
     models = networks()
     x, context, t = normal(2, 4, 8, 8).repeat(2, 1, 1, 1), normal(4, 7, 24), torch.tensor([5])
     before = models["diffusion"](x, context, t), models["decoder"](x[:1])
@@ -342,7 +342,7 @@ def test_what_is_installed_is_taken_out_again_to_the_bit():
     )
 
 
-def test_a_copy_and_a_hook_know_nothing_of_what_is_installed():
+def test_copies_and_hooks_work_with_installed_kernels():
     models = networks()
     calls: list[int] = []
     models["diffusion"].get_submodule("down.1.0.conv_1").register_forward_hook(lambda *_: calls.append(1))

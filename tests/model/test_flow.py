@@ -86,7 +86,7 @@ def test_the_target_is_noise_or_velocity_by_prediction_type() -> None:
 
 @settings(deadline=None)
 @given(n=st.integers(1, 1000))
-def test_steps_are_even_and_go_from_noise_alone_to_none(n: int) -> None:
+def test_flow_steps_are_even_and_go_from_all_noise_to_no_noise(n: int) -> None:
     sampler = FlowSampler()
     sampler.set_inference_timesteps(n)
     sigmas = np.array(sampler.sigmas)
@@ -215,7 +215,7 @@ def test_strength_is_the_share_of_noise_at_the_start(
     torch.testing.assert_close(first.x_t, (1 - start / 1000) * original + start / 1000 * noise)
 
 
-def test_the_mask_keeps_what_is_black_and_redraws_what_is_white(pipe: StableDiffusion) -> None:
+def test_black_parts_of_the_mask_are_kept_and_white_parts_are_redrawn(pipe: StableDiffusion) -> None:
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
     drawn = draw(pipe, init_image=photo(), mask=mask, strength=1)

@@ -158,7 +158,7 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder(tmp_path):
     fails(path, "the tokenizer of .* knows 49408 tokens, its text encoder 600")
 
 
-def test_the_header_says_what_it_is(tmp_path, models):
+def test_the_header_says_that_the_file_is_a_lora(tmp_path, models):
     save(TINY, models, tmp_path / "x.safetensors", metadata={"trained on": "cats"})
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         header = file.metadata()

@@ -138,7 +138,7 @@ def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
     torch.testing.assert_close(swapped.eps_cond, first.eps_uncond)
 
 
-def test_rescaled_guidance_has_the_contrast_of_none_or_a_part_of_it(pipe):
+def test_rescaled_guidance_has_the_contrast_of_the_conditional_output(pipe):
     request = Request(["a", "b"], cfg=9.0, seed=0, sampler="ddim", steps=2)
     plain, half, whole = (
         next(iter(pipe.denoise(replace(request, guidance_rescale=phi)))) for phi in (0.0, 0.5, 1.0)
@@ -235,7 +235,7 @@ def without_progress() -> dict:
     return {name: value for name, value in QUICK.items() if name != "progress"}
 
 
-def test_a_nine_channel_unet_sees_the_mask_and_what_is_kept(monkeypatch):
+def test_a_nine_channel_unet_sees_the_mask_and_the_kept_part(monkeypatch):
     pipe = tiny(replace(TINY, unet=replace(TINY.unet, in_channels=9)))
     seen = inputs(pipe, monkeypatch)
     mask = Image.new("1", (64, 64))
@@ -284,7 +284,7 @@ def test_a_picture_of_any_mode_and_size_becomes_rgb(mode, width, height):
     assert picture.size == (width, height)
 
 
-def test_what_is_transparent_becomes_white():
+def test_transparent_parts_become_white():
     for mode in ("RGBA", "LA"):
         assert open_picture(Image.new("RGBA", (1, 1), (0, 0, 0, 0)).convert(mode)).getpixel((0, 0)) == (
             255,
@@ -357,7 +357,7 @@ def test_the_callback_sees_every_step(pipe):
     assert [step.index for step in seen] == [0, 1, 2]
 
 
-def test_a_callback_that_returns_false_ends_early_with_what_is_seen_by_then(pipe):
+def test_a_callback_that_returns_false_ends_early_with_the_latest_prediction(pipe):
     seen = []
 
     def stop_at_1(step: Step) -> bool:
@@ -385,7 +385,7 @@ def test_latents_that_are_sent_back_take_the_place_of_the_steps_own(pipe):
     assert torch.equal(next(steps).x_t, sent.latents)
 
 
-def test_what_the_pipeline_returns_can_be_part_of_a_graph(pipe):
+def test_tensors_that_the_pipeline_returns_can_be_part_of_a_graph(pipe):
     latents, words = pipe.encode_image(torch.zeros(1, 3, 64, 64)), pipe.encode_text(["a cat"])
     step = next(pipe.denoise("a cat", seed=3, **without_progress()))
     x = step.x_t.requires_grad_()
@@ -565,7 +565,7 @@ def test_the_dtype_suits_the_device(monkeypatch):
         ({"init_image": np.zeros((8, 8), dtype=np.float32)}, "uint8"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(pipe, wrong, says):
+def test_a_request_that_cannot_be_drawn_is_refused_in_one_sentence(pipe, wrong, says):
     asked = {"prompt": "a cat", **QUICK, **wrong}
     with pytest.raises(ValueError, match=says) as caught:
         pipe.generate(**asked)

@@ -286,7 +286,7 @@ def test_impossible_strengths_are_refused(name: str, strength: float) -> None:
 
 
 @every_sampler
-def test_strength_is_of_all_steps_however_often_it_is_set(name: str) -> None:
+def test_strength_counts_from_all_steps_however_often_it_is_set(name: str) -> None:
     sampler = SAMPLERS[name]()
     sampler.set_inference_timesteps(20)
     every = sampler.timesteps

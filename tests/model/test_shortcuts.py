@@ -84,7 +84,7 @@ def outcome(pipe: StableDiffusion, **wishes: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("off", [{"guidance_interval": None}, {"deepcache": 1}])
-def test_off_is_as_if_it_were_not_there(pipe, off):
+def test_a_shortcut_that_is_off_changes_nothing(pipe, off):
     assert torch.equal(outcome(pipe, **off), outcome(pipe))
 
 
@@ -99,7 +99,7 @@ def test_without_shortcuts_the_loop_calls_the_network_and_nothing_else(pipe):
 
 
 @pytest.mark.parametrize("wish", [{"guidance_interval": (0.5, 5)}, {"deepcache": 2}])
-def test_on_it_changes_the_picture_but_not_the_network(pipe, wish):
+def test_a_shortcut_that_is_on_changes_the_picture_but_not_the_network(pipe, wish):
     before = outcome(pipe)
     changed = outcome(pipe, **wish)
     assert error(changed, before) > 1e-4
@@ -129,7 +129,7 @@ def test_no_picture_depends_on_its_place_in_the_batch(pipe, wish):
         ({"guidance_interval": (0, "x")}, "an end of guidance_interval must be a number, not 'x'"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(wish, message):
+def test_an_impossible_interval_is_refused_in_one_sentence(wish, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Request("a cat", **wish)
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_is_one_sentence(wish, message):
     ("every", "message"),
     [(0, "deepcache must be at least 1, not 0"), (1.5, "deepcache must be a whole number, not 1.5")],
 )
-def test_a_deepcache_that_cannot_be_is_one_sentence(pipe, every, message):
+def test_an_impossible_deepcache_is_refused_in_one_sentence(pipe, every, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         deepcached(pipe, every)
 
@@ -170,7 +170,7 @@ def test_the_interval_of_a_flow_is_told_in_the_same_terms(pipe):
     assert guided == [False, False, True, True, True, True, False, False]
 
 
-def test_an_interval_that_holds_all_is_guidance_as_ever(pipe):
+def test_an_interval_around_every_sigma_is_ordinary_guidance(pipe):
     assert torch.equal(outcome(pipe, guidance_interval=(0, math.inf)), outcome(pipe))
 
 
@@ -246,7 +246,7 @@ def test_deepcache_of_every_call_is_the_network_to_the_bit():
 
 
 @torch.inference_mode()
-def test_deepcache_runs_the_inside_only_when_it_is_due(pipe):
+def test_deepcache_runs_the_inside_in_every_nth_step_only(pipe):
     inside: list[int] = []
     last: list[int] = []
     unet = pipe.models["diffusion"]
@@ -318,7 +318,7 @@ def test_a_linear_layer_computes_with_whole_numbers(vnni, shape, bias, monkeypat
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize(("kernel", "size"), [(3, (7, 9)), (3, (1, 1)), (1, (7, 9)), (3, (40, 30))])
 @torch.inference_mode()
-def test_a_convolution_too(vnni, kernel, size, monkeypatch):
+def test_a_convolution_computes_with_whole_numbers(vnni, kernel, size, monkeypatch):
     monkeypatch.setattr("reifusion.shortcuts.int8._suits", lambda x: vnni)
     layer = randomized(nn.Conv2d(8, 16, kernel, padding=kernel // 2))
     x = normal(2, 8, *size) * torch.tensor([1.0, 50.0])[:, None, None, None]
@@ -428,7 +428,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(capsys, flags, message):
     assert capsys.readouterr() == ("", f"reifusion: {message}\n")
 
 
-def test_the_shortcuts_are_arguments_of_generate_too(pipe):
+def test_the_shortcuts_are_arguments_of_generate(pipe):
     usual: dict[str, Any] = {"seed": 1, "sampler": "ddim", "steps": 4, "progress": False}
     wish: dict[str, Any] = {"guidance_interval": (0.3, 5)}
     picture = reifusion.generate("a cat", models=pipe, deepcache=2, **usual, **wish)

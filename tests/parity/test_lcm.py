@@ -113,7 +113,7 @@ def test_a_model_with_an_lcm_lora_draws_as_in_diffusers(usual, lora, theirs, ste
     assert_same(draw_ours(pipe, steps, scale), draw_theirs(theirs, steps, scale))
 
 
-def test_the_command_line_draws_it_too(usual, lora, theirs, tmp_path, capsys):
+def test_the_command_line_draws_with_an_lcm_lora(usual, lora, theirs, tmp_path, capsys):
     flags = ["--model", usual, "--lora", lora, "--sampler", "lcm", "--steps", 4, "--cfg", 1.5]
     flags += ["--seed", SEED, "--dtype", "fp32", "--device", "cpu", "--out", tmp_path]
     assert cli.main(["generate", PROMPTS[0], *map(str, flags)]) == 0
@@ -163,7 +163,7 @@ def test_an_lcm_draws_as_in_diffusers(distilled, steps, scale):
     assert_same(draw_ours(pipe, steps, scale), draw_theirs(theirs, steps, scale))
 
 
-def test_its_second_half_is_not_computed(distilled):
+def test_an_lcm_does_not_compute_a_second_half(distilled):
     pipe = load_pipe(distilled, "cpu", "fp32")
     batches: list[int] = []
     pipe.models["diffusion"].register_forward_hook(lambda *call: batches.append(len(call[-1])))
@@ -173,14 +173,14 @@ def test_its_second_half_is_not_computed(distilled):
     assert np.array_equal(draw_ours(pipe, 4, 8.0, do_cfg=False), draw_ours(pipe, 4, 1.0))
 
 
-def test_deepcache_tells_it_the_guidance_too(distilled):
+def test_an_lcm_under_deepcache_is_told_the_guidance_scale(distilled):
     pipe = load_pipe(distilled, "cpu", "fp32")
     cached = deepcached(pipe, 2)
     assert np.abs(draw_ours(cached, 4, 8.0) - draw_ours(cached, 4, 1.0)).max() > 5
     assert not np.array_equal(draw_ours(cached, 4, 8.0), draw_ours(pipe, 4, 8.0))
 
 
-def test_the_command_line_draws_in_four_steps_of_itself(distilled, tmp_path, capsys):
+def test_the_command_line_draws_an_lcm_in_four_steps_by_default(distilled, tmp_path, capsys):
     flags = ["--model", distilled, "--seed", SEED, "--dtype", "fp32", "--device", "cpu", "--out", tmp_path]
     assert cli.main(["generate", PROMPTS[0], *map(str, flags)]) == 0
     (drawn,) = capsys.readouterr().out.splitlines()
@@ -207,7 +207,7 @@ def test_the_timesteps_it_was_distilled_on_are_chosen_from(original, steps):
 
 
 @pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
-def test_it_is_written_and_read_in_every_format(distilled, tmp_path, to):
+def test_an_lcm_is_written_and_read_in_every_format(distilled, tmp_path, to):
     config, models, tokenizer = load(distilled)
     assert config.unet.guidance_width == 16
     config = replace(config, schedule=replace(config.schedule, original_inference_steps=20))

@@ -48,7 +48,7 @@ def test_no_seed_is_a_new_one_each_time():
         ({"start": {"background": None, "layers": editor()["layers"]}}, "there is no picture below it"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(wrong, says):
+def test_a_request_that_cannot_be_drawn_is_refused_in_one_sentence(wrong, says):
     with pytest.raises(ValueError, match=r".") as error:
         ask(**FIELDS | wrong)
     assert says in str(error.value) and "\n" not in str(error.value)

@@ -60,7 +60,7 @@ def hub(monkeypatch):
     return put
 
 
-def test_a_model_of_the_hub_is_fetched_without_what_is_not_needed(hub, folder, models):
+def test_only_the_needed_files_of_a_hub_model_are_fetched(hub, folder, models):
     made = hub(folder)
     assert_same_networks(load("someone/small")[1], models)
     weights = {name for name in made.fetched if name.endswith((".safetensors", ".bin"))}

@@ -133,7 +133,7 @@ def test_every_layout_changes_the_same_rows_of_the_text_encoder(tmp_path, names)
     "name", ["unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora", "unet.mid_block."
     "attentions.0.transformer_blocks.0.attn2.to_out.0.lora"]
 )  # fmt: skip
-def test_the_output_projection_is_found_by_its_old_name_too(tmp_path, name):
+def test_the_output_projection_is_found_by_its_old_name(tmp_path, name):
     models, down, up = tiny(), random(R, 32), random(32, R, seed=2)
     before = state(models)
     tensors = {f"{name}.down.weight": down, f"{name}.up.weight": up}
@@ -189,7 +189,7 @@ def test_alpha_of_a_peft_layout_is_in_its_header(tmp_path, config, expected):
     assert update.alpha == expected
 
 
-def test_what_the_header_says_is_kept(tmp_path):
+def test_facts_in_the_header_are_kept(tmp_path):
     tensors = dict(zip(U_NET["kohya"], (random(R, 16), random(16, R))))
     path = written(tmp_path / "x.safetensors", tensors, {"ss_output_name": "zork"})
     assert load_lora(path).metadata["ss_output_name"] == "zork"
@@ -281,7 +281,7 @@ def some_loras() -> list[LoRA]:
     ),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_whatever_comes_and_goes_the_rest_is_as_if_it_had_never_been_there(steps, dtype):
+def test_a_removed_lora_leaves_no_trace_in_any_order(steps, dtype):
     loras, models = some_loras(), tiny(dtype)
     there: list[tuple[int, float]] = []
     for what, which, weight in steps:
@@ -351,7 +351,7 @@ def test_a_network_stays_in_the_order_of_memory_it_was_in():
         (f"lora_unet_{KEY}", ((R, 16), (48, R)), r"\(48, 16, 1, 1\), and the model's is \(16, 16, 1, 1\)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_and_nothing_is_changed(layer, update, says):
+def test_a_lora_that_does_not_fit_is_named_and_changes_nothing(layer, update, says):
     models = tiny()
     before = state(models)
     down, up = (random(*shape) for shape in update)
@@ -422,7 +422,7 @@ def test_a_header_that_is_not_understood_is_refused(tmp_path, config):
         load_lora(written(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": config}))
 
 
-def test_what_is_no_lora_is_refused(tmp_path):
+def test_a_file_that_is_not_a_lora_is_refused(tmp_path):
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "text.safetensors").write_text("hello")
     save_file({}, tmp_path / "nothing.safetensors")
