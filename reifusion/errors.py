@@ -1,8 +1,10 @@
-"""An error as one sentence, for whoever uses a program and does not read its code."""
+"""Errors as one sentence, for whoever uses a program and does not read its code."""
 
 from __future__ import annotations
 
 import re
+
+from .model.sentences import cut
 
 
 def sentence(error: BaseException, size: str = "size") -> str:
@@ -11,4 +13,4 @@ def sentence(error: BaseException, size: str = "size") -> str:
     if isinstance(error, MemoryError) or re.search("allocate|out of memory", text):
         return f"out of memory; try a smaller {size}"
     first, *_ = text.splitlines() or [type(error).__name__]
-    return first
+    return cut(first)

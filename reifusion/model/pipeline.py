@@ -24,6 +24,7 @@ from .ddpm import Sampler, randn
 from .guidance import Denoiser, Guidance
 from .inpaint import beside, keep_known, latent_mask
 from .pictures import fit, to_picture, to_tensor
+from .prompts import warn_of_syntax
 from .request import Request, ask
 from .samplers import SAMPLERS
 
@@ -128,8 +129,8 @@ class StableDiffusion:
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
         latents, step, extra = self._begin(request, sampler, self._noise(request, generators))
         with self._borrow("diffusion") as unet:
-            denoiser = beside(self.denoiser(self.around(unet), request), extra)
-            guided = Guidance(denoiser, positive, negative, *request.guidance)
+            denoiser = self.denoiser(self.around(unet), request)
+            guided = self.guided(denoiser, extra, positive, negative, request)
             # 3. Denoising loop
             for index, t in enumerate(sampler.timesteps):
                 x = sampler.scale_model_input(latents, t)
@@ -138,6 +139,9 @@ class StableDiffusion:
                 x_t, before = latents, copy.copy(sampler)
                 latents = step(t, x_t, output)
                 total = len(sampler.timesteps)
+                if not latents.isfinite().all():
+                    part = _first_wrong(unet, request, cond, output)
+                    raise FloatingPointError(_blame(*part, f" in step {index + 1} of {total}"))
                 yield Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
 
     def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:
@@ -159,16 +163,22 @@ class StableDiffusion:
         if clip_skip >= self.config.clip.layers:
             raise ValueError(f"clip_skip must be less than {self.config.clip.layers}, not {clip_skip}")
         distinct = list(dict.fromkeys(prompts))
+        warn_of_syntax(distinct)
         tokens = torch.tensor([self.tokenizer.encode(prompt) for prompt in distinct])  # (D, 77)
         with self._borrow("clip") as clip:
             context = clip(tokens.to(self.device), skip=clip_skip)  # (D, 77) -> (D, 77, 768)
+            if not context.isfinite().all():
+                raise FloatingPointError(_blame("the text encoder", clip))
         return context[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
 
     @torch.inference_mode()
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32: the mean; its noise is far below ours."""
         with self._borrow("encoder") as encoder:
-            return encoder(pixels.to(self.device, _dtype(encoder))).float()
+            latents = encoder(pixels.to(self.device, _dtype(encoder))).float()
+            if not latents.isfinite().all():
+                raise FloatingPointError(_blame("the VAE's encoder", encoder))
+            return latents
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -181,14 +191,27 @@ class StableDiffusion:
                     warnings.warn(f"the VAE overflowed in {dtype}: decoded again in float32", stacklevel=1)
                     pixels = decoder.float()(z.float())
                     decoder.to(dtype)
-                if not pixels.isfinite().all():
+                if not z.isfinite().all():
                     raise FloatingPointError("the latents overflowed; try float32, or less guidance")
+                if not pixels.isfinite().all():
+                    raise FloatingPointError(_blame("the VAE's decoder", decoder))
                 pictures.append(to_picture(pixels[0]))
         return pictures
 
     def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
         """The U-Net, as the loop calls it for a request."""
         return lambda x, context, t: unet(x.to(_dtype(unet)), context, t)
+
+    def guided(
+        self,
+        denoiser: Denoiser,
+        extra: Tensor | None,
+        positive: Tensor,
+        negative: Tensor | None,
+        request: Request,
+    ) -> Guidance:
+        """The denoiser, with what it sees beside the latents, and with guidance."""
+        return Guidance(beside(denoiser, extra), positive, negative, *request.guidance)
 
     def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Encodes the prompts and, for guidance, the negative prompts: each (B, 77, 768)."""
@@ -211,22 +234,29 @@ class StableDiffusion:
     def _begin(
         self, request: Request, sampler: Sampler, noise: Tensor
     ) -> tuple[Tensor, StepForward, Tensor | None]:
-        """The latents to begin with, the step, and the extra channels of a U-Net made for inpainting."""
+        """The latents to begin with, the step, and what a U-Net with more channels sees beside them."""
         vae, (height, width) = self.config.vae, (side * self.config.vae.factor for side in noise.shape[-2:])
-        nine_channels = self.config.unet.in_channels > vae.latent_channels
         latents, step = noise * sampler.init_noise_sigma, cast(StepForward, sampler.step)
         pixels, redraw = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
+        original = torch.zeros_like(noise[:1])
         if isinstance(request.init_image, Image.Image):
             pixels = to_tensor(fit(request.init_image, width, height))
             original = self.encode_image(pixels)
-            latents = sampler.add_noise(original.expand_as(noise), sampler.timesteps[0], noise)
-            if isinstance(request.mask, Image.Image):
-                redraw = (to_tensor(fit(request.mask, width, height)) + 1) / 2  # (1, 1, H, W)
-                if not nine_channels:
-                    step = keep_known(
-                        sampler, original, latent_mask(redraw, vae.factor).to(self.device), noise
-                    )
-        if not nine_channels:
+            masked = isinstance(request.mask, Image.Image)
+            # The first timestep has a little signal left. So that nothing of what is redrawn shows through at
+            # a strength of 1, inpainting then begins with noise alone.
+            if request.strength < 1 or not (masked or self.config.edits):
+                latents = sampler.add_noise(original.expand_as(noise), sampler.timesteps[0], noise)
+        if isinstance(request.mask, Image.Image):
+            redraw = (to_tensor(fit(request.mask, width, height)) + 1) / 2  # (1, 1, H, W)
+            if not self.config.inpaints:
+                mask = latent_mask(redraw, vae.factor).to(self.device)
+                step = keep_known(sampler, original, mask, noise)
+        if self.config.edits:
+            if request.init_image is None:
+                warnings.warn(f"{self.config.name} edits pictures, but there is no init image", stacklevel=1)
+            return latents, step, original / vae.scale_factor  # Brooks et al. 2023 show it unscaled
+        if not self.config.inpaints:
             return latents, step, None
         redraw = (redraw >= 0.5).float()
         known, mask = self.encode_image(pixels * (1 - redraw)), latent_mask(redraw, vae.factor)
@@ -240,6 +270,25 @@ class StableDiffusion:
         finally:
             if self.idle_device is not None:
                 self.models[name].to(self.idle_device)
+
+
+def _first_wrong(
+    unet: nn.Module, request: Request, cond: Tensor, output: Tensor
+) -> tuple[str, nn.Module | None]:
+    """The part of a step that was the first to make numbers that are not finite."""
+    if not cond.isfinite().all():
+        return "the U-Net", unet
+    return (f"the sampler {request.sampler}" if output.isfinite().all() else "guidance"), None
+
+
+def _blame(part: str, network: nn.Module | None, when: str = "") -> str:
+    """Says what made numbers that are not finite, and why."""
+    weights = network.named_parameters() if network is not None else ()
+    broken = [name for name, weight in weights if not weight.isfinite().all()]
+    why = "try float32" if network is not None else "try less guidance"
+    if broken:
+        why = f"{len(broken)} of its weights are not finite, first {broken[0]}"
+    return f"{part} made numbers that are not finite{when}: {why}"
 
 
 def _dtype(network: nn.Module) -> torch.dtype:
