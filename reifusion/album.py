@@ -67,7 +67,7 @@ def save(picture: Image.Image, entry: Entry, path: Path) -> Path:
     said = {"version": __version__, **entry.carried(), "model_name": entry.model_name}
     chunks.add_text("reifusion", json.dumps(said))
     with scratch(path) as temporary:
-        picture.save(temporary, "PNG", pnginfo=chunks)
+        picture.save(temporary, format="PNG", pnginfo=chunks)
         return put(temporary, path)
 
 
