@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .model.sentences import cut
+from .model.sentences import cut as cut
+from .model.sentences import shown as shown
 
 
 def sentence(error: BaseException, size: str = "size") -> str:

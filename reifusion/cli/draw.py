@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..errors import shown
 from ..files import writable
-from ..model.sentences import shown
 from ..settings import ABOUT, Settings, parsed
 from .options import setting, takes
 

@@ -20,8 +20,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from .. import __version__
-from ..errors import sentence
-from ..model.sentences import cut
+from ..errors import cut, sentence
 from .check import check
 from .draw import generate
 from .models import convert, info

@@ -186,9 +186,10 @@ def test_processes_that_write_the_same_model_leave_a_whole_one(model, tmp_path):
 
 
 def test_a_name_is_never_given_twice(tmp_path, monkeypatch):
+    names: list[str] = []
     monkeypatch.setattr("reifusion.files.free", lambda path: path.with_name(names.pop()))
     for links in (True, False):
-        names = ["c.png", "b.png", "a.png"]
+        names[:] = ["c.png", "b.png", "a.png"]
         (tmp_path / "a.png").write_text("taken")
         (tmp_path / "b.png").symlink_to("nowhere")
         (tmp_path / "new").write_text("new")

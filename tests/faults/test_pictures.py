@@ -41,7 +41,7 @@ def png(colour: int, bits: int, row: bytes, transparent: bytes = b"", palette: b
 
 
 # Two pixels: the left one is transparent, the right one white and opaque.
-LEFT_TRANSPARENT = {
+LEFT_TRANSPARENT: dict[str, Any] = {
     "RGBA, white": png(6, 8, bytes([255, 255, 255, 0] + 4 * [255])),
     "RGBA, black": png(6, 8, bytes([0, 0, 0, 0] + 4 * [255])),
     "RGBA, 16 bits": png(6, 16, bytes(6 * [255] + 2 * [0] + 8 * [255])),
@@ -72,7 +72,7 @@ def test_a_mask_is_what_is_opaque_and_light(name):
     assert np.asarray(open_picture(picture)).tolist() == [[[255] * 3] * 2]  # as a picture, white
 
 
-OPAQUE = {
+OPAQUE: dict[str, Any] = {
     "black and white": Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"),
     "bool": np.array([[False, True]]),
     "16 bits": Image.fromarray(np.array([[0, 65535]], np.uint16)),
