@@ -25,7 +25,8 @@ class Stop:
 M = "reifusion/model/"
 PATH = (
     Stop((f"{M}config.py",), "every size of SD 1.5, and of the mini, on one screen", ("big-picture",), 20),
-    Stop((f"{M}pipeline.py", f"{M}guidance.py", f"{M}request.py", f"{M}pictures.py", f"{M}inpaint.py"),
+    Stop((f"{M}pipeline.py", f"{M}guidance.py", f"{M}request.py", f"{M}pictures.py", f"{M}inpaint.py",
+          f"{M}prompts.py", f"{M}sentences.py"),
          "<code>denoise</code>: the four stages from words to pixels; where the halves of guidance meet",
          ("big-picture", "guidance"), 20),
     Stop((f"{M}ddpm.py",),

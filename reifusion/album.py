@@ -21,12 +21,13 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from . import __version__, weights
-from .files import free, whole
+from . import __version__, a1111, weights
+from .files import put, scratch, whole
+from .model.pictures import read_picture
 from .model.pipeline import StableDiffusion
 from .model.request import Request
-from .model.samplers import SAMPLERS
-from .settings import ABOUT, Settings, from_carried, read_picture
+from .model.sentences import shown
+from .settings import Settings, from_carried
 
 FILES = ("model", "lora", "init_image", "mask")  # the settings that name files
 
@@ -38,12 +39,13 @@ class Entry:
     settings: Settings
     hashes: dict[str, Any]  # of the files, by setting: a text, and for the LoRAs a list of texts
     model_name: str = ""
+    ours: bool = True  # False for another program's, which does not say where the model is
 
     def carried(self) -> dict[str, Any]:
         """Returns the entry as the file carries it, in JSON."""
         said: dict[str, Any] = {}
         for name, value in self.settings.carried().items():
-            said[name] = value
+            said[name] = value if self.ours or name != "model" else self.model_name
             if name in self.hashes:
                 said[f"{name}_hash"] = self.hashes[name]
         return said
@@ -60,30 +62,47 @@ def save(picture: Image.Image, entry: Entry, path: Path) -> Path:
     """Writes the picture to the path, or to path-2, path-3, … if the path is taken; returns where it is."""
     chunks = PngInfo()
     # A prompt that was not UTF-8 on the command line must not fail here, when the work is done.
-    chunks.add_text("parameters", parameters(entry).encode("utf-8", "replace").decode("utf-8"))
+    text = a1111.write(entry.settings, entry.model_name, entry.hashes["model"], entry.hashes.get("lora", ()))
+    chunks.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))
     said = {"version": __version__, **entry.carried(), "model_name": entry.model_name}
     chunks.add_text("reifusion", json.dumps(said))
-    target = free(path)
-    with whole(target) as temporary:
-        picture.save(temporary, pnginfo=chunks)
-    return target
+    with scratch(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=chunks)
+        return put(temporary, path)
 
 
 def read(path: str | Path) -> Entry:
-    """Reads the entry of a picture of ours. Raises ValueError, in one sentence, for other files."""
+    """Reads the entry of a picture that was drawn here, or by a program that writes as AUTOMATIC1111's does.
+
+    Raises ValueError, in one sentence, for other files.
+    """
+    texts = getattr(read_picture(path), "text", {})
+    if "reifusion" not in texts and "parameters" in texts:
+        return _foreign(path, texts["parameters"])
     try:
-        carried = json.loads(getattr(read_picture(path), "text", {})["reifusion"])
+        carried = json.loads(texts["reifusion"])
         hashes = {name: carried[f"{name}_hash"] for name in FILES if carried.get(f"{name}_hash") is not None}
         model_name = str(carried.get("model_name", ""))
-    except (KeyError, json.JSONDecodeError, AttributeError):
+    except (KeyError, ValueError, RecursionError, AttributeError):
         raise ValueError(f"{path} carries no settings of reifusion's") from None
     for name, value in hashes.items():
-        if not isinstance(value, list if name == "lora" else str):
-            raise ValueError(f"{path} carries settings, but its {name}_hash is {value!r}")
+        whole_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not (whole_list if name == "lora" else isinstance(value, str)):
+            raise ValueError(f"{path} carries settings, but its {name}_hash is {shown(value)}")
     try:
         return Entry(from_carried(carried), hashes, model_name)
     except ValueError as error:
         raise ValueError(f"{path} carries settings, but {error}") from None
+
+
+def _foreign(path: str | Path, text: str) -> Entry:
+    """Reads the text of another program, which names the model but not the model's file."""
+    try:
+        settings, facts = a1111.read(text)
+    except ValueError as error:
+        raise ValueError(f"{path} carries a text, but no settings that can be read: {error}") from None
+    hashes = {"model": facts["Model hash"]} if "Model hash" in facts else {}
+    return Entry(settings, hashes, facts.get("Model", ""), ours=False)
 
 
 def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -> None:
@@ -151,32 +170,3 @@ def png_path(out: str) -> Path | None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"pictures are written as .png, not as {path.suffix}")
     return path
-
-
-# For other programs
-
-
-def parameters(entry: Entry) -> str:
-    """Returns the settings as text, in the form that AUTOMATIC1111's web UI established."""
-    settings = entry.settings
-    loras = [(Path(file).stem, weight) for file, weight in settings.lora]
-    hashes = [f"{name}: {digest}" for (name, _), digest in zip(loras, entry.hashes.get("lora", ()))]
-
-    facts = {
-        "Steps": settings.steps,
-        "Sampler": SAMPLERS[str(settings.sampler)].title,
-        "CFG scale": settings.cfg,
-        "Seed": settings.seed,
-        "Size": ABOUT["size"].write(settings.size),
-        "Model hash": entry.hashes["model"],
-        "Model": entry.model_name,
-        "Lora hashes": f'"{", ".join(hashes)}"' if loras else None,
-        "Denoising strength": settings.strength if settings.init_image else None,
-        "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # they count from 1
-        "Version": f"reifusion {__version__}",
-    }
-    lines = [" ".join([settings.prompt or "", *(f"<lora:{name}:{weight:g}>" for name, weight in loras)])]
-    if settings.negative:
-        lines.append(f"Negative prompt: {settings.negative}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
-    return "\n".join(lines)

@@ -14,6 +14,7 @@ from PIL import Image
 from . import families, kernels, weights
 from .model import first_call
 from .model.pipeline import StableDiffusion
+from .model.sentences import shown
 from .shortcuts.deepcache import deepcached
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,9 +50,14 @@ def find_device(device: torch.device | str | None) -> torch.device:
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"there is no device {device!r}; there are {', '.join(available)}") from None
-    if not available.get(device.type, True):
-        raise ValueError(f"PyTorch finds no {device.type} device on this machine")
+        raise ValueError(f"there is no device {shown(device)}; there are {', '.join(available)}") from None
+    try:
+        there = available.get(device.type, device.type != "meta")  # which holds shapes and no numbers
+        torch.empty(0, device=device if there else "cpu")
+    except Exception:  # each kind of device has errors of its own
+        there = False
+    if not there:
+        raise ValueError(f"PyTorch finds no {device} device on this machine")
     return device
 
 
@@ -64,7 +70,7 @@ def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.d
     for short, known in DTYPES.items():
         if dtype in (short, known, str(known).removeprefix("torch.")):
             return known
-    raise ValueError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    raise ValueError(f"there is no dtype {shown(dtype)}; there are {', '.join(DTYPES)}")
 
 
 @functools.lru_cache(maxsize=1)

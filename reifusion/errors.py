@@ -1,8 +1,11 @@
-"""An error as one sentence, for whoever uses a program and does not read its code."""
+"""Errors as one sentence, for whoever uses a program and does not read its code."""
 
 from __future__ import annotations
 
 import re
+
+from .model.sentences import cut as cut
+from .model.sentences import shown as shown
 
 
 def sentence(error: BaseException, size: str = "size") -> str:
@@ -11,4 +14,4 @@ def sentence(error: BaseException, size: str = "size") -> str:
     if isinstance(error, MemoryError) or re.search("allocate|out of memory", text):
         return f"out of memory; try a smaller {size}"
     first, *_ = text.splitlines() or [type(error).__name__]
-    return first
+    return cut(first)

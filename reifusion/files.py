@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,19 +18,45 @@ from typing import Any
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yields another name for a file or folder, which becomes `path` if all goes well, or else vanishes."""
     path = Path(path)
+    with scratch(path) as new, scratch(path) as old:
+        try:
+            yield new
+            if path.is_dir():  # a folder, unlike a file, cannot be replaced in one step
+                path.rename(old)
+            new.replace(path)
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` for a file or folder; whatever has the name at the end is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{uuid.uuid4().hex[:8]}"
-    new, old = path.with_name(f"{mark}.{path.name}"), path.with_name(f"{mark}.old.{path.name}")
+    name = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
-        yield new
-        if path.is_dir():  # a folder, unlike a file, cannot be replaced in one step
-            path.rename(old)
-        new.replace(path)
+        yield name
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(f"{path} could not be written: {error.strerror}") from error
+        raise
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for rest in (new, old):
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
+        shutil.rmtree(name) if name.is_dir() else name.unlink(missing_ok=True)
+
+
+def put(file: Path, path: Path) -> Path:
+    """Gives a file the name `path`, or path-2, path-3, … if that is taken; returns the name that it got."""
+    while True:
+        target = free(path)
+        with suppress(FileExistsError):  # another process has just taken the name
+            try:
+                os.link(file, target)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                target.touch(exist_ok=False)
+                file.replace(target)
+            return target
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -45,7 +72,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 def free(path: Path) -> Path:
     """Returns the path, or path-2, path-3, … if the path is taken."""
     number, target = 2, path
-    while target.exists():
+    while os.path.lexists(target):  # also a link to a file that is gone
         number, target = number + 1, path.with_stem(f"{path.stem}-{number}")
     return target
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .model.sentences import shown as _shown
+
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from .model.pipeline import StableDiffusion
     from .model.request import Request
@@ -29,7 +30,7 @@ def read_size(text: str) -> tuple[int, int]:
     """512x768 -> (512, 768)"""
     found = re.fullmatch(r"(\d{1,6})[x×X](\d{1,6})", text)
     if found is None:
-        raise ValueError(f"a size is width x height, like 512x768, not {text!r}")
+        raise ValueError(f"a size is width x height, like 512x768, not {_shown(text)}")
     return int(found[1]), int(found[2])
 
 
@@ -38,7 +39,7 @@ def read_interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
-        raise ValueError(f"a guidance interval is from:to, like 0.3:5, not {text!r}") from None
+        raise ValueError(f"a guidance interval is from:to, like 0.3:5, not {_shown(text)}") from None
     return low, high
 
 
@@ -50,21 +51,7 @@ def read_lora(text: str) -> tuple[str, float]:
     with contextlib.suppress(ValueError):
         if math.isfinite(weight := float(number)):
             return file, weight
-    raise ValueError(f"the weight of a LoRA is a number, as in {file}:0.8, not {number!r}")
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """Opens a picture and reads it to its end, so that a truncated file is found now."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture at {path}") from None
-    except Exception as error:  # Pillow raises anything from OSError to SyntaxError for broken files
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    raise ValueError(f"the weight of a LoRA is a number, as in {file}:0.8, not {_shown(number)}")
 
 
 def sampler_names() -> list[str]:
@@ -179,12 +166,17 @@ class Settings:
         "Guidance rescale", "How much of the contrast that guidance adds is taken back, to 1.", 0.0,
         kind=float, shown="0", carried=_carried_number,
     )  # fmt: skip
+    image_guidance: float | None = _setting(
+        "Image CFG scale", "How closely models that edit pictures follow the init image.",
+        kind=float, shown="1.5", carried=_carried_number,
+    )  # fmt: skip
     deepcache: int = _setting("DeepCache", "The U-Net's inside on every n-th step only.", 1, kind=int)
     int8: bool = _setting("8-bit weights", "Weights of 8 bits.", False, kind=bool)
     dtype: str | None = _setting("dtype", "bf16, fp16 or fp32.", shown="what suits the device")
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
+        from .model.pictures import read_picture
         from .model.request import Request
 
         if self.prompt is None:
@@ -280,7 +272,7 @@ def from_carried(carried: Mapping[str, Any]) -> Settings:
             try:
                 values[name] = about.carried(carried[name])
             except ValueError:
-                raise ValueError(f"its {name} is {carried[name]!r}") from None
+                raise ValueError(f"its {name} is {_shown(carried[name])}") from None
     return Settings(**values)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..errors import shown
 from ..files import writable
 from ..settings import ABOUT, Settings, parsed
 from .options import setting, takes
@@ -39,6 +40,11 @@ def generate(
     from ..weights import info
 
     before = None if like is None else album.read(like)
+    if before is not None and not before.ours and "model" not in given:
+        raise ValueError(
+            f"{like} was drawn by another program with the model {shown(before.model_name)}; "
+            "say with --model where that is"
+        )
     settings = replace(Settings() if before is None else before.settings, **parsed(given))
     request = settings.request(num)
     request = request.for_model(info(settings.model).config)

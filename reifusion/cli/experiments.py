@@ -13,11 +13,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..settings import read_picture
 from .options import option
 
 if TYPE_CHECKING:
     from ..explain.figures import Exhibit
+
+
+def _picture(path: str) -> Any:
+    from ..model.pictures import read_picture
+
+    return read_picture(path)
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             Own(
                 option("picture", "Any picture.", shown="a test card", argument=True, metavar="FILE"),
-                read_picture,
+                _picture,
             ),
         ),
         settings="",

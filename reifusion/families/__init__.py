@@ -9,6 +9,7 @@ from ..model.config import ModelConfig
 from ..model.diffusion import UNet
 from ..model.pipeline import StableDiffusion
 from .lcm import LatentConsistency, LCMUNet
+from .pix2pix import InstructPix2Pix
 
 
 def build(config: ModelConfig) -> dict[str, nn.Module]:
@@ -18,8 +19,10 @@ def build(config: ModelConfig) -> dict[str, nn.Module]:
 
 def adapted(pipe: StableDiffusion) -> StableDiffusion:
     """The same networks, drawn with as their family wants it."""
-    if pipe.config.unet.guidance_width is None:
+    if pipe.config.unet.guidance_width is not None:
+        family: type[StableDiffusion] = LatentConsistency
+    elif pipe.config.edits:
+        family = InstructPix2Pix
+    else:
         return pipe
-    return LatentConsistency(
-        pipe.config, pipe.tokenizer, pipe.models, pipe.device, pipe.idle_device, pipe.around
-    )
+    return family(pipe.config, pipe.tokenizer, pipe.models, pipe.device, pipe.idle_device, pipe.around)

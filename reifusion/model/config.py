@@ -88,6 +88,16 @@ class ModelConfig:
     steps: int = 25
     cfg: float = 7.5
 
+    @property
+    def edits(self) -> bool:
+        """True if the U-Net sees a picture's latents beside the noise, and edits that picture by words."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels
+
+    @property
+    def inpaints(self) -> bool:
+        """True if the U-Net sees a mask and the latents of what is kept beside the noise."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
 
 SD15 = ModelConfig()
 

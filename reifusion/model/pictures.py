@@ -2,34 +2,123 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-Picture = Image.Image | np.ndarray | str | os.PathLike  # arrays: uint8, (H, W), (H, W, 3) or (H, W, 4)
+# Arrays: uint8 (or bool, for black and white), of shape (H, W) or (H, W, C): grey, grey + alpha, RGB or RGBA.
+Picture = Image.Image | np.ndarray | str | os.PathLike
+
+KNOWN = "a picture is a PIL image, an array of uint8, or the path of a file"
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """Any picture -> 8-bit RGB, upright; transparent parts become white."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8:
-            raise ValueError(f"a picture's array must hold uint8, not {picture.dtype}")
-        picture = Image.fromarray(picture)
-    elif not isinstance(picture, Image.Image):
-        picture = Image.open(picture)
-    picture = ImageOps.exif_transpose(picture)  # cameras write sideways and say so
-    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
-        levels = np.asarray(picture).clip(0, 65535) / 257
-        picture = Image.fromarray(levels.round().astype(np.uint8))
-    if picture.mode == "La":  # the one mode that does not convert by itself
-        picture = picture.convert("LA")
+def open_picture(picture: Picture, under: str = "white") -> Image.Image:
+    """Reads any picture as 8-bit RGB, upright; under: the colour that is seen through transparent parts.
+
+    Raises ValueError, in one sentence, for a file that is no picture, and for arrays that could be anything.
+    """
+    picture = _as_image(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, under), picture)
     return picture.convert("RGB")
+
+
+def open_mask(picture: Picture) -> Image.Image:
+    """Reads a mask as 8-bit grey: white where the picture is opaque and light, black where nothing is."""
+    return open_picture(picture, under="black").convert("L")
+
+
+def is_transparent(picture: Picture) -> bool:
+    """True if something shows through a part of the picture."""
+    picture = _as_image(picture)
+    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+    return alpha is not None and alpha.getextrema() != (255, 255)
+
+
+def read_picture(path: str | os.PathLike) -> Image.Image:
+    """Opens a picture and reads it to its end, so that a truncated file is found now."""
+    try:
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except ValueError:  # from Pillow, for a PNG with more text or a larger colour profile than it unpacks
+            with Image.open(io.BytesIO(b"".join(_needed(Path(path).read_bytes())))) as picture:
+                picture.load()
+        return picture
+    except FileNotFoundError:
+        raise ValueError(f"there is no picture at {path}") from None
+    except Exception as error:  # Pillow raises anything from OSError to SyntaxError for broken files
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+OUR_TEXTS = (b"reifusion", b"parameters")  # the texts of a PNG in which settings stand
+
+
+def _needed(png: bytes) -> Iterator[bytes]:
+    """Yields the chunks of a PNG, except the texts and the colour profile that are not used here."""
+    yield png[:8]
+    at = 8
+    while at < len(png):
+        kind, end = png[at + 4 : at + 8], at + 12 + int.from_bytes(png[at : at + 4], "big")
+        keyword = png[at + 8 : at + 88].partition(b"\0")[0]
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or keyword in OUR_TEXTS:
+            yield png[at:end]
+        at = end
+
+
+def _as_image(picture: Picture) -> Image.Image:
+    """Reads a picture, upright, with 8 bits for each channel; with the transparency that it has."""
+    if isinstance(picture, np.ndarray):
+        picture = _of_array(picture)
+    elif isinstance(picture, str | os.PathLike):
+        picture = read_picture(picture)
+    elif not isinstance(picture, Image.Image):
+        raise ValueError(f"{KNOWN}, not {type(picture).__name__}")
+    if 0 in picture.size:
+        raise ValueError(f"a picture of {picture.width}×{picture.height} has no pixels")
+    try:
+        picture = ImageOps.exif_transpose(picture)  # cameras write sideways and say so
+        if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
+            picture = _grey(picture, np.asarray(picture).clip(0, 65535) / 257)
+        if picture.mode == "F":  # some programs write 0 to 1, others 0 to 255
+            levels = np.nan_to_num(np.asarray(picture), nan=0, posinf=255, neginf=0)
+            picture = _grey(picture, (levels * 255 if levels.max() <= 1 else levels).clip(0, 255))
+        if picture.mode in ("La", "RGBa"):  # Pillow converts them to few other modes
+            picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
+        return picture
+    except Exception as error:  # of Pillow: a picture that was opened but not read can still be broken
+        raise ValueError(f"the picture cannot be read: {error}") from error
+
+
+def _grey(picture: Image.Image, levels: np.ndarray) -> Image.Image:
+    """Makes a grey picture of levels from 0 to 255, transparent where `picture` names a transparent level."""
+    grey = Image.fromarray(levels.round().astype(np.uint8))
+    if "transparency" in picture.info:
+        there = np.asarray(picture) != picture.info["transparency"]
+        grey.putalpha(Image.fromarray(there * np.uint8(255)))
+    return grey
+
+
+def _of_array(array: np.ndarray) -> Image.Image:
+    shape = "×".join(map(str, array.shape))
+    if array.dtype == bool and array.ndim == 2:
+        array = array * np.uint8(255)
+    if array.dtype != np.uint8:
+        raise ValueError(f"a picture's array must hold uint8, 0 to 255, not {array.dtype}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (2, 3, 4)):
+        raise ValueError(f"a picture's array must be height×width, or height×width×(1 to 4), not {shape}")
+    if 0 in array.shape:
+        raise ValueError(f"a picture's array of {shape} has no pixels")
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from .config import ModelConfig
 from .ddpm import Sampler, randn
+from .finite import check, finite
 from .guidance import Denoiser, Guidance
-from .inpaint import beside, keep_known, latent_mask
-from .pictures import fit, to_picture, to_tensor
+from .inpaint import begin, beside
+from .pictures import fit, to_picture
+from .prompts import warn_of_syntax
 from .request import Request, ask
 from .samplers import SAMPLERS
-
-StepForward = Callable[[Tensor, Tensor, Tensor], Tensor]  # of t, latents and model output
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ class StableDiffusion:
         # 1. Text encoding: B prompts -> (B, 77, 768), and as many negative ones
         positive, negative = self.encode_words(request)
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
-        latents, step, extra = self._begin(request, sampler, self._noise(request, generators))
+        noise = self._noise(request, generators)
+        latents, step, extra = begin(self.config, request, sampler, noise, self.encode_image)
         with self._borrow("diffusion") as unet:
-            denoiser = beside(self.denoiser(self.around(unet), request), extra)
-            guided = Guidance(in_inference_mode(denoiser), positive, negative, *request.guidance)
+            denoiser = in_inference_mode(self.denoiser(self.around(unet), request))
+            guided = self.guided(denoiser, extra, positive, negative, request)
             # 3. Denoising loop
             for index, t in enumerate(sampler.timesteps):
                 x_t, before = latents, copy.copy(sampler)
@@ -141,7 +142,8 @@ class StableDiffusion:
                     output, cond, uncond = guided(sampler.scale_model_input(x_t, t), time, sampler.sigma(t))
                     latents = step(t, x_t, output)
                 total = len(sampler.timesteps)
-                sent = yield Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
+                made = Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
+                sent = yield check(made, unet)
                 latents = latents if sent is None else sent
 
     def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:
@@ -162,16 +164,18 @@ class StableDiffusion:
         if clip_skip >= self.config.clip.layers:
             raise ValueError(f"clip_skip must be less than {self.config.clip.layers}, not {clip_skip}")
         distinct = list(dict.fromkeys(prompts))
+        warn_of_syntax(distinct)
         tokens = torch.tensor([self.tokenizer.encode(prompt) for prompt in distinct])  # (D, 77)
         with self._borrow("clip") as clip:
             encode = in_inference_mode(partial(clip, skip=clip_skip))
-            context = encode(tokens.to(self.device))  # (D, 77) -> (D, 77, 768)
+            context = finite(encode(tokens.to(self.device)), "the text encoder", clip)  # (D, 77, 768)
         return context[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32: the mean; its noise is far below ours."""
         with self._borrow("encoder") as encoder:
-            return in_inference_mode(encoder)(pixels.to(self.device, _dtype(encoder))).float()
+            latents = in_inference_mode(encoder)(pixels.to(self.device, _dtype(encoder))).float()
+            return finite(latents, "the VAE's encoder", encoder)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -184,14 +188,21 @@ class StableDiffusion:
                     warnings.warn(f"the VAE overflowed in {dtype}: decoded again in float32", stacklevel=1)
                     pixels = decoder.float()(z.float())
                     decoder.to(dtype)
-                if not pixels.isfinite().all():
+                if not z.isfinite().all():
                     raise FloatingPointError("the latents overflowed; try float32, or less guidance")
-                pictures.append(to_picture(pixels[0]))
+                pictures.append(to_picture(finite(pixels, "the VAE's decoder", decoder)[0]))
         return pictures
 
     def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
         """The U-Net, as the loop calls it for a request."""
         return lambda x, context, t: unet(x.to(_dtype(unet)), context, t)
+
+    def guided(
+        self, denoiser: Denoiser, extra: Tensor | None, positive: Tensor, negative: Tensor | None,
+        request: Request,
+    ) -> Guidance:  # fmt: skip
+        """The denoiser with the extra channels that it sees, and with guidance."""
+        return Guidance(beside(denoiser, extra), positive, negative, *request.guidance)
 
     def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Encodes the prompts and, for guidance, the negative prompts: each (B, 77, 768)."""
@@ -210,30 +221,6 @@ class StableDiffusion:
                 raise ValueError(f"noise must be {tuple(noise.shape)}, not {tuple(request.noise.shape)}")
             noise = request.noise.float()
         return noise.to(self.device)
-
-    def _begin(
-        self, request: Request, sampler: Sampler, noise: Tensor
-    ) -> tuple[Tensor, StepForward, Tensor | None]:
-        """The latents to begin with, the step, and the extra channels of a U-Net made for inpainting."""
-        vae, (height, width) = self.config.vae, (side * self.config.vae.factor for side in noise.shape[-2:])
-        nine_channels = self.config.unet.in_channels > vae.latent_channels
-        latents, step = noise * sampler.init_noise_sigma, cast(StepForward, sampler.step)
-        pixels, redraw = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
-        if isinstance(request.init_image, Image.Image):
-            pixels = to_tensor(fit(request.init_image, width, height))
-            original = self.encode_image(pixels)
-            latents = sampler.add_noise(original.expand_as(noise), sampler.timesteps[0], noise)
-            if isinstance(request.mask, Image.Image):
-                redraw = (to_tensor(fit(request.mask, width, height)) + 1) / 2  # (1, 1, H, W)
-                if not nine_channels:
-                    step = keep_known(
-                        sampler, original, latent_mask(redraw, vae.factor).to(self.device), noise
-                    )
-        if not nine_channels:
-            return latents, step, None
-        redraw = (redraw >= 0.5).float()
-        known, mask = self.encode_image(pixels * (1 - redraw)), latent_mask(redraw, vae.factor)
-        return latents, step, torch.cat([mask.to(self.device), known], dim=1)
 
     @contextmanager
     def _borrow(self, name: str) -> Generator[nn.Module, None, None]:

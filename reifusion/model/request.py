@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import operator
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from .config import ModelConfig
-from .pictures import Picture, open_picture
+from .pictures import Picture, fit, is_transparent, open_mask, open_picture
 from .samplers import SAMPLERS, samplers_for
+from .sentences import cut, shown
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Request:
     negative: str | Sequence[str] = ""  # what to keep away from: one for all prompts, or one for each
     _: KW_ONLY
     init_image: Picture | None = None  # img2img: begin with this picture, not with noise alone
-    mask: Picture | None = None  # inpainting: white is redrawn, black is kept; as large as init_image
+    mask: Picture | None = None  # inpainting: white is redrawn; black and transparent parts are kept
     strength: float = 0.8  # of img2img, in (0, 1]: how much noise the picture gets
     cfg: float | None = None  # the guidance scale, s in the guidance equation; 1 is none, and twice as fast
     sampler: str | None = None  # one of SAMPLERS
@@ -41,6 +44,7 @@ class Request:
     noise: Tensor | None = None  # the noise to begin with, (B, 4, H/8, W/8); None: drawn from the seeds
     guidance_rescale: float = 0.0  # 0 … 1: how much of the contrast that guidance adds is taken back
     guidance_interval: tuple[float, float] | None = None  # guidance only for σ between the two
+    image_guidance: float | None = None  # of models that edit: how closely to follow init_image; 1 is none
 
     # One of each for every picture: all of the first prompt, then all of the second, …
     prompts: list[str] = field(init=False, repr=False)
@@ -56,11 +60,13 @@ class Request:
                 f"{len(prompts)} prompts need as many negative ones, or one, not {len(negatives)}"
             )
         if self.sampler not in (None, *SAMPLERS):
-            raise ValueError(f"there is no sampler {self.sampler!r}; there are {', '.join(SAMPLERS)}")
+            raise ValueError(f"there is no sampler {shown(self.sampler)}; there are {', '.join(SAMPLERS)}")
         if not 0 < _number(self.strength, "strength") <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
-        if self.cfg is not None and not math.isfinite(_number(self.cfg, "cfg")):
-            raise ValueError(f"cfg must be a finite number, not {self.cfg}")
+        for name in ("cfg", "image_guidance"):
+            scale = getattr(self, name)
+            if scale is not None and not math.isfinite(_number(scale, name)):
+                raise ValueError(f"{name} must be a finite number, not {scale}")
         if not 0 <= _number(self.guidance_rescale, "guidance_rescale") <= 1:
             raise ValueError(f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}")
         self.seed = secrets.randbelow(2**32) if self.seed is None else self.seed
@@ -71,18 +77,39 @@ class Request:
         self.clip_skip = whole_number(self.clip_skip, "clip_skip", 0)
         if self.guidance_interval is not None:
             self.guidance_interval = _interval(self.guidance_interval)
+        if self.size is not None and not _is_pair(self.size):
+            raise ValueError(f"a size is a width and a height, like (512, 768), not {shown(self.size)}")
+        if not isinstance(self.noise, Tensor | None):
+            raise ValueError(f"noise must be a tensor, not {type(self.noise).__name__}")
         if self.mask is not None and self.init_image is None:
             raise ValueError("a mask needs an input image to keep the rest of")
         if self.init_image is not None:
-            self.init_image = open_picture(self.init_image)
-        if self.mask is not None and isinstance(self.init_image, Image.Image):
-            self.mask = open_picture(self.mask).convert("L")
-            if self.mask.size != self.init_image.size:
-                sizes = [f"{width}×{height}" for width, height in (self.init_image.size, self.mask.size)]
-                raise ValueError(f"the mask must be as large as the input image, {sizes[0]}, not {sizes[1]}")
+            self._open_pictures(self.init_image)
         self.prompts = [text for text in prompts for _ in range(self.num)]
         self.negatives = [text for text in negatives for _ in range(self.num)]
         self.seeds = [self.seed + k for k in range(len(self.prompts))]
+
+    def _open_pictures(self, init_image: Picture) -> None:
+        self.init_image = open_picture(init_image)
+        if self.mask is None:
+            if is_transparent(init_image):
+                warnings.warn(
+                    "the init image is transparent in places, which count as white; "
+                    "to redraw only these, give a mask that is white there",
+                    stacklevel=1,
+                )
+            return
+        self.mask = open_mask(self.mask)
+        if self.mask.size != self.init_image.size:
+            sizes = [f"{width}×{height}" for width, height in (self.mask.size, self.init_image.size)]
+            warnings.warn(f"the mask of {sizes[0]} was fitted to the init image of {sizes[1]}", stacklevel=1)
+            self.mask = fit(self.mask, *self.init_image.size)
+        lightest = np.asarray(self.mask).max()
+        if lightest < 128:
+            warnings.warn(
+                f"the mask has no white, only levels up to {lightest} of 255, so next to nothing is redrawn",
+                stacklevel=1,
+            )
 
     @property
     def guidance(self) -> tuple[float, float, tuple[float, float]]:
@@ -94,9 +121,12 @@ class Request:
         """This request with everything that it leaves open filled in with the model's own settings.
 
         A size that was left open is the size that the model was trained on, or, for an input image, the
-        image's shape with that as the shorter side, and at most twice as long as wide. Raises ValueError for
-        a sampler or size that does not fit the model.
+        image's shape with that as the shorter side, and at most twice as long as wide. A model that edits
+        its input image begins with noise alone, which is a strength of 1. Raises ValueError for a sampler,
+        size or image_guidance that does not fit the model.
         """
+        if self.image_guidance is not None and not config.edits:
+            raise ValueError(f"image_guidance is for models that edit pictures, which {config.name} does not")
         width, height = self.init_image.size if isinstance(self.init_image, Image.Image) else (1, 1)
         scale, factor = config.size / min(width, height), config.vae.factor
         asked_width, asked_height = self.size or (None, None)
@@ -110,8 +140,14 @@ class Request:
             steps=config.steps if self.steps is None else self.steps,
             cfg=config.cfg if self.cfg is None else self.cfg,
             size=size,
+            strength=1.0 if config.edits else self.strength,
+            image_guidance=IMAGE_GUIDANCE
+            if config.edits and self.image_guidance is None
+            else self.image_guidance,
         )
 
+
+IMAGE_GUIDANCE = 1.5  # of models that edit, where a request leaves it open (Brooks et al. 2023)
 
 # The words of the project's first call, and the names that the same settings have here.
 FIRST_WORDS = {
@@ -161,7 +197,7 @@ def _side(name: str, asked: int | None, otherwise: float, factor: int) -> int:
 def _texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a prompt is a text, or a list with at least one text, not {value!r}")
+        raise ValueError(f"a prompt is a text, or a list with at least one text, not {shown(value)}")
     return texts
 
 
@@ -169,7 +205,7 @@ def _number(value: Any, name: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, not {value!r}") from None
+        raise ValueError(f"{name} must be a number, not {shown(value)}") from None
 
 
 def _interval(value: Any) -> tuple[float, float]:
@@ -180,18 +216,22 @@ def _interval(value: Any) -> tuple[float, float]:
 
 
 def _pair(value: Any) -> tuple[float, float]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"guidance_interval must be two numbers, like (0.3, 5), not {value!r}")
+    if not _is_pair(value):
+        raise ValueError(f"guidance_interval must be two numbers, like (0.3, 5), not {shown(value)}")
     low, high = (_number(end, "an end of guidance_interval") for end in value)
     return low, high
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def whole_number(value: Any, name: str, low: int, high: float = math.inf) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+        raise ValueError(f"{name} must be a whole number, not {shown(value)}") from None
     if not low <= number <= high:
         limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {limits}, not {number}")
+        raise ValueError(f"{name} must be {limits}, not {cut(str(number), 40)}")
     return number

@@ -13,9 +13,10 @@ from PIL import Image
 
 from .. import album
 from ..errors import sentence
+from ..model.pictures import read_picture
 from ..model.request import Request
 from ..model.samplers import SAMPLERS
-from ..settings import ABOUT, Settings, read_picture
+from ..settings import ABOUT, Settings
 from . import drawing as drawing_module
 from .drawing import Drawing, draw
 from .layout import STRIP, Parts, gr, samplers
@@ -223,6 +224,8 @@ def connect(blocks: gr.Blocks, parts: Parts, acts: Acts) -> None:
 def _entry(path: Path) -> album.Entry:
     """Reads what a picture's file says. Raises ValueError if that is not enough to draw the picture again."""
     entry = album.read(path)
+    if not entry.ours:
+        raise ValueError(f"{path} was drawn by another program")
     if missing := sorted(name for name in NEEDED if getattr(entry.settings, name) is None):
         raise ValueError(f"{path} does not say its {', '.join(missing)}")
     return entry

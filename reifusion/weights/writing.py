@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -62,7 +65,13 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str
     """Writes a `.safetensors` with the permissions of the user's umask."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, None if header is None else dict(header))  # as readable by the owner only
+    try:
+        # safetensors makes its files readable by the owner only
+        save_file(dict(tensors), path, None if header is None else dict(header))
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
     path.chmod(mode)
 
 

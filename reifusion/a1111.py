@@ -1,0 +1,117 @@
+"""Settings as text, in the form that AUTOMATIC1111's web UI established and other programs read.
+
+a cat <lora:zork:0.8>
+Negative prompt: a dog
+Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model: "one, two"
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .model.samplers import SAMPLERS
+from .model.sentences import shown
+from .settings import ABOUT, Settings, read_size
+
+NEGATIVE = "Negative prompt: "
+FACT = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+
+
+def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence[str] = ()) -> str:
+    """Returns the settings as text. model: its name."""
+    loras = [(Path(file).stem, weight) for file, weight in settings.lora]
+    hashes = [f"{name}: {digest}" for (name, _), digest in zip(loras, lora_hashes)]
+    facts = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLERS[str(settings.sampler)].title,
+        "CFG scale": settings.cfg,
+        "Image CFG scale": settings.image_guidance,
+        "Seed": settings.seed,
+        "Size": ABOUT["size"].write(settings.size),
+        "Model hash": model_hash,
+        "Model": model,
+        "Lora hashes": ", ".join(hashes) if loras else None,
+        "Denoising strength": settings.strength if settings.init_image else None,
+        "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # they count from 1
+        "Version": f"reifusion {__version__}",
+    }
+    lines = [" ".join([settings.prompt or "", *(f"<lora:{name}:{weight:g}>" for name, weight in loras)])]
+    if settings.negative:
+        lines.append(NEGATIVE + settings.negative)
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value is not None))
+    return "\n".join(lines)
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n\r]', text) else text
+
+
+def read(text: str) -> tuple[Settings, dict[str, str]]:
+    """Reads such a text: the settings, and all facts of its last line by their names there.
+
+    Warns of a sampler that is not built in, and leaves it open. Raises ValueError, in one sentence, for a
+    text without a line of facts, and for a fact that must be a number and is none.
+    """
+    lines = text.strip().split("\n")
+    last = max((k for k, line in enumerate(lines) if line.startswith("Steps: ")), default=None)
+    if last is None:
+        raise ValueError("it has no line that begins with Steps")
+    begin = next((k for k, line in enumerate(lines[:last]) if line.startswith(NEGATIVE.strip())), last)
+    facts = _facts(lines[last])
+    numbers: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "Steps": ("steps", int),
+        "CFG scale": ("cfg", float),
+        "Image CFG scale": ("image_guidance", float),
+        "Seed": ("seed", int),
+        "Size": ("size", read_size),
+        "Denoising strength": ("strength", float),
+        "Clip skip": ("clip_skip", lambda value: max(0, int(value) - 1)),
+    }
+    values = {}
+    for title, (name, kind) in numbers.items():
+        if title in facts:
+            try:
+                values[name] = kind(facts[title])
+            except ValueError:
+                raise ValueError(f"its {title} is {shown(facts[title])}") from None
+    negative = "\n".join(lines[begin:last]).removeprefix(NEGATIVE.strip()).strip()
+    prompt = "\n".join(lines[:begin]).strip()
+    return Settings(prompt, negative, sampler=_sampler(facts), **values), facts
+
+
+def _facts(line: str) -> dict[str, str]:
+    """'Steps: 20, Model: "one, two"' -> {"Steps": "20", "Model": "one, two"}"""
+    facts, at = {}, 0
+    while found := FACT.match(line, at):
+        name, value = found[1].strip(), found[2].strip()
+        if value.startswith('"'):
+            with suppress(ValueError):  # from a quotation mark that means itself
+                value = str(json.loads(value))
+        facts[name], at = value, found.end()
+    return facts
+
+
+def _sampler(facts: Mapping[str, str]) -> str | None:
+    """Returns our name of the sampler; None if there is none, or none that is built in."""
+    asked, schedule = facts.get("Sampler"), facts.get("Schedule type", "")
+    if asked is None:
+        return None
+    names = {sampler.title.lower(): name for name, sampler in SAMPLERS.items()}
+    # Since version 1.9 the schedule has a fact of its own; what is automatic for DPM++ 2M is Karras.
+    karras = f"{asked} Karras" if schedule in ("Automatic", "Karras") else asked
+    name = names.get(karras.lower()) or names.get(asked.lower())
+    if name is None:
+        warnings.warn(f"the sampler {shown(asked)} is not built in; the model's own is used", stacklevel=2)
+    elif schedule not in ("", "Automatic") and name != names.get(f"{asked} {schedule}".lower()):
+        warnings.warn(
+            f"{asked} is used without the schedule {shown(schedule)}, which is not built in", stacklevel=2
+        )
+    return name

@@ -1,0 +1,218 @@
+"""Full disks, killed processes: what was there is whole, and what is new is whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reifusion import album, cli, weights
+from reifusion.files import put
+from reifusion.weights import save
+from tests.tiny import SMALL, WORDS, networks
+
+resource = pytest.importorskip("resource")  # of Unix
+
+MANY = int(os.environ.get("REIFUSION_MANY", 1))  # times as many kills: a longer search, by hand
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save(SMALL, networks(SMALL, noise=0.05), path, tokenizer=WORDS)
+    return str(path)
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(list(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+
+def drawing(model: str, out: Path, *more: str) -> list[str]:
+    return [
+        "generate",
+        "--model",
+        model,
+        "--steps=1",
+        "--seed=1",
+        "--quiet",
+        f"--out={out}",
+        *more,
+        "--",
+        "a cat",
+    ]
+
+
+# Disks that fill up
+
+
+@contextlib.contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file can be larger than this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("only root can make a small disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def assert_one_sentence(told: tuple[int, str, str], place: Path) -> None:
+    code, out, err = told
+    assert (code, out) == (1, "")
+    assert err.startswith(f"reifusion: {place}") and "could not be written" in err and err.count("\n") == 1
+
+
+def test_a_picture_that_does_not_fit_leaves_nothing_behind(model, tmp_path):
+    with limited(500):
+        assert_one_sentence(run(*drawing(model, tmp_path / "new" / "a.png")), tmp_path / "new")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
+def test_a_model_that_does_not_fit_leaves_nothing_behind(model, tmp_path, to):
+    target = tmp_path / ("new" if to == "diffusers" else "new.safetensors")
+    with limited(2**15):
+        assert_one_sentence(run("convert", f"--to={to}", model, str(target)), target)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_keeps_what_was_there(model, small_disk):
+    first = run(*drawing(model, small_disk / "a.png"))
+    assert first[0] == 0
+    (small_disk / "rest").write_bytes(bytes(2**14))
+    before = {path: path.read_bytes() for path in small_disk.iterdir()}
+    assert_one_sentence(run("convert", "--to=native", model, f"{small_disk}/new.safetensors"), small_disk)
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+    told = run(*drawing(model, small_disk / "a.png"))
+    assert told[0] in (1, 2) and told[2].startswith("reifusion: ") and told[2].count("\n") == 1
+    (small_disk / "full").unlink()
+    assert {path: path.read_bytes() for path in small_disk.iterdir()} == before
+
+
+# Processes that are killed, and processes that meet
+
+
+def begin(*arguments: str) -> int:
+    """Starts a command in a copy of this process, which needs no time to import PyTorch; returns its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            os._exit(cli.main(list(arguments)))
+        finally:
+            os._exit(70)
+    return child
+
+
+def killed(child: int, after: float) -> None:
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def seen(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_a_killed_generate_leaves_whole_pictures(model, tmp_path):
+    number = random.Random(0)
+    assert run(*drawing(model, tmp_path))[0] == 0  # which also tells how long a picture takes
+    for _ in range(8 * MANY):
+        killed(begin(*drawing(model, tmp_path, "--num=100")), number.uniform(0.02, 0.6))
+    pictures = seen(tmp_path)
+    assert len(pictures) > 1
+    for path in pictures:
+        assert album.read(path).settings.prompt == "a cat" and Image.open(path).size == (32, 32)
+    assert run(*drawing(model, tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize("to", ["native", "diffusers"])
+def test_a_killed_convert_leaves_a_whole_model_or_none(model, tmp_path, to):
+    target, number = tmp_path / ("new" if to == "diffusers" else "new.safetensors"), random.Random(1)
+    found = set()
+    for i in range(8 * MANY):
+        killed(begin("convert", f"--to={to}", model, str(target)), number.uniform(0.0, 0.02 * (i + 1)))
+        for path in seen(tmp_path):
+            weights.load(str(path))  # reads every tensor
+            path.rename(tmp_path / f".done-{i}")
+            found.add(i)
+    assert run("convert", f"--to={to}", model, str(target))[0] == 0
+
+
+def test_processes_that_draw_into_the_same_folder_lose_no_picture(model, tmp_path):
+    children = [begin(*drawing(model, tmp_path / "cat.png", "--num=6")) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"cat.png", *(f"cat-{k}.png" for k in range(2, 19))}
+    seeds = sorted(album.read(tmp_path / name).settings.seed or 0 for name in names)
+    assert seeds == sorted([1, 2, 3, 4, 5, 6] * 3)
+
+
+def test_processes_that_write_the_same_model_leave_a_whole_one(model, tmp_path):
+    for to, target in (("native", tmp_path / "new.safetensors"), ("diffusers", tmp_path / "new")):
+        children = [begin("convert", f"--to={to}", model, str(target)) for _ in range(3)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert 0 in codes and set(codes) <= {0, 1, 2}
+        weights.load(str(target))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.safetensors"]
+
+
+def test_a_name_is_never_given_twice(tmp_path, monkeypatch):
+    names: list[str] = []
+    monkeypatch.setattr("reifusion.files.free", lambda path: path.with_name(names.pop()))
+    for links in (True, False):
+        names[:] = ["c.png", "b.png", "a.png"]
+        (tmp_path / "a.png").write_text("taken")
+        (tmp_path / "b.png").symlink_to("nowhere")
+        (tmp_path / "new").write_text("new")
+        if not links:
+            monkeypatch.setattr(
+                os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links here"))
+            )
+        assert put(tmp_path / "new", tmp_path / "a.png") == tmp_path / "c.png"
+        assert [(tmp_path / name).read_text() for name in ("a.png", "c.png")] == ["taken", "new"]
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+# A home that cannot be written to
+
+
+def test_a_home_and_a_cache_that_cannot_be_written_to_do_not_matter(model, tmp_path):
+    (tmp_path / "file").write_text("not a folder, so that nobody, not even root, can write into it")
+    nowhere = str(tmp_path / "file" / "home")
+    places = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR")
+    done = subprocess.run(
+        [sys.executable, "-m", "reifusion", *drawing(model, tmp_path / "a.png")],
+        capture_output=True, text=True, env=os.environ | dict.fromkeys(places, nowhere), check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert np.asarray(Image.open(tmp_path / "a.png")).std() > 0
