@@ -10,5 +10,10 @@ def sentence(error: BaseException, size: str = "size") -> str:
     text = str(error).strip()
     if isinstance(error, MemoryError) or re.search("allocate|out of memory", text):
         return f"out of memory; try a smaller {size}"
-    first, *_ = text.splitlines() or [type(error).__name__]
-    return first
+    return brief(text) or type(error).__name__
+
+
+def brief(text: str, limit: int = 600) -> str:
+    """Returns the first line of a message, without its middle if a long value from a file stands there."""
+    first = (text.strip().splitlines() or [""])[0]
+    return first if len(first) <= limit else f"{first[: limit // 2]} … {first[-limit // 3 :]}"

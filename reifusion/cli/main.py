@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from .. import __version__
-from ..errors import sentence
+from ..errors import brief, sentence
 from .check import check
 from .draw import generate
 from .models import convert, info
@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not debug:  # only our own warnings, and of those only the text
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", category=UserWarning, module="reifusion")
-            warnings.showwarning = lambda message, *_: print(f"reifusion: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(
+                f"reifusion: {brief(str(message))}", file=sys.stderr
+            )
         try:
             code = app(arguments or ["--help"], prog_name="reifusion", standalone_mode=False) or 0
             return _fail("stopped", 130, False) if code == 130 else code
@@ -97,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    first, *_ = message.strip().splitlines() or ["failed"]
-    print(f"reifusion: {first}", file=sys.stderr)
+    print(f"reifusion: {brief(message) or 'failed'}", file=sys.stderr)
     return code
 
 
