@@ -42,6 +42,7 @@ FIELDS: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("layers", "layers_per_block"),
         ("heads", "attention_head_dim", 8),  # diffusers's mistake: the number of heads, not their width
         ("attention", "transformer_layers_per_block", 1),
+        ("middle", "mid_block_type", "UNetMidBlock2DCrossAttn"),
         ("context_width", "cross_attention_dim"),
         ("groups", "norm_num_groups", 32),
         ("linear_projection", "use_linear_projection", False),
@@ -190,13 +191,24 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
         for key, fixed in FIXED[table].items():
             if _one(theirs.get(key, fixed)) != fixed:
                 raise ModelError(f"its {part} has {key} = {short(theirs[key])}, which is not built in")
-    unet, blocks = ours["unet"], jsons["unet"]["down_block_types"]
+    unet, blocks = ours["unet"], jsons["unet"].get("down_block_types")
+    if not isinstance(blocks, list):
+        raise ModelError("the config of its unet lacks down_block_types")
     for field, key in (("heads", "attention_head_dim"), ("attention", "transformer_layers_per_block")):
         value = unet[field]  # one number for all levels, or one for each
         unet[field] = value if isinstance(value, tuple) else (value,) * len(blocks)
         if len(unet[field]) != len(blocks) or not all(isinstance(n, int) for n in unet[field]):
             text = f"its unet has {key} = {short(value)}, which does not fit its {len(blocks)} levels"
             raise ModelError(text)
+    kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    mirrored = [kinds.get(block) for block in reversed(blocks)]
+    if None in mirrored or jsons["unet"].get("up_block_types", mirrored) != mirrored:
+        raise ModelError(
+            f"its unet has down_block_types = {short(blocks)}, or up_block_types that do not fit"
+        )
+    if unet["middle"] not in (None, "UNetMidBlock2DCrossAttn"):
+        raise ModelError(f"its unet has mid_block_type = {short(unet['middle'])}, which is not built in")
+    unet["middle"] = unet["middle"] is not None
     unet["middle_attention"] = unet["attention"][-1]
     unet["attention"] = tuple(n if "CrossAttn" in block else 0 for n, block in zip(unet["attention"], blocks))
     schedule = ours["scheduler"]
@@ -289,12 +301,15 @@ def _unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     heads, attention = config.heads, config.attention
     # In diffusers, the last entry counts for the middle too, whether or not the last level has attention.
     depths = [*(depth or 1 for depth in attention[:-1]), config.middle_attention]
+    if not config.middle:
+        depths[-1] = attention[-1] or 1
     if attention[-1] not in (0, depths[-1]):
         raise ModelError("its middle has another depth than its last level, which diffusers cannot express")
     return {
         "_class_name": "UNet2DConditionModel",
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in attention],
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(attention)],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle else None,
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
     }

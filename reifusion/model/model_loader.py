@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .clip import CLIP
-from .config import MINI, SD15, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+from .config import MINI, SD15, SD21, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from .decoder import Decoder
 from .diffusers_folder import open_folder, read_config
 from .diffusion import UNet
@@ -34,14 +34,13 @@ from .tensors import ModelError, Stored, TensorFile
 from .tokenizer import END, Tokenizer
 
 MINI_PATH = Path(__file__).parent.parent / "data" / "mini.safetensors"
-PRESETS = (SD15, MINI)  # the preset with the same shapes supplies what shapes cannot tell
+PRESETS = (SD15, SD21, MINI)  # the preset with the same shapes supplies what shapes cannot tell
 
 # The keys in a header that belong to the model. All others are the user's.
 OWN_KEYS = ("format", "config", "tokenizer", "pad", "vocabulary", "exact")
 
 # Relatives that are recognised by the name of a tensor, to say what they are.
 RELATIVES = (
-    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x in one file, which is read only from a folder"),
     (r"conditioner\.", "Stable Diffusion XL, which is not built in"),
     (r".*(joint_blocks|double_blocks|single_transformer_blocks)\.", "a diffusion transformer, not a U-Net"),
     (r"lora_|.*\.lora[_.]", "a LoRA, which changes a model but is not a model itself"),
@@ -214,17 +213,22 @@ def _open(
                 unknown = unknown + more
                 if part == "unet":
                     told = prediction_of(find(chosen), its_header, theirs) or told
+        if changes.prediction_type is not None:
+            told = Prediction(read_prediction(changes.prediction_type), "as you say")
         networks = {rule.ours.split(".")[0] for rule in rules}
         for network in NETWORKS:
             if network not in networks:
                 raise ModelError(f"there are no tensors for the {network}{_HINTS.get(network, '')}")
         shapes = {rule.ours: _stacked([tensors[name].shape for name in rule.theirs]) for rule in rules}
         if config is None:
-            config, known_from = _config_from_shapes(shapes), "nothing in the file says so"
+            config, known_from = _config_from_shapes(shapes), "nothing in the file says otherwise"
+            if config.name == SD21.name:
+                known_from = "usual for 2.x; the models for 512x512 need --prediction-type epsilon"
+                if config.unet.in_channels != config.vae.latent_channels or (told and told.type == "epsilon"):
+                    schedule = replace(config.schedule, prediction_type="epsilon")
+                    config, known_from = replace(config, size=512, schedule=schedule), "usual for inpainting"
         if changes.unet is not None and len(first := shapes.get(_FIRST, torch.Size())) == 4:
             config = replace(config, unet=replace(config.unet, in_channels=first[1]))
-        if changes.prediction_type is not None:
-            told = Prediction(read_prediction(changes.prediction_type), "as you say")
         if told is not None:
             zero = told.zero_terminal_snr and told.type == "v_prediction"
             schedule = replace(config.schedule, prediction_type=told.type, zero_terminal_snr=zero)
@@ -415,7 +419,8 @@ def _tokenizer(checkpoint: _Checkpoint) -> Tokenizer:
             tokenizer = Tokenizer.from_folder(path / "tokenizer", clip.context_length)
         else:
             vocabulary = json.loads(header.get("vocabulary", "null"))
-            pad = header.get("pad", END)
+            open_clip = clip.activation == "gelu" and "config" not in header
+            pad = header.get("pad", "!" if open_clip else END)  # as 2.x was trained
             merges, exact = header.get("tokenizer"), json.loads(header.get("exact", "[]"))
             tokenizer = Tokenizer(merges, clip.context_length, vocabulary=vocabulary, pad=pad, exact=exact)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

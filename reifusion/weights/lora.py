@@ -253,7 +253,9 @@ def places(config: ModelConfig) -> list[Place]:
     for one, other in zip(rules(config, "diffusers"), rules(config, "compvis")):
         network, _, inner = one.ours.partition(".")
         if network in ("clip", "diffusion") and inner.endswith(".weight"):
-            for part, names in enumerate(zip(one.theirs, other.theirs)):
+            # OpenCLIP has q, k and v in one tensor, which no LoRA names.
+            others = other.theirs if len(other.theirs) == len(one.theirs) else one.theirs
+            for part, names in enumerate(zip(one.theirs, others)):
                 diffusers, compvis = (name.removesuffix(".weight") for name in names)
                 layer = inner.removesuffix(".weight")
                 found.append(
