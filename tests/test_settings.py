@@ -24,7 +24,8 @@ from reifusion.settings import ABOUT, Settings, from_carried, of_request, parsed
 SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64), dtype="float32")
 OTHERS = Settings(
     "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)), "euler_a",
-    3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1, (0.3, 5.0), 0.25, 2, True, "float32", "v.pt", "u.pt", "v_prediction",
+    3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1, (0.3, 5.0), 0.25, 2, True, "float32",
+    "v.pt", "u.pt", "v_prediction",
 )  # fmt: skip
 
 

@@ -256,13 +256,15 @@ def rules(config: ModelConfig, format: str, open_clip: bool | None = None) -> li
 # training, the safety checker, and the parts of CLIP that Stable Diffusion leaves out.
 HARMLESS = re.compile(
     r"(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor)$"
-    r"|model_ema\.|first_stage_model\.loss\.|safety_checker\.|feature_extractor\."
+    r"|(v_pred|ztsnr)$|model_ema\.|first_stage_model\.loss\.|safety_checker\.|feature_extractor\."
     r"|cond_stage_model\.model\.transformer\.resblocks\.23\."  # the last layer, whose output 2.x does not use
     r"|(.*\.)?(position_ids|logit_scale|text_projection(\.\w+)?|visual_projection\.\w+)$|(.*\.)?vision_model\."
 )
 
 # Spellings in the wild, and the names in `TABLE` that they stand for.
 ALIASES = (
+    # what PyTorch puts before the names of a network that is compiled or trained in parallel
+    (r"((?:unet|vae|text_encoder|model\.diffusion_model)\.)?(?:module\.|_orig_mod\.)+", r"\1"),
     # our own, when an attention block had only one transformer layer
     (
         r"(diffusion\.(?:(?:down|up)\.\d+|middle)\.1)\.(?=norm_\d|self_attention|cross_attention|feed_forward)",

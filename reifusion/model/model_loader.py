@@ -200,7 +200,11 @@ def _open(
         elif config is None and "config" in header:
             config, known_from = _config_from_header(header), "the config in its header"
         format, rules, unknown = match(tensors, config)
-        told = None if config else prediction_of(path, header, tensors)
+        told = None
+        if changes.prediction_type is not None:
+            told = Prediction(read_prediction(changes.prediction_type), "as you say")
+        elif config is None:
+            told = prediction_of(path, header, tensors)
         if changes.ema:
             rules = _averages(rules, tensors)
         for part, chosen in ("vae", changes.vae), ("unet", changes.unet):
@@ -211,10 +215,8 @@ def _open(
                 rules += [replace(rule, theirs=tuple(f"{part}: {x}" for x in rule.theirs)) for rule in own]
                 tensors = tensors | {f"{part}: {name}": tensor for name, tensor in theirs.items()}
                 unknown = unknown + more
-                if part == "unet":
+                if part == "unet" and changes.prediction_type is None:
                     told = prediction_of(find(chosen), its_header, theirs) or told
-        if changes.prediction_type is not None:
-            told = Prediction(read_prediction(changes.prediction_type), "as you say")
         networks = {rule.ours.split(".")[0] for rule in rules}
         for network in NETWORKS:
             if network not in networks:

@@ -121,9 +121,9 @@ _DTYPES = {
 
 # The objects that trainings leave beside their weights. None of them is made: see `_Inert`.
 BESIDE = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|numpy|omegaconf|torch\.optim|pathlib|datetime"
-    r"|typing)\..*|argparse\.Namespace|_codecs\.encode|collections\.(defaultdict|deque)"
-    r"|(builtins|__builtin__)\.(set|frozenset|slice|range|xrange|complex|bytearray|object|int|list|dict|long|unicode)"
+    r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|numpy|omegaconf|torch\.optim|pathlib"
+    r"|datetime|typing)\..*|argparse\.Namespace|_codecs\.encode|collections\.(defaultdict|deque)"
+    r"|slice|range|xrange|bytearray|object|int|long|list|dict|tuple|set|frozenset"
 )
 
 
@@ -168,6 +168,7 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
                     f"{path} holds code ({code[1]}) beside its tensors and was not opened"
                 ) from None
             stand_ins.add(code[1])
+            stand_ins.add(f"builtins.{code[1]}")  # whose module PyTorch does not tell
         except Exception as error:  # a damaged pickle can raise anything
             raise ModelError(f"{path} is cut off or damaged, or is not a checkpoint") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
