@@ -136,13 +136,25 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
 
-    def append(self, item: Any) -> None:
-        pass
+class _InertDict:
+    """`_Inert` for kinds of dict, whose entries PyTorch puts into a plain one only."""
 
-    extend = update = add = append
+    def __new__(cls, *args: Any) -> Any:
+        return {}
+
+
+class _InertList:
+    """`_Inert` for kinds of list."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return []
+
+
+def _inert(name: str) -> type:
+    if name.lower().endswith("dict"):
+        return _InertDict
+    return _InertList if name.endswith(("deque", "list")) else _Inert
 
 
 def _unpickle(path: Path) -> Mapping[str, Any]:
@@ -153,7 +165,7 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
     while True:
         try:
             with (
-                torch.serialization.safe_globals([(_Inert, name) for name in stand_ins]),
+                torch.serialization.safe_globals([(_inert(name), name) for name in stand_ins]),
                 open(path, "rb") as stream,
             ):
                 content = torch.load(path if mapped else stream, "cpu", mmap=mapped, weights_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,12 +187,13 @@ def test_another_prediction_draws_another_picture(tmp_path, folder, capsys):
 
 
 @pytest.fixture
-def lightning() -> Iterator[type]:
-    """A class of PyTorch Lightning, whose package vanishes before the file is read."""
+def lightning() -> Iterator[Any]:
+    """Classes of PyTorch Lightning, whose package vanishes before the file is read."""
     module = ModuleType("pytorch_lightning")
-    module.Callback = type("Callback", (), {"__module__": "pytorch_lightning"})  # type: ignore[attr-defined]
+    for name, base in ("Callback", object), ("AttributeDict", dict):
+        setattr(module, name, type(name, (base,), {"__module__": "pytorch_lightning"}))
     sys.modules["pytorch_lightning"] = module
-    yield module.Callback
+    yield module
     sys.modules.pop("pytorch_lightning", None)
 
 
@@ -206,7 +208,8 @@ def test_what_a_training_leaves_beside_the_weights_is_passed_over(tmp_path, ligh
         "scalars": [np.float32(0.1), np.float64(0.2), np.int64(3), np.bool_(True)],
         "arrays": [np.arange(6).reshape(2, 3), np.array(["a"]), np.array([None, "b"], dtype=object)],
         "kinds": [np.dtype("float16"), np.random.get_state()],
-        "callbacks": {lightning: {"best": np.float32(0.1)}, "object": lightning()},
+        "callbacks": {lightning.Callback: {"best": np.float32(0.1)}, "object": lightning.Callback()},
+        "hyper_parameters": lightning.AttributeDict(lr=1e-4, betas=[0.9, 0.999]),
         "more": [argparse.Namespace(lr=1), Path("a"), datetime.datetime(2023, 1, 1), {1, 2}, 3 + 4j],
         "counts": [collections.defaultdict(list, a=[1]), collections.deque([1]), slice(1, 2), range(3)],
     }
