@@ -47,7 +47,8 @@ def read_lora(text: str) -> tuple[str, float]:
     """zork.safetensors:0.8 -> the file and its weight, which is 1 unless the text says otherwise"""
     file, _, number = text.rpartition(":")
     on_the_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", file) and not Path(text).exists()
-    if Path(text).exists() or not (Path(file).exists() or on_the_hub):  # a colon can be part of the path
+    given = file and (Path(file).exists() or on_the_hub)
+    if Path(text).exists() or not given:  # a colon can be part of the path
         return text, 1.0
     with contextlib.suppress(ValueError):
         if math.isfinite(weight := float(number)):

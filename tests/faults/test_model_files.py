@@ -150,7 +150,8 @@ def test_the_signs_of_v_prediction_are_read(tmp_path, header, tensors, yaml, pre
 
 
 def test_a_sign_that_is_not_understood_is_not_passed_over(tmp_path):
-    path = standing_for(tmp_path / "x.safetensors", SD15, **{"modelspec.prediction_type": "x0"})
+    header: dict[str, Any] = {"modelspec.prediction_type": "x0"}
+    path = standing_for(tmp_path / "x.safetensors", SD15, **header)
     with pytest.raises(
         ModelError, match="epsilon, v_prediction or flow, not 'x0'; --prediction-type overrides it"
     ):
@@ -266,8 +267,8 @@ def test_weights_of_eight_bits_are_read_and_kept(tmp_path, single, dtype):
     assert info(path).dtype == str(dtype).removeprefix("torch.")
     as_float, kept = load(path, dtype=torch.float32)[1], load(path)[1]
     name = "model.diffusion_model.out.2.weight"
-    assert torch.equal(as_float["diffusion"].conv_out.weight, small[name].float())
-    assert kept["diffusion"].conv_out.weight.dtype == dtype
+    assert torch.equal(as_float["diffusion"].get_parameter("conv_out.weight"), small[name].float())
+    assert kept["diffusion"].get_parameter("conv_out.weight").dtype == dtype
 
 
 # Folders of diffusers
@@ -423,8 +424,13 @@ def test_moving_averages_are_taken_when_asked_for(tmp_path, single, models, caps
         target = tmp_path / f"{more}.safetensors"
         assert main(["convert", str(both), str(target), "--to", "native", *flags]) == 0
         loaded = load(target)[1]
-        assert torch.equal(loaded["diffusion"].conv_out.bias, models["diffusion"].conv_out.bias + more)
-        assert torch.equal(loaded["clip"].norm.bias, models["clip"].norm.bias)
+        assert torch.equal(
+            loaded["diffusion"].get_parameter("conv_out.bias"),
+            models["diffusion"].get_parameter("conv_out.bias") + more,
+        )
+        assert torch.equal(
+            loaded["clip"].get_parameter("norm.bias"), models["clip"].get_parameter("norm.bias")
+        )
     assert main(["convert", str(single), str(tmp_path / "x.safetensors"), "--to=native", "--ema"]) == 2
     assert "it has no moving average of model.diffusion_model" in capsys.readouterr().err
 
@@ -467,7 +473,7 @@ def build_like(network: nn.Module) -> nn.Module:
     with torch.no_grad():
         other = copy.deepcopy(network)
         for parameter in other.parameters():
-            parameter += 1
+            parameter.add_(1)
     return other
 
 
