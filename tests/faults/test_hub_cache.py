@@ -1,4 +1,4 @@
-"""A model in the hub's cache is loaded at once and quietly, whatever the hub says; and the hub's answers are told."""
+"""A model in the cache of the hub is loaded at once and quietly; other answers of the hub are told in a line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hub() -> Iterator[Callable[[int, str], tuple[str, list[str]]]]:
                 self.end_headers()
                 self.wfile.write(b"{}")
 
-            do_HEAD = do_GET  # noqa: N815
+            do_HEAD = do_GET
 
             def log_message(self, *_: object) -> None:
                 pass
