@@ -11,6 +11,7 @@ with the name of the folder, "text_encoder.", "vae." or "unet.".
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -392,6 +393,13 @@ def match(names: Collection[str], config: ModelConfig | None = None) -> tuple[st
     return format, matched, unknown
 
 
+def passed_over(path: Path, unknown: list[str]) -> str:
+    """Says which tensors of a file are not used."""
+    count = "a tensor that is" if len(unknown) == 1 else f"{len(unknown)} tensors that are"
+    such = unknown[0] if len(unknown) == 1 else f"such as {unknown[0]}"
+    return f"{path} has {count} no part of the model, {such}; nothing else is left out"
+
+
 # From one format to another
 
 
@@ -422,7 +430,10 @@ def load_from_standard_weights(
     """Reads the state dicts of "clip", "encoder", "decoder" and "diffusion" from a file of any format."""
     path = Path(path).expanduser()
     stored = open_folder(path) if path.is_dir() else TensorFile(path).tensors()
-    needed = {name: tensor for name, tensor in stored.items() if not HARMLESS.match(name)}
+    _, matched, unknown = match(stored)
+    if unknown:
+        warnings.warn(passed_over(path, unknown), stacklevel=2)
+    needed = {name: stored[name] for rule in matched for name in rule.theirs}
     states: dict[str, dict[str, Tensor]] = {network: {} for network in NETWORKS}
     for name, tensor in convert({name: tensor.read(device) for name, tensor in needed.items()}).items():
         network, inner = name.split(".", 1)

@@ -1,4 +1,4 @@
-"""A model in the cache of the hub is loaded at once and quietly; other answers of the hub are told in a line."""
+"""A model in the cache of the hub is loaded at once and quietly; other answers of the hub are one line."""
 
 from __future__ import annotations
 

@@ -487,7 +487,6 @@ def test_unusual_shapes_need_a_config(tmp_path, native, models):
 @pytest.mark.parametrize(
     "name, match",
     [
-        ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "is Stable Diffusion 2"),
         ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "is Stable Diffusion XL"),
         ("model.diffusion_model.joint_blocks.0.context_block.attn.proj.weight", "is a diffusion transformer"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "is a LoRA"),
