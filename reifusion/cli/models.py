@@ -57,8 +57,8 @@ def _schedule(schedule: ScheduleConfig, known_from: str) -> str:
 
 
 def _named(tensors: Sequence[str]) -> str:
-    """a, b, c, d -> 4 tensors: a, b, c, …"""
-    return f"{len(tensors)} tensors: {', '.join([*tensors[:3], *(['…'] if len(tensors) > 3 else [])])}"
+    """a, b, c, d -> 4 of its tensors: a, b, c, …"""
+    return f"{len(tensors)} of its tensors: {', '.join([*tensors[:3], *(['…'] if len(tensors) > 3 else [])])}"
 
 
 def convert(

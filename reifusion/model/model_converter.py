@@ -397,7 +397,7 @@ def passed_over(path: Path, unknown: list[str]) -> str:
     """Says which tensors of a file are not used."""
     count = "a tensor that is" if len(unknown) == 1 else f"{len(unknown)} tensors that are"
     such = unknown[0] if len(unknown) == 1 else f"such as {unknown[0]}"
-    return f"{path} has {count} no part of the model, {such}; nothing else is left out"
+    return f"{path} has {count} no part of the model, {such}; not used"
 
 
 # From one format to another

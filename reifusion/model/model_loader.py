@@ -27,7 +27,7 @@ from .decoder import Decoder
 from .diffusers_folder import open_folder, read_config
 from .diffusion import UNet
 from .encoder import Encoder
-from .model_converter import NETWORKS, Rule, match, structure
+from .model_converter import NETWORKS, Rule, match, passed_over, structure
 from .part import open_part
 from .prediction import Prediction, prediction_of, read_prediction
 from .tensors import ModelError, Stored, TensorFile
@@ -77,10 +77,7 @@ def load(
     checkpoint = _open(source, config, changes)
     models, unused = _networks(checkpoint, make or build)
     if unused:
-        text = (
-            f"{checkpoint.path} has {len(unused)} tensors that are no part of the model, such as {unused[0]}"
-        )
-        warnings.warn(f"{text}; they are not used", stacklevel=2)
+        warnings.warn(passed_over(checkpoint.path, unused), stacklevel=2)
     for name, network in models.items():
         # The networks have shapes but no memory yet. Every tensor that is read becomes a parameter as it is.
         network.load_state_dict(checkpoint.state(name, network, device, dtype), assign=True)

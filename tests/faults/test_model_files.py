@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reifusion.cli.main import main
 from reifusion.model.config import SD15, SD21, ModelConfig
-from reifusion.model.model_converter import convert, rules
+from reifusion.model.model_converter import convert, load_from_standard_weights, rules
 from reifusion.model.model_loader import build
 from reifusion.model.tensors import ModelError, TensorFile
 from reifusion.model.tokenizer import Tokenizer
@@ -98,10 +98,19 @@ def test_a_tensor_that_is_no_part_of_the_model_is_named_and_passed_over(
     tmp_path, single, models, name, capsys
 ):
     path = changed(tmp_path / "x.safetensors", single, {name: LEFTOVERS[name]})
-    with pytest.warns(UserWarning, match=f"has 1 tensors that are no part of the model, such as {name}"):
+    with pytest.warns(UserWarning, match=f"has a tensor that is no part of the model, {name}"):
         assert_same_networks(load(path)[1], models)
     assert main(["info", str(path)]) == 0
-    assert f"not used     1 tensors: {name}" in capsys.readouterr().out
+    assert f"not used     1 of its tensors: {name}" in capsys.readouterr().out
+
+
+def test_the_first_versions_loader_goes_by_the_same_rule(tmp_path, single, models):
+    path = changed(tmp_path / "x.safetensors", single, LEFTOVERS)
+    with pytest.warns(UserWarning, match="has 4 tensors that are no part of the model, such as "):
+        states = load_from_standard_weights(path)
+    assert torch.equal(
+        states["diffusion"]["conv_out.bias"], models["diffusion"].get_parameter("conv_out.bias")
+    )
 
 
 def test_info_refuses_what_load_refuses(tmp_path, single):
