@@ -40,7 +40,8 @@ PATH = (
          "the reparameterisation; the scale factor, applied by one function and undone by another", ("vae",)),
     Stop((f"{M}samplers.py",), "one step each: DDIM, Euler, DPM-Solver++, UniPC; and rectified flow",
          ("samplers", "flow")),
-    Stop((f"{M}model_converter.py", f"{M}diffusers_folder.py", f"{M}model_loader.py", f"{M}tensors.py"),
+    Stop((f"{M}model_converter.py", f"{M}diffusers_folder.py", f"{M}model_loader.py", f"{M}tensors.py",
+          f"{M}prediction.py", f"{M}part.py"),
          "the table of names; how a file of unknown format is read safely", ("checkpoints",), 30),
 )  # fmt: skip
 LATER = {

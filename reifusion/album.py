@@ -29,7 +29,7 @@ from .model.request import Request
 from .model.sentences import shown
 from .settings import Settings, from_carried
 
-FILES = ("model", "lora", "init_image", "mask")  # the settings that name files
+FILES = ("model", "lora", "vae", "unet", "init_image", "mask")  # the settings that name files
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,12 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
 
 def _hashes(settings: Settings) -> dict[str, Any]:
     """Returns the hashes of the files that the settings name, by setting."""
-    found: dict[str, Any] = {"model": file_hash(weights.info(settings.model).path)}
+    found: dict[str, Any] = {"model": file_hash(weights.find(settings.model))}
     if settings.lora:
-        found["lora"] = [file_hash(file) for file, _ in settings.lora]
+        found["lora"] = [file_hash(weights.find(file, "lora")) for file, _ in settings.lora]
+    for part in ("vae", "unet"):
+        if source := getattr(settings, part):
+            found[part] = file_hash(weights.find(source, part))
     for name in ("init_image", "mask"):
         if path := getattr(settings, name):
             found[name] = file_hash(path)

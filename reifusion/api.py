@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -24,17 +24,26 @@ def load(
     source: str | os.PathLike = "mini",
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
+    vae: str | os.PathLike | None = None,
+    unet: str | os.PathLike | None = None,
+    prediction_type: str | None = None,
 ) -> StableDiffusion:
     """A model, ready to draw.
 
     source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name".
     device: None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that
-    suits the device. Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and
-    for a device or a dtype that does not exist.
+    suits the device. vae, unet: where to find another VAE or U-Net for the model. prediction_type: what the
+    U-Net predicts, "epsilon", "v_prediction" or "flow"; None for what the model's file says. Raises
+    ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device or a dtype
+    that does not exist.
     """
     device = find_device(device)
-    source = source if isinstance(source, str) else os.fspath(source)
-    config, models, tokenizer = weights.load(source, device, find_dtype(dtype, device))
+    model, vae, unet = (None if path is None else os.fspath(path) for path in (source, vae, unet))
+    changes = weights.Changes(prediction_type, vae, unet)
+    config, models, tokenizer = weights.load(
+        cast(str, model), device, find_dtype(dtype, device), changes=changes
+    )
     for network in models.values():
         # The order in memory in which convolutions are fastest.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

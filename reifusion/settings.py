@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .model.pipeline import StableDiffusion
     from .model.request import Request
+    from .weights import Info
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -46,12 +47,21 @@ def read_interval(text: str) -> tuple[float, float]:
 def read_lora(text: str) -> tuple[str, float]:
     """zork.safetensors:0.8 -> the file and its weight, which is 1 unless the text says otherwise"""
     file, _, number = text.rpartition(":")
-    if Path(text).exists() or not Path(file).is_file():  # a colon can be part of the path
+    on_the_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", file) and not Path(text).exists()
+    given = file and (Path(file).exists() or on_the_hub)
+    if Path(text).exists() or not given:  # a colon can be part of the path
         return text, 1.0
     with contextlib.suppress(ValueError):
         if math.isfinite(weight := float(number)):
             return file, weight
     raise ValueError(f"the weight of a LoRA is a number, as in {file}:0.8, not {_shown(number)}")
+
+
+def read_prediction(text: str) -> str:
+    """v -> v_prediction"""
+    from .model.prediction import read_prediction
+
+    return read_prediction(text)
 
 
 def sampler_names() -> list[str]:
@@ -173,6 +183,14 @@ class Settings:
     deepcache: int = _setting("DeepCache", "The U-Net's inside on every n-th step only.", 1, kind=int)
     int8: bool = _setting("8-bit weights", "Weights of 8 bits.", False, kind=bool)
     dtype: str | None = _setting("dtype", "bf16, fp16 or fp32.", shown="what suits the device")
+    vae: str | None = _setting("VAE", "A VAE for the model: a file, a folder, or owner/name.", shown=_MODEL)
+    unet: str | None = _setting(
+        "U-Net", "A U-Net for the model: a file, a folder, or owner/name.", shown=_MODEL
+    )
+    prediction_type: str | None = _setting(
+        "Prediction type", "What the U-Net predicts: epsilon, v_prediction or flow.", shown=_MODEL,
+        read=read_prediction,
+    )  # fmt: skip
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
@@ -192,15 +210,27 @@ class Settings:
         from .api import load
         from .shortcuts.deepcache import deepcached
         from .shortcuts.int8 import quantize
+        from .weights import find
         from .weights.lora import apply, load_lora
 
-        loras = [(load_lora(file), weight) for file, weight in self.lora]
-        pipe = load(self.model, device, self.dtype)
+        loras = [(load_lora(find(file, "lora")), weight) for file, weight in self.lora]
+        pipe = load(self.model, device, self.dtype, **self._changed())
         for lora, weight in loras:
             apply(pipe, lora, weight)
         if self.int8:
             quantize(pipe)
         return deepcached(pipe, self.deepcache)
+
+    def info(self) -> Info:
+        """Reads the facts about the model, with what these settings change in it."""
+        from .weights import Changes, info
+
+        return info(self.model, Changes(**self._changed()))
+
+    def _changed(self) -> dict[str, Any]:
+        """Returns the settings that change what the model's file says, by name."""
+        values = {name: getattr(self, name) for name in ("vae", "unet", "prediction_type")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def filled(self, request: Request) -> Settings:
         """Returns these settings, with the request's own in their place wherever it has some."""
@@ -224,10 +254,17 @@ class Settings:
 
     def as_python(self) -> str:
         """Returns the Python that draws the picture again."""
-        imports, pipe = ["import reifusion"], [f"pipe = reifusion.load({self.model!r}, dtype={self.dtype!r})"]
+        changed = "".join(f", {name}={value!r}" for name, value in self._changed().items())
+        imports = ["import reifusion"]
+        pipe = [f"pipe = reifusion.load({self.model!r}, dtype={self.dtype!r}{changed})"]
         if self.lora:
-            imports.append("from reifusion.weights.lora import apply, load_lora")
-            pipe += [f"apply(pipe, load_lora({file!r}), {weight!r})" for file, weight in self.lora]
+            imports += [
+                "from reifusion.weights import find",
+                "from reifusion.weights.lora import apply, load_lora",
+            ]
+            pipe += [
+                f'apply(pipe, load_lora(find({file!r}, "lora")), {weight!r})' for file, weight in self.lora
+            ]
         if self.int8:
             imports.append("from reifusion.shortcuts.int8 import quantize")
             pipe.append("quantize(pipe)")

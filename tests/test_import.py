@@ -87,6 +87,9 @@ def test_load_has_its_signature():
         ("source", "mini"),
         ("device", None),
         ("dtype", None),
+        ("vae", None),
+        ("unet", None),
+        ("prediction_type", None),
     ]
 
 

@@ -37,7 +37,6 @@ def generate(
 ) -> None:
     """Draws a picture and says where it is."""
     from .. import album
-    from ..weights import info
 
     before = None if like is None else album.read(like)
     if before is not None and not before.ours and "model" not in given:
@@ -47,7 +46,7 @@ def generate(
         )
     settings = replace(Settings() if before is None else before.settings, **parsed(given))
     request = settings.request(num)
-    request = request.for_model(info(settings.model).config)
+    request = request.for_model(settings.info().config)
     file = album.png_path(out)
     with writable(file.parent if file else Path(out)):
         pipe = settings.pipe(device)

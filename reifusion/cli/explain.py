@@ -56,10 +56,9 @@ def _request(given: dict[str, Any], varied: Iterable[tuple[str, Any]] = ()) -> t
     Raises ValueError, in one sentence, for what the model cannot draw: a look at its file tells, before
     loading.
     """
-    from ..weights import info
 
     settings = replace(Settings(prompt="", seed=0), **parsed(given))
-    request, config = settings.request(), info(settings.model).config
+    request, config = settings.request(), settings.info().config
     for name, value in varied:
         replace(request, **{name: value}).for_model(config)
     return settings, request.for_model(config)

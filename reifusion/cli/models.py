@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..files import writable
+
+if TYPE_CHECKING:
+    from ..model.config import ScheduleConfig
 
 
 def info(
@@ -40,11 +44,21 @@ def _of_model(file: str) -> dict[str, Any]:
         "text": f"{config.clip.layers} layers of {config.clip.width}, {config.clip.vocab_size:,} tokens",
         "vae": f"1/{config.vae.factor} of each side, {config.vae.latent_channels} channels",
         "unet": f"channels {' '.join(map(str, config.unet.channels))}",
-        "schedule": "flow"
-        if schedule.prediction_type == "flow"
-        else f"{schedule.beta_schedule}, {schedule.prediction_type}",
+        "schedule": _schedule(schedule, found.prediction_known_from),
+        **({"not used": _named(found.unused)} if found.unused else {}),
         **found.metadata,
     }
+
+
+def _schedule(schedule: ScheduleConfig, known_from: str) -> str:
+    words = [] if schedule.prediction_type == "flow" else [schedule.beta_schedule]
+    words += [schedule.prediction_type, *(["zero terminal SNR"] if schedule.zero_terminal_snr else [])]
+    return f"{', '.join(words)} ({known_from})"
+
+
+def _named(tensors: Sequence[str]) -> str:
+    """a, b, c, d -> 4 of its tensors: a, b, c, …"""
+    return f"{len(tensors)} of its tensors: {', '.join([*tensors[:3], *(['…'] if len(tensors) > 3 else [])])}"
 
 
 def convert(
@@ -53,6 +67,7 @@ def convert(
     to: Annotated[
         str, typer.Option(help="native, compvis (one file) or diffusers (a folder).", show_default=False)
     ],
+    ema: Annotated[bool, typer.Option("--ema", help="Take the moving averages of the weights.")] = False,
 ) -> None:
     """Writes a model in another format, bit for bit."""
     from .. import weights
@@ -66,6 +81,6 @@ def convert(
         raise ValueError(f"{target} is there already, and nothing is overwritten")
     with writable(Path(target).parent):
         metadata = weights.info(source).metadata
-        config, models, tokenizer = weights.load(source)
+        config, models, tokenizer = weights.load(source, changes=weights.Changes(ema=ema))
         weights.save(config, models, target, to, tokenizer, metadata)
     print(target)

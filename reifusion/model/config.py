@@ -47,6 +47,7 @@ class UNetConfig:
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one per resolution, full size first
     attention: tuple[int, ...] = (1, 1, 1, 0)  # transformer layers in each block of that resolution
     middle_attention: int = 1  # transformer layers in the middle
+    middle: bool = True  # False: nothing between the way down and the way up, as in BK-SDM (Kim et al. 2023)
     heads: tuple[int, ...] = (8, 8, 8, 8)  # attention heads at that resolution; the middle has the last
     layers: int = 2  # residual blocks per resolution on the way down (one more on the way up)
     context_width: int = 768  # of the text encoder
@@ -100,6 +101,14 @@ class ModelConfig:
 
 
 SD15 = ModelConfig()
+
+SD21 = ModelConfig(
+    name="sd-2.1",
+    size=768,
+    clip=CLIPConfig(width=1024, layers=23, heads=16, activation="gelu"),
+    unet=UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True),
+    schedule=ScheduleConfig(prediction_type="v_prediction"),
+)
 
 # The model that ships here: the same networks, small enough to train on a laptop.
 MINI = ModelConfig(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from .tensors import ModelError, Stored, TensorFile
+from .tensors import ModelError, Stored, TensorFile, short
 
 PARTS = ("text_encoder", "vae", "unet")  # the subfolders with weights that are used here
 
@@ -42,6 +42,7 @@ FIELDS: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("layers", "layers_per_block"),
         ("heads", "attention_head_dim", 8),  # diffusers's mistake: the number of heads, not their width
         ("attention", "transformer_layers_per_block", 1),
+        ("middle", "mid_block_type", "UNetMidBlock2DCrossAttn"),
         ("context_width", "cross_attention_dim"),
         ("groups", "norm_num_groups", 32),
         ("linear_projection", "use_linear_projection", False),
@@ -94,42 +95,60 @@ FIXED: dict[str, dict[str, Any]] = {
         "use_dynamic_shifting": False,
     },
 }
+PER_LEVEL = ("channels", "heads", "attention")  # the fields with a value for each level
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # the only class there that has no β
 
 
 # The weights
 
 
-def open_folder(folder: Path) -> dict[str, Stored]:
+def open_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Stored]:
     """Opens the files with weights; returns their tensors by name, "unet.…", none of them read yet."""
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a folder of diffusers: it has no model_index.json")
     if "text_encoder_2" in _read_json(folder / "model_index.json"):
         raise ModelError(f"{folder} is Stable Diffusion XL, which is not built in")
-    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     tensors = {}
-    for part in PARTS:
-        found = weight_files(files, part)
-        total = re.search(r"-of-(\d+)", found[0]) if found else None
-        if len(found) != (int(total[1]) if total else 1):
-            raise ModelError(f"{folder} lacks files with the weights of its {part}")
-        for name in found:
-            stored = TensorFile(folder / name).tensors()
-            tensors.update({f"{part}.{inner}": tensor for inner, tensor in stored.items()})
+    for part in parts:
+        stored = open_weights(folder / part)
+        tensors.update({f"{part}.{inner}": tensor for inner, tensor in stored.items()})
     return tensors
 
 
-def weight_files(files: Collection[str], part: str) -> list[str]:
-    """Picks the files with the weights of a part: safetensors before .bin, full precision before fp16."""
-    names = rf"{part}/(pytorch_model|diffusion_pytorch_model|model)"
+def open_weights(folder: Path) -> dict[str, Stored]:
+    """Opens the weights of one part, which are in one file or in several."""
+    found = weight_files([path.name for path in folder.glob("*")])
+    if not (found and all_shards(found)):
+        raise ModelError(f"{folder.parent} lacks files with the weights of its {folder.name}")
+    tensors: dict[str, Stored] = {}
+    for name in found:
+        tensors |= TensorFile(folder / name).tensors()
+    return tensors
+
+
+def weight_files(files: Collection[str], part: str = "") -> list[str]:
+    """Picks the files with the weights of a part: safetensors before .bin, full precision before half.
+
+    part: its subfolder; "" for the files of the folder itself.
+    """
+    names = (f"{part}/" if part else "") + "(pytorch_model|diffusion_pytorch_model|model)"
     for ending in ("safetensors", "bin"):
-        for variant in ("", r"\.fp16"):
+        for variant in ("", r"\.fp32", r"\.fp16", r"\.bf16"):
             for shard in ("", r"-\d+-of-\d+"):
                 pattern = rf"{names}({variant}{shard}|{shard}{variant})\.{ending}"
                 found = sorted(name for name in files if re.fullmatch(pattern, name))
                 if found:
                     return found
     return []
+
+
+def all_shards(files: Collection[str]) -> bool:
+    """True if, of weights in several files, none is missing."""
+    shards = [(re.sub(r"-\d+-of", "", name), int(total)) for name in files for total in _SHARD.findall(name)]
+    return all(shards.count(one) == one[1] for one in shards)
+
+
+_SHARD = re.compile(r"-of-(\d+)")
 
 
 # The configs
@@ -166,17 +185,30 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
         for field, key, *absent in FIELDS[table]:
             if key not in theirs and not absent:
                 raise ModelError(f"the config of its {part} lacks {key}")
-            value = theirs.get(key, *absent)
-            ours[part][field] = tuple(value) if isinstance(value, list) else value
+            ours[part][field] = _one(theirs.get(key, *absent), field in PER_LEVEL)
+            if isinstance(ours[part][field], tuple) and field not in PER_LEVEL:
+                raise ModelError(f"its {part} has {key} = {short(theirs[key])}, where one value is built in")
         for key, fixed in FIXED[table].items():
-            if theirs.get(key, fixed) != fixed:
-                raise ModelError(f"its {part} has {key} = {theirs[key]!r}, which is not built in")
-    unet, blocks = ours["unet"], jsons["unet"]["down_block_types"]
+            if _one(theirs.get(key, fixed)) != fixed:
+                raise ModelError(f"its {part} has {key} = {short(theirs[key])}, which is not built in")
+    unet, blocks = ours["unet"], jsons["unet"].get("down_block_types")
+    if not isinstance(blocks, list):
+        raise ModelError("the config of its unet lacks down_block_types")
     for field, key in (("heads", "attention_head_dim"), ("attention", "transformer_layers_per_block")):
         value = unet[field]  # one number for all levels, or one for each
         unet[field] = value if isinstance(value, tuple) else (value,) * len(blocks)
         if len(unet[field]) != len(blocks) or not all(isinstance(n, int) for n in unet[field]):
-            raise ModelError(f"its unet has {key} = {value!r}, which does not fit its {len(blocks)} levels")
+            text = f"its unet has {key} = {short(value)}, which does not fit its {len(blocks)} levels"
+            raise ModelError(text)
+    kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    mirrored = [kinds.get(block) for block in reversed(blocks)]
+    if None in mirrored or jsons["unet"].get("up_block_types", mirrored) != mirrored:
+        raise ModelError(
+            f"its unet has down_block_types = {short(blocks)}, or up_block_types that do not fit"
+        )
+    if unet["middle"] not in (None, "UNetMidBlock2DCrossAttn"):
+        raise ModelError(f"its unet has mid_block_type = {short(unet['middle'])}, which is not built in")
+    unet["middle"] = unet["middle"] is not None
     unet["middle_attention"] = unet["attention"][-1]
     unet["attention"] = tuple(n if "CrossAttn" in block else 0 for n, block in zip(unet["attention"], blocks))
     schedule = ours["scheduler"]
@@ -189,12 +221,27 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
     vae = VAEConfig(**ours["vae"])
     return ModelConfig(
         name=name,
-        size=(jsons["unet"].get("sample_size") or 64) * vae.factor,
+        size=_side(jsons["unet"].get("sample_size")) * vae.factor,
         clip=CLIPConfig(**ours["text_encoder"]),
         vae=vae,
         unet=UNetConfig(**unet),
         schedule=ScheduleConfig(**schedule),
     )
+
+
+def _one(value: Any, per_level: bool = False) -> Any:
+    """Makes one value of a list that repeats it, and a tuple of any other list."""
+    if not isinstance(value, list):
+        return value
+    return value[0] if value and not per_level and value.count(value[0]) == len(value) else tuple(value)
+
+
+def _side(sample_size: Any) -> int:
+    """Returns the side in latents of the pictures that the U-Net was trained on, from one side or two."""
+    sides = sample_size if isinstance(sample_size, list) else [sample_size or 64]
+    if not sides or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ModelError(f"its unet has sample_size = {short(sample_size)}, which is no size")
+    return max(sides)
 
 
 def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -240,16 +287,29 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     return jsons
 
 
+def pipeline_class(config: ModelConfig) -> str:
+    """Returns the class of diffusers that draws with the model as it was made to."""
+    if config.unet.guidance_width is not None:
+        return "LatentConsistencyModelPipeline"
+    # Beside the noisy latents: those of a picture to change, or of a picture with a hole, and its mask.
+    extra, latents = config.unet.in_channels - config.vae.latent_channels, config.vae.latent_channels
+    special = {latents: "InstructPix2Pix", latents + 1: "Inpaint"}
+    return f"StableDiffusion{special.get(extra, '')}Pipeline"
+
+
 def _unet_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     heads, attention = config.heads, config.attention
     # In diffusers, the last entry counts for the middle too, whether or not the last level has attention.
     depths = [*(depth or 1 for depth in attention[:-1]), config.middle_attention]
+    if not config.middle:
+        depths[-1] = attention[-1] or 1
     if attention[-1] not in (0, depths[-1]):
         raise ModelError("its middle has another depth than its last level, which diffusers cannot express")
     return {
         "_class_name": "UNet2DConditionModel",
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in attention],
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(attention)],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle else None,
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
     }

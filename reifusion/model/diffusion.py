@@ -64,7 +64,9 @@ def plan(config: UNetConfig) -> tuple[list[list[Layer]], list[Layer], list[list[
         if level < levels - 1:
             down.append([Layer("down", now, now)])
             pile.append(now)
-    middle = [Layer("res", now, now), *attention(-1, config.middle_attention), Layer("res", now, now)]
+    middle: list[Layer] = []
+    if config.middle:
+        middle = [Layer("res", now, now), *attention(-1, config.middle_attention), Layer("res", now, now)]
     up: list[list[Layer]] = []
     for level in reversed(range(levels)):
         wide = channels[level]

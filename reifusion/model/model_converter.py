@@ -11,6 +11,7 @@ with the name of the folder, "text_encoder.", "vae." or "unet.".
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +31,8 @@ NETWORKS = ("clip", "encoder", "decoder", "diffusion")
 # One section for each kind of block, one row for each of its layers. How a row is read:
 #   {q,k,v}    three of their layers, stacked in this order, are one of ours
 #   -          the block itself is the layer
-#   ….weight   the row is this one tensor; every other row is a layer, which has a .weight and perhaps a .bias
+#   ….weight   the row is this one tensor, as is ….bias; every other row is a layer, which has a .weight and
+#              perhaps a .bias
 TABLE = """
 ours                    CompVis                             diffusers
 
@@ -46,6 +48,20 @@ attention.out           self_attn.out_proj                  self_attn.out_proj
 norm_2                  layer_norm2                         layer_norm2
 linear_1                mlp.fc1                             mlp.fc1
 linear_2                mlp.fc2                             mlp.fc2
+
+[open clip]
+embedding.token         token_embedding                     embeddings.token_embedding
+embedding.position      positional_embedding                embeddings.position_embedding.weight
+norm                    ln_final                            final_layer_norm
+
+[open clip layer]
+norm_1                  ln_1                                layer_norm1
+attention.qkv.weight    attn.in_proj_weight                 self_attn.{q,k,v}_proj.weight
+attention.qkv.bias      attn.in_proj_bias                   self_attn.{q,k,v}_proj.bias
+attention.out           attn.out_proj                       self_attn.out_proj
+norm_2                  ln_2                                layer_norm2
+linear_1                mlp.c_fc                            mlp.fc1
+linear_2                mlp.c_proj                          mlp.fc2
 
 [vae]
 conv_in                 conv_in                             conv_in
@@ -115,12 +131,15 @@ conv                    conv                                conv
 Block = tuple[str, str, str, str]
 
 
-def blocks(config: ModelConfig) -> Iterator[Block]:
-    """Yields every block of a model."""
-    cv, df = "cond_stage_model.transformer.text_model", "text_encoder.text_model"
-    yield "clip", "clip", cv, df
+def blocks(config: ModelConfig, open_clip: bool) -> Iterator[Block]:
+    """Yields every block of a model. open_clip: CompVis's names of the text encoder are those of SD 2.x."""
+    kind, cv, cv_layers = "clip", "cond_stage_model.transformer.text_model", "encoder.layers"
+    if open_clip:
+        kind, cv, cv_layers = "open clip", "cond_stage_model.model", "transformer.resblocks"
+    df = "text_encoder.text_model"
+    yield kind, "clip", cv, df
     for i in range(config.clip.layers):
-        yield "clip layer", f"clip.layers.{i}", f"{cv}.encoder.layers.{i}", f"{df}.encoder.layers.{i}"
+        yield f"{kind} layer", f"clip.layers.{i}", f"{cv}.{cv_layers}.{i}", f"{df}.encoder.layers.{i}"
     yield from _vae_blocks(config.vae)
     yield from _unet_blocks(config.unet)
 
@@ -201,8 +220,13 @@ class Rule:
         return [part.clone() for part in tensor.chunk(len(self.theirs))]  # a file must not hold views
 
 
-def rules(config: ModelConfig, format: str) -> list[Rule]:
-    """Returns all rules between our names and a format's. The sizes in the config do not matter."""
+def rules(config: ModelConfig, format: str, open_clip: bool | None = None) -> list[Rule]:
+    """Returns all rules between our names and a format's. The sizes in the config do not matter.
+
+    open_clip: as for `blocks`; None for what models with this text encoder usually have.
+    """
+    if open_clip is None:
+        open_clip = config.clip.activation == "gelu"
     if format not in FORMATS:
         raise ModelError(f"there is no format {format!r}; the formats are {', '.join(FORMATS)}")
     sections = {}
@@ -213,12 +237,12 @@ def rules(config: ModelConfig, format: str) -> list[Rule]:
     linear = config.unet.linear_projection
     convolutions = {"vae attention": ("compvis",), "attention": () if linear else ("compvis", "diffusers")}
     found, column = [], FORMATS.index(format)
-    for kind, *names in blocks(config):
+    for kind, *names in blocks(config, open_clip):
         for row in sections[kind]:
             ours, theirs = (f"{names[c]}.{row[c]}".removesuffix(".-") for c in (0, column))
             stack = re.search(r"\{(.*)\}", theirs)
             parts = [theirs.replace(stack[0], x) for x in stack[1].split(",")] if stack else [theirs]
-            for suffix in ("",) if row[1].endswith(".weight") else (".weight", ".bias"):
+            for suffix in ("",) if row[2].endswith((".weight", ".bias")) else (".weight", ".bias"):
                 pointwise = kind in convolutions and row[0] != "norm" and suffix == ".weight"
                 convolution = pointwise and format in convolutions[kind]
                 theirs_with = tuple(part + suffix for part in parts)
@@ -233,12 +257,15 @@ def rules(config: ModelConfig, format: str) -> list[Rule]:
 # training, the safety checker, and the parts of CLIP that Stable Diffusion leaves out.
 HARMLESS = re.compile(
     r"(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor)$"
-    r"|model_ema\.|first_stage_model\.loss\.|safety_checker\.|feature_extractor\."
+    r"|(v_pred|ztsnr)$|model_ema\.|first_stage_model\.loss\.|safety_checker\.|feature_extractor\."
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\."  # the last layer, whose output 2.x does not use
     r"|(.*\.)?(position_ids|logit_scale|text_projection(\.\w+)?|visual_projection\.\w+)$|(.*\.)?vision_model\."
 )
 
 # Spellings in the wild, and the names in `TABLE` that they stand for.
 ALIASES = (
+    # what PyTorch puts before the names of a network that is compiled or trained in parallel
+    (r"((?:unet|vae|text_encoder|model\.diffusion_model)\.)?(?:module\.|_orig_mod\.)+", r"\1"),
     # our own, when an attention block had only one transformer layer
     (
         r"(diffusion\.(?:(?:down|up)\.\d+|middle)\.1)\.(?=norm_\d|self_attention|cross_attention|feed_forward)",
@@ -255,6 +282,9 @@ ALIASES = (
 
 # Only an LCM has this tensor.
 GUIDANCE = re.compile(r"time_embed(ding)?\.(cond_proj|guidance)\.weight$")
+
+# The names of SD 2.x's text encoder in CompVis's format begin like this.
+OPEN_CLIP = r"cond_stage_model\.model\."
 
 # How a format is recognised: one of its names begins like this.
 MARKS = {
@@ -288,11 +318,12 @@ COUNTS = {
         "*_model.input_blocks.#.1.transformer_blocks.#.",
         "unet.down_blocks.#.attentions.0.transformer_blocks.#.",
     ),
-    "middle": (
+    "middle_attention": (
         "diffusion.middle.1.layers.#.",
         "*_model.middle_block.1.transformer_blocks.#.",
         "unet.mid_block.attentions.0.transformer_blocks.#.",
     ),
+    "middle": ("diffusion.middle.#.", "*_model.middle_block.#.", "unet.mid_block.resnets.#."),
 }
 
 
@@ -318,15 +349,17 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
     transformers = {((int(i) - (format != "diffusers")) // per_row, d) for i, d in numbers["transformers"]}
     depths = Counter(level for level, _ in transformers)
     config = ModelConfig()
+    blocks = {m[1] for name in names if (m := re.match(rf"{OPEN_CLIP}transformer\.resblocks\.(\d+)", name))}
     return replace(
         config,
-        clip=replace(config.clip, layers=len(numbers["clip_layers"])),
+        clip=replace(config.clip, layers=len(numbers["clip_layers"]) or min(23, len(blocks))),
         vae=replace(config.vae, channels=(0,) * vae_levels, layers=len(numbers["vae_layers"])),
         unet=replace(
             config.unet,
             channels=(0,) * levels,
             attention=tuple(depths[level] for level in range(levels)),
-            middle_attention=len(numbers["middle"]),
+            middle_attention=len(numbers["middle_attention"]),
+            middle=bool(numbers["middle"]),
             heads=(0,) * levels,
             layers=layers,
             guidance_width=0 if any(GUIDANCE.search(name) for name in names) else None,
@@ -347,7 +380,8 @@ def match(names: Collection[str], config: ModelConfig | None = None) -> tuple[st
         spelling[tidy] = name
     format = detect(spelling)
     matched, used = [], set()
-    for rule in rules(config or structure(spelling, format), format):
+    open_clip = any(re.match(OPEN_CLIP, name) for name in spelling)
+    for rule in rules(config or structure(spelling, format), format, open_clip):
         there = [part for part in rule.theirs if part in spelling]
         missing = [part for part in rule.theirs if part not in spelling]
         if there and missing:
@@ -357,6 +391,13 @@ def match(names: Collection[str], config: ModelConfig | None = None) -> tuple[st
             used.update(there)
     unknown = [spelling[name] for name in spelling if name not in used and not HARMLESS.match(name)]
     return format, matched, unknown
+
+
+def passed_over(path: Path, unknown: list[str]) -> str:
+    """Says which tensors of a file are not used."""
+    count = "a tensor that is" if len(unknown) == 1 else f"{len(unknown)} tensors that are"
+    such = unknown[0] if len(unknown) == 1 else f"such as {unknown[0]}"
+    return f"{path} has {count} no part of the model, {such}; not used"
 
 
 # From one format to another
@@ -400,7 +441,10 @@ def load_from_standard_weights(
     """Reads the state dicts of "clip", "encoder", "decoder" and "diffusion" from a file of any format."""
     path = Path(path).expanduser()
     stored = open_folder(path) if path.is_dir() else TensorFile(path).tensors()
-    needed = {name: tensor for name, tensor in stored.items() if not HARMLESS.match(name)}
+    _, matched, unknown = match(stored)
+    if unknown:
+        warnings.warn(passed_over(path, unknown), stacklevel=2)
+    needed = {name: stored[name] for rule in matched for name in rule.theirs}
     states: dict[str, dict[str, Tensor]] = {network: {} for network in NETWORKS}
     for name, tensor in convert({name: tensor.read(device) for name, tensor in needed.items()}).items():
         network, inner = name.split(".", 1)

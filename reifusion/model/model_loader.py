@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,29 +22,42 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .clip import CLIP
-from .config import MINI, SD15, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+from .config import MINI, SD15, SD21, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from .decoder import Decoder
 from .diffusers_folder import open_folder, read_config
 from .diffusion import UNet
 from .encoder import Encoder
-from .model_converter import NETWORKS, Rule, match, structure
+from .model_converter import NETWORKS, Rule, match, passed_over, structure
+from .part import open_part
+from .prediction import Prediction, prediction_of, read_prediction
 from .tensors import ModelError, Stored, TensorFile
 from .tokenizer import END, Tokenizer
 
 MINI_PATH = Path(__file__).parent.parent / "data" / "mini.safetensors"
-PRESETS = (SD15, MINI)  # the preset with the same shapes supplies what shapes cannot tell
+PRESETS = (SD15, SD21, MINI)  # the preset with the same shapes supplies what shapes cannot tell
 
 # The keys in a header that belong to the model. All others are the user's.
-OWN_KEYS = ("format", "config", "tokenizer", "pad", "vocabulary")
+OWN_KEYS = ("format", "config", "tokenizer", "pad", "vocabulary", "exact")
 
 # Relatives that are recognised by the name of a tensor, to say what they are.
 RELATIVES = (
-    (r"cond_stage_model\.model\.", "Stable Diffusion 2.x in one file, which is read only from a folder"),
     (r"conditioner\.", "Stable Diffusion XL, which is not built in"),
     (r".*(joint_blocks|double_blocks|single_transformer_blocks)\.", "a diffusion transformer, not a U-Net"),
     (r"lora_|.*\.lora[_.]", "a LoRA, which changes a model but is not a model itself"),
     (r"control_model\.|controlnet_", "a ControlNet, which guides a model but is not a model itself"),
+    (r".*\.(label_emb|class_embedding|add_embedding)\.", "told more than words, which is not built in"),
+    (r"(.*\.)?(scaled_fp8|scale_weight)$", "in scaled float8, which is not built in"),
 )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is to be otherwise than in the model's own file."""
+
+    prediction_type: str | None = None  # what the U-Net predicts, whatever the file says
+    vae: str | Path | None = None  # a file, or a folder of diffusers, whose VAE is taken
+    unet: str | Path | None = None  # the same for the U-Net
+    ema: bool = False  # takes the moving averages of the U-Net's weights, where a file holds both
 
 
 def load(
@@ -52,18 +66,21 @@ def load(
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
     make: Callable[[ModelConfig], dict[str, nn.Module]] | None = None,
+    changes: Changes | None = None,
 ) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
     """Loads a model: its config, its networks ("clip", "encoder", "decoder", "diffusion") and its tokenizer.
 
     source: "mini", a file, or a folder of diffusers. dtype: None keeps the file's. config: None finds it; a
     file of unusual shapes that does not hold its config needs one. make: makes the networks of a config; None
-    stands for `build`.
+    stands for `build`. Warns of tensors that are no part of the model, and passes them over.
     """
-    checkpoint = _open(source, config)
-    models = _networks(checkpoint, make or build)
+    checkpoint = _open(source, config, changes)
+    models, unused = _networks(checkpoint, make or build)
+    if unused:
+        warnings.warn(passed_over(checkpoint.path, unused), stacklevel=2)
     for name, network in models.items():
         # The networks have shapes but no memory yet. Every tensor that is read becomes a parameter as it is.
-        network.load_state_dict(checkpoint.state(name, device, dtype), assign=True)
+        network.load_state_dict(checkpoint.state(name, network, device, dtype), assign=True)
         network.eval()
     return checkpoint.config, models, _tokenizer(checkpoint)
 
@@ -86,11 +103,18 @@ class Info:
     dtype: str  # of most parameters
     size: int  # of the files with weights, in bytes
     metadata: dict[str, str]
+    prediction_known_from: str = ""  # for people: how it is known what the U-Net predicts
+    unused: tuple[str, ...] = ()  # the tensors that are no part of the model
 
 
-def info(source: str | Path) -> Info:
-    """Reads the facts about a model from the headers alone."""
-    checkpoint = _open(source)
+def info(
+    source: str | Path,
+    make: Callable[[ModelConfig], dict[str, nn.Module]] | None = None,
+    changes: Changes | None = None,
+) -> Info:
+    """Reads the facts about a model from the headers alone. Raises ModelError whenever `load` would."""
+    checkpoint = _open(source, None, changes)
+    _, unused = _networks(checkpoint, make or build)
     parameters = dict.fromkeys(NETWORKS, 0)
     dtypes: Counter[torch.dtype] = Counter()
     for rule in checkpoint.rules:
@@ -100,7 +124,17 @@ def info(source: str | Path) -> Info:
     size = sum(path.stat().st_size for path in {tensor.file.path for tensor in checkpoint.tensors.values()})
     dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
     metadata = {k: v for k, v in checkpoint.header.items() if k not in OWN_KEYS}
-    return Info(checkpoint.path, checkpoint.format, checkpoint.config, parameters, dtype, size, metadata)
+    return Info(
+        checkpoint.path,
+        checkpoint.format,
+        checkpoint.config,
+        parameters,
+        dtype,
+        size,
+        metadata,
+        checkpoint.prediction_known_from,
+        tuple(unused),
+    )
 
 
 # From a source to a checkpoint, none of whose tensors has been read yet
@@ -115,18 +149,21 @@ class _Checkpoint:
     unknown: list[str]  # the names that no rule knows
     tensors: dict[str, Stored]
     header: dict[str, str]
+    prediction_known_from: str = ""
 
     def parts(self, rule: Rule) -> list[Stored]:
         """Returns the tensors that one of ours is made of."""
         return [self.tensors[name] for name in rule.theirs]
 
-    def state(self, network: str, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def state(
+        self, name: str, network: nn.Module, device: str | torch.device, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
         """Reads the state dict of a network, tensor by tensor."""
-        start, state = f"{network}.", {}
+        wanted, state = network.state_dict().keys(), {}
         for rule in self.rules:
-            if rule.ours.startswith(start):
-                parts = [tensor.read(device, dtype) for tensor in self.parts(rule)]
-                state[rule.ours.removeprefix(start)] = rule.merge(parts)
+            ours = rule.ours.removeprefix(f"{name}.")
+            if ours != rule.ours and ours in wanted:
+                state[ours] = rule.merge([tensor.read(device, dtype) for tensor in self.parts(rule)])
         return state
 
 
@@ -141,8 +178,10 @@ def find(source: str | Path) -> Path:
     raise ModelError(f"there is no file or folder {path}")
 
 
-def _open(source: str | Path, config: ModelConfig | None = None) -> _Checkpoint:
-    path = find(source)
+def _open(
+    source: str | Path, config: ModelConfig | None = None, changes: Changes | None = None
+) -> _Checkpoint:
+    path, changes = find(source), changes or Changes()
     if path.is_dir():
         tensors, header = open_folder(path), {}
     else:
@@ -151,24 +190,76 @@ def _open(source: str | Path, config: ModelConfig | None = None) -> _Checkpoint:
     for pattern, what in RELATIVES:
         if any(re.match(pattern, name) for name in tensors):
             raise ModelError(f"{path} is {what}")
+    known_from = "a config that was given"
     try:
         if config is None and path.is_dir():
-            config = read_config(path)
+            config, known_from = read_config(path), "its scheduler's config"
         elif config is None and "config" in header:
-            config = _config_from_header(header)
+            config, known_from = _config_from_header(header), "the config in its header"
         format, rules, unknown = match(tensors, config)
+        told = None
+        if changes.prediction_type is not None:
+            told = Prediction(read_prediction(changes.prediction_type), "as you say")
+        elif config is None:
+            told = prediction_of(path, header, tensors)
+        if changes.ema:
+            rules = _averages(rules, tensors)
+        for part, chosen in ("vae", changes.vae), ("unet", changes.unet):
+            if chosen is not None:
+                theirs, own, more, its_header = open_part(find(chosen), part)
+                networks = {rule.ours.split(".")[0] for rule in own}
+                rules = [rule for rule in rules if rule.ours.split(".")[0] not in networks]
+                rules += [replace(rule, theirs=tuple(f"{part}: {x}" for x in rule.theirs)) for rule in own]
+                tensors = tensors | {f"{part}: {name}": tensor for name, tensor in theirs.items()}
+                unknown = unknown + more
+                if part == "unet" and changes.prediction_type is None:
+                    told = prediction_of(find(chosen), its_header, theirs) or told
         networks = {rule.ours.split(".")[0] for rule in rules}
         for network in NETWORKS:
             if network not in networks:
-                raise ModelError(f"there are no tensors for the {network}")
+                raise ModelError(f"there are no tensors for the {network}{_HINTS.get(network, '')}")
+        shapes = {rule.ours: _stacked([tensors[name].shape for name in rule.theirs]) for rule in rules}
         if config is None:
-            parts = {rule.ours: [tensors[name].shape for name in rule.theirs] for rule in rules}
-            config = _config_from_shapes({name: _stacked(shapes) for name, shapes in parts.items()})
+            config, known_from = _config_from_shapes(shapes), "nothing in the file says otherwise"
+            if config.name == SD21.name:
+                known_from = "usual for 2.x; the models for 512x512 need --prediction-type epsilon"
+                if config.unet.in_channels != config.vae.latent_channels or (told and told.type == "epsilon"):
+                    schedule = replace(config.schedule, prediction_type="epsilon")
+                    config, known_from = replace(config, size=512, schedule=schedule), "usual for inpainting"
+        if changes.unet is not None and len(first := shapes.get(_FIRST, torch.Size())) == 4:
+            config = replace(config, unet=replace(config.unet, in_channels=first[1]))
+        if told is not None:
+            zero = told.zero_terminal_snr and told.type == "v_prediction"
+            schedule = replace(config.schedule, prediction_type=told.type, zero_terminal_snr=zero)
+            config, known_from = replace(config, schedule=schedule), told.known_from
         if config.unet.guidance_width is not None:  # as Luo et al. 2023 draw with their LCMs
             config = replace(config, sampler="lcm", steps=4, cfg=8.0)
     except ModelError as error:
         raise ModelError(f"{path} is not a model that can be loaded: {error}") from None
-    return _Checkpoint(path, format, config, rules, unknown, tensors, header)
+    return _Checkpoint(path, format, config, rules, unknown, tensors, header, known_from)
+
+
+_FIRST = "diffusion.down.0.0.weight"
+_HINTS = {
+    **dict.fromkeys(("encoder", "decoder"), "; a file with a VAE is given with --vae"),
+    "clip": "; if it is a U-Net alone, name a whole model, and this one with --unet",
+}
+
+
+def _averages(rules: list[Rule], names: Mapping[str, Stored]) -> list[Rule]:
+    """Returns the rules with the moving averages of a CompVis file in the place of its U-Net's weights."""
+
+    def average(name: str) -> str:
+        # Their class for averages took the points out of the names.
+        found = "model_ema." + name.removeprefix("model.").replace(".", "")
+        if found not in names:
+            raise ModelError(f"it has no moving average of {name}")
+        return found
+
+    return [
+        replace(rule, theirs=tuple(map(average, rule.theirs))) if rule.ours.startswith("diffusion.") else rule
+        for rule in rules
+    ]
 
 
 def _stacked(shapes: list[torch.Size]) -> torch.Size:
@@ -206,8 +297,11 @@ def state_dict(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def _networks(
     checkpoint: _Checkpoint, make: Callable[[ModelConfig], dict[str, nn.Module]]
-) -> dict[str, nn.Module]:
-    """Makes the networks, without memory, after a check that every tensor is there and fits."""
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Makes the networks, without memory, after a check that every tensor is there and fits.
+
+    Returns also the names of the tensors that have no place in them.
+    """
     path = checkpoint.path
     try:
         models = make(checkpoint.config)
@@ -217,10 +311,8 @@ def _networks(
     missing = sorted(expected.keys() - {rule.ours for rule in checkpoint.rules})
     if missing:
         raise ModelError(f"{path} lacks {len(missing)} tensors that the model needs, first {missing[0]}")
-    extra = [rule.theirs[0] for rule in checkpoint.rules if rule.ours not in expected] + checkpoint.unknown
-    if extra:
-        raise ModelError(f"{path} has {len(extra)} tensors without a place in the model, first {extra[0]}")
-    for rule in checkpoint.rules:
+    without = [name for rule in checkpoint.rules if rule.ours not in expected for name in rule.theirs]
+    for rule in (rule for rule in checkpoint.rules if rule.ours in expected):
         rows, *rest = expected[rule.ours]
         need = (rows // len(rule.theirs), *rest)
         for tensor in checkpoint.parts(rule):
@@ -229,7 +321,7 @@ def _networks(
                 raise ModelError(f"{named} has shape {shape}, but needs {need}")
             if not tensor.dtype.is_floating_point:
                 raise ModelError(f"{named} holds no floating-point numbers")
-    return models
+    return models, without + checkpoint.unknown
 
 
 # Configs and tokenizers
@@ -326,9 +418,10 @@ def _tokenizer(checkpoint: _Checkpoint) -> Tokenizer:
             tokenizer = Tokenizer.from_folder(path / "tokenizer", clip.context_length)
         else:
             vocabulary = json.loads(header.get("vocabulary", "null"))
-            pad = header.get("pad", END)
-            merges = header.get("tokenizer")
-            tokenizer = Tokenizer(merges, clip.context_length, vocabulary=vocabulary, pad=pad)
+            open_clip = clip.activation == "gelu" and "config" not in header
+            pad = header.get("pad", "!" if open_clip else END)  # as 2.x was trained
+            merges, exact = header.get("tokenizer"), json.loads(header.get("exact", "[]"))
+            tokenizer = Tokenizer(merges, clip.context_length, vocabulary=vocabulary, pad=pad, exact=exact)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"the tokenizer of {path} cannot be read: {error}") from None
     known = tokenizer.vocab_size

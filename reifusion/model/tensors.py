@@ -6,6 +6,7 @@ Every complaint is a `ModelError` of one sentence.
 from __future__ import annotations
 
 import re
+import reprlib
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,11 @@ from torch import Tensor
 
 class ModelError(ValueError):
     """Says in one sentence what is wrong with a model's file."""
+
+
+def short(value: Any) -> str:
+    """Returns a value from a file as a message shows it: one line, however long the value is."""
+    return reprlib.repr(value)
 
 
 class TensorFile:
@@ -108,41 +114,75 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
 }
 
 
+# The objects that trainings leave beside their weights. None of them is made: see `_Inert`.
+BESIDE = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|numpy|omegaconf|torch\.optim|pathlib"
+    r"|datetime|typing)\..*|argparse\.Namespace|_codecs\.encode|collections\.(defaultdict|deque)"
+    r"|slice|range|xrange|bytearray|object|int|long|list|dict|tuple|set|frozenset"
+)
+
+
 class _Inert:
-    """Replaces objects of PyTorch Lightning in a checkpoint, and does nothing."""
+    """Stands for an object in a checkpoint that is no tensor, whatever its class, and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _InertDict:
+    """`_Inert` for kinds of dict, whose entries PyTorch puts into a plain one only."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return {}
+
+
+class _InertList:
+    """`_Inert` for kinds of list."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return []
+
+
+def _inert(name: str) -> type:
+    if name.lower().endswith("dict"):
+        return _InertDict
+    return _InertList if name.endswith(("deque", "list")) else _Inert
 
 
 def _unpickle(path: Path) -> Mapping[str, Any]:
     """Opens a `.ckpt`, `.pt` or `.bin`: its tensors by name, which stay on disk until they are used."""
     zipped = zipfile.is_zipfile(path)  # since PyTorch 1.6; the older format cannot be mapped into memory
-    stand_ins: list[Any] = []
-    try:
-        if zipped:
-            for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
-                if not name.startswith(("pytorch_lightning.", "lightning.")):
-                    raise ModelError(f"{path} holds code ({name}) beside its tensors and was not opened")
-                stand_ins.append((_Inert, name))
-        mapped = (
-            zipped and path.suffix != ".safetensors"
-        )  # a name that torch.load trusts more than the content
-        with torch.serialization.safe_globals(stand_ins), open(path, "rb") as stream:
-            content = torch.load(path if mapped else stream, "cpu", mmap=mapped, weights_only=True)
-    except UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise ModelError(f"{path} holds code ({code[1]}) beside its tensors and was not opened") from None
-        raise ModelError(f"{path} is not a checkpoint, or is damaged") from None
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ModelError(f"{path} is cut off or damaged, or is not a checkpoint") from error
+    mapped = zipped and path.suffix != ".safetensors"  # which torch.load trusts more than the content
+    stand_ins: set[str] = set()
+    while True:
+        try:
+            with (
+                torch.serialization.safe_globals([(_inert(name), name) for name in stand_ins]),
+                open(path, "rb") as stream,
+            ):
+                content = torch.load(path if mapped else stream, "cpu", mmap=mapped, weights_only=True)
+            break
+        except UnpicklingError as error:
+            # PyTorch stops at the first name that it does not know.
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if code is None:
+                raise ModelError(f"{path} is not a checkpoint, or is damaged") from None
+            if code[1] in stand_ins or not BESIDE.fullmatch(code[1]):
+                raise ModelError(
+                    f"{path} holds code ({code[1]}) beside its tensors and was not opened"
+                ) from None
+            stand_ins.add(code[1])
+            stand_ins.add(f"builtins.{code[1]}")  # whose module PyTorch does not tell
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ModelError(f"{path} is cut off or damaged, or is not a checkpoint") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # as Lightning nests it
     if not isinstance(content, Mapping):

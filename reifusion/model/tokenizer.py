@@ -12,11 +12,11 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DATA = Path(__file__).parents[1] / "data"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -37,7 +37,11 @@ class Tokenizer:
 
     merges: None for CLIP's own, the text of a merges file, or its pairs. context_length: what `encode` pads
     and cuts to. vocabulary: token -> id, where a model's order is its own. pad: the token that fills up.
-    `.start`, `.end` and `.pad` are the ids of those tokens; `.vocab_size` counts all.
+    `.start`, `.end` and `.pad` are the ids of those tokens; all ids are less than `.vocab_size`.
+
+    A token that no merge makes was added later, as a word that textual inversion has learned: it is found in
+    a prompt before anything is merged. exact: those of them whose letters must be written exactly so; the
+    others may be written in capitals.
 
     Source: Sennrich et al. 2016, Algorithm 1; on bytes, Radford et al. 2019, §2.2. The ids are those of
     `transformers.CLIPTokenizer`, for any text. Raises ValueError for merges that are no pairs, or for a
@@ -51,6 +55,7 @@ class Tokenizer:
         *,
         vocabulary: Mapping[str, int] | None = None,
         pad: str = END,
+        exact: Collection[str] = (),
     ):
         if context_length < 2:
             raise ValueError(f"context_length must be 2 or more (start and end), not {context_length}")
@@ -67,11 +72,18 @@ class Tokenizer:
         self._ids = standard if vocabulary is None else dict(vocabulary)
         if missing := [token for token in (*standard, pad) if token not in self._ids]:
             raise ValueError(f"{len(missing)} tokens are not in the vocabulary, such as {missing[0]!r}")
-        self._tokens = {i: token for token, i in self._ids.items()}
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.start, self.end, self.pad = self._ids[START], self._ids[END], self._ids[pad]
+        if bad := [i for i in self._ids.values() if not isinstance(i, int) or i < 0]:
+            raise ValueError(f"{bad[0]!r} is not the id of a token")
+        added = self._ids.keys() - standard.keys() - {pad, ""}
+        # As they are shown: an added token like a word.
+        self._tokens = {i: "".join(as_bytes(x)) if x in added else x for x, i in self._ids.items()}
+        self.exact = sorted(added.intersection(exact))
         # A padding token of its own becomes special, in prompts too: SD 2.x pads with "!".
-        self._special = re.compile("|".join(re.escape(x) for x in dict.fromkeys((START, END, pad))))
+        self._special = _any_of((START, END, pad, *self.exact))
+        self._added = {_normal(token): self._ids[token] for token in added if token not in self.exact}
+        self._find_added = _any_of(self._added)
         self.is_standard = self.pad == self.end and pairs == clip_merges() and self._ids == standard
 
     @classmethod
@@ -89,39 +101,67 @@ class Tokenizer:
         Raises FileNotFoundError if it has neither, ValueError as the constructor does.
         """
         folder = Path(path)
+
+        def content(name: str) -> dict[str, Any]:
+            file = folder / name
+            return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
         merges: str | list[tuple[str, str]]
+        whole, config = content("tokenizer.json"), content("tokenizer_config.json")
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+            vocabulary = content("vocab.json")
             merges = (folder / "merges.txt").read_text("utf-8")
-        elif (folder / "tokenizer.json").is_file():
-            content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-            added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-            vocabulary = content["model"]["vocab"] | added
-            merges = [tuple(x.split() if isinstance(x, str) else x) for x in content["model"]["merges"]]
+        elif whole:
+            vocabulary = whole["model"]["vocab"]
+            merges = [tuple(x.split() if isinstance(x, str) else x) for x in whole["model"]["merges"]]
         else:
             raise FileNotFoundError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json")
+        # Added tokens stand in one or more of three places, by the version of transformers.
+        added: dict[str, Any] = {token: {"id": i} for token, i in content("added_tokens.json").items()}
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            added[token["content"]] = {**token, "id": int(i)}
+        added |= {token["content"]: token for token in whole.get("added_tokens", ())}
+        special = content("special_tokens_map.json")
+        written = {_content(token) for token in special.get("additional_special_tokens", ())}
+        written |= {token for token, facts in added.items() if not facts.get("normalized", True)}
         pad = END
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second has the last word
-            if (folder / name).is_file():
-                entry = json.loads((folder / name).read_text("utf-8")).get("pad_token") or pad
-                pad = entry["content"] if isinstance(entry, dict) else entry
-        return cls(merges, context_length, vocabulary=vocabulary, pad=pad)
+        for entry in config, special:  # the second has the last word
+            pad = _content(entry.get("pad_token") or pad)
+        vocabulary = vocabulary | {token: facts["id"] for token, facts in added.items()}
+        return cls(merges, context_length, vocabulary=vocabulary, pad=pad, exact=written)
 
     def save_folder(self, path: str | Path) -> None:
         """Writes the folder that `from_folder` and `transformers.CLIPTokenizer.from_pretrained` read."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_text(json.dumps(self._ids, ensure_ascii=False), "utf-8")
+        merged = Tokenizer(self.merges_text)._ids.keys()
+        added = {token: i for token, i in self._ids.items() if token not in merged}
+        vocabulary = {token: i for token, i in self._ids.items() if token in merged}
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
         (folder / "merges.txt").write_text(f"#version: 0.2\n{self.merges_text}\n", "utf-8")
         pad = self._tokens[self.pad]
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, **special}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+        config: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length}
+        if added:
+            (folder / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False), "utf-8")
+            config["added_tokens_decoder"] = {
+                str(self._ids[token]): {
+                    "content": token,
+                    "lstrip": False,
+                    "normalized": token in self._ids.keys() - merged - {pad, *self.exact},
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": token in (START, END, pad),
+                }
+                for token in (START, END, *added)
+            }
+        text = json.dumps({**config, **special}, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text, "utf-8")
 
     @property
     def vocab_size(self) -> int:
-        return len(self._ids)
+        return 1 + max(self._tokens)
 
     @property
     def merges_text(self) -> str:
@@ -165,12 +205,15 @@ class Tokenizer:
         ]
 
     def _words(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        end = 0
-        for special in self._special.finditer(text):
-            yield from ((word, self._merge(word)) for word in split_words(text[end : special.start()]))
-            yield special[0], (self._ids[special[0]],)
-            end = special.end()
-        yield from ((word, self._merge(word)) for word in split_words(text[end:]))
+        for special, part in _cut(text, self._special):
+            if special:
+                yield part, (self._ids[part],)
+                continue
+            for added, piece in _cut(_normal(part), self._find_added) if self._added else [(False, part)]:
+                if added:
+                    yield piece, (self._added[piece],)
+                else:
+                    yield from ((word, self._merge(word)) for word in split_words(piece))
 
     @lru_cache(maxsize=2**15)  # noqa: B019 (on the class, so that a tokenizer can be pickled)
     def _merge(self, word: str) -> tuple[int, ...]:
@@ -206,15 +249,44 @@ def split_words(text: str) -> list[str]:
 
     Source: `simple_tokenizer.py` of openai/CLIP, by the tables in `data/unicode.txt`.
     """
-    classes = _unicode()
-    text = classes.together.sub(lambda part: unicodedata.normalize("NFC", part[0]), text)
-    # Letter by letter: `str.lower` would turn a Σ at a word's end into ς.
-    text = text.replace("Σ", "σ").lower().translate(classes.lower)
     words: list[str] = []
-    for word in classes.word.findall(text):
+    for word in _unicode().word.findall(_lower(text)):
         # A special token's name in other letters (<|ENDOFTEXT|>) is three words, whatever follows it.
         words += ("<|", word[2:-2], "|>") if word in (START, END) else (word,)
     return words
+
+
+def _lower(text: str) -> str:
+    """text -> composed (NFC) and in lower case"""
+    classes = _unicode()
+    text = classes.together.sub(lambda part: unicodedata.normalize("NFC", part[0]), text)
+    # Letter by letter: `str.lower` would turn a Σ at a word's end into ς.
+    return text.replace("Σ", "σ").lower().translate(classes.lower)
+
+
+def _normal(text: str) -> str:
+    """text -> in lower case, with one space for each run of spaces: added tokens are found in this form"""
+    return re.sub(r"\s+", " ", _lower(text))
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the tokens, the longest that fits."""
+    return re.compile("|".join(map(re.escape, sorted(dict.fromkeys(tokens), key=len, reverse=True))))
+
+
+def _cut(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[bool, str]]:
+    """text -> its parts in order: (True, a match of the pattern) and (False, the text between two)"""
+    end = 0
+    for found in pattern.finditer(text):
+        yield False, text[end : found.start()]
+        yield True, found[0]
+        end = found.end()
+    yield False, text[end:]
+
+
+def _content(token: Any) -> str:
+    """A token in a JSON file of transformers, which is its text, or an object with its text."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _text(token: str) -> str:

@@ -83,11 +83,11 @@ def train_lora(
     """
     folder, tokenizer = Path(folder), pipe.tokenizer
     path = folder / "lora.safetensors" if out is None else Path(out)
+    with torch.device("meta"):  # an empty shell, without memory, for the networks of `pipe`
+        model = TextToImage(pipe.config)
     if isinstance(data, str | Path):
         with processes().main_process_first():  # the others then find the encoded latents
             data = _latents(pipe, data, training.caption, folder / "latents", size, mirror)
-    with torch.device("meta"):  # an empty shell, without memory, for the networks of `pipe`
-        model = TextToImage(pipe.config)
     model.clip, model.diffusion = pipe.models["clip"], pipe.models["diffusion"]  # type: ignore[assignment]
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     targets = training.targets + (TEXT_ENCODER,) * training.train_text_encoder

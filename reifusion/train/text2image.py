@@ -87,6 +87,10 @@ class TextToImage(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        given, latents = config.unet.in_channels, config.vae.latent_channels
+        if given != latents:
+            text = f"is given {given} channels, as for inpainting or editing, and training has {latents}"
+            raise ValueError(f"the U-Net of {config.name} {text}; start from a plain model")
         self.clip = CLIP(config.clip)
         self.diffusion = UNet(config.unet)
         self.diffusion.apply(_begin_as_identity)

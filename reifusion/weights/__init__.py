@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from torch import nn
 from .. import families
 from ..model import model_loader
 from ..model.config import ModelConfig
-from ..model.model_loader import Info
+from ..model.model_loader import Changes, Info
 from ..model.tokenizer import Tokenizer
 from .hub import find
 from .writing import save
 
-__all__ = ["find", "info", "load", "save"]
+__all__ = ["Changes", "find", "info", "load", "save"]
 
 
 def load(
@@ -23,11 +24,19 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
+    changes: Changes | None = None,
 ) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
     """Loads a model of any family as `model_loader.load` does. source may also be a hub id."""
-    return model_loader.load(find(source), device, dtype, config, make=families.build)
+    return model_loader.load(find(source), device, dtype, config, families.build, _found(changes))
 
 
-def info(source: str | Path) -> Info:
+def info(source: str | Path, changes: Changes | None = None) -> Info:
     """Reads the facts about a model as `model_loader.info` does. source may also be a hub id."""
-    return model_loader.info(find(source))
+    return model_loader.info(find(source), families.build, _found(changes))
+
+
+def _found(changes: Changes | None) -> Changes | None:
+    if changes is None:
+        return None
+    vae = None if changes.vae is None else find(changes.vae, "vae")
+    return replace(changes, vae=vae, unet=None if changes.unet is None else find(changes.unet, "unet"))

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..model.config import ModelConfig
 from ..model.model_converter import rules
@@ -25,12 +27,16 @@ from ..model.tensors import ModelError, TensorFile
 if TYPE_CHECKING:
     from ..model.pipeline import StableDiffusion
 
-# The ends of a tensor's name in the files of kohya, of PEFT and diffusers, and of diffusers before 0.22.
+# The ends of a tensor's name in the files of kohya, of PEFT and diffusers, and of diffusers before 0.22. PEFT
+# adds the name of an adapter, "default" if it was given none.
 ENDINGS = {
-    "down": r"[._]lora(_down|_A|\.down|_linear_layer\.down)\.weight",
-    "up": r"[._]lora(_up|_B|\.up|_linear_layer\.up)\.weight",
-    "alpha": r"\.alpha",
+    "down": r"[._]lora(_down|_A|\.down|_linear_layer\.down)(?P<adapter>\.[\w-]+)?\.weight",
+    "up": r"[._]lora(_up|_B|\.up|_linear_layer\.up)(?P<adapter>\.[\w-]+)?\.weight",
+    "alpha": r"(?P<adapter>)\.alpha",
 }
+
+# Embeddings that were learned together with a LoRA, and that some programs write into its file.
+BUNDLED = r"bundle_emb\.(?P<word>.+?)\."
 
 # Other methods whose files are called LoRAs. Read as if it were plain, such a file would draw something else.
 OTHERS = {
@@ -46,8 +52,9 @@ OTHERS = {
 
 # These replacements, in this order, make the spellings of a layer's name the same, except for . and _.
 SPELLINGS = (
-    (r"^model\.diffusion_model\.", "unet."),  # CompVis's
-    (r"^cond_stage_model\.transformer\.", "text_encoder."),
+    (r"^(unet\.|text_encoder\.)?base_model\.model\.", r"\1"),  # PEFT's
+    (r"^(model\.)?diffusion_model\.", "unet."),  # CompVis's, and ComfyUI's
+    (r"^(cond_stage_model|clip_l|text_encoders\.clip_[lh])\.transformer\.", "text_encoder."),
     (r"\.processor\.", "."),  # diffusers before 0.22, as are the next two
     (r"\.to_out$", ".to_out.0"),
     (r"^text_encoder\.(.*self_attn)\.to_(q|k|v|out)(\.0)?$", r"text_encoder.\1.\2_proj"),
@@ -111,14 +118,51 @@ class Place:
         return path.removesuffix(stacked) + stacked[self.part]
 
 
-def load_lora(file: str | Path) -> LoRA:
+# What a folder's LoRA is called: by diffusers, by PEFT, and by PEFT with a folder for each network.
+NAMES = (
+    ("pytorch_lora_weights",),
+    ("adapter_model",),
+    ("unet/adapter_model", "text_encoder/adapter_model"),
+)
+
+
+def lora_files(files: Collection[str]) -> list[str]:
+    """Picks the files of a folder's LoRA, by `NAMES`, or its only `.safetensors`; [] if it is not clear."""
+    for names in NAMES:
+        for ending in ("safetensors", "bin"):
+            if found := [f"{name}.{ending}" for name in names if f"{name}.{ending}" in files]:
+                return found
+    alone = [name for name in files if re.fullmatch(r"[^/]+\.safetensors", name)]
+    return alone if len(alone) == 1 else []
+
+
+def load_lora(source: str | Path) -> LoRA:
     """Reads a LoRA, `.safetensors` or a pickle, in the layout of kohya, PEFT, or old versions of diffusers.
 
-    No code in the file is run. A layer without its α has α = r. Raises ModelError, in one sentence, for a
-    file that is not a LoRA, is a LoRA of another kind, or is damaged.
+    source: the file, or a folder of diffusers or PEFT with one. No code in the file is run. A layer without
+    its α has α = r. Embeddings in the file are passed over, with a warning. Raises ModelError, in one
+    sentence, for a file that is not a LoRA, is a LoRA of another kind, or is damaged.
     """
-    opened = TensorFile(Path(file))
+    path = Path(source)
+    if not path.is_dir():
+        return _load_file(path)
+    files = lora_files([file.relative_to(path).as_posix() for file in path.rglob("*")])
+    if not files:
+        raise ModelError(f"{path} does not hold one LoRA; if it holds several, name the file of one")
+    updates: dict[str, Update] = {}
+    metadata: dict[str, str] = {}
+    for name in files:
+        part = Path(name).parent.name  # "unet", "text_encoder", or ""
+        lora = _load_file(path / name)
+        metadata |= lora.metadata
+        updates |= {f"{part}.{layer}" if part else layer: x for layer, x in lora.updates.items()}
+    return LoRA(updates, metadata, str(path))
+
+
+def _load_file(file: Path) -> LoRA:
+    opened = TensorFile(file)
     path, updates = opened.path, {}
+    config = _peft_config(opened)
     for layer, parts in _read(opened).items():
         if missing := sorted({"down", "up"} - parts.keys()):
             raise ModelError(f"{path} is incomplete: {layer} lacks its {missing[0]} matrix")
@@ -128,7 +172,7 @@ def load_lora(file: str | Path) -> LoRA:
             raise ModelError(f"{path} is damaged: the two matrices of {layer} do not fit together, {shapes}")
         if "alpha" in parts and parts["alpha"].numel() != 1:
             raise ModelError(f"{path} is damaged: {layer}.alpha is not one number")
-        alpha = parts["alpha"].item() if "alpha" in parts else _peft_alpha(opened, layer, len(down))
+        alpha = parts["alpha"].item() if "alpha" in parts else _peft_alpha(path, config, layer, len(down))
         updates[layer] = Update(down, up, alpha)
     if not updates:
         raise ModelError(f"{path} is not a LoRA: it has no tensors")
@@ -138,7 +182,11 @@ def load_lora(file: str | Path) -> LoRA:
 def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
     """Reads the tensors of each layer, by `ENDINGS`."""
     layers: dict[str, dict[str, Tensor]] = {}
+    adapters, words = set(), set()
     for name in file.shapes:
+        if bundled := re.match(BUNDLED, name):
+            words.add(bundled["word"])
+            continue
         for pattern, kind in OTHERS.items():
             if re.search(pattern, name):
                 raise ModelError(
@@ -150,16 +198,38 @@ def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
                 if not tensor.float().isfinite().all():
                     raise ModelError(f"{file.path} is damaged: {name} holds a number that is not finite")
                 layers.setdefault(found[1], {})[part] = tensor
+                adapters.add(found["adapter"]) if part != "alpha" else None
                 break
         else:
             raise ModelError(f"{file.path} is not a LoRA: it has a tensor {name}")
+    if len(adapters) > 1:
+        names = " and ".join(sorted((name or ".(no name)")[1:] for name in adapters))
+        raise ModelError(f"{file.path} holds several LoRAs, {names}; save one of them alone")
+    if layers and words:
+        text = f"{file.path} also holds an embedding for {', '.join(sorted(words))}"
+        warnings.warn(f"{text}, which is not used: only the LoRA is", stacklevel=2)
     return layers
 
 
-def _peft_alpha(file: TensorFile, layer: str, rank: int) -> float:
-    """Returns α by the config of PEFT that diffusers writes into the header, or r where there is none."""
+def _peft_config(file: TensorFile) -> dict[str, Any]:
+    """Reads PEFT's config, which stands beside its own files, and in the header of diffusers's."""
+    beside = file.path.with_name("adapter_config.json")
     try:
-        config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+        if file.path.stem == "adapter_model" and beside.is_file():
+            text = beside.read_text("utf-8")
+        else:
+            text = file.metadata.get("lora_adapter_metadata", "{}")
+        config = json.loads(text)
+        if isinstance(config, dict):
+            return config
+    except ValueError:
+        pass
+    raise ModelError(f"{file.path} has a config of PEFT, in its header or beside it, that is not understood")
+
+
+def _peft_alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Returns α by the config of PEFT, or r where there is none."""
+    try:
         network, _, inner = layer.partition(".")
         if network not in ("unet", "text_encoder"):
             network, inner = "", layer
@@ -172,7 +242,9 @@ def _peft_alpha(file: TensorFile, layer: str, rank: int) -> float:
         # Kalajdzievski 2023 scales by α/√r.
         return alpha * math.sqrt(rank) if given.get("use_rslora") else alpha
     except (ValueError, TypeError, AttributeError, re.error):
-        raise ModelError(f"{file.path} has a config of PEFT in its header that is not understood") from None
+        raise ModelError(
+            f"{path} has a config of PEFT, in its header or beside it, that is not understood"
+        ) from None
 
 
 def places(config: ModelConfig) -> list[Place]:
@@ -181,7 +253,9 @@ def places(config: ModelConfig) -> list[Place]:
     for one, other in zip(rules(config, "diffusers"), rules(config, "compvis")):
         network, _, inner = one.ours.partition(".")
         if network in ("clip", "diffusion") and inner.endswith(".weight"):
-            for part, names in enumerate(zip(one.theirs, other.theirs)):
+            # OpenCLIP has q, k and v in one tensor, which no LoRA names.
+            others = other.theirs if len(other.theirs) == len(one.theirs) else one.theirs
+            for part, names in enumerate(zip(one.theirs, others)):
                 diffusers, compvis = (name.removesuffix(".weight") for name in names)
                 layer = inner.removesuffix(".weight")
                 found.append(
@@ -256,6 +330,9 @@ def _models(pipe: StableDiffusion | Mapping[str, nn.Module]) -> Mapping[str, nn.
     return pipe if isinstance(pipe, Mapping) else pipe.models
 
 
+FIRST = "down.0.0"  # the U-Net's first layer
+
+
 def _find(lora: LoRA, models: Mapping[str, Any]) -> dict[Place, Update]:
     """Returns the place of each update. Raises ModelError for an update that has no place or does not fit."""
     config = ModelConfig(clip=models["clip"].config, unet=models["diffusion"].config)
@@ -269,6 +346,10 @@ def _find(lora: LoRA, models: Mapping[str, Any]) -> dict[Place, Update]:
         if place in found:
             raise ModelError(f"{lora.path} changes the same layer twice, the second time as {layer}")
         rows, *rest = _four(module.weight.shape)
+        extra = rest[0] - _four(update.down.shape)[1]
+        if place.layer == FIRST and extra > 0 and update.down.ndim == 4:
+            # A U-Net for inpainting or editing is given the latents first, and a plain one nothing else.
+            update = replace(update, down=F.pad(update.down, (0, 0, 0, 0, 0, extra)))
         change = (*_four(update.up.shape)[:1], *_four(update.down.shape)[1:])
         weight = (rows // place.parts, *rest)
         if change != weight or _four(update.up.shape)[2:] != (1, 1):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import families
 from ..files import whole
 from ..model.config import ModelConfig
-from ..model.diffusers_folder import PARTS, config_to_diffusers
+from ..model.diffusers_folder import PARTS, config_to_diffusers, pipeline_class
 from ..model.model_converter import convert
 from ..model.model_loader import state_dict
 from ..model.tensors import ModelError
@@ -55,8 +55,7 @@ def save(
     header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer)}
     with whole(path) as temporary:
         if to == "diffusers":
-            _write_folder(temporary, config, tensors)
-            tokenizer.save_folder(temporary / "tokenizer")
+            _write_folder(temporary, config, tensors, tokenizer)
         else:
             write_tensors(tensors, temporary, header)
 
@@ -82,14 +81,20 @@ def _tokenizer_header(tokenizer: Tokenizer) -> dict[str, str]:
     header = {"tokenizer": tokenizer.merges_text, "pad": tokenizer._tokens[tokenizer.pad]}
     if Tokenizer(tokenizer.merges_text)._ids != tokenizer._ids:
         header["vocabulary"] = json.dumps(tokenizer._ids)
+    if tokenizer.exact:
+        header["exact"] = json.dumps(tokenizer.exact)
     return header
 
 
-def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` opens, except the tokenizer."""
+def _write_folder(
+    folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Writes what `diffusers.DiffusionPipeline.from_pretrained` opens."""
     configs = config_to_diffusers(config)
+    ids = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+    configs["text_encoder"] |= ids
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": pipeline_class(config),
         "_diffusers_version": "0.30.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
@@ -112,3 +117,4 @@ def _write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
             start = f"{part}."
             own = {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}
             write_tensors(own, folder / part / f"{name}.safetensors", {"format": "pt"})
+    tokenizer.save_folder(folder / "tokenizer")

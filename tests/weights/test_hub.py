@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -29,35 +31,42 @@ def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactor
 class Hub:
     """Stands in for the hub: a repository with both sizes of weights, or no network."""
 
-    def __init__(self, folder: Path | None, cached: bool = False):
-        self.folder, self.cached = folder, cached
+    def __init__(self, folder: Path | None):
+        self.folder = folder
         self.fetched: list[tuple] = []
 
-    def list_repo_files(self, repository: str) -> list[str]:
-        if self.folder is None or self.cached:
+    def model_info(self, repository: str, timeout: float) -> SimpleNamespace:
+        if self.folder is None:
             raise ConnectionError("no network")
-        return [x.relative_to(self.folder).as_posix() for x in self.folder.rglob("*")] + [
-            "unet/model.fp16.safetensors"
-        ]
+        files = [x.relative_to(self.folder).as_posix() for x in self.folder.rglob("*")]
+        names = [*files, "unet/model.fp16.safetensors"]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
-    def snapshot_download(self, repository: str, allow_patterns=None, local_files_only=False) -> str:
-        if self.folder is None or (self.cached and not local_files_only):
-            raise FileNotFoundError("not in the cache")
+    def snapshot_download(self, repository: str, allow_patterns, etag_timeout: float) -> str:
         self.fetched = allow_patterns
         return str(self.folder)
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     import huggingface_hub
 
-    def put(folder: Path | None, cached: bool = False) -> Hub:
-        made = Hub(folder, cached)
+    def put(folder: Path | None) -> Hub:
+        made = Hub(folder)
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         return made
 
     return put
+
+
+def cached(folder: Path, hub: Path) -> Path:
+    """Puts a folder into the hub's cache as someone/small; returns where it is there."""
+    kept = hub / "models--someone--small"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0123456789abcdef")
+    return shutil.copytree(folder, kept / "snapshots" / "0123456789abcdef")
 
 
 def test_only_the_needed_files_of_a_hub_model_are_fetched(hub, folder, models):
@@ -71,31 +80,40 @@ def test_only_the_needed_files_of_a_hub_model_are_fetched(hub, folder, models):
     }
 
 
-def test_a_model_of_the_hub_is_found_in_the_cache_without_a_network(hub, folder, models):
-    hub(folder, cached=True)
+def test_a_model_in_the_cache_is_loaded_without_asking_the_hub(hub, folder, models, tmp_path):
+    hub(None)
+    cached(folder, tmp_path / "hub")
     assert_same_networks(load("someone/small")[1], models)
+
+
+@pytest.mark.parametrize("gone", ["model_index.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_cache_that_is_not_complete_is_completed(hub, folder, models, tmp_path, gone):
+    made = hub(folder)
+    (cached(folder, tmp_path / "hub") / gone).unlink()
+    assert_same_networks(load("someone/small")[1], models)
+    assert made.fetched
 
 
 def test_no_network_is_said(hub):
     hub(None)
-    with pytest.raises(ModelError, match=r"someone/small; the hub was not reached .* not in the local cache"):
+    with pytest.raises(ModelError, match=r"someone/small, and the hub was not reached .* in the local cache"):
         load("someone/small")
 
 
 @pytest.mark.parametrize("source", ["", "a\0b", "x" * 5000, "a/b/c", "../a", "a/b.ckpt", "https://x.y/z"])
 def test_nothing_of_that_name(source, monkeypatch):
-    monkeypatch.setattr(hub_module, "_download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    monkeypatch.setattr(hub_module, "_download", lambda *name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(ModelError):
         load(source)
 
 
 def test_a_path_and_the_mini_do_not_need_the_hub(folder, monkeypatch):
-    monkeypatch.setattr(hub_module, "_download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    monkeypatch.setattr(hub_module, "_download", lambda *name: pytest.fail(f"asked the hub for {name}"))
     assert info(folder).config == info(str(folder)).config == SMALL
     assert info("mini").config.name == "mini"
 
 
 def test_the_loader_itself_does_not_ask_the_hub(monkeypatch):
-    monkeypatch.setattr(hub_module, "_download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    monkeypatch.setattr(hub_module, "_download", lambda *name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(ModelError, match="there is no file or folder someone/small"):
         load_path("someone/small")
