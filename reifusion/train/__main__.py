@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--config", metavar="RECIPE", help="a .toml file, or the name of a built-in recipe")
-    parser.add_argument("--keys", action="store_true", help="list all keys of a recipe and their defaults")
+    parser.add_argument("--keys", action="store_true", help="explain all keys of a recipe")
     parser.add_argument(
         "--dry-run", action="store_true", help="show parameters, memory and time; no training"
     )
@@ -92,7 +92,7 @@ def _follow(given: argparse.Namespace) -> Any:
         )
     for what, name in MINI if given.what == "mini" else [(given.what, given.config or "")]:
         if given.keys:
-            yield "\n".join(f"{key:24} {value!r}" for key, value in recipes.keys(what).items())
+            yield recipes.described(what)
             continue
         overrides = given.overrides
         if given.what == "mini" and what != "text2image":  # the last recipe refuses keys that none has

@@ -33,7 +33,7 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
             axes.vlines(where, low, high, color="tab:green", alpha=0.3, linewidth=6)
     for number, (run, curve) in enumerate(curves.items()):
         steps, values = list(curve), list(curve.values())
-        smooth = smoothed(values)
+        smooth = smoothed(values, min(10, len(values) // 10))  # a short run has few points
         colour = f"C{number}"
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         name = run.parent.name if run.suffix == ".jsonl" else run.name
