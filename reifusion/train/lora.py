@@ -84,10 +84,10 @@ def train_lora(
 
     data: pictures, a folder of them or any other source for `open_pictures`, or latents of this model.
     folder: holds the run, which resumes from there. out: the file, by default lora.safetensors in the folder;
-    it is written at each checkpoint. layout: see `save_lora`. size: side in pixels of a square with the pictures'
-    area; None means the model's own size. mirror: shows each picture mirrored as well. watch: called at each
-    checkpoint with the model and the LoRA in it; may return a picture for TensorBoard. Raises ValueError for
-    a target that names no layer, and whatever `open_pictures` and `optimise` raise.
+    it is written at each checkpoint. layout: see `save_lora`. size: side in pixels of a square with the
+    pictures' area; None means the model's own size. mirror: shows each picture mirrored as well. watch:
+    called at each checkpoint with the model and the LoRA in it; may return a picture for TensorBoard. Raises
+    RecipeError for a target that names no layer, and whatever `open_pictures` and `optimise` raise.
     """
     folder, tokenizer = Path(folder), pipe.tokenizer
     path = folder / "lora.safetensors" if out is None else Path(out)

@@ -116,8 +116,8 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
             chosen_layers(TextToImage(config), recipe.training.all_targets)
     elif not recipe.training.train_text_encoder and not recipe.start:
         raise RecipeError(
-            "train_text_encoder=false would leave the text encoder's random weights as they are; set start to a"
-            " trained model"
+            "train_text_encoder=false would leave the text encoder's random weights as they are; set start"
+            " to a trained model"
         )
 
 

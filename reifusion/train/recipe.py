@@ -47,9 +47,9 @@ ELSEWHERE = {
     "lr_warmup_steps": "warmup", "resolution": "size", "image_size": "size", "network_dim": "rank",
     "network_alpha": "alpha", "train_data_dir": "data", "dataset": "data", "output_dir": "folder",
     "output": "out", "pretrained_model_name_or_path": "start", "min_snr_gamma": "max_snr",
-    "snr_gamma": "max_snr", "noise_offset": "offset_noise", "v_parameterization": "prediction_type", "random_flip": "mirror",
-    "flip_aug": "mirror", "save_precision": "dtype", "network_dropout": "dropout", "prompt": "caption",
-    "instance_prompt": "caption", "ema_decay": "ema", "grad_clip": "max_grad_norm",
+    "snr_gamma": "max_snr", "noise_offset": "offset_noise", "v_parameterization": "prediction_type",
+    "random_flip": "mirror", "flip_aug": "mirror", "save_precision": "dtype", "network_dropout": "dropout",
+    "prompt": "caption", "instance_prompt": "caption", "ema_decay": "ema", "grad_clip": "max_grad_norm",
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> 
         if not equals:
             raise RecipeError(f"{override!r} is not key=value")
         _check(what, key.strip(), "the command line")
-        values[key.strip()] = _parse(text.strip())
+        values[key.strip()] = _parse(text.strip(), keys(what)[key.strip()][0])
     if values.get("train", what) != what:
         raise RecipeError(f"the recipe {file} trains {values['train']}, not {what}")
     recipe = _fill(Recipe(train=what), values)
@@ -185,12 +185,16 @@ def _check(what: str, key: str, where: str) -> None:
     raise RecipeError(f"{where} sets {key!r}, which is not a setting for training {what}{hint}")
 
 
-def _parse(text: str) -> Any:
-    """Reads a value as TOML; a text that is not TOML, such as a path or a word, is a string."""
+def _parse(text: str, default: Any) -> Any:
+    """Reads a value as TOML; a text that is not TOML, such as a path or a word, is a string.
+
+    So is everything where a string is expected: a folder may have the name 2026 or true.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if isinstance(default, str) and not isinstance(value, str) else value
 
 
 def _fill(thing: Any, values: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def scenes(count: int, folder: Path) -> tuple[np.ndarray, list[str]]:
         images, captions = load_bank(folder)
         if len(captions) >= count:  # a longer bank begins with the scenes of a shorter one
             return images[:count], captions[:count]
+        shutil.rmtree(folder)
     build_bank(count, seed=1, out=folder)
     return load_bank(folder)
 
