@@ -177,6 +177,7 @@ def open_pictures(
     def encoded(row: int) -> bytes | Path:
         return _encoded(rows[row][image])
 
+    real = {file.resolve(): file for file in files}
     items: list[Item] = []
     unreadable: list[str] = []
     listed: set[Path] = set()
@@ -188,7 +189,8 @@ def open_pictures(
         beside: str | None = None
         repeats, instead = 1, caption
         if root is not None and where.get("path"):
-            listed.add(file := Path(where["path"]))
+            file = Path(where["path"])  # `datasets` may have followed a link
+            listed.add(file := file if file in files else real.get(file.resolve(), file))
             name = os.path.relpath(file, root)
             beside, guessed = _beside(file)
             strange += [name] * guessed
@@ -220,11 +222,15 @@ def open_pictures(
 
 def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None, set[Path]]:
     """Returns the rows of a source and, if each picture is a file, their folder and all pictures in it."""
-    given = path = Path(os.path.abspath(Path(source).expanduser()))
+    given = path = Path(source).expanduser().resolve()
     folder = path.is_dir()
     if folder:
         path = _split_folder(path, split, source)
-        files = [file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file()]
+        inside = [file for file in path.rglob("*") if not _hidden(file.relative_to(path))]
+        files = [file for file in inside if file.is_file()]
+        links = [os.path.relpath(file, path) for file in inside if file.is_symlink() and file.is_dir()]
+        if links:
+            warnings.warn(f"{source}: linked folders in it are not looked into: {some(links)}", stacklevel=3)
     else:
         files = [path] if path.is_file() else [Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
     if not files and not folder and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
@@ -259,11 +265,22 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
         except DataError as error:
             damaged = [file.name for file in sorted(ours) if not _whole(file)]
             raise DataError(f"{error} ({some(damaged)})" if damaged else str(error)) from error
+    _check_metadata(files)
     # One pattern for all files: by names, `datasets` would take "a red train.png" for the split to train on.
     options["data_files"] = {split: ["**"] if folder else [glob.escape(str(file)) for file in files]}
     root = path if folder else Path(os.path.commonpath([file.parent for file in ours]))
     unseen = {file for file in files if file.suffix.lower() in UNSEEN}
     return _load_dataset(hint, cache, kind, **options), root, ours | unseen
+
+
+def _check_metadata(files: Sequence[Path]) -> None:
+    """Raises DataError for a file of captions that is not UTF-8, which `datasets` would call invalid JSON."""
+    for file in files:
+        if file.name in ("metadata.jsonl", "metadata.csv"):
+            try:
+                file.read_text("utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{file} is not UTF-8; save it in that encoding") from None
 
 
 def _load_dataset(hint: str, cache: Path | None, *arguments: Any, **options: Any) -> Any:

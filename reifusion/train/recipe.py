@@ -11,6 +11,7 @@ default. On the command line, `key=value` overrides the file.
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -211,7 +212,8 @@ def _as(wanted: Any, value: Any, name: str) -> Any:
         if option is type(None) and value in (None, "none", "None"):
             return None
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(min(value, 2**1023))  # a larger int has no float
+            large = isinstance(value, int) and abs(value) >= 2**1000  # too large for a float
+            return math.inf if large else float(value)
         if get_origin(option) is tuple and isinstance(value, list | tuple):
             inside = get_args(option)
             many = len(value) if inside[-1] is Ellipsis else len(inside)

@@ -19,7 +19,7 @@ from reifusion.train.mini import material
 from reifusion.train.plot import smoothed
 from reifusion.train.vae import VAE
 from reifusion.weights import load, save
-from tests.tiny import random_networks
+from tests.tiny import WORDS, random_networks
 
 TOY = replace(
     MINI,
@@ -56,7 +56,7 @@ def here(tmp_path_factory):
         models = random_networks(TOY)
         for p in models["diffusion"].parameters():
             p.data += noise
-        save(TOY, models, top / f"{name}.safetensors")
+        save(TOY, models, top / f"{name}.safetensors", tokenizer=WORDS)
         torch.manual_seed(noise > 0)
         run.save_vae(VAE(TOY.vae), top / f"{name}-vae.safetensors")
     pictures(top / "data")
@@ -292,7 +292,9 @@ def test_what_is_done_is_not_undone_by_fewer_steps(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 2)
     train(model, loss, LoopConfig(steps=8, mixed_precision="no"), tmp_path)
-    with pytest.warns(UserWarning, match="nothing is left to train: 8 steps were done before, and steps is 5"):
+    with pytest.warns(
+        UserWarning, match="nothing is left to train: 8 steps were done before, and steps is 5"
+    ):
         train(model, loss, LoopConfig(steps=5, mixed_precision="no"), tmp_path)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 8
 
@@ -415,7 +417,7 @@ def test_the_model_to_begin_with_is_not_overwritten(here, tmp_path):
 @pytest.mark.parametrize("channels", [8, 9])
 def test_a_model_with_more_channels_is_refused_in_one_sentence(here, tmp_path, what, channels, capsys):
     config = replace(TOY, unet=replace(TOY.unet, in_channels=channels))
-    save(config, random_networks(config), tmp_path / "wide.safetensors")
+    save(config, random_networks(config), tmp_path / "wide.safetensors", tokenizer=WORDS)
     keys = [f"start={tmp_path}/wide.safetensors", f"data={here}/data", f"folder={tmp_path}/run"]
     assert main([what, *QUICK, *keys]) == 2
     error = capsys.readouterr().err
@@ -425,7 +427,7 @@ def test_a_model_with_more_channels_is_refused_in_one_sentence(here, tmp_path, w
 
 def test_a_distilled_model_is_not_trained_as_if_it_were_not(here, tmp_path):
     config = replace(TOY, unet=replace(TOY.unet, guidance_width=32))
-    save(config, random_networks(config), tmp_path / "lcm.safetensors")
+    save(config, random_networks(config), tmp_path / "lcm.safetensors", tokenizer=WORDS)
     with pytest.raises(RecipeError, match="distilled model"):
         follow("lora", f"start={tmp_path}/lcm.safetensors", f"data={here}/data", f"folder={tmp_path}/run")
 
