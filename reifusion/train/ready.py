@@ -74,8 +74,9 @@ def _outputs(recipe: Recipe) -> None:
     for place in (folder, out.parent):
         if place.exists() and not place.is_dir():
             raise RecipeError(f"{place} is a file where a folder is needed; choose another folder or out")
-        with writable(place):
-            pass
+        if processes().is_main_process:
+            with writable(place):
+                pass
 
 
 def _batch(training: Any) -> None:
