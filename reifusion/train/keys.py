@@ -31,6 +31,8 @@ class Key:
             return not self.choices or value in self.choices
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):
             return True
+        if isinstance(value, int) and abs(value) >= 2**63:  # neither a float nor an index
+            return False
         return (
             not math.isnan(value)
             and (self.endless or not math.isinf(value))
@@ -62,10 +64,16 @@ def about(settings: Any) -> dict[str, Key]:
     return {f.name: f.metadata["key"] for f in fields(settings) if "key" in f.metadata}
 
 
+def shortened(value: Any) -> str:
+    """Returns the repr of a value for a message, whatever its length."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def check(settings: Any) -> None:
     """Raises RecipeError if a value of a dataclass is outside the limits of its key."""
     for name, its in about(settings).items():
         value = getattr(settings, name)
         if not its.allows(value):
             value = list(value) if isinstance(value, tuple) else value
-            raise RecipeError(f"{name} must be {its.limits or 'a finite number'}, not {value!r}")
+            raise RecipeError(f"{name} must be {its.limits or 'a finite number'}, not {shortened(value)}")

@@ -101,6 +101,8 @@ def _sides(recipe: Recipe, config: ModelConfig) -> None:
 def _network(recipe: Recipe, config: ModelConfig) -> None:
     """Checks what only matters for a U-Net and its text encoder."""
     forward_process(config.schedule)
+    if 0 < recipe.size < config.vae.factor:
+        raise RecipeError(f"size must be {config.vae.factor} or more for this VAE, not {recipe.size}")
     channels, latents = config.unet.in_channels, config.vae.latent_channels
     if channels != latents:
         raise RecipeError(
@@ -114,7 +116,14 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
         )
     if recipe.train == "lora":
         with torch.device("meta"):  # an empty shell, without memory
-            chosen_layers(TextToImage(config), recipe.training.all_targets)
+            model = TextToImage(config)
+        layers = map(model.get_submodule, chosen_layers(model, recipe.training.all_targets))
+        shapes = [layer.weight.shape for layer in layers if isinstance(layer.weight, torch.Tensor)]
+        most = max(min(shape[0], shape[1:].numel()) for shape in shapes)
+        if recipe.training.rank > most:
+            raise RecipeError(
+                f"rank must be at most {most}, the size of the largest layer, not {recipe.training.rank}"
+            )
     elif not recipe.training.train_text_encoder and not recipe.start:
         raise RecipeError(
             "train_text_encoder=false would leave the text encoder's random weights as they are; set start"

@@ -23,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from .keys import Key, RecipeError, about, check, key
+from .keys import Key, RecipeError, about, check, key, shortened
 from .lora import LoRATraining
 from .sharpen import Sharpening
 from .text2image import TextToImageTraining
@@ -135,7 +135,8 @@ def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> 
         _check(what, key.strip(), "the command line")
         values[key.strip()] = _parse(text.strip(), keys(what)[key.strip()][0])
     if values.get("train", what) != what:
-        raise RecipeError(f"the recipe {file} trains {values['train']}, not {what}")
+        where = f"the recipe {file}" if file else "the command line"
+        raise RecipeError(f"{where} trains {shortened(values['train'])}, not {shortened(what)}")
     recipe = _fill(Recipe(train=what), values)
     loop = _fill(TRAININGS[what]().loop, values)
     training = _fill(replace(TRAININGS[what](), loop=loop), values)
@@ -224,7 +225,7 @@ def _as(wanted: Any, value: Any, name: str) -> Any:
             return value
         if option is int and isinstance(value, float) and value.is_integer():
             return int(value)
-    raise RecipeError(f"{name} must be {' or '.join(map(_kind, options))}, not {value!r}")
+    raise RecipeError(f"{name} must be {' or '.join(map(_kind, options))}, not {shortened(value)}")
 
 
 def _kind(option: Any) -> str:

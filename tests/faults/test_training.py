@@ -148,6 +148,8 @@ def test_a_random_text_encoder_cannot_stay_as_it_is(here, tmp_path):
         ("data=", "data is empty"),
         ("data=' '", "data is empty"),
         ("mirror=maybe", "mirror must be bool"),
+        (f"batch={'9' * 400}", "batch must be 1 or more, not 999"),
+        (f"lr={'9' * 400}", "lr must be 0 or more, not inf"),
     ],
 )
 def test_every_key_has_limits(key, says):
@@ -391,6 +393,8 @@ def test_pictures_smaller_than_a_crop_are_named(here, tmp_path):
     [
         (['targets=["foo"]'], "no layer matches 'foo'"),
         (["targets=[]"], "targets is empty"),
+        (["rank=100000"], "rank must be at most 256"),
+        (["size=1"], "size must be 2 or more for this VAE"),
         (["accumulate=3"], "cannot be cut into 3 equal parts"),
         (["prediction_type=epsilon", "zero_terminal_snr=true"], "zero_terminal_snr is for"),
         (["out={0}"], "out is a folder"),
