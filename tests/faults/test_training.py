@@ -393,7 +393,7 @@ def test_pictures_smaller_than_a_crop_are_named(here, tmp_path):
     [
         (['targets=["foo"]'], "no layer matches 'foo'"),
         (["targets=[]"], "targets is empty"),
-        (["rank=100000"], "rank must be at most 256"),
+        (["rank=100000"], "rank must be at most 32"),
         (["size=1"], "size must be 2 or more for this VAE"),
         (["accumulate=3"], "cannot be cut into 3 equal parts"),
         (["prediction_type=epsilon", "zero_terminal_snr=true"], "zero_terminal_snr is for"),
