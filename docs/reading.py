@@ -46,6 +46,7 @@ PATH = (
 )  # fmt: skip
 LATER = {
     "model/first_call.py": "<code>generate</code> as a single function with a dict of networks",
+    "model/finite.py": "which part made numbers that are not finite, and why",
     "api.py": "<code>load</code> and <code>generate</code>, the way in",
     "kernels/fast.py": "faster forms of the layers, installed after loading",
     "kernels/halves.py": "the part of the U that both halves of guidance share",
@@ -54,6 +55,7 @@ LATER = {
     "swap.py": "the one way in which a module is replaced, and put back",
     "weights/lora.py": "what a LoRA adds, and takes away again",
     "families/lcm.py": "latent consistency models",
+    "families/pix2pix.py": "models that edit a picture by words",
     "shortcuts/deepcache.py": "some steps skip the deep rows of the U",
     "shortcuts/int8.py": "weights in eight bits",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--config", metavar="RECIPE", help="a .toml file, or the name of a built-in recipe")
-    parser.add_argument("--keys", action="store_true", help="list all keys of a recipe and their defaults")
+    parser.add_argument("--keys", action="store_true", help="explain all keys of a recipe")
     parser.add_argument(
         "--dry-run", action="store_true", help="show parameters, memory and time; no training"
     )
@@ -92,16 +93,36 @@ def _follow(given: argparse.Namespace) -> Any:
         )
     for what, name in MINI if given.what == "mini" else [(given.what, given.config or "")]:
         if given.keys:
-            yield "\n".join(f"{key:24} {value!r}" for key, value in recipes.keys(what).items())
+            yield recipes.described(what)
             continue
         overrides = given.overrides
-        if given.what == "mini" and what != "text2image":  # the last recipe refuses keys that none has
-            overrides = [o for o in overrides if o.partition("=")[0] in recipes.keys(what)]
+        if given.what == "mini":
+            overrides = _of_stage(what, name, overrides, recipes.keys(what))
         recipe = recipes.read(what, recipes.find(name) if name else None, overrides)
         if given.what == "mini" and what != "text2image" and Path(recipe.out).exists():
             yield f"the {'VAE' if what == 'vae' else 'sharpened VAE'} is already in {recipe.out}"
             continue
         yield from _stage(recipe, given)
+
+
+def _of_stage(what: str, name: str, overrides: list[str], known: Container[str]) -> list[str]:
+    """Returns the overrides of `train mini` for one of its recipes.
+
+    `out` is the file of the last, and each recipe has a folder of its own in `folder`.
+    """
+    last = what == "text2image"
+    top = next((o.partition("=")[2] for o in overrides if o.startswith("folder=")), "")
+    # The last recipe refuses keys that none has.
+    mine = [o for o in overrides if last or (o.partition("=")[0] in known and not o.startswith("out="))]
+    if not top:
+        return mine
+    blurred, sharp = f"{top}/mini-vae/vae.safetensors", f"{top}/mini-sharpen/vae.safetensors"
+    files = {
+        "vae": [f"out={blurred}"],
+        "sharpen": [f"start={blurred}", f"out={sharp}"],
+        "text2image": [f"vae={sharp}", f"out={top}/mini/mini.safetensors"],
+    }
+    return [*files[what], *(o for o in mine if not o.startswith("folder=")), f"folder={top}/{name}"]
 
 
 def _stage(recipe: Any, given: argparse.Namespace) -> Any:

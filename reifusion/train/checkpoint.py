@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,12 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     step: int,
+    made_of: Mapping[str, str],
 ) -> None:
-    """Writes the state of a run for `load_checkpoint`. step: the next one to be done."""
+    """Writes the state of a run for `load_checkpoint`.
+
+    step: the next one to be done. made_of: see `unchanged`.
+    """
     state = {
         "model": _own_state(model),
         "ema": ema,
@@ -47,8 +54,45 @@ def save_checkpoint(
         "optimizer_names": _names(optimizers),
         "scaler": scaler.state_dict(),
         "step": step,
+        "made_of": dict(made_of),
     }
     save_atomically(state, path)
+
+
+def unchanged(path: Path, made_of: Mapping[str, str], allow: bool = False) -> None:
+    """Compares what a run is made of now with what its checkpoint was made of, if there is a checkpoint.
+
+    made_of: what must not change in the middle of a run, such as the data; name -> value, or a digest with
+    "#" in front. Raises TrainingError for a change, or only warns of it. allow: only warn.
+    """
+    try:
+        then = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("made_of", {})
+    except Exception:  # there is none, or `load_checkpoint` will say what is wrong with it
+        return
+    changed = [name for name in made_of if then.get(name, made_of[name]) != made_of[name]]
+    if not changed:
+        return
+    shown = [
+        name if made_of[name].startswith("#") else f"{name} (from {then[name]} to {made_of[name]})"
+        for name in changed
+    ]
+    what = f"since {path} was written, these have changed: {', '.join(shown)}"
+    if not allow:
+        raise TrainingError(
+            f"{what}; to train anew, choose another folder or remove that file; to go on all the same, set"
+            " allow_changes=true"
+        )
+    warnings.warn(f"{what}; the run goes on all the same", stacklevel=3)
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """Returns a digest of weights for `made_of`, rounded to bf16, so that their dtype does not count."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, weight in sorted(weights.items()):
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        raw = weight.detach().to(torch.bfloat16).cpu().contiguous().view(-1).view(torch.uint8)
+        found.update(raw.numpy().tobytes())
+    return f"#{found.hexdigest()}"
 
 
 def load_checkpoint(
@@ -79,7 +123,10 @@ def load_checkpoint(
         there, here = (" and ".join(x) for x in (saved["optimizer_names"], _names(optimizers)))
         raise TrainingError(f"{path} was trained with {there}, but the optimizer here is {here}; {again}")
     for optimizer, state in zip(optimizers, states, strict=True):
+        asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
+        for group, now in zip(optimizer.param_groups, asked, strict=True):
+            group.update(now)  # such as a weight decay that is not that of the checkpoint
     if scaler.is_enabled() and saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])
     return step

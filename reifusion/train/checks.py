@@ -23,7 +23,7 @@ from ..model.config import ModelConfig, ScheduleConfig
 from ..model.diffusion import UNet
 from ..weights import load
 from . import critic as critics
-from . import text2image
+from . import ready, text2image
 from . import vae as vaes
 from .checkpoint import TrainingError
 from .loop import (
@@ -36,7 +36,7 @@ from .loop import (
     processes,
     rng,
 )
-from .lora import TEXT_ENCODER, attach
+from .lora import attach
 from .recipe import Recipe, RecipeError
 from .run import model_config
 from .sharpen import WithCritic, sharpening_objective
@@ -48,6 +48,7 @@ from .vae import VAE
 
 def dry_run(recipe: Recipe) -> str:
     """Returns a table of a recipe's cost on this machine, measured by a few real steps on made-up data."""
+    ready.check(recipe, model_config(recipe))
     model, objective = subject(recipe)
     saving = getattr(recipe.training, "gradient_checkpointing", False)
     return str(cost(model, objective, recipe.training.loop, model.diffusion if saving else None))  # type: ignore[arg-type]
@@ -216,7 +217,7 @@ def compare_gradients(
 
 def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Module], Tensor]]]:
     """Returns a narrow model of a recipe's plan, and the terms of its loss."""
-    config, generator = narrow(base(recipe)), torch.Generator().manual_seed(0)
+    config, generator = narrow(model_config(recipe)), torch.Generator().manual_seed(0)
     torch.manual_seed(0)  # otherwise, an error of finite differences at a kink would come and go
     if recipe.train in ("vae", "sharpen"):
         x = blots(generator, 2, 4 * config.vae.factor).double()
@@ -325,7 +326,7 @@ def overfit(model: nn.Module, objective: Objective, steps: int = 500, lr: float 
 
 def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
     """Returns the untrained model of a recipe, and its objective on made-up data of the right size."""
-    config, training = base(recipe), recipe.training
+    config, training = model_config(recipe), recipe.training
     torch.manual_seed(training.loop.seed)
     pixels = recipe.size or config.size
     if recipe.train == "vae":
@@ -350,11 +351,6 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
     return model, text2image.denoising_objective(Latents(latents, tokens), tokens[0], sampler, training)
 
 
-def base(recipe: Recipe) -> ModelConfig:
-    """Returns the sizes of a recipe's model; a LoRA that names no model is for the mini."""
-    return model_config(replace(recipe, start=recipe.start or "mini") if recipe.train == "lora" else recipe)
-
-
 def blots(generator: torch.Generator, count: int, size: int, channels: int = 3) -> Tensor:
     """Makes up pictures or latents (count, channels, size, size) in [-1, 1], of 4×4 coloured patches each."""
     patches = 2 * torch.rand(count, channels, 4, 4, generator=generator) - 1
@@ -363,5 +359,4 @@ def blots(generator: torch.Generator, count: int, size: int, channels: int = 3) 
 
 def _attach(model: nn.Module, recipe: Recipe) -> None:
     training = recipe.training
-    targets = training.targets + (TEXT_ENCODER,) * training.train_text_encoder
-    attach(model, training.rank, training.alpha, targets, training.dropout)
+    attach(model, training.rank, training.alpha, training.all_targets, training.dropout)

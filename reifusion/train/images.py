@@ -9,12 +9,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import math
 import os
 import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Item:
     width: int  # in pixels, of the upright picture (see `upright_size`)
     height: int
     captions: tuple[str, ...]  # alternatives, each of them true; ("",) for a picture without a caption
+    repeats: int = 1  # a picture with 3 is shown three times as often as one with 1
 
 
 class Pictures:
@@ -92,13 +94,19 @@ class Pictures:
             raise DataError(f"the picture {item.name} cannot be read: {error}") from error
         return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
+    def digest(self) -> str:
+        """Returns a digest of the names, sizes and captions, which tells one set of pictures from another."""
+        rows = [(i.name, i.width, i.height, i.captions, i.repeats) for i in self.items]
+        return f"#{hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()}"
+
     def pixel_batch(self, generator: torch.Generator, count: int, size: int, mirror: bool = False) -> Tensor:
         """Crops random squares from random pictures -> (count, 3, size, size) in [-1, 1].
 
         The side of a square lies between `size` pixels and the picture's short side. mirror: mirrors half of
         the squares. `generator` alone decides the batch. Raises DataError if no picture can be read.
         """
-        chosen = torch.randint(len(self), (count,), generator=generator).tolist()
+        often = [i for i, item in enumerate(self.items) for _ in range(item.repeats)]
+        chosen = [often[k] for k in torch.randint(len(often), (count,), generator=generator).tolist()]
         numbers = torch.rand(count, 4, generator=generator).tolist()
         squares = []
         for i, (zoom, x, y, flip) in zip(chosen, numbers):
@@ -133,19 +141,21 @@ def open_pictures(
     split: str = "train",
     image_column: str | None = None,
     caption_column: str | None = None,
+    caption: str = "",
     cache: Path | None = None,
 ) -> Pictures:
     """Finds the pictures and captions of a source, which may be
 
     - a folder of pictures. The captions are in `metadata.jsonl` or `metadata.csv` with columns file_name and
-      text, or in `cat.txt` beside `cat.png`, one per line. Its subfolders may be splits: train, test, …;
+      text, or in `cat.txt` or `cat.caption` beside `cat.png`, one per line. Its subfolders may be splits:
+      train, test, …; or, as kohya's trainer has them, repeats and a caption: `10_zork`;
     - parquet files or .tar shards (webdataset): one of them, a folder of them, or a glob in quotes;
     - `owner/name` of the Hugging Face hub, or `owner/name:configuration`.
 
-    Columns are recognised by name and type unless they are given. cache: the folder in which `datasets` keeps
-    the data that it has read. One warning counts and names the pictures that cannot be read, which are left
-    out, and those without a caption, whose caption is "". Raises DataError if there are no pictures, or if
-    there are several candidates for a column.
+    Columns are recognised by name and type unless they are given. caption: of pictures without one of their
+    own. cache: the folder in which `datasets` keeps the data that it has read. One warning counts and names
+    the pictures that cannot be read, which are left out, those without a caption, and captions that are not
+    UTF-8. Raises DataError if there are no pictures, or if there are several candidates for a column.
     """
     try:
         import datasets
@@ -153,10 +163,12 @@ def open_pictures(
         raise DataError(
             "reading pictures needs the package datasets: pip install 'reifusion[train]'"
         ) from error
+    if not str(source).strip():
+        raise DataError("the name of the pictures is empty; give a folder, files, or owner/name")
     rows, root, files = _load(str(source), split, cache)
     image = _image_column(rows, image_column, source)
-    caption = _caption_column(rows, caption_column, source)
-    keep = [image, *(name for name in (caption, "__key__") if name in rows.column_names)]
+    texts = _caption_column(rows, caption_column, source)
+    keep = [image, *(name for name in (texts, "__key__") if name in rows.column_names)]
     try:
         rows = rows.select_columns(keep).cast_column(image, datasets.Image(decode=False))
     except Exception as error:
@@ -165,32 +177,60 @@ def open_pictures(
     def encoded(row: int) -> bytes | Path:
         return _encoded(rows[row][image])
 
-    items, unreadable, listed = [], [], set()
+    real = {file.resolve(): file for file in files}
+    items: list[Item] = []
+    unreadable: list[str] = []
+    listed: set[Path] = set()
+    strange: list[str] = []  # names of those whose captions are in an encoding that was guessed
+    silent: list[Item] = []
     for number, row in enumerate(tqdm(rows, desc="looking at pictures", leave=False, delay=3)):
         where = row[image] or {}
         name = row.get("__key__") or where.get("path") or f"row {number}"
         beside: str | None = None
+        repeats, instead = 1, caption
         if root is not None and where.get("path"):
-            listed.add(file := Path(where["path"]))
+            file = Path(where["path"])  # `datasets` may have followed a link
+            listed.add(file := file if file in files else real.get(file.resolve(), file))
             name = os.path.relpath(file, root)
-            beside = _text_of(file.with_suffix(".txt"))
-        captions = _captions(row.get(caption), caption == "txt") or _captions(beside, True)
+            beside, guessed = _beside(file)
+            strange += [name] * guessed
+            repeats, word = _kohya(file.parent, root)
+            instead = word or caption
+        captions = _captions(row.get(texts), texts == "txt") or _captions(beside, True)
         try:
             with _open(_encoded(row[image])) as picture:
-                items.append(Item(number, name, *upright_size(picture), captions or ("",)))
+                items.append(Item(number, name, *upright_size(picture), captions or (instead,), repeats))
         except Exception:
             unreadable.append(name)
-    _report(source, items, unreadable, sorted(os.path.relpath(f, root) for f in files - listed if root))
+        else:
+            if not captions:
+                silent.append(items[-1])
+    divisor = math.gcd(*(item.repeats for item in items))  # only their ratios count
+    items = [replace(item, repeats=item.repeats // divisor) for item in items]
+    given = sorted({repr(item.captions[0]) for item in silent} - {"''"})
+    wrong = {
+        "cannot be read and are left out": unreadable,
+        "have no caption": [item.name for item in silent if item.captions == ("",)],
+        f"have no caption of their own and get {some(given)}": [
+            i.name for i in silent if i.captions != ("",)
+        ],
+        "have captions that are not UTF-8 and were read as Windows-1252": strange,
+    }
+    _report(source, items, wrong, sorted(os.path.relpath(f, root) for f in files - listed if root))
     return Pictures(encoded, items)
 
 
 def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None, set[Path]]:
     """Returns the rows of a source and, if each picture is a file, their folder and all pictures in it."""
-    given = path = Path(os.path.abspath(Path(source).expanduser()))
+    given = path = Path(source).expanduser().resolve()
     folder = path.is_dir()
     if folder:
         path = _split_folder(path, split, source)
-        files = [file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file()]
+        inside = [file for file in path.rglob("*") if not _hidden(file.relative_to(path))]
+        files = [file for file in inside if file.is_file()]
+        links = [os.path.relpath(file, path) for file in inside if file.is_symlink() and file.is_dir()]
+        if links:
+            warnings.warn(f"{source}: linked folders in it are not looked into: {some(links)}", stacklevel=3)
     else:
         files = [path] if path.is_file() else [Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
     if not files and not folder and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
@@ -225,11 +265,22 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
         except DataError as error:
             damaged = [file.name for file in sorted(ours) if not _whole(file)]
             raise DataError(f"{error} ({some(damaged)})" if damaged else str(error)) from error
+    _check_metadata(files)
     # One pattern for all files: by names, `datasets` would take "a red train.png" for the split to train on.
     options["data_files"] = {split: ["**"] if folder else [glob.escape(str(file)) for file in files]}
     root = path if folder else Path(os.path.commonpath([file.parent for file in ours]))
     unseen = {file for file in files if file.suffix.lower() in UNSEEN}
     return _load_dataset(hint, cache, kind, **options), root, ours | unseen
+
+
+def _check_metadata(files: Sequence[Path]) -> None:
+    """Raises DataError for a file of captions that is not UTF-8, which `datasets` would call invalid JSON."""
+    for file in files:
+        if file.name in ("metadata.jsonl", "metadata.csv"):
+            try:
+                file.read_text("utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{file} is not UTF-8; save it in that encoding") from None
 
 
 def _load_dataset(hint: str, cache: Path | None, *arguments: Any, **options: Any) -> Any:
@@ -347,24 +398,48 @@ def _captions(value: Any, lines: bool) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if text.strip())
 
 
-def _text_of(file: Path) -> str | None:
-    return file.read_text("utf-8-sig", errors="replace") if file.is_file() else None
+def _beside(file: Path) -> tuple[str | None, bool]:
+    """Returns the text of `cat.txt` or `cat.caption` beside `cat.png`; True if its encoding was guessed."""
+    for suffix in (".txt", ".caption"):
+        if (beside := file.with_suffix(suffix)).is_file():
+            return decoded(beside.read_bytes())
+    return None, False
 
 
-def _report(source: str | Path, items: list[Item], unreadable: list[str], unlisted: list[str]) -> None:
+def decoded(raw: bytes) -> tuple[str, bool]:
+    """Returns the text in a file of UTF-8 or UTF-16, or of Windows-1252, which is a guess: then, True."""
+    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return raw.decode("utf-32", "replace"), False
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16", "replace"), False
+    # UTF-16 without a mark: in the letters of European languages, every second byte is 0.
+    for encoding, zeros in (("utf-16-le", raw[1::2]), ("utf-16-be", raw[::2])):
+        if len(raw) % 2 == 0 and zeros.count(0) > len(zeros) / 2:
+            return raw.decode(encoding, "replace"), False
+    try:
+        return raw.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        return raw.decode("cp1252", "replace"), True
+
+
+def _kohya(folder: Path, root: Path) -> tuple[int, str]:
+    """10_zork -> 10, "zork": the repeats and the caption that a folder's name gives to its pictures."""
+    inside = folder.relative_to(root.parent) if folder.is_relative_to(root.parent) else Path()
+    for part in reversed(inside.parts):
+        if found := re.fullmatch(r"(\d{1,3})_(.*\S.*)", part):
+            return max(1, int(found[1])), found[2].strip()
+    return 1, ""
+
+
+def _report(source: str | Path, items: list[Item], wrong: dict[str, list[str]], unlisted: list[str]) -> None:
     """Warns once of everything that is wrong with a data set. Raises DataError if no picture is left."""
+    unreadable, *_ = wrong.values()
     total = len(items) + len(unreadable)
     if not items:
         why = f": {some(unreadable)} cannot be read" if unreadable else ""
         raise DataError(f"there are no pictures in {source}{why}")
-    silent = [item.name for item in items if item.captions == ("",)]
     problems = [
-        f"{len(names)} of {total} pictures {what}: {some(names)}"
-        for names, what in (
-            (unreadable, "cannot be read and are left out"),
-            (silent, "have no caption"),
-        )
-        if names
+        f"{len(names)} of {total} pictures {what}: {some(names)}" for what, names in wrong.items() if names
     ]
     if unlisted:  # by the metadata, or because `datasets` does not read their format
         problems.append(f"{len(unlisted)} other pictures there are not used: {some(unlisted)}")

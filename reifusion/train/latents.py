@@ -107,14 +107,16 @@ def cache_latents(
     home = folder / weights_hash(encoder)
     wanted: dict[Size, list[tuple[str, int]]] = {shape: [] for shape in sizes}  # fingerprint, number
     broken: set[int] = set()
-    small = []
+    small, long = [], []
     for i, item in enumerate(pictures.items):
         shape = bucket_of(item.width, item.height, sizes)
         if item.width < shape[0] or item.height < shape[1]:
             small.append(item.name)
+        if abs(math.log(item.width * shape[1] / item.height / shape[0])) > math.log(2):
+            long.append(item.name)
         try:
             key = pictures.fingerprint(i)
-            wanted[shape] += [(key, i), (key + MIRRORED, i)] if mirror else [(key, i)]
+            wanted[shape] += ([(key, i), (key + MIRRORED, i)] if mirror else [(key, i)]) * item.repeats
         except DataError:
             broken.add(i)
 
@@ -141,6 +143,7 @@ def cache_latents(
         for names, what in (
             ([pictures.items[i].name for i in sorted(broken)], "cannot be read and are left out"),
             (small, f"are too small for an area of {size}×{size} pixels, and are enlarged"),
+            (long, "are much longer than wide, so that more than half of each is cropped away"),
             (data.cut, f"have a caption of more than {tokenizer.context_length - 2} tokens, which is cut"),
         )
         if names

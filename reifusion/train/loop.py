@@ -14,8 +14,9 @@ import signal
 import statistics
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import muon
-from .checkpoint import TrainingError, load_checkpoint, save_checkpoint
+from .checkpoint import TrainingError, load_checkpoint, save_checkpoint, unchanged
+from .keys import check, key
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -36,21 +38,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    steps: int = 10_000
-    lr: float = 1e-3  # the highest; see `learning_rate`
-    warmup: int = 200  # steps in which the learning rate rises from 0
-    decay: float = 0.2  # share of the steps, at the end, in which it falls to 0
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    muon: bool = False  # Muon for the matrices and AdamW for the rest; otherwise AdamW for everything
-    max_grad_norm: float = 1.0
-    ema: float = 0.999  # decay of the moving average of the weights; the average becomes the finished model
-    seed: int = 0
-    accumulate: int = 1  # parts into which a process cuts its share of the batch, to compute one at a time
-    mixed_precision: str = "bf16"  # of the networks' arithmetic: bf16, fp16 or no; weights are always fp32
-    explode: float = 10.0  # three losses in a row above this many times the usual one end the run
-    checkpoint_minutes: float = 5.0
-    log_every: int = 20
+    """The settings of every training. Raises RecipeError for a value outside its limits."""
+
+    steps: int = key(10_000, "number of steps, all in all", least=1)
+    lr: float = key(1e-3, "the highest learning rate", least=0)
+    warmup: int = key(200, "steps in which the learning rate rises from 0", least=0)
+    decay: float = key(0.2, "share of the steps, at the end, in which it falls to 0", least=0, most=1)
+    betas: tuple[float, float] = key((0.9, 0.99), "AdamW's two decay rates", least=0, below=1)
+    weight_decay: float = key(0.01, "how strongly weights are pulled towards 0", least=0)
+    muon: bool = key(False, "Muon for the matrices and AdamW for the rest; otherwise AdamW for everything")
+    max_grad_norm: float | None = key(1.0, "longer gradients are shortened to this; none: never", above=0)
+    ema: float = key(
+        0.999, "decay of the weights' moving average, which becomes the finished model", least=0, below=1
+    )
+    seed: int = key(0, "decides everything random", least=0, below=2**63)
+    accumulate: int = key(1, "parts into which a process cuts its batch, to compute one at a time", least=1)
+    mixed_precision: str = key(
+        "bf16",
+        "number format of the networks' arithmetic; weights are always fp32",
+        choices=("bf16", "fp16", "no"),
+    )
+    explode: float = key(
+        10.0, "three losses in a row above this many times the usual one end the run", above=1, endless=True
+    )
+    checkpoint_minutes: float = key(5.0, "time between two checkpoints", least=0)
+    log_every: int = key(20, "steps between two lines of the log", least=1)
+    allow_changes: bool = key(False, "resume although the data, the base model or the target has changed")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -129,13 +145,15 @@ def train(
     folder: Path,
     every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
     describe: Callable[[int], str] | None = None,
+    made_of: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Minimises the objective over the parameters that require gradients; returns their moving average.
 
     Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) may return a picture
-    for TensorBoard. describe(step) names the step's samples, for error messages. Ctrl-C or SIGTERM writes
-    the checkpoint and raises KeyboardInterrupt. Raises TrainingError when the loss is not finite or
-    explodes, when the checkpoint belongs to another model, and when the disk is full.
+    for TensorBoard. describe(step) names the step's samples, for error messages. made_of: see
+    `unchanged`. Ctrl-C or SIGTERM writes the checkpoint and raises KeyboardInterrupt. Raises TrainingError
+    when the loss is not finite or explodes, when the checkpoint belongs to another run, and when the disk is
+    full.
     """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
@@ -145,14 +163,22 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
     path = folder / "checkpoint.pt"
+    made_of = made_of or {}
+    unchanged(path, made_of, config.allow_changes)
     start = load_checkpoint(path, model, ema, optimizers, scaler) if path.exists() else 0
+    if start >= config.steps:
+        warnings.warn(
+            f"nothing is left to train: {start} steps were done before, and steps is {config.steps}; to train"
+            f" anew, choose another folder or remove {path}",
+            stacklevel=2,
+        )
     health = _Health(config.explode)
     saved_at = time.monotonic()
 
     def checkpoint(step: int) -> None:
         if not accelerator.is_main_process:
             return
-        save_checkpoint(path, model, ema, optimizers, scaler, step)
+        save_checkpoint(path, model, ema, optimizers, scaler, step, made_of)
         picture = every_checkpoint(step, ema) if every_checkpoint is not None else None
         if progress is not None and picture is not None:
             progress.picture(step, picture)
@@ -181,7 +207,8 @@ def train(
                 saved_at = time.monotonic()
             if asked:
                 raise KeyboardInterrupt
-            nn.utils.clip_grads_with_norm_(trained.values(), config.max_grad_norm, norm)
+            if config.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(trained.values(), config.max_grad_norm, norm)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, config)
@@ -200,7 +227,7 @@ def train(
                 progress.step(step, samples, {**figures, **more})
         if not all(p.isfinite().all() for p in trained.values()):
             raise TrainingError(f"the last step left weights that are not finite; {path} is older than that")
-        checkpoint(config.steps)
+        checkpoint(max(start, config.steps))
         accelerator.wait_for_everyone()
     return ema
 
@@ -238,11 +265,8 @@ def accumulate_gradients(
 
 
 def in_mixed_precision(network: nn.Module, config: LoopConfig, device: torch.device) -> Callable[..., Any]:
-    """Returns the network with its products in the config's half precision. Raises TrainingError."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
-    if config.mixed_precision not in dtypes:
-        raise TrainingError(f"mixed_precision must be bf16, fp16 or no, not {config.mixed_precision!r}")
-    dtype = dtypes[config.mixed_precision]
+    """Returns the network with its products in the config's half precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[config.mixed_precision]
 
     def call(*inputs: Any, **more: Any) -> Any:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):

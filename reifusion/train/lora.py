@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +27,9 @@ from ..model.config import ModelConfig
 from ..swap import swap
 from ..weights.lora import Place, places
 from ..weights.writing import write_tensors
-from .images import open_pictures
+from .checkpoint import digest, unchanged
+from .images import Pictures, open_pictures
+from .keys import RecipeError, key
 from .latents import cache_latents
 from .loop import LoopConfig, processes
 from .text2image import Data, TextToImage, TextToImageTraining, optimise
@@ -51,19 +53,25 @@ class LoRATraining(TextToImageTraining):
     """The settings for training the whole model, and those of the LoRA itself."""
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, lr=1e-3, warmup=30, ema=0.99))
-    batch: int = 4
-    timestep_power: float = 1.0
-    train_text_encoder: bool = False  # adds TEXT_ENCODER to the targets
-    caption: str = ""  # of pictures without a caption of their own, as "a zork"
-    rank: int = 8  # r; the file grows with it
-    alpha: float = 8.0  # the change is scaled by α/r
-    targets: tuple[str, ...] = (ATTENTION,)  # patterns of layers' names, see above
-    dropout: float = 0.0  # of the input of A
+    batch: int = key(4, "samples per step, of all processes and parts together", least=1)
+    timestep_power: float = key(
+        1.0, "1: all timesteps are equally frequent; below 1: noisy ones are more frequent", above=0
+    )
+    train_text_encoder: bool = key(False, "true: the text encoder gets a LoRA as well")
+    caption: str = key("", 'of pictures without a caption of their own, as "a zork"')
+    rank: int = key(8, "numbers in which a layer's change is expressed; the file grows with it", least=1)
+    alpha: float = key(8.0, "the change is scaled by alpha/rank", above=0)
+    targets: tuple[str, ...] = key((ATTENTION,), "patterns of the names of the layers that get a LoRA")
+    dropout: float = key(0.0, "share of a LoRA's inputs that is left out in each step", least=0, below=1)
+
+    @property
+    def all_targets(self) -> tuple[str, ...]:
+        return self.targets + (TEXT_ENCODER,) * self.train_text_encoder
 
 
 def train_lora(
     pipe: StableDiffusion,
-    data: Data | str | Path,
+    data: Data | Pictures | str | Path,
     training: LoRATraining,
     folder: str | Path,
     out: str | Path | None = None,
@@ -74,23 +82,35 @@ def train_lora(
 ) -> Path:
     """Trains a LoRA for a model on captioned pictures; returns its file. The model stays unchanged.
 
-    data: a folder of pictures or any other source for `open_pictures`, or latents of this model. folder:
-    holds the run, which resumes from there. out: the file, by default lora.safetensors in the folder; it is
-    written at each checkpoint. layout: see `save_lora`. size: side in pixels of a square with the pictures'
-    area; None means the model's own size. mirror: shows each picture mirrored as well. watch: called at each
-    checkpoint with the model and the LoRA in it; may return a picture for TensorBoard. Raises ValueError for
-    a target that names no layer, and whatever `open_pictures` and `optimise` raise.
+    data: pictures, a folder of them or any other source for `open_pictures`, or latents of this model.
+    folder: holds the run, which resumes from there. out: the file, by default lora.safetensors in the folder;
+    it is written at each checkpoint. layout: see `save_lora`. size: side in pixels of a square with the
+    pictures' area; None means the model's own size. mirror: shows each picture mirrored as well. watch:
+    called at each checkpoint with the model and the LoRA in it; may return a picture for TensorBoard. Raises
+    RecipeError for a target that names no layer, and whatever `open_pictures` and `optimise` raise.
     """
     folder, tokenizer = Path(folder), pipe.tokenizer
     path = folder / "lora.safetensors" if out is None else Path(out)
+    made_of = {
+        "base model": "".join(digest(pipe.models[part].state_dict()) for part in ("clip", "diffusion")),
+        "prediction_type": pipe.config.schedule.prediction_type,
+        "zero_terminal_snr": f"{pipe.config.schedule.zero_terminal_snr}",
+        "alpha": f"{training.alpha:g}",
+    }
+    if isinstance(data, str | Path | Pictures):
+        with processes().main_process_first():  # the others then find the encoded latents
+            if not isinstance(data, Pictures):
+                data = open_pictures(data, caption=training.caption)
+            made_of |= {"VAE": digest(pipe.models["encoder"].state_dict()), "data": data.digest()}
+            unchanged(folder / "checkpoint.pt", made_of, training.loop.allow_changes)
+            encoder, side = cast("Encoder", pipe.models["encoder"]), size or pipe.config.size
+            data = cache_latents(
+                encoder, data, side, folder / "latents", tokenizer=pipe.tokenizer, mirror=mirror
+            )
     with torch.device("meta"):  # an empty shell, without memory, for the networks of `pipe`
         model = TextToImage(pipe.config)
-    if isinstance(data, str | Path):
-        with processes().main_process_first():  # the others then find the encoded latents
-            data = _latents(pipe, data, training.caption, folder / "latents", size, mirror)
     model.clip, model.diffusion = pipe.models["clip"], pipe.models["diffusion"]  # type: ignore[assignment]
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    targets = training.targets + (TEXT_ENCODER,) * training.train_text_encoder
     facts = {
         "ss_sd_model_name": pipe.config.name,
         "ss_num_train_images": f"{len(data)}",
@@ -106,25 +126,15 @@ def train_lora(
 
     try:
         # Weights are trained in float32; the loop does its arithmetic in half precision by itself.
-        attach(model.float(), training.rank, training.alpha, targets, training.dropout, training.loop.seed)
+        targets, seed = training.all_targets, training.loop.seed
+        attach(model.float(), training.rank, training.alpha, targets, training.dropout, seed)
         empty = torch.tensor(tokenizer.encode(""))
-        optimise(model.train(), data, empty, pipe.config.schedule, training, folder, keep)
+        optimise(model.train(), data, empty, pipe.config.schedule, training, folder, keep, made_of)
     finally:
         detach(model.eval())
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])  # the same bits as before
     return path
-
-
-def _latents(
-    pipe: StableDiffusion, source: str | Path, caption: str, cache: Path, size: int | None, mirror: bool
-) -> Data:
-    pictures = open_pictures(source)
-    pictures.items = [
-        item if any(item.captions) else replace(item, captions=(caption,)) for item in pictures.items
-    ]
-    encoder, size = cast("Encoder", pipe.models["encoder"]), size or pipe.config.size
-    return cache_latents(encoder, pictures, size, cache, tokenizer=pipe.tokenizer, mirror=mirror)
 
 
 @contextmanager
@@ -219,17 +229,7 @@ def attach(
     """
     if rank < 1 or not math.isfinite(alpha) or not 0 <= dropout < 1:
         raise ValueError(f"a LoRA cannot have rank {rank}, alpha {alpha} and dropout {dropout}")
-    own: dict[str, list[Place]] = {}
-    named = set()
-    for place in places(_config(model)):
-        name = f"{place.network}.{place.layer}"
-        found = {target for target in targets if fnmatch.fnmatchcase(place.name, target)}
-        if found and isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d):
-            own.setdefault(name, []).append(place)
-            named |= found
-    for target in targets:
-        if target not in named:
-            raise ValueError(f"no layer matches {target!r}; a pattern that matches many is {ATTENTION!r}")
+    own = chosen_layers(model, targets)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     trained = []
@@ -242,6 +242,24 @@ def attach(
             down.data.copy_(fresh)
         trained += [*layer.down, *layer.up]
     return trained
+
+
+def chosen_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[Place]]:
+    """Returns the layers that the patterns name, with their places. Raises RecipeError if there are none."""
+    own: dict[str, list[Place]] = {}
+    named = set()
+    for place in places(_config(model)):
+        name = f"{place.network}.{place.layer}"
+        found = {target for target in targets if fnmatch.fnmatchcase(place.name, target)}
+        if found and isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d):
+            own.setdefault(name, []).append(place)
+            named |= found
+    for target in targets:
+        if target not in named:
+            raise RecipeError(f"no layer matches {target!r}; a pattern that matches many is {ATTENTION!r}")
+    if not own:
+        raise RecipeError(f"targets is empty, so no layer would get a LoRA; try targets=[{ATTENTION!r}]")
+    return own
 
 
 def detach(model: nn.Module) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from ..files import whole
 from ..model.config import SD15, ModelConfig
 from ..model.tokenizer import Tokenizer
 from .bpe import train_bpe
-from .images import open_pictures
+from .images import Pictures, open_pictures
 from .latents import cache_latents
 from .loop import processes
 from .recipe import Recipe
@@ -16,18 +20,49 @@ from .text2image import Data
 from .vae import VAE, PixelBatch
 
 
-def random_pixels(recipe: Recipe) -> PixelBatch:
-    """Returns the random pictures for a VAE."""
+class Scenes(NamedTuple):
+    """The mini's own pictures and their captions."""
+
+    images: np.ndarray  # (N, 128, 128, 3) uint8
+    captions: list[str]
+
+    def digest(self) -> str:
+        return f"#{hashlib.blake2b(repr(self.captions).encode(), digest_size=8).hexdigest()}"
+
+
+def own_pictures(recipe: Recipe) -> Pictures:
+    """Opens the pictures that a recipe names."""
+    return open_pictures(
+        recipe.data,
+        split=recipe.split,
+        image_column=recipe.image_column or None,
+        caption_column=recipe.caption_column or None,
+        caption=getattr(recipe.training, "caption", ""),
+    )
+
+
+def random_pixels(recipe: Recipe, pictures: Pictures | None = None) -> PixelBatch:
+    """Returns the random pictures for a VAE: of these pictures, or of those that the recipe names."""
     if recipe.data == "emoji":
         from .mini import material
 
         return material.random_pixels()
-    pictures = open_pictures(recipe.data)
+    pictures = pictures or own_pictures(recipe)
     return lambda generator, count, size: pictures.pixel_batch(generator, count, size, recipe.mirror)
 
 
+def captioned_pictures(recipe: Recipe) -> Pictures | Scenes:
+    """Returns the pictures for a U-Net and its text encoder."""
+    with processes().main_process_first():
+        if recipe.data != "emoji":
+            return own_pictures(recipe)
+        from .mini import material
+
+        return Scenes(*material.scenes(recipe.scenes, Path(recipe.folder) / "bank"))
+
+
 def captioned_latents(
-    recipe: Recipe, config: ModelConfig, vae: VAE, tokenizer: Tokenizer | None
+    recipe: Recipe, source: Pictures | Scenes, config: ModelConfig, vae: VAE, tokenizer: Tokenizer | None
 ) -> tuple[Data, Tokenizer]:
     """Returns latents with the tokens of their captions, kept in the run's folder, and the tokenizer.
 
@@ -35,31 +70,31 @@ def captioned_latents(
     """
     folder = Path(recipe.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if recipe.data == "emoji":
-        from .mini import material
-
-        with processes().main_process_first():
-            images, captions = material.scenes(recipe.scenes, folder / "bank")
-            tokenizer = tokenizer or vocabulary(captions, config, folder)
-            means = material.encode(vae, images, folder / "latents.pt")
-        return material.latents(means, captions, tokenizer), tokenizer
     with processes().main_process_first():
-        pictures = open_pictures(recipe.data)
-        captions = [caption for item in pictures.items for caption in item.captions]
+        if isinstance(source, Scenes):
+            from .mini import material
+
+            tokenizer = tokenizer or vocabulary(source.captions, config, folder)
+            means = material.encode(vae, source.images, folder / "latents.pt")
+            return material.latents(means, source.captions, tokenizer), tokenizer
+        captions = [caption for item in source.items for caption in item.captions]
         tokenizer = tokenizer or vocabulary(captions, config, folder)
         size = recipe.size or config.size
         data = cache_latents(
-            vae.encoder, pictures, size, folder / "latents", tokenizer=tokenizer, mirror=recipe.mirror
+            vae.encoder, source, size, folder / "latents", tokenizer=tokenizer, mirror=recipe.mirror
         )
     return data, tokenizer
 
 
 def vocabulary(captions: list[str], config: ModelConfig, folder: Path) -> Tokenizer:
-    """Returns CLIP's tokenizer if the model has room for it, or one trained on the captions' own words."""
+    """Returns CLIP's tokenizer if the model has room for it, or one trained on the captions' own words.
+
+    That one is made anew for each run, except for one that resumes: its tokens have learned their meaning.
+    """
     if config.clip.vocab_size == SD15.clip.vocab_size:
         return Tokenizer(context_length=config.clip.context_length)
     path = folder / "vocabulary.txt"
-    if not path.exists():
+    if processes().is_main_process and not (path.exists() and (folder / "checkpoint.pt").exists()):
         merges = config.clip.vocab_size - 2 * 256 - 2  # bytes, bytes that end a word, start and end of text
         with whole(path) as temporary:
             temporary.write_text(

@@ -73,6 +73,10 @@ def losses(run: Path) -> dict[int, float]:
     return dict(sorted(curve.items()))
 
 
-def smoothed(values: Sequence[float], reach: int = 10) -> list[float]:
-    """Averages each value with up to `reach` neighbours on either side, so the curve does not lag behind."""
+def smoothed(values: Sequence[float], reach: int | None = None) -> list[float]:
+    """Averages each value with up to `reach` neighbours on either side, so the curve does not lag behind.
+
+    By default, these are few for a short run, whose loss may fall within as many points.
+    """
+    reach = min(10, len(values) // 10) if reach is None else reach
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

@@ -11,6 +11,7 @@ default. On the command line, `key=value` overrides the file.
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -22,6 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from .keys import Key, RecipeError, about, check, key, shortened
 from .lora import LoRATraining
 from .sharpen import Sharpening
 from .text2image import TextToImageTraining
@@ -33,35 +35,72 @@ TRAININGS = {
     "text2image": TextToImageTraining,
     "lora": LoRATraining,
 }
+FROM_NOTHING = ("vae", "sharpen", "text2image")
+DENOISERS = ("text2image", "lora")
 # In a checkout, the recipes lie beside the package; in an installed package, inside it.
 FOLDERS = (Path(__file__).parent.parent.parent / "recipes", Path(__file__).parent / "recipes")
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be followed; the message says why, in one sentence."""
+# Keys as other trainers call them.
+ELSEWHERE = {
+    "learning_rate": "lr", "unet_lr": "lr", "max_train_steps": "steps", "iterations": "steps",
+    "train_batch_size": "batch", "batch_size": "batch", "gradient_accumulation_steps": "accumulate",
+    "lr_warmup_steps": "warmup", "resolution": "size", "image_size": "size", "network_dim": "rank",
+    "network_alpha": "alpha", "train_data_dir": "data", "dataset": "data", "output_dir": "folder",
+    "output": "out", "pretrained_model_name_or_path": "start", "min_snr_gamma": "max_snr",
+    "snr_gamma": "max_snr", "noise_offset": "offset_noise", "v_parameterization": "prediction_type",
+    "random_flip": "mirror", "flip_aug": "mirror", "save_precision": "dtype", "network_dropout": "dropout",
+    "prompt": "caption", "instance_prompt": "caption", "ema_decay": "ema", "grad_clip": "max_grad_norm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The inputs and outputs of a run. `training` has the other keys, which are flat in the file as well."""
 
-    train: str = (
-        ""  # vae, sharpen, text2image or lora: a file names it, so that no other command uses the file
+    train: str = key("", "vae, sharpen, text2image or lora: a file is used by that command only")
+    data: str = key("emoji", 'a folder, parquet, .tar shards or a hub id; "emoji": the mini\'s own pictures')
+    split: str = key("train", "the split of the data, if it has several")
+    image_column: str = key("", 'the column of the pictures; "": found by name and type')
+    caption_column: str = key("", 'the column of the captions; "": found by name')
+    model: str = key(
+        "mini", "sizes of a model that is trained from nothing: mini or sd15", trains=FROM_NOTHING
     )
-    data: str = "emoji"  # a folder, parquet, .tar shards or a hub id; "emoji": the mini's own pictures
-    model: str = "mini"  # the sizes of a model that is trained from nothing: mini or sd15
-    # A model to train further, as in `reifusion generate --model`, or the file of a VAE; "": from nothing.
-    start: str = ""
-    vae: str = ""  # text2image: the model whose VAE makes the latents; "": that of `start`
-    size: int = 0  # side in pixels of the pictures, or of a square with their area; 0: the model's
-    scenes: int = 60_000  # emoji: the number of pictures to compose
-    prediction_type: str = ""  # epsilon, v_prediction or flow; "": the model's
-    zero_terminal_snr: bool = False  # with v_prediction: all noise at the last timestep
-    mirror: bool = False  # True: pictures of your own are also shown mirrored
-    folder: str = ""  # for checkpoints, curves and sheets; "": runs/ and the recipe's name
-    out: str = ""  # the finished model; "": in the folder
-    expected: tuple[tuple[float, float, float], ...] = ()  # step, lowest and highest loss to expect there
+    start: str = key(
+        "", 'a model to train further, as in generate --model, or a VAE\'s file; "": from nothing'
+    )
+    vae: str = key("", 'the model whose VAE makes the latents; "": that of start', trains=("text2image",))
+    size: int = key(
+        0, "side in pixels of the pictures, or of a square with their area; 0: the model's", least=0
+    )
+    scenes: int = key(60_000, "emoji: the number of pictures to compose", least=1, trains=("text2image",))
+    prediction_type: str = key(
+        "",
+        'what the U-Net predicts; "": as its model says',
+        choices=("", "epsilon", "v_prediction", "flow"),
+        trains=DENOISERS,
+    )
+    zero_terminal_snr: bool = key(
+        False, "with v_prediction: all noise at the last timestep", trains=DENOISERS
+    )
+    mirror: bool = key(False, "true: pictures of your own are also shown mirrored")
+    folder: str = key("", 'for checkpoints, curves and sheets; "": runs/ and the recipe\'s name')
+    out: str = key("", 'the file of the finished model; "": in the folder')
+    dtype: str = key(
+        "fp32",
+        "number format of the model that is written; bf16 halves the file and rounds small changes away",
+        choices=("fp32", "bf16", "fp16"),
+        trains=("text2image",),
+    )
+    expected: tuple[tuple[float, float, float], ...] = key(
+        (), "for --plot: rows of a step and the lowest and highest loss to expect there"
+    )
     training: Any = field(default=None)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.data.strip():
+            raise RecipeError("data is empty; set it to a folder of pictures")
 
 
 def find(name: str) -> Path:
@@ -84,7 +123,7 @@ def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> 
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
+            values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"the recipe {file} cannot be read: {error}") from None
         for key in values:
@@ -94,9 +133,10 @@ def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> 
         if not equals:
             raise RecipeError(f"{override!r} is not key=value")
         _check(what, key.strip(), "the command line")
-        values[key.strip()] = _parse(text.strip())
+        values[key.strip()] = _parse(text.strip(), keys(what)[key.strip()][0])
     if values.get("train", what) != what:
-        raise RecipeError(f"the recipe {file} trains {values['train']}, not {what}")
+        where = f"the recipe {file}" if file else "the command line"
+        raise RecipeError(f"{where} trains {shortened(values['train'])}, not {shortened(what)}")
     recipe = _fill(Recipe(train=what), values)
     loop = _fill(TRAININGS[what]().loop, values)
     training = _fill(replace(TRAININGS[what](), loop=loop), values)
@@ -104,26 +144,59 @@ def read(what: str, file: Path | None = None, overrides: Sequence[str] = ()) -> 
     return replace(recipe, training=training, folder=folder, out=recipe.out or f"{folder}/model.safetensors")
 
 
-def keys(what: str) -> dict[str, Any]:
-    """Returns every key of a recipe, with its default."""
+def keys(what: str) -> dict[str, tuple[Any, Key]]:
+    """Returns every key of a recipe, with its default and what there is to say about it."""
     training = TRAININGS[what]()
-    known = {f.name: getattr(it, f.name) for it in (training.loop, training, Recipe()) for f in fields(it)}
-    return {name: value for name, value in known.items() if name not in ("loop", "training")}
+    return {
+        name: (getattr(settings, name), its)
+        for settings in (training.loop, training, Recipe(train=what))
+        for name, its in about(settings).items()
+        if not its.trains or what in its.trains
+    }
+
+
+def described(what: str) -> str:
+    """Returns a line for every key: its name, its default, its sentence and its limits."""
+    rows = []
+    for name, (default, its) in keys(what).items():
+        limits = f" ({its.limits})" if its.limits else ""
+        rows.append(f"{name:22} {_toml(default):24} {its.says}{limits}")
+    return "\n".join(rows)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return "none" if value is None else str(value).lower()
 
 
 def _check(what: str, key: str, where: str) -> None:
-    if key not in keys(what):
-        near = difflib.get_close_matches(key, keys(what), 1)
+    known = keys(what)
+    if key in known:
+        return
+    others = [other for other in TRAININGS if key in keys(other)]
+    near = difflib.get_close_matches(key, known, 1)
+    if others:
+        hint = f", only for training {' and '.join(others)}"
+    elif ELSEWHERE.get(key.lower().replace("-", "_")) in known:
+        hint = f"; here it is called {ELSEWHERE[key.lower().replace('-', '_')]}"
+    else:
         hint = f"; did you mean {near[0]}?" if near else f"; `reifusion train {what} --keys` lists them"
-        raise RecipeError(f"{where} sets {key!r}, which is not a setting for training {what}{hint}")
+    raise RecipeError(f"{where} sets {key!r}, which is not a setting for training {what}{hint}")
 
 
-def _parse(text: str) -> Any:
-    """Reads a value as TOML; a text that is not TOML, such as a path or a word, is a string."""
+def _parse(text: str, default: Any) -> Any:
+    """Reads a value as TOML; a text that is not TOML, such as a path or a word, is a string.
+
+    So is everything where a string is expected: a folder may have the name 2026 or true.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if isinstance(default, str) and not isinstance(value, str) else value
 
 
 def _fill(thing: Any, values: dict[str, Any]) -> Any:
@@ -140,14 +213,26 @@ def _as(wanted: Any, value: Any, name: str) -> Any:
         if option is type(None) and value in (None, "none", "None"):
             return None
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            large = isinstance(value, int) and abs(value) >= 2**1000  # too large for a float
+            return math.inf if large else float(value)
         if get_origin(option) is tuple and isinstance(value, list | tuple):
-            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+            inside = get_args(option)
+            many = len(value) if inside[-1] is Ellipsis else len(inside)
+            if len(value) == many:
+                kinds = inside[:1] * many if inside[-1] is Ellipsis else inside
+                return tuple(_as(kind, v, name) for kind, v in zip(kinds, value))
         if option in (int, bool, str) and type(value) is option:
             return value
         if option is int and isinstance(value, float) and value.is_integer():
             return int(value)
-    kind = " or ".join(
-        getattr(option, "__name__", str(option)).replace("NoneType", "none") for option in options
-    )
-    raise RecipeError(f"{name} must be {kind}, not {value!r}")
+    raise RecipeError(f"{name} must be {' or '.join(map(_kind, options))}, not {shortened(value)}")
+
+
+def _kind(option: Any) -> str:
+    """Returns the name of a type, for an error message."""
+    inside = get_args(option)
+    if get_origin(option) is tuple and inside[-1] is Ellipsis:
+        return f"a list in brackets, of {_kind(inside[0])}"
+    if get_origin(option) is tuple:
+        return f"[{', '.join(map(_kind, inside))}]"
+    return "none" if option is type(None) else str(option.__name__)

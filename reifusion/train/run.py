@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,21 @@ from ..api import load as load_pipeline
 from ..model.config import MINI, SD15, ModelConfig
 from ..model.pipeline import StableDiffusion
 from ..weights import info, load, save
-from .images import DataError
+from . import ready
+from .checkpoint import digest, unchanged
+from .images import DataError, some
 from .loop import processes
 from .lora import train_lora
-from .material import captioned_latents, random_pixels
+from .material import captioned_latents, captioned_pictures, own_pictures, random_pixels
 from .recipe import Recipe, RecipeError
 from .sharpen import sharpen_decoder
 from .sheet import PROMPTS, contact_sheet
 from .text2image import TextToImage, train_text2image
-from .vae import train_vae
+from .vae import PixelBatch, train_vae
 from .vae_file import is_vae, load_vae, save_vae
 
 SIZES = {"mini": MINI, "sd15": SD15}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def run(recipe: Recipe) -> Path:
@@ -34,30 +38,36 @@ def run(recipe: Recipe) -> Path:
     Raises RecipeError or ModelError if the recipe cannot be followed, and DataError or TrainingError if
     something fails on the way.
     """
-    ways = {"vae": run_vae, "sharpen": run_sharpen, "text2image": run_text2image, "lora": run_lora}
-    return ways[recipe.train](recipe)
-
-
-def run_vae(recipe: Recipe) -> Path:
-    """Trains a VAE; the file holds its encoder and its decoder."""
     config = model_config(recipe)
+    ready.check(recipe, config)
+    ways = {"vae": run_vae, "sharpen": run_sharpen, "text2image": run_text2image, "lora": run_lora}
+    return ways[recipe.train](recipe, config)
+
+
+def run_vae(recipe: Recipe, config: ModelConfig) -> Path:
+    """Trains a VAE; the file holds its encoder and its decoder."""
     start = load_vae(recipe.start, config).state_dict() if recipe.start else None
-    pixels, size = random_pixels(recipe), recipe.size or config.size
-    vae = train_vae(pixels, size, config.vae, recipe.training, Path(recipe.folder), start)
+    if start is not None:
+        warnings.warn(
+            f"the encoder is trained as well, so the latents move away from those that a U-Net trained with"
+            f" {recipe.start} understands; `train sharpen` keeps them",
+            stacklevel=2,
+        )
+    pixels, size, made_of = random_pictures(recipe, config, start)
+    vae = train_vae(pixels, size, config.vae, recipe.training, Path(recipe.folder), start, made_of)
     out = Path(recipe.out)
     if processes().is_main_process:
         save_vae(vae, out)
     return out
 
 
-def run_sharpen(recipe: Recipe) -> Path:
+def run_sharpen(recipe: Recipe, config: ModelConfig) -> Path:
     """Trains the decoder of a VAE further; the file is a VAE or a whole model, whichever `start` is."""
     if not recipe.start:
         raise RecipeError("sharpening needs a trained VAE; set start to its file, or to a whole model")
-    config = model_config(recipe)
     vae = load_vae(recipe.start, config)
-    pixels, size = random_pixels(recipe), recipe.size or config.size
-    vae = sharpen_decoder(vae, pixels, size, recipe.training, Path(recipe.folder))
+    pixels, size, made_of = random_pictures(recipe, config, vae.state_dict())
+    vae = sharpen_decoder(vae, pixels, size, recipe.training, Path(recipe.folder), made_of)
     out = Path(recipe.out)
     if not processes().is_main_process:
         return out
@@ -65,14 +75,34 @@ def run_sharpen(recipe: Recipe) -> Path:
         save_vae(vae, out)
     else:
         found, models, tokenizer = load(recipe.start)
-        models["decoder"].load_state_dict(vae.decoder.state_dict())
+        models["decoder"] = vae.decoder  # in float32, so that nothing of what it has learned is rounded away
         save(found, models, out, tokenizer=tokenizer)
     return out
 
 
-def run_text2image(recipe: Recipe) -> Path:
+def random_pictures(
+    recipe: Recipe, config: ModelConfig, start: Mapping[str, Tensor] | None
+) -> tuple[PixelBatch, int, dict[str, str]]:
+    """Returns the random pictures for a VAE, their side in pixels, and what the run is made of."""
+    size, made_of = recipe.size or config.size, {"start": digest(start or {})}
+    if recipe.data == "emoji":
+        return random_pixels(recipe), size, made_of | {"data": "emoji"}
+    with processes().main_process_first():
+        pictures = own_pictures(recipe)
+    side = recipe.training.crop if recipe.train == "vae" else size
+    small = [item.name for item in pictures.items if min(item.width, item.height) < side]
+    if small:
+        warnings.warn(
+            f"{len(small)} of {len(pictures)} pictures are smaller than {side}×{side} pixels, and are"
+            f" enlarged: {some(small)}",
+            stacklevel=3,
+        )
+    return random_pixels(recipe, pictures), size, made_of | {"data": pictures.digest()}
+
+
+def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
     """Trains a U-Net and its text encoder; the file is a whole model."""
-    config, weights, tokenizer = model_config(recipe), None, None
+    weights, tokenizer = None, None
     if recipe.start:
         found, models, tokenizer = load(recipe.start, dtype=torch.float32)
         config = replace(found, schedule=config.schedule)
@@ -83,8 +113,17 @@ def run_text2image(recipe: Recipe) -> Path:
     if not (recipe.vae or recipe.start):
         raise RecipeError("text2image needs a VAE; set vae to a trained one, or start to a whole model")
     vae = load_vae(recipe.vae or recipe.start, config)
-    data, tokenizer = captioned_latents(recipe, config, vae, tokenizer)
-    empty, folder, out = torch.tensor(tokenizer.encode("")), Path(recipe.folder), Path(recipe.out)
+    folder, out, source = Path(recipe.folder), Path(recipe.out), captioned_pictures(recipe)
+    made_of = {
+        "start": digest(weights or {}),
+        "VAE": digest(vae.encoder.state_dict()),
+        "prediction_type": config.schedule.prediction_type,
+        "zero_terminal_snr": f"{config.schedule.zero_terminal_snr}",
+        "data": source.digest(),
+    }
+    unchanged(folder / "checkpoint.pt", made_of, recipe.training.loop.allow_changes)
+    data, tokenizer = captioned_latents(recipe, source, config, vae, tokenizer)
+    empty = torch.tensor(tokenizer.encode(""))
 
     def pipeline(model: TextToImage) -> StableDiffusion:
         networks = {"encoder": vae.encoder, "decoder": vae.decoder}
@@ -93,9 +132,11 @@ def run_text2image(recipe: Recipe) -> Path:
         )
 
     watch = sheets(config, pipeline, folder)
-    trained = train_text2image(data, empty, config, recipe.training, folder, weights, watch)
+    trained = train_text2image(data, empty, config, recipe.training, folder, weights, watch, made_of)
     if processes().is_main_process:
-        networks = {name: network.to(torch.bfloat16) for name, network in pipeline(trained).models.items()}
+        networks = pipeline(trained).models
+        for network in networks.values():
+            network.to(DTYPES[recipe.dtype])
         save(config, networks, out, tokenizer=tokenizer)
     return out
 
@@ -103,11 +144,11 @@ def run_text2image(recipe: Recipe) -> Path:
 def sheets(
     config: ModelConfig, pipeline: Callable[[TextToImage], StableDiffusion], folder: Path
 ) -> Callable[[int, dict[str, Tensor]], Image.Image]:
-    """Returns a function that draws a contact sheet at a checkpoint, from the averaged weights."""
+    """Returns a function that draws a contact sheet at a checkpoint, from the model's weights."""
     shown = TextToImage(config).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def watch(step: int, average: dict[str, Tensor]) -> Image.Image:
-        shown.load_state_dict(average, strict=False)
+    def watch(step: int, weights: dict[str, Tensor]) -> Image.Image:
+        shown.load_state_dict(weights)
         prompts = PROMPTS if config.size <= 128 else PROMPTS[:4]  # large pictures take their time
         sheet = contact_sheet(pipeline(shown), prompts, seeds=1)
         sheet.save(folder / f"sheet-{step:06d}.png")
@@ -116,14 +157,16 @@ def sheets(
     return watch
 
 
-def run_lora(recipe: Recipe) -> Path:
+def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
     """Trains a LoRA for the model in `start`; the file holds the LoRA alone."""
     if recipe.data == "emoji":
         raise DataError("a LoRA learns from your own pictures; set data to their folder")
     pipe = load_pipeline(recipe.start or "mini", "cpu" if not torch.cuda.is_available() else None)
+    with processes().main_process_first():
+        pictures = own_pictures(recipe)
     return train_lora(
-        pipe,
-        recipe.data,
+        replace(pipe, config=config),
+        pictures,
         recipe.training,
         Path(recipe.folder),
         Path(recipe.out),
@@ -134,8 +177,9 @@ def run_lora(recipe: Recipe) -> Path:
 
 def model_config(recipe: Recipe) -> ModelConfig:
     """Returns the sizes that the recipe names, with the recipe's way of adding noise."""
-    if recipe.start and not is_vae(recipe.start):
-        base = info(recipe.start).config
+    start = recipe.start or ("mini" if recipe.train == "lora" else "")  # a LoRA is for the mini unless told
+    if start and not is_vae(start):
+        base = info(start).config
     elif recipe.model in SIZES:
         base = SIZES[recipe.model]
     else:

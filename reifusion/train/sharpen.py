@@ -7,7 +7,7 @@ Source: Esser et al. 2021, §3.1; Rombach et al. 2022, §3.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..model.config import VAEConfig
 from .critic import Critic, fool, judge
+from .keys import check, key
 from .loop import BatchPart, LoopConfig, Objective, rng, train
 from .vae import VAE, PixelBatch, side_by_side, terms
 
@@ -25,11 +26,21 @@ from .vae import VAE, PixelBatch, side_by_side, terms
 @dataclass(frozen=True)
 class Sharpening:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=7_000, lr=5e-4, decay=0.5))
-    batch: int = 8  # whole pictures per step
-    edges: float = 1.0  # weight of the error in the differences of neighbouring pixels
-    critic: float = 0.1  # weight of the critic's opinion: sharper, at the cost of a little PSNR
-    matching: float = 2.0  # weight of the distance of the critic's features: a little sharper, at no cost
-    critic_by: float = 0.1  # share of the steps in which both weights rise from 0: the critic learns first
+    batch: int = key(8, "whole pictures per step", least=1)
+    edges: float = key(1.0, "weight of the error in the differences of neighbouring pixels", least=0)
+    critic: float = key(0.1, "weight of the critic's opinion: sharper, at the cost of a little PSNR", least=0)
+    matching: float = key(
+        2.0, "weight of the distance of the critic's features: a little sharper, at no cost", least=0
+    )
+    critic_by: float = key(
+        0.1,
+        "share of the steps in which both weights rise from 0: the critic learns first",
+        least=0,
+        most=1,
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class WithCritic(nn.Module):
@@ -64,7 +75,7 @@ def sharpening_objective(
         term = network(x, part.of(noise))
         loss = term["l1"] + term["mse"] + training.edges * term["edges"] + term["critic"]
         # Eq. 6, Esser et al. 2021, where λ is fixed, because the critic's steepness is bounded already.
-        rise = min(1.0, step / (training.critic_by * training.loop.steps))
+        rise = min(1.0, step / max(1.0, training.critic_by * training.loop.steps))
         loss = loss + rise * (training.critic * term["opinion"] + training.matching * term["matching"])
         psnr = -10 * torch.log10(term["mse"] / 4)  # pixels range over 2, so the square of the peak is 4
         figures = term | {"psnr": psnr}
@@ -73,11 +84,18 @@ def sharpening_objective(
     return objective
 
 
-def sharpen_decoder(vae: VAE, pixel_batch: PixelBatch, size: int, training: Sharpening, folder: Path) -> VAE:
+def sharpen_decoder(
+    vae: VAE,
+    pixel_batch: PixelBatch,
+    size: int,
+    training: Sharpening,
+    folder: Path,
+    made_of: Mapping[str, str] | None = None,
+) -> VAE:
     """Trains the VAE's decoder further, in place; returns the VAE with the averaged weights.
 
     size: the side of a picture, in pixels. Resumes from `folder/checkpoint.pt` if that exists; the VAE must
-    then be the same as before. Raises what `train` raises.
+    then be the same as before. made_of: see `train`. Raises what `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     model = WithCritic(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -93,7 +111,7 @@ def sharpen_decoder(vae: VAE, pixel_batch: PixelBatch, size: int, training: Shar
         return side_by_side(pictures, shown)
 
     objective = sharpening_objective(pixel_batch, size, vae.encoder.config, training)
-    average = train(model, objective, training.loop, folder, compare)
+    average = train(model, objective, training.loop, folder, compare, made_of=made_of)
     vae.decoder.load_state_dict(decoder(average))
     vae.encoder.requires_grad_(True)
     return vae

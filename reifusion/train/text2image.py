@@ -6,7 +6,7 @@ from x_t, t and the words. Source: Ho et al. 2020, Algorithm 1; Rombach et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from ..model.ddpm import Sampler
 from ..model.diffusion import AttentionBlock, ResidualBlock, UNet
 from ..model.encoder import sample
 from ..model.samplers import SAMPLERS, samplers_for
+from .keys import check, key
 from .loop import BatchPart, LoopConfig, Objective, rng, train
 
 
@@ -32,17 +33,29 @@ class TextToImageTraining:
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=60_000, lr=7e-4, warmup=500, ema=0.9995)
     )
-    batch: int = 32
-    caption_dropout: float = 0.1  # share of captions replaced by "", for classifier-free guidance
+    batch: int = key(32, "samples per step, of all processes and parts together", least=1)
+    caption_dropout: float = key(
+        0.1, 'share of captions replaced by "", for classifier-free guidance', least=0, most=1
+    )
     # Timesteps are drawn as T·u^power, u uniform; a power below 1 favours the noisy ones. There the picture
     # itself tells nothing, so a model learns what the words look like: the slowest lesson for a small one.
-    timestep_power: float = 0.5
-    # The loss is weighted as if no timestep had a signal-to-noise ratio above this (None: no weights).
+    timestep_power: float = key(
+        0.5, "1: all timesteps are equally frequent; below 1: noisy ones are more frequent", above=0
+    )
     # Rectified flow has no such weights: all its timesteps count alike.
-    max_snr: float | None = 5.0
-    offset_noise: float = 0.0  # see `add_offset`; with 0.1, pictures can become darker and brighter
-    train_text_encoder: bool = True  # False: it stays as it is
-    gradient_checkpointing: bool = False  # takes a third longer and much less memory, see `recomputed`
+    max_snr: float | None = key(
+        5.0,
+        "weighs the loss as if no timestep had a higher signal-to-noise ratio (min-SNR); none: no weights",
+        above=0,
+    )
+    offset_noise: float = key(
+        0.0, "weight of noise that is the same at every pixel: darker and brighter pictures", least=0
+    )
+    train_text_encoder: bool = key(True, "false: the text encoder stays as it is")
+    gradient_checkpointing: bool = key(False, "takes a third longer and much less memory")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Data(Protocol):
@@ -214,6 +227,7 @@ def optimise(
     training: TextToImageTraining,
     folder: Path,
     every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
+    made_of: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Trains the parameters that require gradients, on captioned latents; returns their moving average."""
     objective = denoising_objective(data, empty, forward_process(schedule), training)
@@ -223,7 +237,7 @@ def optimise(
         return describe(rng(training.loop.seed, step), training.batch)
 
     with recomputed(model.diffusion) if training.gradient_checkpointing else nullcontext():
-        return train(model, objective, training.loop, folder, every_checkpoint, names)
+        return train(model, objective, training.loop, folder, every_checkpoint, names, made_of)
 
 
 def train_text2image(
@@ -234,17 +248,23 @@ def train_text2image(
     folder: Path,
     start_from: dict[str, Tensor] | None = None,
     every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
+    made_of: Mapping[str, str] | None = None,
 ) -> TextToImage:
     """Trains a model of these sizes on captioned latents; returns it with the averaged weights.
 
     empty: the tokens (L,) of the empty caption. start_from: weights to begin with, instead of random ones.
-    every_checkpoint: as in `train`; the average holds only the trained weights. Raises what `train` raises.
+    every_checkpoint: as in `train`, but with all weights of the model, the frozen ones as well. made_of: see
+    `train`. Raises what `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     model = TextToImage(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if start_from is not None:
         model.load_state_dict(start_from)
     model.clip.requires_grad_(training.train_text_encoder)
-    average = optimise(model, data, empty, config.schedule, training, folder, every_checkpoint)
+
+    def watch(step: int, average: dict[str, Tensor]) -> Image.Image | None:
+        return None if every_checkpoint is None else every_checkpoint(step, model.state_dict() | average)
+
+    average = optimise(model, data, empty, config.schedule, training, folder, watch, made_of)
     model.load_state_dict(average, strict=False)
     return model

@@ -6,7 +6,7 @@ Source: Kingma & Welling 2014, Eq. 7 and Appendix B; Rombach et al. 2022, §3.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..model.config import VAEConfig
 from ..model.decoder import Decoder
 from ..model.encoder import Encoder, sample, scale_latents
+from .keys import check, key
 from .loop import BatchPart, LoopConfig, Objective, rng, train
 
 # pixel_batch(generator, count, size) -> random pictures (count, 3, size, size) in [-1, 1], decided by the
@@ -29,14 +30,24 @@ PixelBatch: TypeAlias = Callable[[torch.Generator, int, int], Tensor]
 @dataclass(frozen=True)
 class VAETraining:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=10_000, lr=1e-3))
-    batch: int = 16  # crops per step, or half as many whole pictures
-    crop: int = 64  # side of a crop, in pixels
-    whole_from: float = 0.8  # share of the steps after which whole pictures are shown
-    # For each latent number. A weight w lets the latents' own noise cost about w / 2 of reconstruction
-    # error, which nobody sees, and makes the latents as smooth as that allows.
-    kl_weight: float = 1e-3
-    edges: float = 1.0  # weight of the error in the differences of neighbouring pixels
-    edges_from: float = 0.2  # share of the steps before it counts; earlier, it makes pictures a flat colour
+    batch: int = key(16, "crops per step, or half as many whole pictures", least=1)
+    crop: int = key(64, "side of a crop, in pixels", least=1)
+    whole_from: float = key(0.8, "share of the steps after which whole pictures are shown", least=0, most=1)
+    # A weight w lets the latents' own noise cost about w / 2 of reconstruction error, which nobody sees, and
+    # makes the latents as smooth as that allows.
+    kl_weight: float = key(1e-3, "weight of the KL divergence, for each latent number", least=0)
+    edges: float = key(1.0, "weight of the error in the differences of neighbouring pixels", least=0)
+    edges_from: float = key(
+        0.2, "share of the steps before it counts; earlier, it makes pictures a flat colour", least=0, most=1
+    )
+    normalise: bool | None = key(
+        None,
+        "gives the latents mean 0 and variance 1 at the end, so that no U-Net of before understands them;"
+        " none: only if the VAE is trained from nothing",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class VAE(nn.Module):
@@ -100,7 +111,7 @@ def reconstruction_objective(
     ) -> tuple[Tensor, dict[str, float]]:
         done = step / training.loop.steps
         whole = done >= training.whole_from
-        count, side = (training.batch // 2, size) if whole else (training.batch, training.crop)
+        count, side = (half(training.batch, part.count), size) if whole else (training.batch, training.crop)
         x = pixel_batch(generator, count, side)
         noise = torch.randn(
             count, config.latent_channels, side // config.factor, side // config.factor, generator=generator
@@ -111,6 +122,11 @@ def reconstruction_objective(
     return objective
 
 
+def half(batch: int, parts: int) -> int:
+    """Returns about half of a batch that can be cut into parts: as many samples as that in each of them."""
+    return max(1, batch // 2 // parts) * parts
+
+
 def train_vae(
     pixel_batch: PixelBatch,
     size: int,
@@ -118,11 +134,13 @@ def train_vae(
     training: VAETraining,
     folder: Path,
     start_from: dict[str, Tensor] | None = None,
+    made_of: Mapping[str, str] | None = None,
 ) -> VAE:
-    """Trains a VAE on random pictures; returns it with the averaged weights and latents of unit variance.
+    """Trains a VAE on random pictures; returns it with the averaged weights.
 
-    size: the side of a whole picture, in pixels. start_from: weights to begin with, instead of random ones.
-    Raises what `train` raises.
+    From nothing, its latents have unit variance; otherwise they stay as near to those of before as training
+    lets them. size: the side of a whole picture, in pixels. start_from: weights to begin with, instead of
+    random ones. made_of: see `train`. Raises what `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -138,8 +156,9 @@ def train_vae(
         return side_by_side(pictures, shown)
 
     objective = reconstruction_objective(pixel_batch, size, config, training)
-    vae.load_state_dict(train(vae, objective, training.loop, folder, compare))
-    normalise_latents(vae, pixel_batch, size)
+    vae.load_state_dict(train(vae, objective, training.loop, folder, compare, made_of=made_of))
+    if start_from is None if training.normalise is None else training.normalise:
+        normalise_latents(vae, pixel_batch, size)
     return vae
 
 

@@ -26,7 +26,7 @@ TINY = ModelConfig(
 @pytest.fixture
 def tiny(monkeypatch):
     """Makes every recipe a recipe for a tiny model."""
-    monkeypatch.setattr(checks, "base", lambda recipe: TINY)
+    monkeypatch.setattr(checks, "model_config", lambda recipe: TINY)
 
 
 def read(what: str, *overrides: str) -> recipe.Recipe:

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from reifusion.train.checkpoint import TrainingError, save_atomically
+from reifusion.train.keys import RecipeError
 from reifusion.train.loop import BatchPart, LoopConfig, learning_rate, rng, train
 
 EXACT = LoopConfig(steps=9, checkpoint_minutes=0.0, mixed_precision="no")
@@ -203,7 +204,7 @@ def test_half_precision_is_that_of_the_networks_products_only(tmp_path):
         )
         assert seen == {"inside": dtype, "outside": False}
         assert all(weight.dtype == torch.float32 for weight in average.values())
-    with pytest.raises(TrainingError, match="bf16, fp16 or no, not 'half'"):
+    with pytest.raises(RecipeError, match="bf16, fp16 or no, not 'half'"):
         train(Net(), pictures_objective, LoopConfig(steps=2, mixed_precision="half"), tmp_path / "other")
 
 

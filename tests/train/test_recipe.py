@@ -41,7 +41,7 @@ def test_missing_keys_have_defaults_and_the_command_line_has_the_last_word(tmp_p
         ("", ["muon=3"], "muon must be bool, not 3"),
         ("", ["steps"], "'steps' is not key=value"),
         ("steps = = 3", [], "cannot be read"),
-        ("train = 'vae'", [], "trains vae, not text2image"),
+        ("train = 'vae'", [], "trains 'vae', not 'text2image'"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, text, overrides, says):

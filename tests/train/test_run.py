@@ -109,7 +109,7 @@ def test_mini_from_the_drawings(tmp_path, monkeypatch):
     few += ["scenes=12", f"vae={vae}", f"folder={tmp_path}/t", f"out={model}"]
     assert main(["text2image", "--config", "mini", *few]) == 0
     assert draw(reifusion.load(model), "a cat").size == (128, 128)
-    latents = torch.load(tmp_path / "t" / "latents.pt", weights_only=True)
+    latents = torch.load(tmp_path / "t" / "latents.pt", weights_only=True)["latents"]
     assert latents.shape == (12, 4, 16, 16) and latents.isfinite().all()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from ...model.clip import Tokenizer
 from ..checkpoint import save_atomically
+from ..latents import weights_hash
 from ..text2image import Latents
 from ..vae import VAE, PixelBatch
 from .scenes import build_bank, load_bank
@@ -65,22 +68,33 @@ def random_pictures(sprites: Tensor, generator: torch.Generator, count: int, siz
 
 def scenes(count: int, folder: Path) -> tuple[np.ndarray, list[str]]:
     """Returns pictures (N, 128, 128, 3) uint8 and their captions, which are composed once."""
-    if not (folder / "scenes.json").exists():
-        build_bank(count, seed=1, out=folder)
+    if (folder / "scenes.json").exists():
+        images, captions = load_bank(folder)
+        if len(captions) >= count:  # a longer bank begins with the scenes of a shorter one
+            return images[:count], captions[:count]
+        shutil.rmtree(folder)
+    build_bank(count, seed=1, out=folder)
     return load_bank(folder)
 
 
 @torch.inference_mode()
 def encode(vae: VAE, images: np.ndarray, path: Path) -> Tensor:
     """Scenes (N, 128, 128, 3) uint8 -> latents (N, 4, 16, 16) bf16, kept in the file `path`."""
-    if not path.exists():
-        latents = []
-        for start in tqdm(range(0, len(images), 64), desc="encoding", unit="64 scenes"):
-            x = torch.from_numpy(images[start : start + 64].copy()).permute(0, 3, 1, 2)  # (64, 3, 128, 128)
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(vae.encoder(x.float() / 127.5 - 1).bfloat16())
-        save_atomically(torch.cat(latents), path)
-    return torch.load(path, weights_only=True)
+    # The file also says what the latents were made of, so that those of another VAE are not taken for them.
+    of = hashlib.blake2b(weights_hash(vae.encoder).encode(), digest_size=8)
+    for start in range(0, len(images), 1024):
+        of.update(images[start : start + 1024].tobytes())
+    made_of = of.hexdigest()
+    kept = torch.load(path, weights_only=True) if path.exists() else None
+    if isinstance(kept, dict) and kept.get("made_of") == made_of:
+        return kept["latents"]
+    latents = []
+    for start in tqdm(range(0, len(images), 64), desc="encoding", unit="64 scenes"):
+        x = torch.from_numpy(images[start : start + 64].copy()).permute(0, 3, 1, 2)  # (64, 3, 128, 128)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(vae.encoder(x.float() / 127.5 - 1).bfloat16())
+    save_atomically({"made_of": made_of, "latents": torch.cat(latents)}, path)
+    return torch.load(path, weights_only=True)["latents"]
 
 
 def latents(means: Tensor, captions: list[str], tokenizer: Tokenizer) -> Latents:

@@ -1,0 +1,144 @@
+"""What would fail late in a run is found before it begins: before pictures are encoded, or steps are done."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import writable
+from ..model.config import ModelConfig
+from .keys import RecipeError
+from .loop import LoopConfig, learning_rate, processes
+from .lora import chosen_layers
+from .recipe import Recipe
+from .text2image import TextToImage, forward_process
+from .vae_file import is_vae
+
+
+def check(recipe: Recipe, config: ModelConfig) -> None:
+    """Raises RecipeError if the recipe cannot be followed for a model of these sizes, or not to its end.
+
+    Warns of a learning rate that stays low.
+    """
+    _unused(recipe, config)
+    _outputs(recipe)
+    _batch(recipe.training)
+    if recipe.train in ("vae", "sharpen"):
+        _sides(recipe, config)
+    else:
+        _network(recipe, config)
+    _rate(recipe.training.loop)
+
+
+def _unused(recipe: Recipe, config: ModelConfig) -> None:
+    """Refuses keys that are set and would have no effect."""
+
+    def is_set(name: str, settings: Any = recipe) -> bool:
+        default = next(f.default for f in fields(type(settings)) if f.name == name)
+        return getattr(settings, name) != default
+
+    emoji, flow = recipe.data == "emoji", config.schedule.prediction_type == "flow"
+    reasons = {
+        "scenes": not emoji and "only the mini's own pictures, data=emoji, are composed",
+        "mirror": emoji and "the mini's own pictures, data=emoji, are not mirrored",
+        "split": emoji and "the mini's own pictures, data=emoji, have no splits",
+        "image_column": emoji and "the mini's own pictures, data=emoji, have no columns",
+        "caption_column": emoji and "the mini's own pictures, data=emoji, have no columns",
+        "model": recipe.start and not is_vae(recipe.start) and f"{recipe.start} decides the sizes",
+    }
+    if recipe.train in ("vae", "sharpen"):
+        reasons["caption_column"] = "a VAE learns without captions"
+    elif emoji:
+        reasons["size"] = "the mini's own pictures, data=emoji, have one size"
+    for name, reason in reasons.items():
+        if reason and is_set(name):
+            raise RecipeError(f"{name} is set but would not be used: {reason}")
+    training = recipe.training
+    if flow and hasattr(training, "max_snr") and training.max_snr is not None and is_set("max_snr", training):
+        raise RecipeError("max_snr is set but would not be used: rectified flow has no signal-to-noise ratio")
+
+
+def _outputs(recipe: Recipe) -> None:
+    folder, out = Path(recipe.folder), Path(recipe.out)
+    if out.is_dir():
+        raise RecipeError(f"out is a folder, {out}; give the name of a .safetensors file")
+    if out.suffix != ".safetensors":
+        raise RecipeError(f"out must be the name of a .safetensors file, not {recipe.out}")
+    for source in (recipe.start, recipe.vae):
+        if source and Path(source).exists() and out.exists() and out.samefile(source):
+            raise RecipeError(f"the training begins with {out} and would overwrite it; choose another out")
+    for place in (folder, out.parent):
+        if place.exists() and not place.is_dir():
+            raise RecipeError(f"{place} is a file where a folder is needed; choose another folder or out")
+        if processes().is_main_process:
+            with writable(place):
+                pass
+
+
+def _batch(training: Any) -> None:
+    parts = processes().num_processes * training.loop.accumulate
+    if training.batch % parts:
+        raise RecipeError(
+            f"a batch of {training.batch} cannot be cut into {parts} equal parts (processes times"
+            " `accumulate`); choose another batch"
+        )
+
+
+def _sides(recipe: Recipe, config: ModelConfig) -> None:
+    factor = config.vae.factor
+    sides = {"size": recipe.size or config.size}
+    if recipe.train == "vae":
+        sides["crop"] = recipe.training.crop
+    for name, side in sides.items():
+        if side % factor:
+            raise RecipeError(f"{name} must be a multiple of {factor} for this VAE, not {side}")
+
+
+def _network(recipe: Recipe, config: ModelConfig) -> None:
+    """Checks what only matters for a U-Net and its text encoder."""
+    forward_process(config.schedule)
+    if 0 < recipe.size < config.vae.factor:
+        raise RecipeError(f"size must be {config.vae.factor} or more for this VAE, not {recipe.size}")
+    channels, latents = config.unet.in_channels, config.vae.latent_channels
+    if channels != latents:
+        raise RecipeError(
+            f"the U-Net of {recipe.start} has {channels} input channels, for a mask or a picture beside the"
+            f" latents; only models with {latents} channels can be trained"
+        )
+    if config.unet.guidance_width is not None:
+        raise RecipeError(
+            f"{recipe.start} is a distilled model (LCM), and this training would undo the distillation; start"
+            " from the model that it was distilled from"
+        )
+    if recipe.train == "lora":
+        with torch.device("meta"):  # an empty shell, without memory
+            model = TextToImage(config)
+        layers = map(model.get_submodule, chosen_layers(model, recipe.training.all_targets))
+        shapes = [layer.weight.shape for layer in layers if isinstance(layer.weight, torch.Tensor)]
+        most = max(min(shape[0], shape[1:].numel()) for shape in shapes)
+        if recipe.training.rank > most:
+            raise RecipeError(
+                f"rank must be at most {most}, the size of the largest layer, not {recipe.training.rank}"
+            )
+    elif not recipe.training.train_text_encoder and not recipe.start:
+        raise RecipeError(
+            "train_text_encoder=false would leave the text encoder's random weights as they are; set start"
+            " to a trained model"
+        )
+
+
+def _rate(loop: LoopConfig) -> None:
+    if not loop.lr:
+        warnings.warn("lr is 0, so nothing is learned", stacklevel=4)
+        return
+    highest = max(learning_rate(step, loop) for step in range(min(loop.steps, loop.warmup + 1)))
+    if highest < 0.9 * loop.lr:
+        warnings.warn(
+            f"with warmup={loop.warmup} and decay={loop.decay:g}, the learning rate reaches only"
+            f" {highest:.2g} of {loop.lr:g} in {loop.steps} steps; a short run needs a shorter warmup",
+            stacklevel=4,
+        )
