@@ -194,5 +194,5 @@ def test_training_on_such_a_model_is_refused_before_any_work(tmp_path, channels,
     ]
     assert main(["train", "lora", "--config", "mini-lora", *words, "size=32"]) == 2
     told = capsys.readouterr().err
-    assert f"the U-Net of more is given {channels} channels" in told and "start from a plain model" in told
+    assert f"has {channels} input channels" in told and "only models with 4 channels can be trained" in told
     assert not list(tmp_path.glob("run/**/latents*"))
