@@ -11,31 +11,15 @@ below it adds its one step; the other samplers, in `samplers.py`, do the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .config import ScheduleConfig
-
-Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
-
-
-def randn(shape: Sequence[int], generator: Generators = None) -> Tensor:
-    """Standard normal noise, float32 on the CPU, drawn image by image.
-
-    shape: (B, …). generator: one CPU generator per image of the batch, or a single one that all images
-    share in turn, or None for torch's own. With one per image, an image's noise depends neither on
-    the device nor on its neighbours in the batch: a seed gives the same picture in any position.
-    Raises ValueError if there are not as many generators as images.
-    """
-    count, *image = shape
-    generators = generator if isinstance(generator, Sequence) else [generator] * count
-    if len(generators) != count:
-        raise ValueError(f"{count} images need {count} generators, one for each, not {len(generators)}")
-    return torch.stack([torch.randn(image, generator=g, dtype=torch.float32) for g in generators])
+from .noise import Generators as Generators
+from .noise import randn as randn
 
 
 def betas(schedule: ScheduleConfig) -> Tensor:

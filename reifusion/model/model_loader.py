@@ -32,6 +32,7 @@ from .part import open_part
 from .prediction import Prediction, prediction_of, read_prediction
 from .tensors import ModelError, Stored, TensorFile
 from .tokenizer import END, Tokenizer
+from .tokenizer_folder import read_tokenizer
 
 MINI_PATH = Path(__file__).parent.parent / "data" / "mini.safetensors"
 PRESETS = (SD15, SD21, MINI)  # the preset with the same shapes supplies what shapes cannot tell
@@ -415,7 +416,7 @@ def _tokenizer(checkpoint: _Checkpoint) -> Tokenizer:
     path, header, clip = checkpoint.path, checkpoint.header, checkpoint.config.clip
     try:
         if path.is_dir():
-            tokenizer = Tokenizer.from_folder(path / "tokenizer", clip.context_length)
+            tokenizer = read_tokenizer(path / "tokenizer", clip.context_length)
         else:
             vocabulary = json.loads(header.get("vocabulary", "null"))
             open_clip = clip.activation == "gelu" and "config" not in header

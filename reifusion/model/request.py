@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import secrets
 import warnings
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from .config import ModelConfig
+from .limits import interval, is_pair, number, texts, whole_number
 from .pictures import Picture, fit, is_transparent, open_mask, open_picture
 from .samplers import SAMPLERS, samplers_for
-from .sentences import cut, shown
+from .sentences import shown
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Request:
     seeds: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        prompts, negatives = _texts(self.prompt), _texts("" if self.negative is None else self.negative)
+        prompts, negatives = texts(self.prompt), texts("" if self.negative is None else self.negative)
         if len(negatives) == 1:
             negatives = negatives * len(prompts)
         if len(negatives) != len(prompts):
@@ -61,13 +61,13 @@ class Request:
             )
         if self.sampler not in (None, *SAMPLERS):
             raise ValueError(f"there is no sampler {shown(self.sampler)}; there are {', '.join(SAMPLERS)}")
-        if not 0 < _number(self.strength, "strength") <= 1:
+        if not 0 < number(self.strength, "strength") <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
         for name in ("cfg", "image_guidance"):
             scale = getattr(self, name)
-            if scale is not None and not math.isfinite(_number(scale, name)):
+            if scale is not None and not math.isfinite(number(scale, name)):
                 raise ValueError(f"{name} must be a finite number, not {scale}")
-        if not 0 <= _number(self.guidance_rescale, "guidance_rescale") <= 1:
+        if not 0 <= number(self.guidance_rescale, "guidance_rescale") <= 1:
             raise ValueError(f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}")
         self.seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         self.seed = whole_number(self.seed, "the seed", 0, 2**63 - 1)
@@ -76,8 +76,8 @@ class Request:
         self.num = whole_number(self.num, "the number of images", 1)
         self.clip_skip = whole_number(self.clip_skip, "clip_skip", 0)
         if self.guidance_interval is not None:
-            self.guidance_interval = _interval(self.guidance_interval)
-        if self.size is not None and not _is_pair(self.size):
+            self.guidance_interval = interval(self.guidance_interval)
+        if self.size is not None and not is_pair(self.size):
             raise ValueError(f"a size is a width and a height, like (512, 768), not {shown(self.size)}")
         if not isinstance(self.noise, Tensor | None):
             raise ValueError(f"noise must be a tensor, not {type(self.noise).__name__}")
@@ -192,46 +192,3 @@ def _side(name: str, asked: int | None, otherwise: float, factor: int) -> int:
     if side % factor:
         raise ValueError(f"the {name} must be a multiple of {factor}, not {side}")
     return side
-
-
-def _texts(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a prompt is a text, or a list with at least one text, not {shown(value)}")
-    return texts
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, not {shown(value)}") from None
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    low, high = _pair(value)
-    if not low < high:
-        raise ValueError(f"guidance_interval must begin below its end, and not {low:g} to {high:g}")
-    return low, high
-
-
-def _pair(value: Any) -> tuple[float, float]:
-    if not _is_pair(value):
-        raise ValueError(f"guidance_interval must be two numbers, like (0.3, 5), not {shown(value)}")
-    low, high = (_number(end, "an end of guidance_interval") for end in value)
-    return low, high
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-
-
-def whole_number(value: Any, name: str, low: int, high: float = math.inf) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, not {shown(value)}") from None
-    if not low <= number <= high:
-        limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {limits}, not {cut(str(number), 40)}")
-    return number

@@ -8,7 +8,7 @@ Three families for diffusion, by what they take the latents to be:
 - x as in training, but with time measured in λ = log(√ᾱ / √(1 - ᾱ)) = -log σ, in which the ODE has an
   almost exact solution: DPM-Solver++, UniPC.
 
-And one for networks trained for rectified flow, where x = (1 - σ) x₀ + σ ε: Euler again.
+Networks trained for rectified flow have another path from noise to a picture, and a sampler in `flow.py`.
 
 Each class is a name, a schedule and one step. `SAMPLERS` has all of them by their names.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .ddpm import SAMPLERS, Sampler, exact, leading, trailing
+from .flow import FlowSampler as FlowSampler
 
 # The training scaling: x = √ᾱ x₀ + √(1 - ᾱ) ε
 
@@ -377,51 +378,6 @@ class UniPCSampler(DPMPP2MSampler):
             correction = rho1 * (self._x0s[-2] - newest) / r + rho2 * (x0 - newest)
         sigma_ratio = _vp_sigma(self.sigmas[i]) / _vp_sigma(self.sigmas[i - 1])
         return sigma_ratio * self._last_x - alpha * b * newest - alpha * b * correction
-
-
-# Rectified flow: x = (1 - σ) x₀ + σ ε
-
-
-class FlowSampler(Sampler):
-    """Liu et al. 2022, "Flow Straight and Fast", arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747.
-
-    Picture and noise are joined by a straight line, and the network is trained to say its direction.
-    Sampling follows that from σ = 1, all noise, to 0 with Euler's method, in n even steps. The timesteps,
-    t = Nσ in (0, N], are fractions, in float64; the βs play no part. `sigmas` has one more entry than
-    `timesteps`: σ after the last step is 0.
-    """
-
-    name, title = "flow", "Flow Euler"
-    prediction_types = ("flow",)
-
-    def _spaced(self, n: int) -> Tensor:
-        return torch.arange(n, 0, -1, dtype=torch.float64) / n * self.num_training_steps
-
-    def _begin(self, timesteps: Tensor) -> None:
-        super()._begin(timesteps)
-        self.sigmas = [*(timesteps / self.num_training_steps).tolist(), 0.0]
-
-    def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.cpu().double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-        sigma = t.reshape(-1, *[1] * (x.ndim - 1)) / self.num_training_steps
-        # [flow-path] Eq. 1, Liu et al. 2022, with σ for 1 - t: x_σ = (1 - σ) x₀ + σ ε
-        return (1 - sigma).to(x.dtype).to(x.device), sigma.to(x.dtype).to(x.device)
-
-    def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
-        """The target of a flow network: dx/dσ, the same at every t."""
-        # [flow-velocity] Eq. 1, Liu et al. 2022: v = dx/dσ = ε - x₀
-        return (noise.to(x0.device) - exact(x0)).to(x0.dtype)
-
-    def predict(self, t: float | Tensor, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-        """(x₀, ε): the two ends of the line through `latents`. See `Sampler.predict`."""
-        x, v = exact(latents), exact(model_output)
-        signal, sigma = self._signal_and_noise(t, x)
-        # x = (1 - σ) x₀ + σ ε with v = ε - x₀, solved for both: x₀ = x - σ v and ε = x + (1 - σ) v
-        return (x - sigma * v).to(latents.dtype), (x + signal * v).to(latents.dtype)
-
-    def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
-        # [flow-euler] Algorithm 1, Liu et al. 2022: dx/dσ = v, in Euler's steps: x' = x + (σ' - σ) v
-        return x + (self.sigmas[i + 1] - self.sigmas[i]) * model_output
 
 
 def samplers_for(prediction_type: str) -> list[str]:

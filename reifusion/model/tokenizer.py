@@ -7,19 +7,17 @@ turns the ids into vectors.
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import re
-import unicodedata
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-DATA = Path(__file__).parents[1] / "data"
-START, END = "<|startoftext|>", "<|endoftext|>"
+from .words import DATA, END, START, normal, split_words
+
 END_OF_WORD = "</w>"
 
 
@@ -82,7 +80,7 @@ class Tokenizer:
         self.exact = sorted(added.intersection(exact))
         # A padding token of its own becomes special, in prompts too: SD 2.x pads with "!".
         self._special = _any_of((START, END, pad, *self.exact))
-        self._added = {_normal(token): self._ids[token] for token in added if token not in self.exact}
+        self._added = {normal(token): self._ids[token] for token in added if token not in self.exact}
         self._find_added = _any_of(self._added)
         self.is_standard = self.pad == self.end and pairs == clip_merges() and self._ids == standard
 
@@ -93,71 +91,6 @@ class Tokenizer:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         return cls(content.decode("utf-8"), context_length)
-
-    @classmethod
-    def from_folder(cls, path: str | Path, context_length: int = 77) -> Tokenizer:
-        """From the `tokenizer` folder of a diffusers model: vocab.json and merges.txt, or tokenizer.json.
-
-        Raises FileNotFoundError if it has neither, ValueError as the constructor does.
-        """
-        folder = Path(path)
-
-        def content(name: str) -> dict[str, Any]:
-            file = folder / name
-            return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-
-        merges: str | list[tuple[str, str]]
-        whole, config = content("tokenizer.json"), content("tokenizer_config.json")
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocabulary = content("vocab.json")
-            merges = (folder / "merges.txt").read_text("utf-8")
-        elif whole:
-            vocabulary = whole["model"]["vocab"]
-            merges = [tuple(x.split() if isinstance(x, str) else x) for x in whole["model"]["merges"]]
-        else:
-            raise FileNotFoundError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json")
-        # Added tokens stand in one or more of three places, by the version of transformers.
-        added: dict[str, Any] = {token: {"id": i} for token, i in content("added_tokens.json").items()}
-        for i, token in config.get("added_tokens_decoder", {}).items():
-            added[token["content"]] = {**token, "id": int(i)}
-        added |= {token["content"]: token for token in whole.get("added_tokens", ())}
-        special = content("special_tokens_map.json")
-        written = {_content(token) for token in special.get("additional_special_tokens", ())}
-        written |= {token for token, facts in added.items() if not facts.get("normalized", True)}
-        pad = END
-        for entry in config, special:  # the second has the last word
-            pad = _content(entry.get("pad_token") or pad)
-        vocabulary = vocabulary | {token: facts["id"] for token, facts in added.items()}
-        return cls(merges, context_length, vocabulary=vocabulary, pad=pad, exact=written)
-
-    def save_folder(self, path: str | Path) -> None:
-        """Writes the folder that `from_folder` and `transformers.CLIPTokenizer.from_pretrained` read."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        merged = Tokenizer(self.merges_text)._ids.keys()
-        added = {token: i for token, i in self._ids.items() if token not in merged}
-        vocabulary = {token: i for token, i in self._ids.items() if token in merged}
-        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
-        (folder / "merges.txt").write_text(f"#version: 0.2\n{self.merges_text}\n", "utf-8")
-        pad = self._tokens[self.pad]
-        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
-        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
-        config: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length}
-        if added:
-            (folder / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False), "utf-8")
-            config["added_tokens_decoder"] = {
-                str(self._ids[token]): {
-                    "content": token,
-                    "lstrip": False,
-                    "normalized": token in self._ids.keys() - merged - {pad, *self.exact},
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": token in (START, END, pad),
-                }
-                for token in (START, END, *added)
-            }
-        text = json.dumps({**config, **special}, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text, "utf-8")
 
     @property
     def vocab_size(self) -> int:
@@ -209,7 +142,7 @@ class Tokenizer:
             if special:
                 yield part, (self._ids[part],)
                 continue
-            for added, piece in _cut(_normal(part), self._find_added) if self._added else [(False, part)]:
+            for added, piece in _cut(normal(part), self._find_added) if self._added else [(False, part)]:
                 if added:
                     yield piece, (self._added[piece],)
                 else:
@@ -244,31 +177,6 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def split_words(text: str) -> list[str]:
-    """text -> its words in lower case: runs of letters, single digits, runs of signs, and endings like 's.
-
-    Source: `simple_tokenizer.py` of openai/CLIP, by the tables in `data/unicode.txt`.
-    """
-    words: list[str] = []
-    for word in _unicode().word.findall(_lower(text)):
-        # A special token's name in other letters (<|ENDOFTEXT|>) is three words, whatever follows it.
-        words += ("<|", word[2:-2], "|>") if word in (START, END) else (word,)
-    return words
-
-
-def _lower(text: str) -> str:
-    """text -> composed (NFC) and in lower case"""
-    classes = _unicode()
-    text = classes.together.sub(lambda part: unicodedata.normalize("NFC", part[0]), text)
-    # Letter by letter: `str.lower` would turn a Σ at a word's end into ς.
-    return text.replace("Σ", "σ").lower().translate(classes.lower)
-
-
-def _normal(text: str) -> str:
-    """text -> in lower case, with one space for each run of spaces: added tokens are found in this form"""
-    return re.sub(r"\s+", " ", _lower(text))
-
-
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """A pattern for any of the tokens, the longest that fits."""
     return re.compile("|".join(map(re.escape, sorted(dict.fromkeys(tokens), key=len, reverse=True))))
@@ -282,11 +190,6 @@ def _cut(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[bool, str]]:
         yield True, found[0]
         end = found.end()
     yield False, text[end:]
-
-
-def _content(token: Any) -> str:
-    """A token in a JSON file of transformers, which is its text, or an object with its text."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _text(token: str) -> str:
@@ -318,32 +221,3 @@ def parse_merges(text: str) -> list[tuple[str, str]]:
         elif parts and number > 1:
             raise ValueError(f"line {number} of the merges is not a pair: {line!r}")
     return pairs
-
-
-class _Unicode(NamedTuple):
-    together: re.Pattern[str]  # a run of characters that normalization may reorder and compose
-    lower: dict[int, int]
-    word: re.Pattern[str]
-
-
-@cache
-def _unicode() -> _Unicode:
-    lines = re.sub(r"\n +", " ", (DATA / "unicode.txt").read_text("utf-8")).splitlines()
-    table = dict(line.split(": ") for line in lines if not line.startswith("#"))
-    lower = {}
-    for first, last, to in re.findall(r"(\w+)-?(\w*)=(\w+)", table["lower"]):
-        shift = int(to, 16) - int(first, 16)
-        lower.update({code: code + shift for code in range(int(first, 16), int(last or first, 16) + 1)})
-    # "41-5A 61-7A" -> "\U00000041-\U0000005A\U00000061-\U0000007A", the inside of a [class]
-    letter, number, alone = (
-        re.sub(r"\w+", lambda code: rf"\U{code[0]:0>8}", table[name]).replace(" ", "")
-        for name in ("letters", "numbers", "alone")
-    )
-    # White_Space of Unicode: Python's \s has four more.
-    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    special = "|".join(map(re.escape, (START, END)))
-    return _Unicode(
-        together=re.compile(f"[^{alone}]+"),
-        lower=lower,
-        word=re.compile(f"{special}|'(?:[stmd]|re|ve|ll)|[{letter}]+|[{number}]|[^{space}{letter}{number}]+"),
-    )

@@ -22,6 +22,7 @@ from ..model.model_converter import convert
 from ..model.model_loader import state_dict
 from ..model.tensors import ModelError
 from ..model.tokenizer import Tokenizer
+from ..model.tokenizer_folder import write_tokenizer
 
 
 def save(
@@ -117,4 +118,4 @@ def _write_folder(
             start = f"{part}."
             own = {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}
             write_tensors(own, folder / part / f"{name}.safetensors", {"format": "pt"})
-    tokenizer.save_folder(folder / "tokenizer")
+    write_tokenizer(tokenizer, folder / "tokenizer")

@@ -24,6 +24,7 @@ from reifusion.model.model_converter import convert, load_from_standard_weights,
 from reifusion.model.model_loader import build
 from reifusion.model.tensors import ModelError, TensorFile
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.model.tokenizer_folder import read_tokenizer, write_tokenizer
 from reifusion.weights import Changes, info, load, save
 from tests.tiny import SMALL, WORDS, assert_same_networks, native_state, random_networks
 
@@ -513,7 +514,7 @@ def test_a_part_that_does_not_fit_is_refused(tmp_path, single):
 
 @pytest.mark.parametrize("way", ["vocab.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_learned_word_is_one_token_wherever_it_stands(tmp_path, way):
-    WORDS.save_folder(tmp_path)
+    write_tokenizer(WORDS, tmp_path)
     n = WORDS.vocab_size
     token = {"content": "<Zork>", "id": n, "normalized": True}
     if way == "vocab.json":
@@ -526,7 +527,7 @@ def test_a_learned_word_is_one_token_wherever_it_stands(tmp_path, way):
         content = {"model": {"vocab": WORDS._ids, "merges": merges}, "added_tokens": [token]}
         (tmp_path / way).write_text(json.dumps(content))
         (tmp_path / "vocab.json").unlink()
-    tokenizer = Tokenizer.from_folder(tmp_path, 16)
+    tokenizer = read_tokenizer(tmp_path, 16)
     cat = WORDS.tokenize("cat")
     assert tokenizer.vocab_size == n + 1
     for text in "cat <Zork> cat", "cat<zork>cat", "CAT <ZORK>  CAT":

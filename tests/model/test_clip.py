@@ -16,6 +16,7 @@ import torch
 from reifusion.model.clip import CLIP, quick_gelu
 from reifusion.model.config import MINI, CLIPConfig
 from reifusion.model.tokenizer import DATA, END, START, Piece, Tokenizer, clip_merges, split_words
+from reifusion.model.tokenizer_folder import read_tokenizer, write_tokenizer
 from reifusion.train.bpe import train_bpe
 
 TINY = CLIPConfig(vocab_size=99, context_length=12, width=32, layers=3, heads=2)
@@ -136,24 +137,24 @@ def test_a_hash_sign_may_be_merged():
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_without_its_tokens_says_so(tmp_path: Path):
-    Tokenizer(CAT).save_folder(tmp_path)
+    write_tokenizer(Tokenizer(CAT), tmp_path)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
     del vocabulary["cat</w>"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     with pytest.raises(ValueError, match=r"1 tokens .* 'cat</w>'"):
-        Tokenizer.from_folder(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_a_folder_may_order_the_vocabulary_otherwise(tmp_path: Path):
-    Tokenizer(CAT).save_folder(tmp_path)
+    write_tokenizer(Tokenizer(CAT), tmp_path)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
     shifted = {token: (i + 7) % len(vocabulary) for token, i in vocabulary.items()}
     (tmp_path / "vocab.json").write_text(json.dumps(shifted))
-    tokenizer = Tokenizer.from_folder(tmp_path, 6)
+    tokenizer = read_tokenizer(tmp_path, 6)
     assert tokenizer.tokenize("the cat") == [shifted["the</w>"], shifted["cat</w>"]]
     assert tokenizer.end == shifted[END] and tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 

@@ -1,0 +1,26 @@
+"""Noise, drawn so that a seed is a picture on every device and in every place of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
+
+
+def randn(shape: Sequence[int], generator: Generators = None) -> Tensor:
+    """Standard normal noise, float32 on the CPU, drawn image by image.
+
+    shape: (B, …). generator: one CPU generator per image of the batch, or a single one that all images
+    share in turn, or None for torch's own. With one per image, an image's noise depends neither on
+    the device nor on its neighbours in the batch: a seed gives the same picture in any position.
+    Raises ValueError if there are not as many generators as images.
+    """
+    count, *image = shape
+    generators = generator if isinstance(generator, Sequence) else [generator] * count
+    if len(generators) != count:
+        raise ValueError(f"{count} images need {count} generators, one for each, not {len(generators)}")
+    return torch.stack([torch.randn(image, generator=g, dtype=torch.float32) for g in generators])
