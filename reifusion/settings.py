@@ -66,7 +66,7 @@ def read_prediction(text: str) -> str:
 
 def sampler_names() -> list[str]:
     """Returns the names of the samplers, read from their source, as importing it would import PyTorch."""
-    sources = (Path(__file__).with_name("model") / file for file in ("ddpm.py", "samplers.py"))
+    sources = (Path(__file__).with_name("model") / file for file in ("ddpm.py", "samplers.py", "flow.py"))
     lines = "".join(source.read_text("utf-8") for source in sources)
     return re.findall(r'^    name, title = "(\w+)"', lines, re.MULTILINE)
 
