@@ -272,7 +272,7 @@ def wrong(run, *arguments: object) -> str:
     ("arguments", "says"),
     [
         (["generate"], "say what to draw"),
-        (["generate", "a cat", "--sampler", "magic"], "ddpm, ddim"),
+        (["generate", "a cat", "--sampler", "magic"], "there are ddpm, "),
         (["generate", "a cat", "--steps", "0"], "between 1 and 1000"),
         (["generate", "a cat", "--steps", "1001"], "between 1 and 1000"),
         (["generate", "a cat", "--steps", "many"], "--steps"),
@@ -457,4 +457,4 @@ def test_version_and_help():
 
 
 def test_the_help_knows_every_sampler():
-    assert sampler_names() == list(samplers.SAMPLERS)
+    assert sorted(sampler_names()) == sorted(samplers.SAMPLERS)
