@@ -540,7 +540,7 @@ def test_the_dtype_suits_the_device(monkeypatch):
         ({"prompt": 3}, "text"),
         ({"prompt": ["a", None]}, "text"),
         ({"prompt": ["a", "b", "c"], "negative": ["d", "e"]}, "3 prompts"),
-        ({"sampler": "magic"}, "ddpm, ddim"),
+        ({"sampler": "magic"}, "there are ddpm, "),
         ({"strength": 0}, "strength"),
         ({"strength": 2}, "strength"),
         ({"strength": "much"}, "strength"),
