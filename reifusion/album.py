@@ -22,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__, a1111, weights
-from .files import put, scratch, whole
+from .files import named, put, scratch, whole
 from .model.pictures import read_picture
 from .model.pipeline import StableDiffusion
 from .model.request import Request
@@ -165,9 +165,7 @@ def slug(prompt: str) -> str:
 
 def png_path(out: str) -> Path | None:
     """Returns the file that `out` names; None for a folder. Raises ValueError for formats other than PNG."""
-    path = Path(out)
-    if any(len(part.encode()) > 240 for part in path.parts):
-        raise ValueError(f"the name {out[:20]}… is too long")
+    path = named(out)
     if path.suffix == "" or path.is_dir() or out.endswith(("/", os.sep)):
         return None
     if path.suffix.lower() != ".png":

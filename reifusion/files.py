@@ -59,6 +59,14 @@ def put(file: Path, path: Path) -> Path:
             return target
 
 
+def named(text: str) -> Path:
+    """Returns the path of that name. Raises ValueError for a name that no file system takes."""
+    path = Path(text)
+    if any(len(os.fsencode(part)) > 240 for part in path.parts) or len(os.fsencode(text)) > 4000:
+        raise ValueError(f"the name {text[:20]}… is too long")
+    return path
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     with whole(path) as temporary:
         # A text from a command line need not be UTF-8.

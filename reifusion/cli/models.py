@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..files import writable
+from ..files import named, writable
 
 if TYPE_CHECKING:
     from ..model.config import ScheduleConfig
@@ -77,7 +76,7 @@ def convert(
         raise ValueError(f"there is no format {to!r}; there are {', '.join(FORMATS)}")
     if to != "diffusers" and not target.endswith(".safetensors"):
         raise ValueError(f"the format {to} is a .safetensors file, not {target}")
-    if os.path.exists(target):
+    if named(target).exists():
         raise ValueError(f"{target} is there already, and nothing is overwritten")
     with writable(Path(target).parent):
         metadata = weights.info(source).metadata
