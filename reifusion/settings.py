@@ -22,9 +22,9 @@ from .model.sentences import shown as _shown
 if TYPE_CHECKING:
     import torch
 
+    from .model.config import ModelConfig
     from .model.pipeline import StableDiffusion
     from .model.request import Request
-    from .weights import Info
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -221,11 +221,11 @@ class Settings:
             quantize(pipe)
         return deepcached(pipe, self.deepcache)
 
-    def info(self) -> Info:
-        """Reads the facts about the model, with what these settings change in it."""
-        from .weights import Changes, info
+    def config(self) -> ModelConfig:
+        """Finds the model's config, with what these settings change in it, long before it is loaded."""
+        from .weights import Changes, find_config
 
-        return info(self.model, Changes(**self._changed()))
+        return find_config(self.model, Changes(**self._changed()))
 
     def _changed(self) -> dict[str, Any]:
         """Returns the settings that change what the model's file says, by name."""

@@ -1,14 +1,35 @@
-"""Searches by random inputs are the same in every run, so that a run tells of the code alone.
+"""What several tests share: the small model, and searches that are the same in every run.
 
-REIFUSION_MANY=10 searches for longer, and anew each time.
+Searches by random inputs tell of the code alone, unless REIFUSION_MANY=10 searches for longer, and anew each
+time.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
+from torch import nn
+
+from reifusion.weights import save
+from tests.tiny import SMALL, WORDS, random_networks
 
 settings.register_profile("fixed", derandomize=True)
 if "REIFUSION_MANY" not in os.environ:
     settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    """The networks of SMALL."""
+    return random_networks(SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same networks as a folder of diffusers."""
+    path = tmp_path_factory.mktemp("diffusers") / "small"
+    save(SMALL, models, path, "diffusers", WORDS)
+    return path

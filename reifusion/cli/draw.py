@@ -46,7 +46,7 @@ def generate(
         )
     settings = replace(Settings() if before is None else before.settings, **parsed(given))
     request = settings.request(num)
-    request = request.for_model(settings.info().config)
+    request = request.for_model(settings.config())
     file = album.png_path(out)
     with writable(file.parent if file else Path(out)):
         pipe = settings.pipe(device)

@@ -58,7 +58,7 @@ def _request(given: dict[str, Any], varied: Iterable[tuple[str, Any]] = ()) -> t
     """
 
     settings = replace(Settings(prompt="", seed=0), **parsed(given))
-    request, config = settings.request(), settings.info().config
+    request, config = settings.request(), settings.config()
     for name, value in varied:
         replace(request, **{name: value}).for_model(config)
     return settings, request.for_model(config)

@@ -40,10 +40,8 @@ def same_halves(x: Tensor) -> bool:
     if len(x) % 2:
         return False
     one, other = x.chunk(2)
-    # Most rows see two different halves, and a few of their numbers show it.
-    return torch.equal(one[:, :8].flatten(1)[:, :64], other[:, :8].flatten(1)[:, :64]) and torch.equal(
-        one, other
-    )
+    # Most rows see two different halves, and the first of their numbers show it.
+    return torch.equal(one[..., :1], other[..., :1]) and torch.equal(one, other)
 
 
 def _open(block: AttentionBlock) -> bool:

@@ -93,6 +93,11 @@ def preload_models_from_standard_weights(
     return load(ckpt_path, device)[1]
 
 
+def find_config(source: str | Path, changes: Changes | None = None) -> ModelConfig:
+    """Returns the config of a model. Whether the tensors fit it, `load` tells. May raise ModelError."""
+    return _open(source, None, changes).config
+
+
 @dataclass(frozen=True)
 class Info:
     """The facts in a model's file."""
@@ -208,9 +213,7 @@ def _open(
         for part, chosen in ("vae", changes.vae), ("unet", changes.unet):
             if chosen is not None:
                 theirs, own, more, its_header = open_part(find(chosen), part)
-                networks = {rule.ours.split(".")[0] for rule in own}
-                rules = [rule for rule in rules if rule.ours.split(".")[0] not in networks]
-                rules += [replace(rule, theirs=tuple(f"{part}: {x}" for x in rule.theirs)) for rule in own]
+                rules = _replaced(rules, own, part)
                 tensors = tensors | {f"{part}: {name}": tensor for name, tensor in theirs.items()}
                 unknown = unknown + more
                 if part == "unet" and changes.prediction_type is None:
@@ -223,10 +226,7 @@ def _open(
         if config is None:
             config, known_from = _config_from_shapes(shapes), "nothing in the file says otherwise"
             if config.name == SD21.name:
-                known_from = "usual for 2.x; the models for 512x512 need --prediction-type epsilon"
-                if config.unet.in_channels != config.vae.latent_channels or (told and told.type == "epsilon"):
-                    schedule = replace(config.schedule, prediction_type="epsilon")
-                    config, known_from = replace(config, size=512, schedule=schedule), "usual for inpainting"
+                config, known_from = _which_sd2(config, told)
         if changes.unet is not None and len(first := shapes.get(_FIRST, torch.Size())) == 4:
             config = replace(config, unet=replace(config.unet, in_channels=first[1]))
         if told is not None:
@@ -245,6 +245,21 @@ _HINTS = {
     **dict.fromkeys(("encoder", "decoder"), "; a file with a VAE is given with --vae"),
     "clip": "; if it is a U-Net alone, name a whole model, and this one with --unet",
 }
+
+
+def _replaced(rules: list[Rule], own: list[Rule], part: str) -> list[Rule]:
+    """Returns the rules with a part's own in the place of those for the same networks."""
+    networks = {rule.ours.split(".")[0] for rule in own}
+    kept = [rule for rule in rules if rule.ours.split(".")[0] not in networks]
+    return kept + [replace(rule, theirs=tuple(f"{part}: {x}" for x in rule.theirs)) for rule in own]
+
+
+def _which_sd2(config: ModelConfig, told: Prediction | None) -> tuple[ModelConfig, str]:
+    """Tells the models of 2.x for 512x512, which predict the noise, from those for 768x768, and says how."""
+    if config.unet.in_channels == config.vae.latent_channels and not (told and told.type == "epsilon"):
+        return config, "usual for 2.x; the models for 512x512 need --prediction-type epsilon"
+    schedule = replace(config.schedule, prediction_type="epsilon")
+    return replace(config, size=512, schedule=schedule), "usual for inpainting"
 
 
 def _averages(rules: list[Rule], names: Mapping[str, Stored]) -> list[Rule]:

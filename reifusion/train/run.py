@@ -14,7 +14,7 @@ from torch import Tensor
 from ..api import load as load_pipeline
 from ..model.config import MINI, SD15, ModelConfig
 from ..model.pipeline import StableDiffusion
-from ..weights import info, load, save
+from ..weights import find_config, load, save
 from . import ready
 from .checkpoint import digest, unchanged
 from .images import DataError, some
@@ -179,7 +179,7 @@ def model_config(recipe: Recipe) -> ModelConfig:
     """Returns the sizes that the recipe names, with the recipe's way of adding noise."""
     start = recipe.start or ("mini" if recipe.train == "lora" else "")  # a LoRA is for the mini unless told
     if start and not is_vae(start):
-        base = info(start).config
+        base = find_config(start)
     elif recipe.model in SIZES:
         base = SIZES[recipe.model]
     else:

@@ -16,7 +16,7 @@ from ..model.tokenizer import Tokenizer
 from .hub import find
 from .writing import save
 
-__all__ = ["Changes", "find", "info", "load", "save"]
+__all__ = ["Changes", "find", "find_config", "info", "load", "save"]
 
 
 def load(
@@ -28,6 +28,11 @@ def load(
 ) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
     """Loads a model of any family as `model_loader.load` does. source may also be a hub id."""
     return model_loader.load(find(source), device, dtype, config, families.build, _found(changes))
+
+
+def find_config(source: str | Path, changes: Changes | None = None) -> ModelConfig:
+    """Returns a model's config as `model_loader.find_config` does. source may also be a hub id."""
+    return model_loader.find_config(find(source), _found(changes))
 
 
 def info(source: str | Path, changes: Changes | None = None) -> Info:

@@ -32,21 +32,9 @@ DIFFUSERS_TEXT = "text_encoder/config.json"
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return random_networks(SMALL)
-
-
-@pytest.fixture(scope="module")
 def single(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
     save(SMALL, models, path, "compvis", WORDS)
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("folder") / "model"
-    save(SMALL, models, path, "diffusers", WORDS)
     return path
 
 

@@ -7,25 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from torch import nn
 
 from reifusion.model.model_loader import load as load_path
 from reifusion.model.tensors import ModelError
 from reifusion.weights import hub as hub_module
-from reifusion.weights import info, load, save
-from tests.tiny import SMALL, WORDS, assert_same_networks, random_networks
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return random_networks(SMALL)
-
-
-@pytest.fixture(scope="module")
-def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("diffusers") / "small"
-    save(SMALL, models, path, "diffusers", WORDS)
-    return path
+from reifusion.weights import info, load
+from tests.tiny import SMALL, assert_same_networks
 
 
 class Hub:

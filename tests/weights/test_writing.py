@@ -9,23 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from reifusion.model.tensors import ModelError
 from reifusion.weights import load, save, writing
 from tests.tiny import SMALL, WORDS, assert_same_networks, random_networks
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return random_networks(SMALL)
-
-
-@pytest.fixture(scope="module")
-def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("diffusers") / "small"
-    save(SMALL, models, path, "diffusers", WORDS)
-    return path
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, models, monkeypatch):
