@@ -66,11 +66,21 @@ def convert(
     to: Annotated[
         str, typer.Option(help="native, compvis (one file) or diffusers (a folder).", show_default=False)
     ],
+    dtype: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, or int8 (native alone).", show_default="as it is")
+    ] = "",
     ema: Annotated[bool, typer.Option("--ema", help="Take the moving averages of the weights.")] = False,
 ) -> None:
-    """Writes a model in another format, bit for bit."""
+    """Writes a model in another format, bit for bit unless --dtype says otherwise."""
+    import torch
+
     from .. import weights
+    from ..api import DTYPES
     from ..model.model_converter import FORMATS
+
+    dtypes = DTYPES | {"int8": torch.int8}
+    if dtype and dtype not in dtypes:
+        raise ValueError(f"there is no dtype {dtype!r} to write; there are {', '.join(dtypes)}")
 
     if to not in FORMATS:
         raise ValueError(f"there is no format {to!r}; there are {', '.join(FORMATS)}")
@@ -81,5 +91,5 @@ def convert(
     with writable(Path(target).parent):
         metadata = weights.info(source).metadata
         config, models, tokenizer = weights.load(source, changes=weights.Changes(ema=ema))
-        weights.save(config, models, target, to, tokenizer, metadata)
+        weights.save(config, models, target, to, tokenizer, metadata, dtypes.get(dtype))
     print(target)

@@ -329,7 +329,7 @@ def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | No
 def row_grids(config: UNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Returns the height and width at which each row of the U works ("down.3", "middle", "up.0")."""
     down, _, up = plan(config)
-    grid, grids, pile = (height, width), {}, []
+    grid, grids, pile = (height // config.patch, width // config.patch), {}, []
     for i, row in enumerate(down):
         if row[0][0] == "down":
             grid = (-(-grid[0] // 2), -(-grid[1] // 2))

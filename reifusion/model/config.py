@@ -44,6 +44,7 @@ class UNetConfig:
 
     in_channels: int = 4
     out_channels: int = 4
+    patch: int = 1  # p: a place of the U-Net is a patch of p×p latents, as in DiT (Peebles & Xie 2023, §3.2)
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one per resolution, full size first
     attention: tuple[int, ...] = (1, 1, 1, 0)  # transformer layers in each block of that resolution
     middle_attention: int = 1  # transformer layers in the middle
@@ -88,6 +89,11 @@ class ModelConfig:
     sampler: str = "dpmpp_2m_karras"
     steps: int = 25
     cfg: float = 7.5
+
+    @property
+    def multiple(self) -> int:
+        """The sides of a picture are multiples of this, in pixels."""
+        return self.vae.factor * self.unet.patch
 
     @property
     def edits(self) -> bool:

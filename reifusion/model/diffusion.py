@@ -53,7 +53,7 @@ def plan(config: UNetConfig) -> tuple[list[list[Layer]], list[Layer], list[list[
         wide = channels[level]
         return [Layer("attention", wide, wide, depth, config.heads[level])] if depth else []
 
-    down: list[list[Layer]] = [[Layer("conv", config.in_channels, channels[0])]]
+    down: list[list[Layer]] = [[Layer("conv", config.in_channels * config.patch**2, channels[0])]]
     pile = [channels[0]]  # the channels of each skip
     now = channels[0]
     for level, wide in enumerate(channels):
@@ -117,11 +117,15 @@ class TimeEmbedding(nn.Module):
 
 
 class InputConv(nn.Conv2d):
-    """The first layer: latents to channels."""
+    """The first layer: latents to channels, p×p latents at a time."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.patch = patch  # p; 1 in Stable Diffusion
 
     def forward(self, x: Tensor, given: Given) -> Tensor:  # type: ignore[override]
-        """x (B, 4, H, W) -> (B, C, H, W)"""
-        return super().forward(x)
+        """x (B, 4, H, W) -> (B, C, H/p, W/p)"""
+        return super().forward(F.pixel_unshuffle(x, self.patch))  # (B, 4, H, W) -> (B, 4p², H/p, W/p)
 
 
 class ResidualBlock(nn.Module):
@@ -247,7 +251,7 @@ class UNet(nn.Module):
 
         def build(row: list[Layer]) -> SwitchSequential:
             make = {
-                "conv": lambda layer: InputConv(layer.into, layer.out, 3, padding=1),
+                "conv": lambda layer: InputConv(layer.into, layer.out, config.patch),
                 "res": lambda layer: ResidualBlock(layer.into, layer.out, time_width, config.groups),
                 "attention": lambda layer: AttentionBlock(layer.out, layer.depth, layer.heads, config),
                 "down": lambda layer: Downsample(layer.out),
@@ -261,7 +265,7 @@ class UNet(nn.Module):
         self.middle = build(middle)
         self.up = nn.ModuleList(build(row) for row in up)
         self.norm = nn.GroupNorm(config.groups, config.channels[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels * config.patch**2, 3, padding=1)
 
     def forward(self, latents: Tensor, context: Tensor, t: Tensor) -> Tensor:
         """latents (B, 4, h, w), context (B, S, width), t (B,) or (1,) in 0 … 1000 -> (B, 4, h, w)"""
@@ -277,7 +281,11 @@ class UNet(nn.Module):
         for row in self.up:
             x = torch.cat([x, pile.pop()], dim=1)  # (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)
             x = row(x, given._replace(size=pile[-1].shape[-2:] if pile else None))
-        return self.conv_out(F.silu(self.norm(x)))
+        return self.last(x)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last layers: (B, C, h/p, w/p) -> (B, 4, h, w)"""
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm(x))), self.config.patch)
 
 
 UNeti = UNet  # its name in the project's first version

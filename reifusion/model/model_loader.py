@@ -228,7 +228,8 @@ def _open(
             if config.name == SD21.name:
                 config, known_from = _which_sd2(config, told)
         if changes.unet is not None and len(first := shapes.get(_FIRST, torch.Size())) == 4:
-            config = replace(config, unet=replace(config.unet, in_channels=first[1]))
+            channels = first[1] // config.unet.patch**2
+            config = replace(config, unet=replace(config.unet, in_channels=channels))
         if told is not None:
             zero = told.zero_terminal_snr and told.type == "v_prediction"
             schedule = replace(config.schedule, prediction_type=told.type, zero_terminal_snr=zero)
@@ -335,7 +336,7 @@ def _networks(
             shape, named = tuple(tensor.shape), f"tensor {tensor.name} in {tensor.file.path}"
             if shape != need and not (rule.pointwise and shape == (*need, 1, 1)):
                 raise ModelError(f"{named} has shape {shape}, but needs {need}")
-            if not tensor.dtype.is_floating_point:
+            if not tensor.is_floating_point:
                 raise ModelError(f"{named} holds no floating-point numbers")
     return models, without + checkpoint.unknown
 
@@ -398,8 +399,6 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
         "layers": kind.vae.layers,
     }
     unet: dict[str, Any] = {
-        "in_channels": size("diffusion.down.0.0.weight", 1),
-        "out_channels": size("diffusion.conv_out.weight", 0),
         "channels": tuple(size(f"diffusion.down.{row}.0.conv_1.weight", 0) for row in rows),
         "attention": kind.unet.attention,
         "middle_attention": kind.unet.middle_attention,
@@ -408,6 +407,9 @@ def _config_from_shapes(shapes: Mapping[str, torch.Size]) -> ModelConfig:
         "guidance_width": None if kind.unet.guidance_width is None else size(_GUIDANCE, 1),
     }
     for preset in PRESETS:
+        places = preset.unet.patch**2
+        unet["in_channels"] = size("diffusion.down.0.0.weight", 1) // places
+        unet["out_channels"] = size("diffusion.conv_out.weight", 0) // places
         config = replace(
             preset,
             clip=replace(preset.clip, **clip),

@@ -128,7 +128,7 @@ class Request:
         if self.image_guidance is not None and not config.edits:
             raise ValueError(f"image_guidance is for models that edit pictures, which {config.name} does not")
         width, height = self.init_image.size if isinstance(self.init_image, Image.Image) else (1, 1)
-        scale, factor = config.size / min(width, height), config.vae.factor
+        scale, factor = config.size / min(width, height), config.multiple
         asked_width, asked_height = self.size or (None, None)
         size = (
             _side("width", asked_width, min(width * scale, 2 * config.size), factor),

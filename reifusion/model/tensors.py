@@ -54,8 +54,17 @@ class TensorFile:
         self._get = self._reopen()
 
     def tensors(self) -> dict[str, Stored]:
-        """Returns the file's tensors by name, none of them read yet."""
-        return {name: Stored(self, name) for name in self.shapes}
+        """Returns the file's tensors by name, none of them read yet. A scale is a part of its tensor."""
+        return {
+            name: Stored(self, name)
+            for name in self.shapes
+            if not (name.endswith(SCALE) and self.scaled(name.removesuffix(SCALE)))
+        }
+
+    def scaled(self, name: str) -> bool:
+        """True if the tensor has 8 bits a number, and beside it a scale for each of its rows."""
+        rows = self.shapes.get(name, torch.Size())[:1]
+        return self.dtypes.get(name) == torch.int8 and self.shapes.get(name + SCALE) == rows
 
     def read(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
         """Reads and converts one tensor. A convolution's weights have their channels last in memory."""
@@ -66,6 +75,8 @@ class TensorFile:
             self._get = self._reopen()
         tensor = self._get(name).detach()
         self._mapped += tensor.nbytes
+        if self.scaled(name):  # W_ij = s_i · n_ij, the s in float32, the n whole numbers up to 127
+            tensor = tensor * self._get(name + SCALE).reshape(-1, *[1] * (tensor.ndim - 1))
         # Convolutions are fastest in this order. Copying into it here saves a second copy later.
         order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
         return tensor.to(device, dtype or tensor.dtype, copy=True, memory_format=order)
@@ -90,6 +101,9 @@ class TensorFile:
         return tensors.__getitem__
 
 
+SCALE = ".scale"  # ends the name of a tensor's scales
+
+
 class Stored(NamedTuple):
     """A tensor that is still in its file."""
 
@@ -104,6 +118,11 @@ class Stored(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.file.dtypes[self.name]
 
+    @property
+    def is_floating_point(self) -> bool:
+        """True if it is one once it has been read, as is one of 8 bits with its scales."""
+        return self.dtype.is_floating_point or self.file.scaled(self.name)
+
     def read(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         return self.file.read(self.name, device, dtype)
 
@@ -116,6 +135,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
+    "I8": torch.int8,
 }
 
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..model.diffusion import Given, UNet
 from ..model.pipeline import StableDiffusion
@@ -56,7 +55,7 @@ class DeepCache(nn.Module):
         skip = self.unet.down[0](latents, given)
         # §3.2, Ma et al. 2023: Concat(D₁ᵗ⁻¹(·), F_cacheᵗ), with F_cache = U₂ᵗ(·) of an earlier step
         x = torch.cat([deep, skip], dim=1)  # (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)
-        return self.unet.conv_out(F.silu(self.unet.norm(self.unet.up[-1](x, given))))
+        return self.unet.last(self.unet.up[-1](x, given))
 
 
 def deepcached(pipe: StableDiffusion, every: int) -> StableDiffusion:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from reifusion.model.tensors import ModelError
-from reifusion.weights import load, save, writing
-from tests.tiny import SMALL, WORDS, assert_same_networks, random_networks
+from reifusion.weights import info, load, save, writing
+from tests.tiny import SMALL, WORDS, assert_same_networks, native_state, networks, random_networks
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, models, monkeypatch):
@@ -71,3 +73,63 @@ def test_saving_reordered_weights(tmp_path, models):
         module.to(memory_format=torch.channels_last)
     save(SMALL, fast, tmp_path / "x.safetensors", tokenizer=WORDS)
     assert_same_networks(load(tmp_path / "x.safetensors")[1], models)
+
+
+# Eight bits
+
+
+def test_eight_bits_are_read_as_what_they_stand_for(tmp_path):
+    before = networks(SMALL, noise=0.05)
+    save(SMALL, before, tmp_path / "a.safetensors", tokenizer=WORDS, dtype=torch.int8)
+    _, after, _ = load(tmp_path / "a.safetensors")
+    for name, x in native_state(before).items():
+        y = native_state(after)[name]
+        if x.ndim > 1 and name.startswith(("clip.", "diffusion.")):
+            # Half a step of its row, which has 127 of them on either side.
+            step = x.flatten(1).abs().amax(1) / 127
+            assert y.dtype == torch.float32 and ((x - y).flatten(1).abs().amax(1) <= 0.501 * step).all(), name
+            assert not torch.equal(x, y)
+        else:
+            torch.testing.assert_close(y.float(), x, rtol=2**-8, atol=0)
+
+
+def test_a_rounded_model_stays_what_it_is(tmp_path):
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save(SMALL, networks(SMALL), first, tokenizer=WORDS, dtype=torch.int8)
+    config, models, tokenizer = load(first)
+    save(config, models, second, tokenizer=tokenizer, dtype=torch.int8)
+    assert_same_networks(models, load(second)[1])
+    found = info(second)
+    assert found.dtype == "int8" and sum(found.parameters.values()) == sum(
+        x.numel() for x in native_state(models).values()
+    )
+
+
+def test_eight_bits_take_a_quarter_of_float32(tmp_path):
+    wide = replace(SMALL, unet=replace(SMALL.unet, channels=(64, 128)))
+    for dtype in torch.int8, torch.float32:
+        save(wide, networks(wide), tmp_path / f"{dtype}.safetensors", tokenizer=WORDS, dtype=dtype)
+    eight, whole = ((tmp_path / f"{d}.safetensors").stat().st_size for d in (torch.int8, torch.float32))
+    assert eight < 0.32 * whole
+
+
+def test_eight_bits_without_fitting_scales_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save(SMALL, networks(SMALL), path, tokenizer=WORDS, dtype=torch.int8)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    scales = tensors["diffusion.conv_out.weight.scale"]
+    for wrong in (None, scales[:-1], scales[:, None]):
+        changed = {name: x for name, x in tensors.items() if x is not scales}
+        if wrong is not None:
+            changed["diffusion.conv_out.weight.scale"] = wrong.contiguous()
+        save_file(changed, path, header)
+        with pytest.raises(ModelError, match=r"conv_out.weight in .* holds no floating-point numbers"):
+            info(path)
+
+
+@pytest.mark.parametrize("to", ["compvis", "diffusers"])
+def test_eight_bits_are_for_our_own_format(tmp_path, to):
+    with pytest.raises(ModelError, match=f"the format {to} knows no numbers of 8 bits"):
+        save(SMALL, networks(SMALL), tmp_path / "a.safetensors", to, WORDS, dtype=torch.int8)
+    assert not list(tmp_path.iterdir())
