@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .config import ScheduleConfig
 from .noise import Generators as Generators
+from .noise import bring
 from .noise import randn as randn
 
 
@@ -94,6 +95,7 @@ class Sampler:
             )
         self.generator = generator
         self.schedule = schedule
+        self._roots_beside: dict[Any, tuple[Tensor, ...]] = {}
         self.betas = betas(schedule)
         self.alphas = 1.0 - self.betas
         # [alphas-cumprod] §2, Ho et al. 2020: ᾱₜ = α₀ α₁ … αₜ, from almost 1 to almost 0
@@ -171,9 +173,19 @@ class Sampler:
 
     def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱₜ and √(1 - ᾱₜ), shaped to broadcast over x (B, …), in x's dtype and on its device."""
-        t = torch.as_tensor(t, device=x.device).long().reshape(-1, *[1] * (x.ndim - 1))
-        signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-        return signal.to(x.dtype).to(x.device)[t], noise.to(x.dtype).to(x.device)[t]
+        signal, noise = self._roots(x)
+        at = t.to(x.device).long().reshape(-1, *[1] * (x.ndim - 1)) if is_there(t, x) else int(t)
+        return signal[at], noise[at]
+
+    def _roots(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 - ᾱ) of all timesteps, beside x: brought there once, as each way to a GPU is a wait."""
+        found = self._roots_beside.get((x.dtype, x.device))
+        if found is None or found[0] is not self.alphas_cumprod:
+            a = self.alphas_cumprod
+            with torch.inference_mode(False):  # so that training may use them later
+                roots = [table.to(x.dtype).to(x.device) for table in (a.sqrt(), (1 - a).sqrt())]
+            found = self._roots_beside[x.dtype, x.device] = a, *roots
+        return found[1], found[2]
 
     def add_noise(self, x0: Tensor, t: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """Draws xₜ ~ q(xₜ | x₀): the clean latents x0 (B, …) as they would be at timestep t.
@@ -248,7 +260,7 @@ class Sampler:
         raise NotImplementedError
 
     def _noise(self, x: Tensor) -> Tensor:
-        return randn(x.shape, self.generator).to(x.dtype).to(x.device)
+        return bring(randn(x.shape, self.generator).to(x.dtype), x.device)
 
 
 class DDPMSampler(Sampler):
@@ -277,6 +289,11 @@ class DDPMSampler(Sampler):
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
         # [reverse-step] Algorithm 2, line 4, Ho et al. 2020: xₜ₋₁ = μ + √β̃ₜ z
         return mean + math.sqrt(variance) * self._noise(x)
+
+
+def is_there(t: float | Tensor, x: Tensor) -> TypeGuard[Tensor]:
+    """True if t is a batch, or lies where x does. Any other t is a number, which is known without a GPU."""
+    return isinstance(t, Tensor) and (t.ndim > 0 or t.device == x.device)
 
 
 def exact(x: Tensor) -> Tensor:

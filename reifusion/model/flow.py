@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ddpm import Sampler, exact
+from .ddpm import Sampler, exact, is_there
 
 
 class FlowSampler(Sampler):
@@ -28,10 +28,13 @@ class FlowSampler(Sampler):
         self.sigmas = [*(timesteps / self.num_training_steps).tolist(), 0.0]
 
     def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.cpu().double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-        sigma = t.reshape(-1, *[1] * (x.ndim - 1)) / self.num_training_steps
         # [flow-path] Eq. 1, Liu et al. 2022, with σ for 1 - t: x_σ = (1 - σ) x₀ + σ ε
-        return (1 - sigma).to(x.dtype).to(x.device), sigma.to(x.dtype).to(x.device)
+        if not is_there(t, x):
+            sigma = float(t) / self.num_training_steps
+            return x.new_full((), 1 - sigma), x.new_full((), sigma)
+        t = (t.cpu() if t.device.type == "mps" else t).double()  # which a Mac's GPU does not have
+        sigmas = t.reshape(-1, *[1] * (x.ndim - 1)) / self.num_training_steps
+        return (1 - sigmas).to(x.dtype).to(x.device), sigmas.to(x.dtype).to(x.device)
 
     def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
         """The target of a flow network: dx/dσ, the same at every t."""

@@ -24,3 +24,10 @@ def randn(shape: Sequence[int], generator: Generators = None) -> Tensor:
     if len(generators) != count:
         raise ValueError(f"{count} images need {count} generators, one for each, not {len(generators)}")
     return torch.stack([torch.randn(image, generator=g, dtype=torch.float32) for g in generators])
+
+
+def bring(x: Tensor, device: torch.device | str) -> Tensor:
+    """Returns x, which is on the CPU, on the device. A GPU fetches it while this program goes on."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)  # from memory that stays in its place until then

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .config import ModelConfig
 from .ddpm import Sampler, randn
-from .finite import check, finite
+from .finite import Watch, finite
 from .guidance import Denoiser, Guidance
 from .inpaint import begin, beside
 from .pictures import fit, to_picture
@@ -134,17 +134,19 @@ class StableDiffusion:
         with self._borrow("diffusion") as unet:
             denoiser = in_inference_mode(self.denoiser(self.around(unet), request))
             guided = self.guided(denoiser, extra, positive, negative, request)
+            watch = Watch(unet)
             # 3. Denoising loop
             for index, t in enumerate(sampler.timesteps):
                 x_t, before = latents, copy.copy(sampler)
                 with torch.no_grad():
-                    time = t.float().reshape(1).to(self.device)
+                    time = torch.full((1,), t.item(), dtype=torch.float32, device=self.device)
                     output, cond, uncond = guided(sampler.scale_model_input(x_t, t), time, sampler.sigma(t))
                     latents = step(t, x_t, output)
                 total = len(sampler.timesteps)
                 made = Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
-                sent = yield check(made, unet)
+                sent = yield watch(made)
                 latents = latents if sent is None else sent
+            watch.finish()
 
     def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:
         """The sampler that a request asks for, with the request's timesteps.

@@ -320,6 +320,8 @@ class DPMPP2MKarrasSampler(DPMPP2MSampler):
             else self.alphas_cumprod[u].item()
             for u in torch.as_tensor(t).long().flatten().tolist()
         ]
+        if len(alpha_bar) == 1:
+            return x.new_full((), math.sqrt(alpha_bar[0])), x.new_full((), math.sqrt(1 - alpha_bar[0]))
         a = torch.tensor(alpha_bar, dtype=torch.float64).reshape(-1, *[1] * (x.ndim - 1))
         return a.sqrt().to(x.dtype).to(x.device), (1 - a).sqrt().to(x.dtype).to(x.device)
 
