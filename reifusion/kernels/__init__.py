@@ -20,6 +20,7 @@ from . import bands, fast, halves, native
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: fast.Linear,
     nn.Conv2d: fast.Conv2d,
+    nn.GroupNorm: fast.GroupNorm,
     diffusion.GEGLU: fast.GEGLU,
     diffusion.Upsample: fast.UNetUpsample,
     decoder.Upsample: fast.VAEUpsample,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..model import decoder
 from ..model.encoder import ResidualBlock, unscale_latents
+from .fast import inferring
 
 BAND = 2**22  # bytes, about: small beside a map, large beside the overhead of a call
 
@@ -43,8 +44,7 @@ def suits(network: nn.Module, x: Tensor, numbers: int) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and numbers * x.element_size() > 2 * BAND
-        and torch.is_inference_mode_enabled()
-        and not torch.compiler.is_compiling()
+        and inferring()
         and not any(_hooked(module) for module in network.modules() if module is not network)
     )
 

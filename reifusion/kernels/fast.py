@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 from ..model import decoder, diffusion
@@ -16,12 +17,17 @@ from ..model.diffusion import Given
 
 def drawing(x: Tensor) -> bool:
     """True if x is used to draw on a CPU: no derivative, autocast or compiler needs the plain form."""
+    return x.device.type == "cpu" and x.dtype in _DTYPES and inferring()
+
+
+def inferring() -> bool:
+    """True if nothing but numbers is wanted of the networks: no derivative, graph, or batch in a batch."""
     return (
-        x.device.type == "cpu"
-        and x.dtype in _DTYPES
-        and torch.is_inference_mode_enabled()  # so that no derivative, backward or forward, is asked for
+        torch.is_inference_mode_enabled()  # neither backward nor forward mode
+        and torch._C._functorch.peek_interpreter_stack() is None  # … but torch.func has its way even there
         and not torch.is_autocast_enabled("cpu")  # autocast knows the plain forms only
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_compiling()  # by torch.compile or torch.export
+        and not torch.jit.is_tracing()  # for TorchScript or ONNX
     )
 
 
@@ -72,6 +78,14 @@ def _patches(x: Tensor, size: int) -> Tensor:
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H+2, W+2, C)
     windows = padded.unfold(1, size, 1).unfold(2, size, 1)  # (B, H', W', C, size, size)
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, whose derivative in forward mode can only read maps in the usual order of memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, …) -> (B, C, …)"""
+        return super().forward(x if unpack_dual(x).tangent is None else x.contiguous())
 
 
 class GEGLU(diffusion.GEGLU):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..model import attention as textbook
+from .fast import inferring
 
 SOURCE = Path(__file__).with_name("attention.c")
 # Named one by one, not -march=native, so that the library runs on every CPU that passes `_suits`.
@@ -40,7 +41,7 @@ class _View(ctypes.Structure):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """`model.attention.attention` by the faster of the two kernels, for the slot of an attention layer."""
-    if torch.is_inference_mode_enabled() and not causal and (out := flash_attention(q, k, v)) is not None:
+    if inferring() and not causal and (out := flash_attention(q, k, v)) is not None:
         return out
     return textbook.attention(q, k, v, causal)
 
@@ -50,7 +51,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     tensors = (q, k, v)
     if not all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors):
         return None
-    if q.shape[-1] % 2 or q.shape[-1] > 512 or 0 in (*q.shape, *k.shape) or torch.compiler.is_compiling():
+    if q.shape[-1] % 2 or q.shape[-1] > 512 or 0 in (*q.shape, *k.shape):
         return None
     if (library := _library()) is None:
         return None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 # Called with the attention weights (B, heads, L, S) of a layer by the layers that have such a hook.
@@ -27,14 +28,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         # [causal-mask] §3.2.3, Vaswani et al. 2017: a token that must not be seen scores -∞
         scores = scores.masked_fill(future, -math.inf)
-    weights = scores.float().softmax(dim=-1).to(v.dtype)  # softmax in float32: bf16 has 8 bits
+    exact = torch.promote_types(scores.dtype, torch.float32)  # bf16 has 8 bits
+    weights = scores.to(exact).softmax(dim=-1).to(v.dtype)
     return weights @ v, weights
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """The same, without ever storing the weights. q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d)."""
-    if q.requires_grad and q.device.type == "cpu":
-        # On a CPU the fused kernel's backward is several times slower than the written-out one.
+    inputs = (q, k, v)
+    # On a CPU the fused kernel's backward is several times slower than the written-out one. Nowhere has it a
+    # derivative in forward mode.
+    slow = q.device.type == "cpu" and any(x.requires_grad for x in inputs)
+    if slow or any(unpack_dual(x).tangent is not None for x in inputs):
         return softmax_attention(q, k, v, causal)[0]
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 

@@ -88,16 +88,15 @@ class Given(NamedTuple):
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
-    """The time as waves of falling frequency: t (B,) -> (B, width), float32. Cosines first, as SD has it.
+    """The time as waves of falling frequency: t (B,) -> (B, width), float32 or finer. Cosines first.
 
     Source: Vaswani et al. 2017, §3.5.
     """
     half = width // 2
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
     # [time-embedding] §3.5, Vaswani et al. 2017: ω_i = 10000^(−i / half), i = 0 … half−1
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t.float()[:, None] * frequencies  # (B,) -> (B, half)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angles = t[:, None] * frequencies  # (B,) -> (B, half)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 

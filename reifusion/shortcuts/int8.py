@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.fast import inferring
 from ..model.diffusion import AttentionBlock, ResidualBlock
 from ..swap import swap
 
@@ -79,7 +80,7 @@ class _Int8(nn.Module):
 def _suits(x: Tensor) -> bool:
     """True if the CPU multiplies whole numbers fast, and no derivative is asked for: they have none."""
     vnni = getattr(torch.cpu, "_is_vnni_supported", bool)()
-    return torch.is_inference_mode_enabled() and x.device.type == "cpu" and vnni
+    return inferring() and x.device.type == "cpu" and vnni
 
 
 class Int8Linear(_Int8):
