@@ -42,10 +42,11 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     step: int,
     made_of: Mapping[str, str],
+    seconds: float = 0.0,
 ) -> None:
     """Writes the state of a run for `load_checkpoint`.
 
-    step: the next one to be done. made_of: see `unchanged`.
+    step: the next one to be done. made_of: see `unchanged`. seconds: what the run has taken so far.
     """
     state = {
         "model": _own_state(model),
@@ -54,6 +55,7 @@ def save_checkpoint(
         "optimizer_names": _names(optimizers),
         "scaler": scaler.state_dict(),
         "step": step,
+        "seconds": seconds,
         "made_of": dict(made_of),
     }
     save_atomically(state, path)
@@ -101,8 +103,11 @@ def load_checkpoint(
     ema: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-) -> int:
-    """Restores the state of a run; returns the next step to be done. Raises TrainingError."""
+) -> tuple[int, float]:
+    """Restores the state of a run; returns the next step to be done, and the seconds that the run has taken.
+
+    Raises TrainingError.
+    """
     again = "to start again, choose another folder or remove that file"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,7 +134,7 @@ def load_checkpoint(
             group.update(now)  # such as a weight decay that is not that of the checkpoint
     if scaler.is_enabled() and saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])
-    return step
+    return step, saved.get("seconds", 0.0)
 
 
 def _names(optimizers: list[torch.optim.Optimizer]) -> list[str]:

@@ -96,21 +96,23 @@ def cost(
             if step == 1:
                 start = time.perf_counter()
             model.zero_grad()
-            figures = accumulate_gradients(network, wrapped, objective, step, config, accelerator, scaler)
+            figures = accumulate_gradients(
+                network, wrapped, objective, step, 0.0, config, accelerator, scaler
+            )
             for optimizer in optimizers:
                 optimizer.step()
         seconds = (time.perf_counter() - start) / steps
     model.zero_grad()
     trained = [p for p in model.parameters() if p.requires_grad]
     state = [x for o in optimizers for s in o.state.values() for x in s.values() if isinstance(x, Tensor)]
-    samples = figures["samples"]
+    samples = figures["samples"].item()
     alone = in_mixed_precision(model, config, accelerator.device)
     share = samples / (config.accumulate * accelerator.num_processes)  # samples in a part of the batch
     # Nothing is recomputed while `kept` measures, so a whole part may not fit into memory; one sample will.
     some = 1.0 if unet is not None else share
     part = BatchPart(0, round(samples / some), accelerator.device)
     rows = [] if unet is None else [*unet.down, unet.middle, *unet.up]
-    activations = kept(model, lambda: objective(alone, 0, rng(config.seed, 0), part)[0], rows)
+    activations = kept(model, lambda: objective(alone, 0.0, rng(config.seed, 0), part)[0], rows)
     memory = {
         "weights": in_bytes(model.parameters()),
         "gradients": in_bytes(trained),
@@ -314,7 +316,7 @@ def overfit(model: nn.Module, objective: Objective, steps: int = 500, lr: float 
     while len(curve) < steps and (not curve or curve[-1] > curve[0] / 20):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (len(curve) + 1) / 20, 2 - 2 * len(curve) / steps)
         optimizer.zero_grad()
-        loss, _ = objective(model, 0, rng(0, 0), BatchPart())
+        loss, _ = objective(model, 0.0, rng(0, 0), BatchPart())
         loss.backward()
         optimizer.step()
         curve.append(loss.item())

@@ -251,6 +251,7 @@ class LatentData:
     ):
         self._buckets = [entries for entries in found.values() if entries]
         self._config, self._items = config, items
+        self.device = torch.device("cpu")
         self.sizes = {shape: len(entries) for shape, entries in found.items() if entries}
         self.files = {latents.file for latents, _ in self._all()}
         used = sorted({i for _, i in self._all()})

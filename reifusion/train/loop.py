@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,7 +61,16 @@ class LoopConfig:
     explode: float = key(
         10.0, "three losses in a row above this many times the usual one end the run", above=1, endless=True
     )
+    minutes: float | None = key(
+        None,
+        "ends the run after this time, its learning rate with it, if `steps` does not; none: no clock",
+        above=0,
+    )
+    compile: bool = key(
+        False, "compiles the networks, which takes a minute or two and makes the steps on a GPU twice as fast"
+    )
     checkpoint_minutes: float = key(5.0, "time between two checkpoints", least=0)
+    # On a GPU, losses are read and their health is checked at these steps alone: reading makes a GPU wait.
     log_every: int = key(20, "steps between two lines of the log", least=1)
     allow_changes: bool = key(False, "resume although the data, the base model or the target has changed")
 
@@ -87,23 +96,53 @@ class BatchPart:
         return batch[self.index :: self.count].to(self.device)
 
 
-# objective(network, step, rng(seed, step), part) -> the mean loss of the part's samples, and figures for the
+# objective(network, done, rng(seed, step), part) -> the mean loss of the part's samples, and figures for the
 # log; the figure "samples" is their number. `network` takes the model's arguments; it may be distributed.
+# done: the share of the training that lies behind, from 0 to 1.
 Objective: TypeAlias = Callable[
-    [Callable[..., Any], int, torch.Generator, BatchPart], tuple[Tensor, dict[str, float]]
+    [Callable[..., Any], float, torch.Generator, BatchPart], tuple[Tensor, dict[str, float | Tensor]]
 ]
 
 
-def learning_rate(step: int, config: LoopConfig) -> float:
-    """Rises linearly, stays flat, falls linearly: `steps` can be changed later without spoiling the start."""
+def learning_rate(step: int, done: float, config: LoopConfig) -> float:
+    """Rises linearly, stays flat, falls linearly: `steps` can be changed later without spoiling the start.
+
+    done: the share of the training that lies behind, from 0 to 1.
+    """
     up = min(1.0, (step + 1) / max(1, config.warmup))
-    down = min(1.0, (config.steps - step) / max(1.0, config.decay * config.steps))
+    down = min(1.0, (1 - done) / max(1 / config.steps, config.decay))
     return config.lr * up * max(0.0, down)
 
 
-def rng(seed: int, step: int) -> torch.Generator:
-    """Returns the generator of one step's random numbers."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+def rng(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Returns the generator of one step's random numbers, which are drawn on the device."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draws standard normal numbers on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+class Clock:
+    """Knows which share of a run lies behind it: of its steps, or of its time if it has only so much.
+
+    seconds: what the run has taken before it was resumed.
+    """
+
+    def __init__(self, config: LoopConfig, seconds: float = 0.0):
+        self.config, self.begun = config, time.monotonic() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+    def done(self, step: int) -> float:
+        """Returns a number from 0 to 1; it has to be 1 before a run ends."""
+        share = step / self.config.steps
+        if self.config.minutes is not None:
+            share = max(share, self.seconds / (60 * self.config.minutes))
+        return min(1.0, share)
 
 
 @contextmanager
@@ -146,14 +185,15 @@ def train(
     every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
     describe: Callable[[int], str] | None = None,
     made_of: Mapping[str, str] | None = None,
+    draws_on: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Minimises the objective over the parameters that require gradients; returns their moving average.
 
     Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) may return a picture
     for TensorBoard. describe(step) names the step's samples, for error messages. made_of: see
-    `unchanged`. Ctrl-C or SIGTERM writes the checkpoint and raises KeyboardInterrupt. Raises TrainingError
-    when the loss is not finite or explodes, when the checkpoint belongs to another run, and when the disk is
-    full.
+    `unchanged`. draws_on: the device of the objective's generators. Ctrl-C or SIGTERM writes the checkpoint
+    and raises KeyboardInterrupt. Raises TrainingError when the loss is not finite or explodes, when the
+    checkpoint belongs to another run, and when the disk is full.
     """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
@@ -165,53 +205,80 @@ def train(
     path = folder / "checkpoint.pt"
     made_of = made_of or {}
     unchanged(path, made_of, config.allow_changes)
-    start = load_checkpoint(path, model, ema, optimizers, scaler) if path.exists() else 0
-    if start >= config.steps:
+    start, seconds = load_checkpoint(path, model, ema, optimizers, scaler) if path.exists() else (0, 0.0)
+    clock = Clock(config, seconds)
+    if clock.done(start) >= 1:
+        over = f"{start} steps were done before, and steps is {config.steps}"
+        if start < config.steps:
+            over = f"the run's {config.minutes:g} minutes are over"
         warnings.warn(
-            f"nothing is left to train: {start} steps were done before, and steps is {config.steps}; to train"
-            f" anew, choose another folder or remove {path}",
+            f"nothing is left to train: {over}; to train anew, choose another folder or remove {path}",
             stacklevel=2,
         )
-    health = _Health(config.explode)
+    if config.compile:
+        network = compiled(
+            network,
+            lambda call: accumulate_gradients(
+                call, wrapped, objective, start, clock.done(start), config, accelerator, scaler, draws_on
+            ),
+            trained,
+        )
+    look_every = config.log_every if waits(accelerator.device) else 1
+    health, unread = _Health(config.explode), _Unread()
     saved_at = time.monotonic()
+    step = start
 
     def checkpoint(step: int) -> None:
         if not accelerator.is_main_process:
             return
-        save_checkpoint(path, model, ema, optimizers, scaler, step, made_of)
+        save_checkpoint(
+            path, model, ema, optimizers, scaler, step, made_of, clock.seconds if config.minutes else 0.0
+        )
         picture = every_checkpoint(step, ema) if every_checkpoint is not None else None
         if progress is not None and picture is not None:
             progress.picture(step, picture)
 
+    def look() -> None:
+        """Reads the figures of the last steps, checks them and shows them."""
+        for at, figures in unread.read():
+            problem = health.problem(figures["loss"], figures["grad_norm"], scaler)
+            if problem:
+                names = f" ({describe(at)})" if describe is not None else ""
+                kept = f"the last good state is {path}" if path.exists() else "nothing has been saved yet"
+                raise TrainingError(f"{problem} at step {at}{names}; {_norms(model)}; {kept}")
+            if progress is not None:
+                progress.step(at, figures.pop("samples", 0.0), figures)
+
     folder.mkdir(parents=True, exist_ok=True)
     main = accelerator.is_main_process
-    seen = Progress(folder, start, config.steps, config.log_every) if main else nullcontext()
+    total = config.steps if config.minutes is None else None
+    seen = Progress(folder, start, total, config.log_every) if main else nullcontext()
     with seen as progress, stop_asked() as stop:
-        for step in range(start, config.steps):
+        while (done := _agreed(clock.done(step), accelerator, config)) < 1:
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            figures = accumulate_gradients(network, wrapped, objective, step, config, accelerator, scaler)
+            figures = accumulate_gradients(
+                network, wrapped, objective, step, done, config, accelerator, scaler, draws_on
+            )
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grads = [p.grad for p in trained.values() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
-            problem = health.problem(figures["loss"], norm.item(), scaler)
-            if problem:
-                names = f" ({describe(step)})" if describe is not None else ""
-                kept = f"the last good state is {path}" if path.exists() else "nothing has been saved yet"
-                raise TrainingError(f"{problem} at step {step}{names}; {_norms(model)}; {kept}")
-            # This loss has shown that the weights, not yet updated by this step, are good.
-            asked = bool(accelerator.gather(torch.tensor([float(stop())], device=accelerator.device)).any())
-            if health.good and (asked or time.monotonic() - saved_at > 60 * config.checkpoint_minutes):
-                checkpoint(step)
-                saved_at = time.monotonic()
-            if asked:
-                raise KeyboardInterrupt
+            unread.add(step, figures | {"grad_norm": norm}, {"lr": learning_rate(step, done, config)})
+            if (step + 1) % look_every == 0:
+                look()
+                # These losses have shown that the weights, not yet updated by this step, are good.
+                asked = any(_of_all(float(stop()), accelerator))
+                if health.good and (asked or time.monotonic() - saved_at > 60 * config.checkpoint_minutes):
+                    checkpoint(step)
+                    saved_at = time.monotonic()
+                if asked:
+                    raise KeyboardInterrupt
             if config.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(trained.values(), config.max_grad_norm, norm)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, config)
+                    group["lr"] = learning_rate(step, done, config)
                 scaler.step(optimizer)
             scaler.update()
             # [ema] §2, Tarvainen & Valpola 2017: θ̄ ← γ θ̄ + (1 − γ) θ
@@ -221,13 +288,11 @@ def train(
                 [p.detach() for p in trained.values()],
                 1 - min(config.ema, (1 + step) / (10 + step)),
             )
-            if progress is not None:
-                samples = figures.pop("samples", 0.0)
-                more = {"grad_norm": norm.item(), "lr": learning_rate(step, config)}
-                progress.step(step, samples, {**figures, **more})
+            step += 1
+        look()
         if not all(p.isfinite().all() for p in trained.values()):
             raise TrainingError(f"the last step left weights that are not finite; {path} is older than that")
-        checkpoint(max(start, config.steps))
+        checkpoint(step)
         accelerator.wait_for_everyone()
     return ema
 
@@ -237,11 +302,16 @@ def accumulate_gradients(
     wrapped: nn.Module,
     objective: Objective,
     step: int,
+    done: float,
     config: LoopConfig,
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
-) -> dict[str, float]:
-    """Adds the gradients of a step's mean loss to the parameters'; returns the loss and other figures."""
+    draws_on: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Adds the gradients of a step's mean loss to the parameters'; returns the loss and other figures.
+
+    The figures stay on the device, each a tensor of one number, and can be NaN.
+    """
     count = config.accumulate * accelerator.num_processes
     rows = []
     for i in range(config.accumulate):
@@ -250,18 +320,111 @@ def accumulate_gradients(
         torch.manual_seed(rng(config.seed + 1 + part.index, step).initial_seed())
         last = i == config.accumulate - 1  # only then do the processes exchange their gradients
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            loss, figures = objective(network, step, rng(config.seed, step), part)
+            loss, figures = objective(network, done, rng(config.seed, step, draws_on), part)
             scaler.scale(loss / config.accumulate).backward()
-        rows.append({"loss": loss.item(), **figures})
+        rows.append({"loss": loss.detach(), **figures})
     names = list(rows[0])
-    table = torch.tensor([[row[name] for name in names] for row in rows], device=accelerator.device)
-    table = accelerator.gather(table)  # (parts, figures)
+    table = torch.stack([_numbers([row[name] for name in names], accelerator.device) for row in rows])
+    if accelerator.num_processes > 1:
+        table = accelerator.gather(table)  # (parts, figures)
     # A figure can be missing (NaN) in a part: the loss at low timesteps, if the part has no low timesteps.
-    means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
-    means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    means = dict(zip(names, table.nanmean(0), strict=True))
     if "samples" in means:
-        means["samples"] *= count
-    return means | {"loss": table[:, 0].mean().item()}
+        means["samples"] = means["samples"] * count
+    return means | {"loss": table[:, 0].mean()}
+
+
+def _numbers(values: list[float | Tensor], device: torch.device) -> Tensor:
+    """Makes one tensor (n,) of numbers, without reading those that are on the device."""
+    return torch.stack(
+        [x.float() if isinstance(x, Tensor) else torch.full((), x, device=device) for x in values]
+    )
+
+
+def _of_all(value: float, accelerator: Accelerator) -> list[float]:
+    """Returns the value of every process."""
+    if accelerator.num_processes == 1:
+        return [value]
+    return accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
+
+
+def _agreed(done: float, accelerator: Accelerator, config: LoopConfig) -> float:
+    """Returns the share that is done by the clock of the first process, if there is a clock."""
+    return done if config.minutes is None else _of_all(done, accelerator)[0]
+
+
+def waits(device: torch.device) -> bool:
+    """True if a look at a number makes the device wait: all do except a CPU."""
+    return device.type != "cpu"
+
+
+class _Unread:
+    """The figures of steps that nobody has looked at: they are still on the device."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.names: list[str] = []
+        self.rows: list[Tensor] = []
+
+    def add(self, step: int, figures: Mapping[str, Tensor], known: Mapping[str, float]) -> None:
+        self.names = list(figures)
+        self.rows.append(torch.stack([x.float() for x in figures.values()]))
+        self.steps.append((step, dict(known)))
+
+    def read(self) -> list[tuple[int, dict[str, float]]]:
+        """Returns each step with its figures, except those that are missing (NaN); forgets them."""
+        if not self.steps:
+            return []
+        rows = torch.stack(self.rows).tolist()  # the one transfer
+        found = []
+        for (step, known), row in zip(self.steps, rows, strict=True):
+            figures = dict(zip(self.names, row, strict=True))
+            own = {k: x for k, x in figures.items() if math.isfinite(x) or k in ("loss", "grad_norm")}
+            found.append((step, own | known))
+        self.steps, self.rows = [], []
+        return found
+
+
+def compiled(
+    network: Callable[..., Any], gradients: Callable[[Callable[..., Any]], Any], trained: Mapping[str, Tensor]
+) -> Callable[..., Any]:
+    """Returns the network compiled, if that gives the gradients that it gives as it is; warns if not.
+
+    gradients(network): computes the gradients of one step.
+    """
+    fast = torch.compile(network, dynamic=False)
+    found = []
+    for call in (network, fast):
+        for weight in trained.values():
+            weight.grad = None
+        try:
+            gradients(call)
+        except TrainingError:
+            raise
+        except Exception as error:
+            if call is network:
+                raise
+            line = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(
+                f"the networks cannot be compiled here, so steps are slower: {line[0]}", stacklevel=3
+            )
+            return network
+        found.append([p.grad.clone() for p in trained.values() if p.grad is not None])
+    off = (
+        nn.utils.get_total_norm([a - b for a, b in zip(*found, strict=True)])
+        / nn.utils.get_total_norm(found[0])
+    ).item()
+    if not off < MOST_OFF:
+        warnings.warn(
+            f"compiled, the networks give other gradients ({off:.0%} off), so they are not compiled",
+            stacklevel=3,
+        )
+        return network
+    return fast
+
+
+# Gradients in bfloat16 that are summed in another order differ by 1 or 2 %.
+MOST_OFF = 0.05
 
 
 def in_mixed_precision(network: nn.Module, config: LoopConfig, device: torch.device) -> Callable[..., Any]:

@@ -15,11 +15,13 @@ from tqdm import tqdm
 class Progress:
     """Shows the steps from `start` to `steps`; every `every`-th becomes a line of `folder/training.jsonl`.
 
+    steps: None if a clock ends the run.
+
     `tensorboard --logdir folder` shows the same figures as curves. After a kill, some steps are done and
     logged twice: then the later line counts.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, every: int):
+    def __init__(self, folder: Path, start: int, steps: int | None, every: int):
         from torch.utils.tensorboard import SummaryWriter  # its import takes a second
 
         self.every = every

@@ -135,7 +135,9 @@ def _rate(loop: LoopConfig) -> None:
     if not loop.lr:
         warnings.warn("lr is 0, so nothing is learned", stacklevel=4)
         return
-    highest = max(learning_rate(step, loop) for step in range(min(loop.steps, loop.warmup + 1)))
+    highest = max(
+        learning_rate(step, step / loop.steps, loop) for step in range(min(loop.steps, loop.warmup + 1))
+    )
     if highest < 0.9 * loop.lr:
         warnings.warn(
             f"with warmup={loop.warmup} and decay={loop.decay:g}, the learning rate reaches only"

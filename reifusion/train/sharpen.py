@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..model.config import VAEConfig
 from .critic import Critic, fool, judge
 from .keys import check, key
-from .loop import BatchPart, LoopConfig, Objective, rng, train
+from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
 from .vae import VAE, PixelBatch, side_by_side, terms
 
 
@@ -67,19 +67,19 @@ def sharpening_objective(
     side = size // config.factor  # of the latents
 
     def objective(
-        network: Callable[..., Any], step: int, generator: torch.Generator, part: BatchPart
-    ) -> tuple[Tensor, dict[str, float]]:
+        network: Callable[..., Any], done: float, generator: torch.Generator, part: BatchPart
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         x = pixel_batch(generator, training.batch, size)
-        noise = torch.randn(training.batch, config.latent_channels, side, side, generator=generator)
+        noise = normal((training.batch, config.latent_channels, side, side), generator)
         x = part.of(x).contiguous(memory_format=torch.channels_last)
         term = network(x, part.of(noise))
         loss = term["l1"] + term["mse"] + training.edges * term["edges"] + term["critic"]
         # Eq. 6, Esser et al. 2021, where λ is fixed, because the critic's steepness is bounded already.
-        rise = min(1.0, step / max(1.0, training.critic_by * training.loop.steps))
+        rise = min(1.0, done / max(1 / training.loop.steps, training.critic_by))
         loss = loss + rise * (training.critic * term["opinion"] + training.matching * term["matching"])
         psnr = -10 * torch.log10(term["mse"] / 4)  # pixels range over 2, so the square of the peak is 4
         figures = term | {"psnr": psnr}
-        return loss, {"samples": float(len(x)), **{name: value.item() for name, value in figures.items()}}
+        return loss, {"samples": float(len(x)), **{name: value.detach() for name, value in figures.items()}}
 
     return objective
 

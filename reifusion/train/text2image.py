@@ -25,7 +25,7 @@ from ..model.diffusion import AttentionBlock, ResidualBlock, UNet
 from ..model.encoder import sample
 from ..model.samplers import SAMPLERS, samplers_for
 from .keys import check, key
-from .loop import BatchPart, LoopConfig, Objective, rng, train
+from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class TextToImageTraining:
         default_factory=lambda: LoopConfig(steps=60_000, lr=7e-4, warmup=500, ema=0.9995)
     )
     batch: int = key(32, "samples per step, of all processes and parts together", least=1)
+    even_from: float = key(
+        1.0, "share of the training after which all timesteps are equally frequent", least=0, most=1
+    )
     caption_dropout: float = key(
         0.1, 'share of captions replaced by "", for classifier-free guidance', least=0, most=1
     )
@@ -61,14 +64,21 @@ class TextToImageTraining:
 class Data(Protocol):
     """Captioned latents, as `train_text2image` takes them.
 
+    `device` is where its latents lie and its random numbers are drawn.
     An optional method `describe(generator, count)` names the samples of the batch that `latent_batch` would
     return, for an error message.
     """
 
+    @property
+    def device(self) -> torch.device: ...
+
     def __len__(self) -> int: ...
 
     def latent_batch(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Scaled latents (count, 4, h, w) float32 and tokens (count, L), decided by the generator alone."""
+        """Scaled latents (count, 4, h, w) float32 and tokens (count, L), decided by the generator alone.
+
+        The generator is one of `device`.
+        """
         ...
 
 
@@ -83,16 +93,21 @@ class Latents:
     def __len__(self) -> int:
         return len(self.means)
 
+    @property
+    def device(self) -> torch.device:
+        return self.means.device
+
     def latent_batch(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(self), (count,), generator=generator)
+        chosen = torch.randint(len(self), (count,), generator=generator, device=self.device)
         latents = self.means[chosen].float()
         if self.stds is not None:
-            noise = torch.randn(latents.shape, generator=generator)
+            noise = normal(latents.shape, generator)
             latents = sample(latents, self.stds[chosen].float(), noise)
         return latents, self.tokens[chosen]
 
     def describe(self, generator: torch.Generator, count: int) -> str:
-        return f"samples {torch.randint(len(self), (count,), generator=generator).tolist()}"
+        chosen = torch.randint(len(self), (count,), generator=generator, device=self.device)
+        return f"samples {chosen.tolist()}"
 
 
 class TextToImage(nn.Module):
@@ -135,7 +150,9 @@ def spread_timesteps(count: int, sampler: Sampler, generator: torch.Generator, p
     A batch that covers all ranges has a steadier loss. The timesteps are whole numbers below T, or for
     rectified flow, whose time is continuous, floats in (0, T].
     """
-    u = (torch.arange(1, count + 1) - torch.rand(count, generator=generator)) / count
+    device = generator.device
+    u = torch.arange(1, count + 1, device=device) - torch.rand(count, generator=generator, device=device)
+    u = u / count
     t = u**power * sampler.num_training_steps
     return t if sampler.prediction_type == "flow" else t.ceil().long() - 1
 
@@ -146,9 +163,9 @@ def loss_weights(sampler: Sampler, t: Tensor, max_snr: float | None) -> Tensor:
     Source: Hang et al. 2023 (min-SNR), with SNR + 1 for the velocity.
     """
     if max_snr is None or sampler.prediction_type == "flow":
-        return torch.ones(len(t))
+        return torch.ones(len(t), device=t.device)
     # [snr] §3.4, Hang et al. 2023: SNR(t) = ᾱ_t / (1 − ᾱ_t); on x₀ the ε-loss weighs SNR, the v-loss SNR + 1.
-    snr = (sampler.alphas_cumprod / (1 - sampler.alphas_cumprod)).float()[t]
+    snr = (sampler.alphas_cumprod / (1 - sampler.alphas_cumprod)).float().to(t.device)[t]
     natural = snr + 1 if sampler.prediction_type == "v_prediction" else snr
     # [min-snr] §3.4, Hang et al. 2023: min(SNR, γ) / SNR
     return natural.clamp(max=max_snr) / natural
@@ -160,7 +177,7 @@ def add_offset(noise: Tensor, weight: float, generator: torch.Generator) -> Tens
     Source: Guttenberg 2023, "Diffusion with offset noise".
     """
     # [offset-noise] Guttenberg 2023: ε + w·n, n ~ N(0, 1) for each picture and channel
-    return noise + weight * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
+    return noise + weight * normal((*noise.shape[:2], 1, 1), generator)
 
 
 def denoising_loss(
@@ -171,13 +188,17 @@ def denoising_loss(
     t: Tensor,
     noise: Tensor,
     weights: Tensor,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Latents (B, 4, h, w), tokens (B, L), t (B,), ε (B, 4, h, w), weights (B,) -> loss, figures to log."""
     # Algorithm 1, Ho et al. 2020: x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε
     x_t = sampler.add_noise(latents, t, noise)
     error = (network(x_t, tokens, t) - sampler.target(latents, t, noise)).pow(2).mean(dim=(1, 2, 3))  # (B,)
-    early = t < sampler.num_training_steps / 2
-    figures = {"low_noise": error[early].mean().item(), "high_noise": error[~early].mean().item()}
+    early, errors = (t < sampler.num_training_steps / 2).float(), error.detach().float()
+    # NaN if there is none
+    figures = {
+        "low_noise": (errors * early).sum() / early.sum(),
+        "high_noise": (errors * (1 - early)).sum() / (1 - early).sum(),
+    }
     # [ddpm-loss] Eq. 14, Ho et al. 2020: E ‖ε − ε_θ(x_t, t)‖², here with weights
     return (error * weights).mean(), {"samples": float(len(t)), **figures}
 
@@ -186,15 +207,18 @@ def denoising_objective(
     data: Data, empty: Tensor, sampler: Sampler, training: TextToImageTraining
 ) -> Objective:
     """Returns the objective for `train`: random samples at random timesteps, some captions dropped."""
+    none = empty.to(data.device)
 
     def objective(
-        network: Callable[..., Any], step: int, generator: torch.Generator, part: BatchPart
-    ) -> tuple[Tensor, dict[str, float]]:
+        network: Callable[..., Any], done: float, generator: torch.Generator, part: BatchPart
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         latents, tokens = data.latent_batch(generator, training.batch)
-        dropped = torch.rand(training.batch, generator=generator) < training.caption_dropout
-        tokens = torch.where(dropped[:, None], empty, tokens)
-        t = spread_timesteps(training.batch, sampler, generator, training.timestep_power)
-        noise = torch.randn(latents.shape, generator=generator)
+        chances = torch.rand(training.batch, generator=generator, device=generator.device)
+        dropped = chances < training.caption_dropout
+        tokens = torch.where(dropped[:, None], none, tokens)
+        power = training.timestep_power if done < training.even_from else 1.0
+        t = spread_timesteps(training.batch, sampler, generator, power)
+        noise = normal(latents.shape, generator)
         if training.offset_noise:
             noise = add_offset(noise, training.offset_noise, generator)
         weights = loss_weights(sampler, t, training.max_snr)
@@ -234,10 +258,10 @@ def optimise(
     describe = getattr(data, "describe", lambda _, count: f"a batch of {count}")
 
     def names(step: int) -> str:
-        return describe(rng(training.loop.seed, step), training.batch)
+        return describe(rng(training.loop.seed, step, data.device), training.batch)
 
     with recomputed(model.diffusion) if training.gradient_checkpointing else nullcontext():
-        return train(model, objective, training.loop, folder, every_checkpoint, names, made_of)
+        return train(model, objective, training.loop, folder, every_checkpoint, names, made_of, data.device)
 
 
 def train_text2image(

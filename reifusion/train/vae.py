@@ -20,7 +20,7 @@ from ..model.config import VAEConfig
 from ..model.decoder import Decoder
 from ..model.encoder import Encoder, sample, scale_latents
 from .keys import check, key
-from .loop import BatchPart, LoopConfig, Objective, rng, train
+from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
 
 # pixel_batch(generator, count, size) -> random pictures (count, 3, size, size) in [-1, 1], decided by the
 # generator alone
@@ -89,7 +89,7 @@ def terms(x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> dict[str,
 
 def reconstruction_loss(
     vae: Callable[..., Any], x: Tensor, noise: Tensor, training: VAETraining, edges: bool
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Pictures x (B, 3, H, W) and the latents' noise (B, 4, H/8, W/8) -> loss, figures for the log."""
     y, mean, log_variance = vae(x, noise)
     term = terms(x, y, mean, log_variance)
@@ -98,7 +98,7 @@ def reconstruction_loss(
         loss = loss + training.edges * term["edges"]
     psnr = -10 * torch.log10(term["mse"] / 4)  # pixels range over 2, so the square of the peak is 4
     figures = {**term, "psnr": psnr, "std": mean.std()}
-    return loss, {"samples": float(len(x)), **{name: value.item() for name, value in figures.items()}}
+    return loss, {"samples": float(len(x)), **{name: value.detach() for name, value in figures.items()}}
 
 
 def reconstruction_objective(
@@ -107,15 +107,13 @@ def reconstruction_objective(
     """Returns the objective for `train`. size: the side of a whole picture, in pixels."""
 
     def objective(
-        vae: Callable[..., Any], step: int, generator: torch.Generator, part: BatchPart
-    ) -> tuple[Tensor, dict[str, float]]:
-        done = step / training.loop.steps
+        vae: Callable[..., Any], done: float, generator: torch.Generator, part: BatchPart
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         whole = done >= training.whole_from
         count, side = (half(training.batch, part.count), size) if whole else (training.batch, training.crop)
         x = pixel_batch(generator, count, side)
-        noise = torch.randn(
-            count, config.latent_channels, side // config.factor, side // config.factor, generator=generator
-        )
+        shape = (count, config.latent_channels, side // config.factor, side // config.factor)
+        noise = normal(shape, generator)
         x = part.of(x).contiguous(memory_format=torch.channels_last)
         return reconstruction_loss(vae, x, part.of(noise), training, edges=done >= training.edges_from)
 

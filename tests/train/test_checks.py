@@ -130,8 +130,8 @@ def test_model_that_cannot_learn_is_an_error(tiny, monkeypatch):
 def test_overfitting_sees_the_same_batch_and_noise_at_every_step():
     seen = []
 
-    def objective(network, step, generator, part):
-        seen.append((step, torch.rand(1, generator=generator).item(), part.count))
+    def objective(network, done, generator, part):
+        seen.append((done, torch.rand(1, generator=generator).item(), part.count))
         return network(torch.ones(1, 1)).pow(2).sum(), {}
 
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
     model[0].bias.requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
 
-    def objective(network, step, generator, part):
+    def objective(network, done, generator, part):
         time.sleep(0.05)
         x = part.of(torch.randn(32, 64, generator=generator))
         return network(x).pow(2).mean(), {"samples": float(len(x))}

@@ -18,9 +18,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from reifusion.train import loop
 from reifusion.train.checkpoint import TrainingError, save_atomically
 from reifusion.train.keys import RecipeError
-from reifusion.train.loop import BatchPart, LoopConfig, learning_rate, rng, train
+from reifusion.train.loop import BatchPart, Clock, LoopConfig, learning_rate, rng, train
 
 EXACT = LoopConfig(steps=9, checkpoint_minutes=0.0, mixed_precision="no")
 
@@ -40,7 +41,7 @@ class Net(nn.Module):
         return self.frozen * self.linear(self.conv(x).relu().flatten(1))
 
 
-def pictures_objective(network, step, generator, part):
+def pictures_objective(network, done, generator, part):
     x = torch.randn(8, 1, 3, 3, generator=generator)
     x = part.of(x)
     return (network(x) - x[:, 0, 0, :2]).pow(2).mean(), {"samples": float(len(x))}
@@ -68,11 +69,12 @@ def same(one, other) -> bool:
 def test_stopped_and_resumed_run_ends_in_the_same_state_bit_for_bit(tmp_path, muon):
     config = LoopConfig(steps=9, muon=muon)
 
-    def stopping(network, step, generator, part):
+    def stopping(network, done, generator, part):
+        step = round(9 * done)
         if step in (2, 5) and not (tmp_path / f"stopped-{step}").exists():
             (tmp_path / f"stopped-{step}").touch()
             signal.raise_signal(signal.SIGTERM)
-        return pictures_objective(network, step, generator, part)
+        return pictures_objective(network, done, generator, part)
 
     whole = train(Net(), pictures_objective, config, tmp_path / "whole")
     for step in (2, 5):
@@ -139,10 +141,10 @@ def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_saves_the_state_and_gives_the_signal_back(tmp_path, number):
-    def objective(network, step, generator, part):
-        if step == 4:
+    def objective(network, done, generator, part):
+        if done == 4 / 9:
             os.kill(os.getpid(), number)
-        return pictures_objective(network, step, generator, part)
+        return pictures_objective(network, done, generator, part)
 
     handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
@@ -186,8 +188,8 @@ def test_accumulated_parts_train_as_the_whole_batch(tmp_path, accumulate):
 def test_half_precision_is_that_of_the_networks_products_only(tmp_path):
     seen = {}
 
-    def objective(network, step, generator, part):
-        value, figures = pictures_objective(network, step, generator, part)
+    def objective(network, done, generator, part):
+        value, figures = pictures_objective(network, done, generator, part)
         seen["outside"] = torch.is_autocast_enabled("cpu")
         return value, figures
 
@@ -210,17 +212,17 @@ def test_half_precision_is_that_of_the_networks_products_only(tmp_path):
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_fp16_skips_a_step_that_overflows_and_resumes_exactly(tmp_path, muon):
-    def objective(network, step, generator, part):
-        value, figures = pictures_objective(network, step, generator, part)
-        return value * (1e35 if step == 1 else 1.0), figures  # infinite once it is scaled by 65536
+    def objective(network, done, generator, part):
+        value, figures = pictures_objective(network, done, generator, part)
+        return value * (1e35 if done == 1 / 6 else 1.0), figures  # infinite once it is scaled by 65536
 
     config = LoopConfig(steps=6, mixed_precision="fp16", muon=muon, explode=float("inf"))
     whole = train(Net(), objective, config, tmp_path / "whole")
 
-    def stopping(network, step, generator, part):
-        if step == 3:
+    def stopping(network, done, generator, part):
+        if done == 3 / 6:
             signal.raise_signal(signal.SIGINT)
-        return objective(network, step, generator, part)
+        return objective(network, done, generator, part)
 
     with pytest.raises(KeyboardInterrupt):
         train(Net(), stopping, config, tmp_path / "cut")
@@ -231,10 +233,12 @@ def test_fp16_skips_a_step_that_overflows_and_resumes_exactly(tmp_path, muon):
 # Errors
 
 
-def broken(at: int, factor: float):
-    def objective(network, step, generator, part):
-        value, figures = pictures_objective(network, step, generator, part)
-        return value * (factor if step >= at else 1.0), figures
+def broken(at: float, factor: float):
+    """An objective that goes wrong when this share of the training is done."""
+
+    def objective(network, done, generator, part):
+        value, figures = pictures_objective(network, done, generator, part)
+        return value * (factor if done >= at else 1.0), figures
 
     return objective
 
@@ -242,7 +246,7 @@ def broken(at: int, factor: float):
 @pytest.mark.parametrize("bad, said", [(float("nan"), "the loss is nan"), (float("inf"), "the loss is inf")])
 def test_loss_that_is_not_finite_stops_with_step_batch_and_norms(tmp_path, bad, said):
     with pytest.raises(TrainingError) as caught:
-        train(Net(), broken(3, bad), EXACT, tmp_path, describe=lambda step: f"batch {step}")
+        train(Net(), broken(3 / EXACT.steps, bad), EXACT, tmp_path, describe=lambda step: f"batch {step}")
     message = str(caught.value)
     assert message.startswith(f"{said} at step 3 (batch 3); the gradients' norms: conv ")
     assert "linear " in message and message.endswith(f"the last good state is {tmp_path / 'checkpoint.pt'}")
@@ -251,7 +255,7 @@ def test_loss_that_is_not_finite_stops_with_step_batch_and_norms(tmp_path, bad, 
 
 
 def test_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path):
-    def objective(network, step, generator, part):
+    def objective(network, done, generator, part):
         x = torch.zeros(4, 1, 3, 3)
         return (network(x) - network(x)).abs().sum().sqrt() + 1.0, {}  # the root's slope at 0 is infinite
 
@@ -266,14 +270,14 @@ def test_exploding_loss_stops_at_the_third_and_keeps_the_state_from_before(tmp_p
     with pytest.raises(
         TrainingError, match=r"more than 10 times the usual .* for the third time in a row, at step 32"
     ):
-        train(Net(), broken(30, 1000.0), config, tmp_path)
+        train(Net(), broken(30 / 60, 1000.0), config, tmp_path)
     assert checkpoint(tmp_path)["step"] == 29
 
 
 def test_a_single_high_loss_stops_nothing(tmp_path):
-    def objective(network, step, generator, part):
-        value, figures = pictures_objective(network, step, generator, part)
-        return value * (1000.0 if step % 30 in (28, 29) else 1.0), figures
+    def objective(network, done, generator, part):
+        value, figures = pictures_objective(network, done, generator, part)
+        return value * (1000.0 if round(70 * done) % 30 in (28, 29) else 1.0), figures
 
     train(Net(), objective, LoopConfig(steps=70), tmp_path)
     assert checkpoint(tmp_path)["step"] == 70
@@ -380,7 +384,8 @@ def test_log_and_tensorboard_show_loss_speed_rate_and_pictures(tmp_path):
     train(Net(), pictures_objective, config, tmp_path, sheet)
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [0, 3, 6, 9]
-    assert [row["lr"] for row in rows] == [learning_rate(step, config) for step in (0, 3, 6, 9)]
+    rates = [learning_rate(step, step / config.steps, config) for step in (0, 3, 6, 9)]
+    assert [row["lr"] for row in rows] == pytest.approx(rates)
     assert all(row["samples_per_second"] > 0 and row["grad_norm"] > 0 for row in rows)
     assert rows[0]["smoothed"] == rows[0]["loss"]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -392,8 +397,8 @@ def test_log_and_tensorboard_show_loss_speed_rate_and_pictures(tmp_path):
 
 
 def test_figures_of_parts_are_averaged_where_they_are_known(tmp_path):
-    def objective(network, step, generator, part):
-        value, _ = pictures_objective(network, step, generator, part)
+    def objective(network, done, generator, part):
+        value, _ = pictures_objective(network, done, generator, part)
         nan = float("nan")
         return value, {"known": 1.0 + 2 * part.index, "once": nan if part.index else 5.0, "never": nan}
 
@@ -409,10 +414,10 @@ def test_layers_that_draw_from_torchs_own_generator_resume_exactly(tmp_path):
 
     whole = train(Dropping(), pictures_objective, EXACT, tmp_path / "whole")
 
-    def stopping(network, step, generator, part):
-        if step == 5:
+    def stopping(network, done, generator, part):
+        if done == 5 / EXACT.steps:
             signal.raise_signal(signal.SIGINT)
-        return pictures_objective(network, step, generator, part)
+        return pictures_objective(network, done, generator, part)
 
     with pytest.raises(KeyboardInterrupt):
         train(Dropping(), stopping, EXACT, tmp_path / "cut")
@@ -425,13 +430,123 @@ def test_layers_that_draw_from_torchs_own_generator_resume_exactly(tmp_path):
 
 def test_learning_rate_rises_stays_and_falls():
     config = LoopConfig(steps=1000, lr=1.0, warmup=100, decay=0.2)
-    assert learning_rate(0, config) == pytest.approx(0.01)
-    assert learning_rate(99, config) == learning_rate(500, config) == learning_rate(799, config) == 1.0
-    assert learning_rate(900, config) == pytest.approx(0.5)
-    assert 0 < learning_rate(999, config) < 0.01
+    assert learning_rate(0, 0 / config.steps, config) == pytest.approx(0.01)
+    assert (
+        learning_rate(99, 99 / config.steps, config)
+        == learning_rate(500, 500 / config.steps, config)
+        == learning_rate(799, 799 / config.steps, config)
+        == 1.0
+    )
+    assert learning_rate(900, 900 / config.steps, config) == pytest.approx(0.5)
+    assert 0 < learning_rate(999, 999 / config.steps, config) < 0.01
 
 
 def test_randomness_is_decided_by_seed_and_step():
     draws = {torch.rand(1, generator=rng(seed, step)).item() for seed in range(3) for step in range(3)}
     assert len(draws) == 9
     assert torch.equal(torch.rand(3, generator=rng(1, 2)), torch.rand(3, generator=rng(1, 2)))
+
+
+# Against the clock
+
+
+class Time:
+    """A clock that the test turns."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(loop.time, "monotonic", lambda: self.now)
+
+    def slowly(self, seconds: float):
+        """An objective that takes this long."""
+
+        def objective(network, done, generator, part):
+            self.now += seconds
+            self.seen.append(done)
+            return pictures_objective(network, done, generator, part)
+
+        self.seen: list[float] = []
+        return objective
+
+
+def test_a_run_ends_with_its_time_and_its_learning_rate_with_it(tmp_path, monkeypatch):
+    time = Time(monkeypatch)
+    config = LoopConfig(steps=10**6, minutes=1.0, lr=1.0, warmup=1, decay=0.5, log_every=1)
+    train(Net(), time.slowly(6.0), config, tmp_path)
+    assert time.seen == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert checkpoint(tmp_path)["step"] == 10 and checkpoint(tmp_path)["seconds"] == pytest.approx(60)
+    rates = [row["lr"] for row in log(tmp_path)]
+    assert rates == pytest.approx([1.0] * 6 + [0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_time_that_is_left(tmp_path, monkeypatch):
+    time = Time(monkeypatch)
+    slow, config = time.slowly(10.0), LoopConfig(steps=10**6, minutes=1.0)
+
+    def stopping(network, done, generator, part):
+        if done > 0.3:
+            signal.raise_signal(signal.SIGINT)
+        return slow(network, done, generator, part)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Net(), stopping, config, tmp_path)
+    time.now += 3600  # meanwhile
+    before = len(time.seen)
+    train(Net(), slow, config, tmp_path)
+    # The third step, after which it was stopped, is done again, and has cost its time.
+    assert time.seen[before:] == pytest.approx([3 / 6, 4 / 6, 5 / 6])
+    with pytest.warns(UserWarning, match="nothing is left to train: the run's 1 minutes are over"):
+        train(Net(), slow, config, tmp_path)
+
+
+def test_steps_end_a_run_before_its_time():
+    clock = Clock(LoopConfig(steps=4, minutes=60.0))
+    assert clock.done(2) == 0.5 and clock.done(4) == 1.0
+
+
+# Looking at figures only now and then, as on a GPU
+
+
+def test_what_nobody_looked_at_is_logged_and_checked_later(tmp_path, monkeypatch):
+    def run(folder, objective=pictures_objective):
+        config = LoopConfig(steps=10, log_every=3, mixed_precision="no", checkpoint_minutes=0.0)
+        return train(Net(), objective, config, folder), log(folder)
+
+    (average, rows), whole = run(tmp_path / "often"), tmp_path / "seldom"
+    monkeypatch.setattr(loop, "waits", lambda device: True)
+    later, more = run(whole)
+    assert same(average, later)
+    hidden = ("time", "samples_per_second")
+    assert [{k: v for k, v in row.items() if k not in hidden} for row in rows] == [
+        {k: v for k, v in row.items() if k not in hidden} for row in more
+    ]
+    with pytest.raises(TrainingError, match="the loss is nan at step 4"):
+        run(tmp_path / "broken", broken(0.4, float("nan")))
+    assert checkpoint(tmp_path / "broken")["step"] == 2  # the last that was seen to be good
+
+
+# Compiling
+
+
+def test_compiled_networks_train_as_before_and_others_are_left_as_they_are(tmp_path, monkeypatch):
+    plain = train(Net(), pictures_objective, EXACT, tmp_path / "plain")
+    calls = []
+
+    def compiler(network, dynamic):
+        calls.append(dynamic)
+        return lambda *x: network(*x)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    config = LoopConfig(steps=9, checkpoint_minutes=0.0, mixed_precision="no", compile=True)
+    assert same(plain, train(Net(), pictures_objective, config, tmp_path / "compiled"))
+    assert calls == [False]
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: lambda *x: 1.1 * network(*x))
+    with pytest.warns(UserWarning, match="compiled, the networks give other gradients"):
+        assert same(plain, train(Net(), pictures_objective, config, tmp_path / "wrong"))
+
+    def none(*x):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: none)
+    with pytest.warns(UserWarning, match="cannot be compiled here, so steps are slower: no compiler here$"):
+        assert same(plain, train(Net(), pictures_objective, config, tmp_path / "none"))

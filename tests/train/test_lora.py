@@ -310,7 +310,7 @@ def test_a_stopped_run_resumes_and_ends_in_the_same_bits(tmp_path, data):
     class Dies:
         """Data that ends the run at its fifth batch."""
 
-        drawn = 0
+        drawn, device = 0, torch.device("cpu")
 
         def __len__(self) -> int:
             return len(data)

@@ -146,3 +146,21 @@ def test_an_optimizer_with_nothing_to_do_is_left_out():
     assert [type(optimizer) for optimizer in both] == [Muon]
     both = optimizers(nn.LayerNorm(3), 1e-3, 0.0, (0.9, 0.99))
     assert [type(optimizer) for optimizer in both] == [torch.optim.AdamW]
+
+
+def test_matrices_of_one_shape_move_as_each_would_alone():
+    torch.manual_seed(0)
+    shapes = [(6, 4), (6, 4), (4, 6), (6, 2, 2, 1), (6, 4)]
+    together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = copy.deepcopy(together)
+    for one, other in zip(together, alone, strict=True):
+        one.grad = torch.randn(one.shape)
+        other.grad = one.grad.clone()
+    optimizers_alone = [Muon([weight], lr=0.1) for weight in alone]
+    both = Muon(together, lr=0.1)
+    for _ in range(3):
+        both.step()
+        for optimizer in optimizers_alone:
+            optimizer.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-2 * 0.1)

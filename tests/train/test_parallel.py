@@ -79,9 +79,9 @@ def outcome(folder: Path, trouble) -> str:
         some_data(), EMPTY, forward_process(TINY.schedule), TextToImageTraining(batch=8)
     )
 
-    def objective(network, step, generator, part):
-        value, figures = inner(network, step, generator, part)
-        return trouble(value) if step == 2 and part.index == 1 else value, figures
+    def objective(network, done, generator, part):
+        value, figures = inner(network, done, generator, part)
+        return trouble(value) if done == 2 / loop().steps and part.index == 1 else value, figures
 
     try:
         train(TextToImage(TINY), objective, loop(), folder)

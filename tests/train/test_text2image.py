@@ -134,7 +134,7 @@ def test_parts_together_have_the_loss_and_gradient_of_the_whole(prediction, coun
     model = awake()
 
     def run(parts):
-        value = torch.stack([objective(model, 3, rng(0, 3), part)[0] for part in parts]).mean()
+        value = torch.stack([objective(model, 0.3, rng(0, 3), part)[0] for part in parts]).mean()
         return value.item(), torch.autograd.grad(value, list(model.parameters()))
 
     whole, parts = run([BatchPart()]), run([BatchPart(i, count) for i in range(count)])
@@ -241,7 +241,7 @@ def test_offset_noise_adds_the_same_to_all_pixels_of_a_channel():
             sampler = forward_process(ScheduleConfig(prediction_type="flow"))
             data = Latents(torch.zeros(8, 4, 8, 8), words(*range(8)))
             denoising_objective(data, EMPTY, sampler, replace(training, timestep_power=1e-6))(
-                network, step, rng(0, step), BatchPart()
+                network, 0.5, rng(0, step), BatchPart()
             )
         return torch.cat(means).std().item()
 
@@ -259,7 +259,7 @@ def test_dropped_captions_are_the_empty_one_and_their_share_is_right():
         return x_t
 
     for step in range(60):
-        objective(network, step, rng(0, step), BatchPart())
+        objective(network, 0.5, rng(0, step), BatchPart())
     dropped = (torch.cat(seen) == EMPTY).all(1)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.04)
     assert ((torch.cat(seen)[~dropped][:, 1]) < 8).all()
