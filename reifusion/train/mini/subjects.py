@@ -6,6 +6,8 @@ the exceptions: names that take no "a", and subjects that must not be mirrored o
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 # The emoji that become subjects, by Unicode subgroup. "*" takes the whole subgroup, "-label" leaves one out,
@@ -231,7 +233,11 @@ SEVERAL_OR_STUFF = _list("""grapes; cherries; blueberries; peanuts; beans; peas;
     spaghetti; popcorn; sushi; curry; curry rice; cooked rice; ramen; coral; fire; dna; soap; toilet
     paper; nail polish; poop; shaved ice; soft ice cream; canned food; coffee; lightning; saturn;
     confetti; mount fuji; santa; santa claus; skull and crossbones; wood; meat on bone; paper and
-    pencil; planet earth; fork and knife; yarn""")
+    pencil; planet earth; fork and knife; yarn; balloons; binoculars; building blocks; candied apples;
+    chili peppers; christmas ornaments; christmas balls; coloured pencils; dumplings; flip-flops;
+    garden shears; hearts; icicles; lasagna; lemonade; onion rings; ping pong paddles; pliers; plums;
+    potato chips; radishes; sausages; sheets of paper; sneakers; toast; wedding rings; fondue;
+    feet in sandals; planet mars; planet venus; planet jupiter""")
 BARE = PAIRS | SEVERAL_OR_STUFF
 THE = _list("sun; moon; earth; statue of liberty; milky way; sun behind a cloud; sun with a face")
 # When mirrored, these would show mirrored writing, or something else.
@@ -250,9 +256,20 @@ def noun_phrase(rng: np.random.Generator, noun: str, *adjectives: str) -> str:
     words = " ".join([*filter(None, adjectives), noun])
     if noun in PAIRS and rng.random() < 0.3:
         return f"a pair of {words}"
-    if noun in BARE:
+    if _is_bare(noun):
         return words
     if noun in THE and rng.random() < 0.7:
         return f"the {words}"
-    spoken_vowel = words[0] in "aeiou" or words.startswith(("x-ray", "suv"))
+    return article(words)
+
+
+def _is_bare(noun: str) -> bool:
+    """True if the noun takes no article, also with adjectives ("purple grapes") or an addition ("with …")."""
+    words = re.split(" (?:with|of|in|on) ", noun)[0].split()
+    return noun in BARE or any(" ".join(words[i:]) in BARE for i in range(len(words)))
+
+
+def article(words: str) -> str:
+    """Puts "a" or "an" in front."""
+    spoken_vowel = words[0] in "aeiou" or words.startswith(("x-ray", "suv", "hourglass"))
     return f"an {words}" if spoken_vowel and not words.startswith(("unicorn", "ufo")) else f"a {words}"
