@@ -79,7 +79,10 @@ class Composer:
         for i in training_sprites(sprites):
             s = sprites[i]
             self.of.setdefault(s.subject, {}).setdefault(s.look, {}).setdefault(s.hand, []).append(i)
-        self.subjects = list(self.of)
+        # Subjects that clip art alone draws have few drawings: half as often.
+        self.subjects = [
+            s for s, looks in self.of.items() for _ in range(1 if set(looks) == {"clip art"} else 2)
+        ]
         records = {s.subject: s for s in sprites}
         dyeable = [s for s in self.subjects if records[s].dyeable]
         movable = [s for s in self.subjects if not records[s].category.startswith(ASHORE)]
@@ -105,7 +108,7 @@ class Composer:
             kind, tuple(subjects), look, bool(rng.random() < NAME_LOOK), colours=("",) * len(subjects)
         )
         if kind == "style":
-            styles = [style for style in STYLES if not held_out_style(subjects[0], style)]
+            styles = [s for s in STYLES if not held_out_style(subjects[0], s) and suits(sprites[0], s)]
             scene = replace(scene, style=pick(rng, styles), names_look=False)
         if (kind == "dyed" or rng.random() < COMBINE) and scene.style not in (*PAPER, "silhouette"):
             scene = replace(scene, colours=self._dyes(rng, sprites))
@@ -164,6 +167,11 @@ def _seen(scene: Scene, sprite: Sprite, colour: str, dyed: str) -> bool:
     if scene.style == "silhouette":
         return colour not in ("black", "blue", "purple")
     return scene.style == "sticker" or (colour != dyed if dyed else colour in sprite.stands_out)
+
+
+def suits(sprite: Sprite, style: str) -> bool:
+    """True unless it would be the silhouette of a face, which is a disc."""
+    return not (style == "silhouette" and sprite.category.startswith("face-"))
 
 
 def training_sprites(sprites: Sequence[Sprite]) -> list[int]:

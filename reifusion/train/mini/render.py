@@ -114,7 +114,8 @@ def random_pictures(
     scenes = scenes.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     count -= half
-    sprites = pixels[torch.randint(len(pixels), (count,), generator=generator, device=device)].float() / 255
+    chosen = specs.sprite[torch.randint(len(specs), (count,), generator=generator, device=device), 0]
+    sprites = pixels[chosen].float() / 255
     # One affine map for each picture: zoom (parts at full size, or all of it made smaller), position, mirror.
     zoom = torch.where(uniform(count) < 0.6, size / side, 0.8 + 0.5 * uniform(count))
     theta = torch.zeros(count, 2, 3, device=device)
