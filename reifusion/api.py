@@ -17,7 +17,7 @@ from .model.pipeline import StableDiffusion
 from .model.sentences import shown
 from .shortcuts.deepcache import deepcached
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def load(
@@ -32,9 +32,9 @@ def load(
     """A model, ready to draw.
 
     source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name".
-    device: None for the best there is. dtype: a torch.dtype, "bf16", "fp16" or "fp32"; None for the one that
-    suits the device. vae, unet: where to find another VAE or U-Net for the model. prediction_type: what the
-    U-Net predicts, "epsilon", "v_prediction" or "flow"; None for what the model's file says. Raises
+    device: None for the best there is. dtype: a torch.dtype, "bf16", "fp16", "fp32" or "fp64"; None for the
+    one that suits the device. vae, unet: where to find another VAE or U-Net for the model. prediction_type:
+    what the U-Net predicts, "epsilon", "v_prediction" or "flow"; None for what the model's file says. Raises
     ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device or a dtype
     that does not exist.
     """

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..model.ddpm import exact
 from ..model.guidance import Denoiser, Guidance, rescaled
 from ..model.inpaint import beside
 from ..model.pipeline import StableDiffusion
@@ -29,12 +30,12 @@ class ImageGuidance(Guidance):
         low, high = self.interval
         picture = self.picture.to(x.dtype).expand_as(x)
         if self.negative is None or not low < sigma <= high:
-            output = self.denoiser(torch.cat([x, picture], dim=1), self.positive, t).float()
+            output = exact(self.denoiser(torch.cat([x, picture], dim=1), self.positive, t))
             return output, output, None
         shown = torch.cat([picture, picture, torch.zeros_like(picture)])  # (3B, 4, h, w)
         words = torch.cat([self.positive, self.negative, self.negative])  # (3B, S, width)
         seen = torch.cat([torch.cat([x, x, x]), shown], dim=1)  # (3B, 8, h, w)
-        both, image, neither = self.denoiser(seen, words, t).float().chunk(3)
+        both, image, neither = exact(self.denoiser(seen, words, t)).chunk(3)
         # Eq. 3, Brooks et al. 2023: ε = ε(∅, ∅) + s_I (ε(c_I, ∅) - ε(∅, ∅)) + s_T (ε(c_I, c_T) - ε(c_I, ∅))
         output = neither + self.image_scale * (image - neither) + self.scale * (both - image)
         return rescaled(output, both, self.rescale), both, image

@@ -138,8 +138,13 @@ class Sampler:
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
-        keep = max(1, int(self.num_inference_steps * strength))
-        self._begin(self._spaced(self.num_inference_steps)[-keep:])
+        self.skip(self.num_inference_steps - max(1, int(self.num_inference_steps * strength)))
+
+    def skip(self, steps: int) -> None:
+        """Leaves out the first of the n steps. Always counts from all of them. ValueError if none is left."""
+        if not 0 <= steps < self.num_inference_steps:
+            raise ValueError(f"of {self.num_inference_steps} steps, {steps} cannot be left out")
+        self._begin(self._spaced(self.num_inference_steps)[steps:])
 
     def _spaced(self, n: int) -> Tensor:
         """n timesteps, noisiest first, as this sampler spreads them."""

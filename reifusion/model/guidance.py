@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ddpm import exact
+
 # A U-Net, or anything that is called like one: x (B, C, h, w), context (B, S, width), t (1,) -> (B, 4, h, w)
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,10 +34,10 @@ class Guidance:
         low, high = self.interval
         # §3, Kynkäänniemi et al. 2024: the scale is s for σ in (σ_lo, σ_hi], and 1 outside
         if self.negative is None or not low < sigma <= high:
-            output = self.denoiser(x, self.positive, t).float()
+            output = exact(self.denoiser(x, self.positive, t))
             return output, output, None
         words = torch.cat([self.positive, self.negative])  # (2B, S, width)
-        cond, uncond = self.denoiser(torch.cat([x, x]), words, t).float().chunk(2)
+        cond, uncond = exact(self.denoiser(torch.cat([x, x]), words, t)).chunk(2)
         # [guidance] Eq. 6, Ho & Salimans 2022, s = 1 + w: ε = ε_uncond + s (ε_cond - ε_uncond)
         output = uncond + self.scale * (cond - uncond)
         return rescaled(output, cond, self.rescale), cond, uncond

@@ -50,6 +50,8 @@ def begin(
         # a strength of 1, inpainting then begins with noise alone.
         if request.strength < 1 or not (masked or config.edits):
             latents = sampler.add_noise(original.expand_as(noise), sampler.timesteps[0], noise)
+    if request.latents is not None:
+        latents = as_large(request.latents, noise, "latents")
     if isinstance(request.mask, Image.Image):
         redraw = (to_tensor(fit(request.mask, width, height)) + 1) / 2  # (1, 1, H, W)
         if not config.inpaints:
@@ -64,6 +66,13 @@ def begin(
     redraw = (redraw >= 0.5).float()
     known, mask = encode_image(pixels * (1 - redraw)), latent_mask(redraw, vae.factor)
     return latents, step, torch.cat([mask.to(noise.device), known], dim=1)
+
+
+def as_large(given: Tensor, noise: Tensor, name: str) -> Tensor:
+    """Brings a tensor that was given to noise's dtype and device. Raises ValueError for another shape."""
+    if given.shape != noise.shape:
+        raise ValueError(f"{name} must be {tuple(noise.shape)}, not {tuple(given.shape)}")
+    return given.to(noise)
 
 
 def latent_mask(redraw: Tensor, factor: int) -> Tensor:

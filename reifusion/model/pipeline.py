@@ -21,26 +21,53 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import ModelConfig
-from .ddpm import Sampler, randn
+from .ddpm import Sampler, exact, randn
 from .finite import Watch, finite
 from .guidance import Denoiser, Guidance
-from .inpaint import begin, beside
+from .inpaint import as_large, begin, beside
 from .pictures import fit, to_picture
 from .prompts import warn_of_syntax
-from .request import Request, ask
+from .request import Prompt, Request, ask, in_each_turn
 from .samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
-class Step:
-    """One turn of the denoising loop. Tensors are (B, 4, H/8, W/8), float32, as the sampler scales them."""
+class Turn:
+    """One turn of the denoising loop, before its step. Latents are (B, 4, H/8, W/8), float32 or float64."""
 
     index: int  # 0 … total - 1
     total: int
     t: float  # the timestep: how noisy x_t is, from 999 down; an int, except for rectified flow
-    x_t: Tensor  # the latents before the step
-    latents: Tensor  # the latents after the step; after the last, the picture's
+    x_t: Tensor  # the latents before the step, as the sampler scales them
     sampler: Sampler = field(repr=False)  # as it was before the step
+    words: Tensor = field(repr=False)  # the prompts' vectors, (B, 77, 768)
+    network: Denoiser = field(repr=False)
+
+    @property
+    def sigma(self) -> float:
+        """The noise in x_t, beside one part of signal."""
+        return self.sampler.sigma(self.t)
+
+    def predict(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """(x₀, ε): the clean latents and the noise that the network, by its output, sees in x_t."""
+        return self.sampler.predict(self.t, self.x_t, output)
+
+    def look(self, words: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        """The network's output for other words (B, 77, 768), or other latents: (B, 4, H/8, W/8).
+
+        It has derivatives if gradients are on.
+        """
+        x = self.x_t if x is None else x
+        words = self.words if words is None else words
+        time = torch.full((1,), self.t, dtype=x.dtype, device=x.device)
+        return exact(self.network(self.sampler.scale_model_input(x, self.t), words, time))
+
+
+@dataclass(frozen=True)
+class Step(Turn):
+    """One turn of the denoising loop, after its step."""
+
+    latents: Tensor  # the latents after the step; after the last, the picture's
     output: Tensor = field(repr=False)  # the network's output after guidance
     cond: Tensor = field(repr=False)  # … with the prompt
     uncond: Tensor | None = field(repr=False)  # … with the negative prompt
@@ -48,25 +75,25 @@ class Step:
     @property
     def x0(self) -> Tensor:
         """The clean latents that the network sees in x_t; `decode` shows them."""
-        return self.sampler.predict(self.t, self.x_t, self.output)[0]
+        return self.predict(self.output)[0]
 
     @property
     def eps(self) -> Tensor:
         """The noise that the network sees in x_t, after guidance."""
-        return self.sampler.predict(self.t, self.x_t, self.output)[1]
+        return self.predict(self.output)[1]
 
     @property
     def eps_cond(self) -> Tensor:
         """The noise that the network sees with the prompt."""
-        return self.sampler.predict(self.t, self.x_t, self.cond)[1]
+        return self.predict(self.cond)[1]
 
     @property
     def eps_uncond(self) -> Tensor | None:
         """The noise that the network sees with the negative prompt; None in a step without guidance."""
-        return None if self.uncond is None else self.sampler.predict(self.t, self.x_t, self.uncond)[1]
+        return None if self.uncond is None else self.predict(self.uncond)[1]
 
 
-@dataclass
+@dataclass(repr=False)
 class StableDiffusion:
     """Four networks and the order in which they are used."""
 
@@ -117,35 +144,40 @@ class StableDiffusion:
         return pictures[0] if single else pictures
 
     def denoise(
-        self, prompt: str | Sequence[str] | Request, negative: Any = None, **settings: Any
+        self, prompt: Prompt | Request, negative: Prompt | None = None, *, grad: bool = False, **settings: Any
     ) -> Generator[Step, Tensor | None, None]:
         """The loop of `generate`, one `Step` at a time; the settings are the fields of `Request`.
 
-        Latents that the caller sends back, `steps.send(latents)`, take the place of the step's own.
+        Latents that the caller sends back, `steps.send(latents)`, take the place of the step's own, and so do
+        those that are changed in place. grad: all of a step has derivatives towards its x_t, and through the
+        steps before it, unless the caller sends `step.latents.detach()`.
         """
         request = ask(prompt, negative, **settings).for_model(self.config)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         sampler = self.sampler(request, generators)
+        turns = len(sampler.timesteps)
         # 1. Text encoding: B prompts -> (B, 77, 768), and as many negative ones
-        positive, negative = self.encode_words(request)
+        words = in_each_turn(request, self.encode_words(request), turns)
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
         noise = self._noise(request, generators)
         latents, step, extra = begin(self.config, request, sampler, noise, self.encode_image)
         with self._borrow("diffusion") as unet:
-            denoiser = in_inference_mode(self.denoiser(self.around(unet), request))
-            guided = self.guided(denoiser, extra, positive, negative, request)
-            watch = Watch(unet)
+            denoiser = as_gradients_are(self.denoiser(self.around(unet), request))
+            network, watch = beside(denoiser, extra), Watch(unet)
             # 3. Denoising loop
-            for index, t in enumerate(sampler.timesteps):
-                x_t, before = latents, copy.copy(sampler)
-                with torch.no_grad():
-                    time = torch.full((1,), t.item(), dtype=torch.float32, device=self.device)
+            for index, (t, (positive, negative)) in enumerate(zip(sampler.timesteps, words)):
+                x_t = latents if latents.requires_grad or not grad else latents.detach().requires_grad_()
+                turn = Turn(index, turns, t.item(), x_t, copy.copy(sampler), positive, network)
+                with torch.set_grad_enabled(grad):
+                    guided = self.guided(denoiser, extra, positive, negative, request)
+                    time = torch.full((1,), t.item(), dtype=x_t.dtype, device=self.device)
                     output, cond, uncond = guided(sampler.scale_model_input(x_t, t), time, sampler.sigma(t))
+                    if request.guide is not None:
+                        output = request.guide(cond, uncond, turn)
                     latents = step(t, x_t, output)
-                total = len(sampler.timesteps)
-                made = Step(index, total, t.item(), x_t, latents, before, output, cond, uncond)
+                made = Step(**vars(turn), latents=latents, output=output, cond=cond, uncond=uncond)
                 sent = yield watch(made)
-                latents = latents if sent is None else sent
+                latents = latents if sent is None else exact(sent.to(self.device))
             watch.finish()
 
     def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:
@@ -157,43 +189,48 @@ class StableDiffusion:
         generators = generators or [torch.Generator().manual_seed(seed) for seed in request.seeds]
         sampler = SAMPLERS[str(request.sampler)](generators, self.config.schedule)
         sampler.set_inference_timesteps(request.steps or self.config.steps)
-        if request.init_image is not None:
+        if request.latents is not None:
+            sampler.skip(request.start)
+        elif request.init_image is not None:
             sampler.set_strength(request.strength)
         return sampler
 
-    def encode_text(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
-        """B prompts -> (B, 77, 768), in the dtype of the U-Net. The same prompt is encoded once."""
+    def encode_text(self, prompts: Sequence[str], clip_skip: int = 0, *, grad: bool = False) -> Tensor:
+        """B prompts -> (B, 77, 768), in the dtype of the U-Net. The same prompt is encoded once.
+
+        grad: the vectors have derivatives towards the text encoder's weights.
+        """
         if clip_skip >= self.config.clip.layers:
             raise ValueError(f"clip_skip must be less than {self.config.clip.layers}, not {clip_skip}")
         distinct = list(dict.fromkeys(prompts))
         warn_of_syntax(distinct)
         tokens = torch.tensor([self.tokenizer.encode(prompt) for prompt in distinct])  # (D, 77)
-        with self._borrow("clip") as clip:
-            encode = in_inference_mode(partial(clip, skip=clip_skip))
+        with self._borrow("clip") as clip, torch.set_grad_enabled(grad):
+            encode = as_gradients_are(partial(clip, skip=clip_skip))
             context = finite(encode(tokens.to(self.device)), "the text encoder", clip)  # (D, 77, 768)
-        return context[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
+            return context[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32: the mean; its noise is far below ours."""
-        with self._borrow("encoder") as encoder:
-            latents = in_inference_mode(encoder)(pixels.to(self.device, _dtype(encoder))).float()
+    def encode_image(self, pixels: Tensor, *, grad: bool = False) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32: the mean; its noise is far below ours.
+
+        grad: the latents have derivatives towards pixels and weights.
+        """
+        with self._borrow("encoder") as encoder, torch.set_grad_enabled(grad):
+            encode = as_gradients_are(encoder)
+            latents = exact(encode(pixels.to(self.device, _dtype(encoder))))
             return finite(latents, "the VAE's encoder", encoder)
 
-    @torch.inference_mode()
+    def decode_image(self, latents: Tensor, *, grad: bool = False) -> Tensor:
+        """(B, 4, H/8, W/8) -> (B, 3, H, W) in about [-1, 1], one by one: at full size, memory runs out first.
+
+        grad: the pixels have derivatives towards latents and weights.
+        """
+        with self._borrow("decoder") as decoder, torch.set_grad_enabled(grad):
+            return torch.cat([_decoded(decoder, z) for z in latents.to(self.device).split(1)])
+
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """(B, 4, H/8, W/8) -> B pictures, one by one: at full size, memory runs out first."""
-        pictures = []
-        with self._borrow("decoder") as decoder:
-            for z in latents.to(self.device).split(1):
-                pixels = decoder(z.to(dtype := _dtype(decoder)))
-                if not pixels.isfinite().all() and z.isfinite().all():  # half precision ends at 65504
-                    warnings.warn(f"the VAE overflowed in {dtype}: decoded again in float32", stacklevel=1)
-                    pixels = decoder.float()(z.float())
-                    decoder.to(dtype)
-                if not z.isfinite().all():
-                    raise FloatingPointError("the latents overflowed; try float32, or less guidance")
-                pictures.append(to_picture(finite(pixels, "the VAE's decoder", decoder)[0]))
-        return pictures
+        """(B, 4, H/8, W/8) -> B pictures"""
+        return [to_picture(pixels) for pixels in self.decode_image(latents)]
 
     def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
         """The U-Net, as the loop calls it for a request."""
@@ -214,15 +251,12 @@ class StableDiffusion:
         return positive, negative
 
     def _noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
-        """The noise to begin with: (B, 4, H/8, W/8), float32."""
+        """The noise to begin with: (B, 4, H/8, W/8), float32 or float64."""
         (width, height), vae = cast("tuple[int, int]", request.size), self.config.vae
         shape = (len(generators), vae.latent_channels, height // vae.factor, width // vae.factor)
-        noise = randn(shape, generators)
-        if request.noise is not None:  # the generators have moved on all the same, so later noise is not this
-            if request.noise.shape != noise.shape:
-                raise ValueError(f"noise must be {tuple(noise.shape)}, not {tuple(request.noise.shape)}")
-            noise = request.noise.float()
-        return noise.to(self.device)
+        noise = randn(shape, generators).to(self.device, torch.promote_types(self.dtype, torch.float32))
+        # The generators have moved on all the same, so that later noise is not this.
+        return noise if request.noise is None else as_large(request.noise, noise, "noise")
 
     @contextmanager
     def _borrow(self, name: str) -> Generator[nn.Module, None, None]:
@@ -234,15 +268,34 @@ class StableDiffusion:
                 self.models[name].to(self.idle_device)
 
 
-def in_inference_mode(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The network without derivatives, at full speed. Its output is an ordinary tensor, fit for a graph."""
+def as_gradients_are(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The network: with derivatives where gradients are on, and otherwise at full speed, in inference mode.
+
+    Its output is always an ordinary tensor, fit for a graph.
+    """
 
     def run(*inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return network(*inputs)
         with torch.inference_mode():
             output = network(*inputs)
         return output.clone()
 
     return run
+
+
+def _decoded(decoder: nn.Module, z: Tensor) -> Tensor:
+    """(1, 4, H/8, W/8) -> (1, 3, H, W). In float32 if the decoder's own dtype is too small."""
+    decode, dtype = as_gradients_are(decoder), _dtype(decoder)
+    pixels = decode(z.to(dtype))
+    if not pixels.isfinite().all() and z.isfinite().all():  # half precision ends at 65504
+        warnings.warn(f"the VAE overflowed in {dtype}: decoded again in float32", stacklevel=1)
+        decoder.float()
+        pixels = decode(z.float())
+        decoder.to(dtype)
+    if not z.isfinite().all():
+        raise FloatingPointError("the latents overflowed; try float32, or less guidance")
+    return finite(pixels, "the VAE's decoder", decoder)
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

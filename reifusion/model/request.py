@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,16 @@ from .pictures import Picture, fit, is_transparent, open_mask, open_picture
 from .samplers import SAMPLERS, samplers_for
 from .sentences import shown
 
+if TYPE_CHECKING:
+    from .pipeline import Turn
+
+# A text or several; or vectors in place of what the text encoder would make of texts, (B, 77, 768), of one
+# picture each; or vectors for each turn of the loop, (turns, B, 77, 768).
+Prompt: TypeAlias = str | Sequence[str] | Tensor
+# Takes the network's output with the prompt and with the negative one, each (B, 4, H/8, W/8), the second None
+# in a turn without guidance, and returns the output to go by.
+Guide: TypeAlias = "Callable[[Tensor, Tensor | None, Turn], Tensor]"
+
 
 @dataclass
 class Request:
@@ -28,8 +38,8 @@ class Request:
     sentence, for a request that cannot be drawn.
     """
 
-    prompt: str | Sequence[str]  # one picture for each; may be empty
-    negative: str | Sequence[str] = ""  # what to keep away from: one for all prompts, or one for each
+    prompt: Prompt  # one picture for each; may be empty
+    negative: Prompt = ""  # what to keep away from: one for all prompts, or one for each
     _: KW_ONLY
     init_image: Picture | None = None  # img2img: begin with this picture, not with noise alone
     mask: Picture | None = None  # inpainting: white is redrawn; black and transparent parts are kept
@@ -42,6 +52,9 @@ class Request:
     num: int = 1  # pictures for each prompt
     clip_skip: int = 0  # layers of the text encoder to leave out, from the end
     noise: Tensor | None = None  # the noise to begin with, (B, 4, H/8, W/8); None: drawn from the seeds
+    latents: Tensor | None = None  # the latents to begin with, as the sampler scales them, (B, 4, H/8, W/8)
+    start: int = 0  # the step to begin at, with these latents; 0 is the first
+    guide: Guide | None = None  # stands in for guidance
     guidance_rescale: float = 0.0  # 0 … 1: how much of the contrast that guidance adds is taken back
     guidance_interval: tuple[float, float] | None = None  # guidance only for σ between the two
     image_guidance: float | None = None  # of models that edit: how closely to follow init_image; 1 is none
@@ -52,7 +65,7 @@ class Request:
     seeds: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        prompts, negatives = texts(self.prompt), texts("" if self.negative is None else self.negative)
+        prompts, negatives = _texts(self.prompt), _texts("" if self.negative is None else self.negative)
         if len(negatives) == 1:
             negatives = negatives * len(prompts)
         if len(negatives) != len(prompts):
@@ -79,8 +92,13 @@ class Request:
             self.guidance_interval = interval(self.guidance_interval)
         if self.size is not None and not is_pair(self.size):
             raise ValueError(f"a size is a width and a height, like (512, 768), not {shown(self.size)}")
-        if not isinstance(self.noise, Tensor | None):
-            raise ValueError(f"noise must be a tensor, not {type(self.noise).__name__}")
+        for name in ("noise", "latents"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Tensor) and value.ndim == 4):
+                raise ValueError(f"{name} must be a tensor (B, 4, H/8, W/8), not {_kind(value)}")
+        self.start = whole_number(self.start, "start", 0)
+        if self.start and self.latents is None:
+            raise ValueError("start needs the latents to start from")
         if self.mask is not None and self.init_image is None:
             raise ValueError("a mask needs an input image to keep the rest of")
         if self.init_image is not None:
@@ -120,16 +138,22 @@ class Request:
     def for_model(self, config: ModelConfig) -> Request:
         """This request with everything that it leaves open filled in with the model's own settings.
 
-        A size that was left open is the size that the model was trained on, or, for an input image, the
-        image's shape with that as the shorter side, and at most twice as long as wide. A model that edits
-        its input image begins with noise alone, which is a strength of 1. Raises ValueError for a sampler,
-        size or image_guidance that does not fit the model.
+        A size that was left open is that of the noise or latents that were given, or else the size that the
+        model was trained on, or, for an input image, the image's shape with that as the shorter side, and at
+        most twice as long as wide. A model that edits its input image begins with noise alone, which is a
+        strength of 1. Raises ValueError for a sampler, size or image_guidance that does not fit the model.
         """
         if self.image_guidance is not None and not config.edits:
             raise ValueError(f"image_guidance is for models that edit pictures, which {config.name} does not")
         width, height = self.init_image.size if isinstance(self.init_image, Image.Image) else (1, 1)
         scale, factor = config.size / min(width, height), config.multiple
+        given = self.noise if self.latents is None else self.latents
         asked_width, asked_height = self.size or (None, None)
+        if given is not None and self.size is None:
+            asked_height, asked_width = (side * config.vae.factor for side in given.shape[2:])
+        steps = config.steps if self.steps is None else self.steps
+        if self.start >= steps:
+            raise ValueError(f"start must be below the number of steps, {steps}, and not {self.start}")
         size = (
             _side("width", asked_width, min(width * scale, 2 * config.size), factor),
             _side("height", asked_height, min(height * scale, 2 * config.size), factor),
@@ -137,7 +161,7 @@ class Request:
         return replace(
             self,
             sampler=_sampler(self.sampler, config),
-            steps=config.steps if self.steps is None else self.steps,
+            steps=steps,
             cfg=config.cfg if self.cfg is None else self.cfg,
             size=size,
             strength=1.0 if config.edits else self.strength,
@@ -160,7 +184,41 @@ FIRST_WORDS = {
 }
 
 
-def ask(prompt: str | Sequence[str] | Request, negative: Any = None, **settings: Any) -> Request:
+def in_each_turn(
+    request: Request, encoded: tuple[Tensor, Tensor | None], turns: int
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The words of the prompts and of the negative ones for each turn, each (B, 77, 768).
+
+    encoded: what the text encoder says to the texts; the second is None without guidance. Vectors in a
+    request stand in their place. Raises ValueError for vectors that do not fit the model or the turns.
+    """
+    positive, negative = encoded
+    words = _for_turns(request.prompt, positive, turns, request.num)
+    if negative is None:
+        return [(one, None) for one in words]
+    others = _for_turns(request.negative, negative, turns, request.num)
+    if words[0].shape != others[0].shape:
+        shapes = f"{tuple(words[0].shape)} and {tuple(others[0].shape)}"
+        raise ValueError(f"prompts and negative prompts must be vectors of the same shape, not {shapes}")
+    return list(zip(words, others))
+
+
+def _for_turns(given: Prompt, encoded: Tensor, turns: int, num: int) -> list[Tensor]:
+    """The words of one side for each turn, (B, 77, 768): those that were given, if they are vectors."""
+    if not isinstance(given, Tensor):
+        return [encoded] * turns
+    if given.shape[-1] != encoded.shape[-1] or (given.ndim == 4 and len(given) != turns):
+        asked = f"(B, 77, {encoded.shape[-1]}) or ({turns}, B, 77, {encoded.shape[-1]})"
+        raise ValueError(f"a prompt of vectors must be {asked}, not {tuple(given.shape)}")
+    given = given.to(encoded)
+    if given.shape[-3] == 1:
+        given = given.expand(*given.shape[:-3], len(encoded), -1, -1)
+    else:
+        given = given.repeat_interleave(num, dim=-3)
+    return list(given) if given.ndim == 4 else [given] * turns
+
+
+def ask(prompt: Prompt | Request, negative: Prompt | None = None, **settings: Any) -> Request:
     """A request, in the words of `Request` or in those of the project's first call."""
     settings = {FIRST_WORDS.get(name, name): value for name, value in settings.items()}
     if negative is not None:
@@ -171,6 +229,19 @@ def ask(prompt: str | Sequence[str] | Request, negative: Any = None, **settings:
     if (width, height) != (None, None):
         settings["size"] = (width, height)
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+
+
+def _texts(prompt: Prompt) -> list[str]:
+    """The texts of a prompt; for vectors, an empty one for each picture. Raises ValueError for neither."""
+    if not isinstance(prompt, Tensor):
+        return texts(prompt)
+    if prompt.ndim not in (3, 4) or not prompt.is_floating_point() or prompt.shape[-3] == 0:
+        raise ValueError(f"a prompt of vectors is (B, 77, 768), or (turns, B, 77, 768), not {_kind(prompt)}")
+    return [""] * prompt.shape[-3]
+
+
+def _kind(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _sampler(asked: str | None, config: ModelConfig) -> str:
