@@ -237,17 +237,22 @@ def compose_scenes(
     return _specs([_columns(rows)]), list(scenes)
 
 
-def compose_bank(library: Library, seed: int, count: int) -> tuple[Specs, list[str]]:
-    """Composes scenes 0 to count − 1, by all processors; returns their specifications and captions."""
-    part = 1000
-    jobs = [(seed, start, min(start + part, count)) for start in range(0, count, part)]
-    if len(jobs) <= 30:  # in the time that other processes take to start
+def compose_bank(
+    library: Library, seed: int, count: int, workers: int | None = None
+) -> tuple[Specs, list[str]]:
+    """Composes scenes 0 to count − 1; returns their specifications and captions.
+
+    workers: how many processes, None for all processors where they are worth their start.
+    """
+    if workers is None:
+        workers = (os.cpu_count() or 1) if count > 30_000 else 1
+    jobs = [(seed, start, min(start + 1000, count)) for start in range(0, count, 1000)]
+    if workers == 1:
         _begin(library.sprites)
         done = [_work(job) for job in jobs]
     else:
         # New processes: a forked one may wait for ever for the threads of PyTorch that it did not inherit.
         context = multiprocessing.get_context("spawn")
-        workers = min(os.cpu_count() or 1, len(jobs))
         with ProcessPoolExecutor(workers, context, _begin, (library.sprites,)) as pool:
             done = list(pool.map(_work, jobs))
     return _specs([columns for columns, _ in done]), [text for _, captions in done for text in captions]

@@ -209,8 +209,7 @@ def build_library(cache: Path) -> Path:
 def read_library(path: Path | None = None, pixels: bool = True) -> Library:
     """Reads the sprites, after building their file if there is none. Raises DataError if that fails."""
     with zipfile.ZipFile(path or build_library(default_cache())) as file:
-        read: list[dict[str, Any]] = json.loads(file.read("sprites.json"))
-        records = [Sprite(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in read]
+        records = [_from_json(record) for record in json.loads(file.read("sprites.json"))]
         names = sorted(name for name in file.namelist() if name.endswith(".webp")) if pixels else []
         pictures = [file.read(name) for name in names]
     out = torch.empty(len(pictures), 4, SIDE, SIDE, dtype=torch.uint8)
@@ -222,3 +221,7 @@ def read_library(path: Path | None = None, pixels: bool = True) -> Library:
     with ThreadPoolExecutor() as pool:
         list(pool.map(decode, range(len(pictures))))
     return Library(records, out)
+
+
+def _from_json(record: dict[str, Any]) -> Sprite:
+    return Sprite(**(record | {key: tuple(x) for key, x in record.items() if isinstance(x, list)}))

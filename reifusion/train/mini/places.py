@@ -217,11 +217,11 @@ def _forest(b: Brush) -> None:
     for height, colour, count, tall in ((0.62, (158, 200, 168), 9, 0.42), (0.68, (98, 160, 118), 7, 0.5)):
         b.ground(b.peaks(height, 0.5 * tall, tall, count, 0.1), b.tint(colour), 0.0)
     for middle in (b.random(1, -0.05, 0.1), b.random(1, 0.9, 1.05)):  # two trees near by
-        wide, tall = b.random(1, 0.04, 0.05), b.random(1, 0.12, 0.2)
-        b.paint(b.box(middle - wide / 2, 0.76 - tall, wide, tall), b.tint((116, 84, 62)))
+        wide, long = b.random(1, 0.04, 0.05), b.random(1, 0.12, 0.2)
+        b.paint(b.box(middle - wide / 2, 0.76 - long, wide, long), b.tint((116, 84, 62)))
         crown = b.random(3, 0.09, 0.13)
         steps = torch.tensor([-0.07, 0.0, 0.07], device=wide.device)
-        b.paint(b.discs(middle + steps, 0.72 - tall - crown, crown), b.tint((58, 128, 76)))
+        b.paint(b.discs(middle + steps, 0.72 - long - crown, crown), b.tint((58, 128, 76)))
     b.ground(b.waves(b.random(1, 0.68, 0.74), 0.03, 0.4, 1.2), b.tint((124, 172, 90), (142, 150, 92)))
 
 

@@ -95,45 +95,47 @@ def _shadow(alpha: Tensor, specs: Specs, flat: float = 0.09) -> Tensor:
 def random_pictures(
     pixels: Tensor, specs: Specs, generator: torch.Generator, count: int, size: int
 ) -> Tensor:
-    """Random pictures (count, 3, size, size) in [-1, 1] for the VAE: of scenes, and of sprites on any colour.
+    """Random pictures (count, 3, size, size) in [-1, 1] for the VAE: half parts of scenes, half sprites.
 
     pixels, specs and generator must be on one device.
     """
     device = pixels.device
+    here = torch.randint(len(specs), (count,), generator=generator, device=device)
+    scenes, sprites = here[: count // 2], here[count // 2 :]
+    x = render(pixels, specs[scenes])
+    room = pixels.shape[-1] - size + 1
+    corner = torch.randint(room, (len(scenes), 2, 1), generator=generator, device=device)
+    rows, columns = (corner + torch.arange(size, device=device)).unbind(1)  # (N, size) each
+    index = torch.arange(len(scenes), device=device)[:, None, None]
+    x = x.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return torch.cat([x, sprite_pictures(pixels[specs.sprite[sprites, 0]], generator, size)])
+
+
+def sprite_pictures(sprites: Tensor, generator: torch.Generator, size: int) -> Tensor:
+    """Sprites (N, 4, S, S) uint8 -> pictures (N, 3, size, size) in [-1, 1], of parts or of all."""
+    count, side, device = len(sprites), sprites.shape[-1], sprites.device
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=device)
 
-    half = count // 2
-    side = pixels.shape[-1]
-    scenes = render(pixels, specs[torch.randint(len(specs), (half,), generator=generator, device=device)])
-    corner = (uniform(half, 2) * (side - size + 1)).long()
-    rows = corner[:, :1] + torch.arange(size, device=device)
-    columns = corner[:, 1:] + torch.arange(size, device=device)
-    index = torch.arange(half, device=device)[:, None, None]
-    scenes = scenes.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-    count -= half
-    chosen = specs.sprite[torch.randint(len(specs), (count,), generator=generator, device=device), 0]
-    sprites = pixels[chosen].float() / 255
-    # One affine map for each picture: zoom (parts at full size, or all of it made smaller), position, mirror.
+    # One affine map for each picture: zoom, position, mirror.
     zoom = torch.where(uniform(count) < 0.6, size / side, 0.8 + 0.5 * uniform(count))
     theta = torch.zeros(count, 2, 3, device=device)
     theta[:, 0, 0] = torch.where(uniform(count) < 0.5, zoom, -zoom)
     theta[:, 1, 1] = zoom
     theta[:, :, 2] = (2 * uniform(count, 2) - 1) * (1 - zoom).clamp(min=0.15)[:, None]
     grid = F.affine_grid(theta, [count, 4, size, size], align_corners=False)
-    sprites = premultiply(sprites)
-    near = F.grid_sample(sprites, grid, align_corners=False)
-    far = F.grid_sample(F.avg_pool2d(sprites, 2), grid, align_corners=False)
-    sprites = torch.where((zoom * side > 1.5 * size)[:, None, None, None], far, near)
+    x = premultiply(sprites.float() / 255)
+    near = F.grid_sample(x, grid, align_corners=False)
+    far = F.grid_sample(F.avg_pool2d(x, 2), grid, align_corners=False)
+    x = torch.where((zoom * side > 1.5 * size)[:, None, None, None], far, near)
     # A third get their colour channels shuffled: dyed subjects must survive the round trip as well.
     order = torch.where(
         uniform(count, 1) < 0.33, uniform(count, 3).argsort(1), torch.arange(3, device=device)
     )
-    colour = torch.gather(sprites[:, :3], 1, order[:, :, None, None].expand(-1, -1, size, size))
+    colour = torch.gather(x[:, :3], 1, order[:, :, None, None].expand(-1, -1, size, size))
     ground = torch.where(uniform(count, 1, 1, 1) < 0.5, 1.0, uniform(count, 3, 1, 1))
-    return torch.cat([scenes, (colour + (1 - sprites[:, 3:]) * ground) * 2 - 1])
+    return (colour + (1 - x[:, 3:]) * ground) * 2 - 1
 
 
 # ---- to look at -------------------------------------------------------------------------------------------
