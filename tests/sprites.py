@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 from safetensors.numpy import save_file
+from torch import Tensor
 
+from reifusion.train.mini.colours import NAMES
+from reifusion.train.mini.hands import HANDS
+from reifusion.train.mini.library import SIDE, Library, Sprite, library_path, to_webp, write_library
 from reifusion.train.mini.sprites import STYLES, sprites_path
 
 NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
@@ -34,4 +40,47 @@ def prepared(folder: Path, nouns: Sequence[str] = NOUNS, eye: bool = False, brig
     pixels = np.stack([disc(tuple(rng.integers(40, brightest, 3)), eye) for _ in pairs])
     folder.mkdir(exist_ok=True)
     save_file({"pictures": pixels}, sprites_path(folder), metadata={"pictures": json.dumps(records)})
+    return folder
+
+
+def made_up(nouns: Sequence[str] = NOUNS, side: int = 64) -> Library:
+    """A library without packages: every noun by every hand, each a disc of its own colour."""
+    rng = np.random.default_rng(0)
+    sprites, pixels = [], []
+    for noun in nouns:
+        for name, hand in HANDS.items():
+            sprites.append(
+                Sprite(
+                    noun,
+                    hand.look,
+                    name,
+                    "test",
+                    (f"{noun} two",),
+                    (),
+                    "",
+                    "MIT",
+                    "",
+                    True,
+                    True,
+                    NAMES,
+                    SIDE * 15 // 16,
+                )
+            )
+            pixels.append(ball(tuple(rng.uniform(0.2, 0.8, 3)), side))
+    return Library(sprites, torch.stack(pixels))
+
+
+def ball(rgb: tuple[float, float, float], side: int = 64) -> Tensor:
+    """Draws a softly shaded disc as large as sprites are -> (4, side, side) uint8."""
+    x = torch.linspace(-1, 1, side)
+    colour = torch.tensor(rgb)[:, None, None] * (0.9 + 0.1 * x).expand(side, side)
+    inside = (x[:, None] ** 2 + x**2 < 0.875**2).float()
+    return (torch.cat([colour, inside[None]]) * 255).round().byte()
+
+
+def prepared_library(folder: Path, nouns: Sequence[str] = NOUNS[:7]) -> Path:
+    """Fills the cache in `folder` with a made-up library, so that nothing is fetched."""
+    library = made_up(nouns, SIDE)
+    pictures = [to_webp(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in library.pixels]
+    write_library(list(zip(library.sprites, pictures, strict=True)), library_path(folder))
     return folder

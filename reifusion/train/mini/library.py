@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -154,9 +154,13 @@ def _finish(job: tuple[Drawing, Sprite]) -> tuple[Sprite, bytes]:
     sprite = to_sprite(render(drawing.picture, SIDE if drawing.code else 2 * SIDE))
     pixels = torch.from_numpy(np.array(sprite)).permute(2, 0, 1) / 255
     rows = (pixels[3] > 0.25).any(1).nonzero()
+    return replace(record, stands_out=stands_out(pixels), foot=int(rows[-1]) + 1), to_webp(sprite)
+
+
+def to_webp(sprite: Image.Image) -> bytes:
     file = io.BytesIO()
     sprite.save(file, "WEBP", quality=92, method=2)
-    return replace(record, stands_out=stands_out(pixels), foot=int(rows[-1]) + 1), file.getvalue()
+    return file.getvalue()
 
 
 # ---- the file ---------------------------------------------------------------------------------------------
@@ -199,11 +203,16 @@ def build_library(cache: Path) -> Path:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         work = pool.map(_finish, jobs, chunksize=16)
         done = list(tqdm(work, desc="drawing", unit="sprite", total=len(jobs)))
-    with whole(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
-        file.writestr("sprites.json", json.dumps([asdict(record) for record, _ in done]))
-        for i, (_, picture) in enumerate(done):
-            file.writestr(f"{i:05}.webp", picture)
+    write_library(done, path)
     return path
+
+
+def write_library(sprites: Sequence[tuple[Sprite, bytes]], path: Path) -> None:
+    """Writes records and pictures (WebP) into one file."""
+    with whole(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+        file.writestr("sprites.json", json.dumps([asdict(record) for record, _ in sprites]))
+        for i, (_, picture) in enumerate(sprites):
+            file.writestr(f"{i:05}.webp", picture)
 
 
 def read_library(path: Path | None = None, pixels: bool = True) -> Library:
