@@ -15,6 +15,7 @@ from torch import Tensor
 from reifusion.train.mini.colours import NAMES
 from reifusion.train.mini.hands import HANDS
 from reifusion.train.mini.library import SIDE, Library, Sprite, library_path, to_webp, write_library
+from reifusion.train.mini.render import sprite_pictures
 from reifusion.train.mini.sprites import STYLES, sprites_path
 
 NOUNS = ["cat", "grapes", "orange", "unicorn", "sun", "owl", "jeans", *(f"thing {i}" for i in range(60))]
@@ -84,3 +85,9 @@ def prepared_library(folder: Path, nouns: Sequence[str] = NOUNS[:7]) -> Path:
     pictures = [to_webp(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in library.pixels]
     write_library(list(zip(library.sprites, pictures, strict=True)), library_path(folder))
     return folder
+
+
+def random_sprites(sprites: Tensor, generator: torch.Generator, count: int, size: int) -> Tensor:
+    """Random pictures (count, 3, size, size) of these sprites (N, 4, S, S) uint8, as a VAE is trained on."""
+    chosen = torch.randint(len(sprites), (count,), generator=generator)
+    return sprite_pictures(sprites[chosen], generator, size)
