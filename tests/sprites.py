@@ -67,11 +67,11 @@ def made_up(nouns: Sequence[str] = NOUNS, side: int = 64) -> Library:
                     SIDE * 15 // 16,
                 )
             )
-            pixels.append(ball(tuple(rng.uniform(0.2, 0.8, 3)), side))
+            pixels.append(ball(rng.uniform(0.2, 0.8, 3).tolist(), side))
     return Library(sprites, torch.stack(pixels))
 
 
-def ball(rgb: tuple[float, float, float], side: int = 64) -> Tensor:
+def ball(rgb: Sequence[float], side: int = 64) -> Tensor:
     """Draws a softly shaded disc as large as sprites are -> (4, side, side) uint8."""
     x = torch.linspace(-1, 1, side)
     colour = torch.tensor(rgb)[:, None, None] * (0.9 + 0.1 * x).expand(side, side)

@@ -200,7 +200,8 @@ def build_library(cache: Path) -> Path:
                 return path
     jobs = [(drawing, describe(drawing, emoji, named)) for drawing in drawings]
     # New processes, as a forked one may wait for ever for the threads of PyTorch that it did not inherit.
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=context) if len(jobs) > 100 else ThreadPoolExecutor(1) as pool:
         work = pool.map(_finish, jobs, chunksize=16)
         done = list(tqdm(work, desc="drawing", unit="sprite", total=len(jobs)))
     write_library(done, path)

@@ -44,9 +44,8 @@ def line_drawing(sprites: Tensor) -> Tensor:
 
 def sticker(sprites: Tensor) -> Tensor:
     """The sprite with a white rim and a soft shadow, as if cut out of paper."""
-    side = sprites.shape[-1]
-    rim = _spread(sprites[:, 3:], side * 9 // 256)
-    shadow = _blur(rim, side * 5 // 256).roll(side * 3 // 256, 2)
+    rim = _spread(sprites[:, 3:], _length(sprites, 9))
+    shadow = _blur(rim, _length(sprites, 5)).roll(_length(sprites, 3), 2)
     alpha = sprites[:, 3:]
     paper = sprites[:, :3] * alpha + (1 - alpha)
     grey = 0.35 * torch.ones_like(paper)
@@ -63,7 +62,7 @@ def pencil_drawing(sprites: Tensor) -> Tensor:
     tone = 1 - (0.3 * red + 0.59 * green + 0.11 * blue)
     step = torch.arange(side, device=sprites.device) * (256 / side)
     wave = ((step[:, None] + step[None, :]) * (2 * torch.pi / 11.3)).cos() * 0.5 + 0.5
-    strokes = ramp(_blur(tone, side * 3 // 256) * 1.25 - 0.55 * wave, 0.0, 0.5)
+    strokes = ramp(_blur(tone, _length(sprites, 3)) * 1.25 - 0.55 * wave, 0.0, 0.5)
     grey = 1 - (0.72 * ink).maximum(0.62 * strokes * inside)
     return torch.cat([grey.expand(-1, 3, -1, -1), inside], 1)
 
@@ -77,18 +76,21 @@ STYLES = {
 }
 
 
+def _length(sprites: Tensor, pixels: int) -> int:
+    """Returns a length that is given for sprites of 256 pixels."""
+    return max(1, sprites.shape[-1] * pixels // 256)
+
+
 def _on_white(sprites: Tensor) -> Tensor:
     return sprites[:, :3] * sprites[:, 3:] + 1 - sprites[:, 3:]
 
 
 def _lines(sprites: Tensor) -> tuple[Tensor, Tensor]:
     """Returns how much of each pixel is a line, and what the outermost lines enclose: (N, 1, S, S) each."""
-    side = sprites.shape[-1]
-    reach = side * 2 // 256
-    smooth = _blur(_on_white(sprites), max(1, side // 256))
-    inner = ramp(_contrast(smooth, reach).amax(1, keepdim=True), 0.12, 0.3)
-    outer = ramp(_contrast(_blur(sprites[:, 3:], max(1, side // 256)), reach), 0.25, 0.6)
-    inside = _blur(_spread(sprites[:, 3:], reach), max(1, side // 256))
+    one, two = _length(sprites, 1), _length(sprites, 2)
+    inner = ramp(_contrast(_blur(_on_white(sprites), one), two).amax(1, keepdim=True), 0.12, 0.3)
+    outer = ramp(_contrast(_blur(sprites[:, 3:], one), two), 0.25, 0.6)
+    inside = _blur(_spread(sprites[:, 3:], two), one)
     return inner.maximum(outer), inside.maximum(outer)
 
 
