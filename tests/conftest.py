@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from torch import nn
 
@@ -19,6 +20,11 @@ from tests.tiny import SMALL, WORDS, random_networks
 settings.register_profile("fixed", derandomize=True)
 if "REIFUSION_MANY" not in os.environ:
     settings.load_profile("fixed")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import graphs
 from ..model import attention, clip, ddpm, decoder, diffusion, encoder, pipeline, samplers
 from ..model.pictures import to_tensor
 from ..model.pipeline import StableDiffusion
@@ -47,6 +48,7 @@ class Bug:
     def switched_on(self, pipe: StableDiffusion) -> Iterator[None]:
         """Makes the mistake everywhere in this process until the block ends; use one bug at a time."""
         with ExitStack() as stack:
+            stack.enter_context(graphs.recorder.eager())  # what was recorded has no mistake
             for change in self.switch(pipe):
                 stack.enter_context(change)
             yield

@@ -2,8 +2,8 @@
 
 `install` gives modules of the textbook's kinds a class with the same parameters and a faster `forward`, and
 sets the slot that attention offers. Outside of inference mode, and under autocast or a compiler, the fast
-forms step aside by themselves, so that every derivative of an installed network is right. The tests hold both
-forms equal.
+forms step aside by themselves, so that every derivative of an installed network is right; and so they do on
+the device for which they are not made. The tests hold both forms equal.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..families import lcm
 from ..model import attention, decoder, diffusion
 from ..swap import swap
-from . import bands, fast, halves, native
+from . import bands, fast, graphs, halves, native
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: fast.Linear,
@@ -25,6 +26,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     diffusion.Upsample: fast.UNetUpsample,
     decoder.Upsample: fast.VAEUpsample,
     diffusion.SwitchSequential: halves.Row,
+    diffusion.UNet: graphs.UNet,
+    lcm.LCMUNet: graphs.LCMUNet,
     decoder.Decoder: bands.Decoder,
 }
 PLAIN = {kernel: plain for plain, kernel in FAST.items()}

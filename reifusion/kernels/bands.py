@@ -1,4 +1,4 @@
-"""The decoder's large maps, a band of rows at a time and in place: the same picture in half the memory.
+"""The decoder's large maps, a band of rows at a time and in place: on a CPU, half the memory.
 
 A convolution sees one row above and one row below, so a band can be computed from its own rows and those two.
 Only GroupNorm sees the whole map. Its two numbers for each group are therefore computed first, in a pass of
@@ -16,19 +16,23 @@ from torch.nn import functional as F
 
 from ..model import decoder
 from ..model.encoder import ResidualBlock, unscale_latents
-from .fast import inferring
+from . import rows as by_rows
+from .fast import inferring, watched
+from .graphs import Recorded, played
 
 BAND = 2**22  # bytes, about: small beside a map, large beside the overhead of a call
 
 
-class Decoder(decoder.Decoder):
-    """The VAE's decoder, which works in bands where its maps are large."""
+class Decoder(decoder.Decoder, Recorded):
+    """The VAE's decoder, which works in bands or by rows where its maps are large."""
 
     def forward(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> picture (B, 3, 8h, 8w), about [-1, 1] (not clamped)."""
+        if by_rows.suits(self, latents):
+            return by_rows.decode(self, latents)
         pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
         if not suits(self, latents, self.config.channels[-1] * pixels // 4):
-            return super().forward(latents)
+            return played(self, super().forward, latents)
         x = self.middle(self.conv_in(self.post_quant(unscale_latents(latents, self.config))))
         return torch.cat([self._in_bands(part) for part in x.split(1)])
 
@@ -45,12 +49,8 @@ def suits(network: nn.Module, x: Tensor, numbers: int) -> bool:
         and x.dtype in (torch.bfloat16, torch.float32)
         and numbers * x.element_size() > 2 * BAND
         and inferring()
-        and not any(_hooked(module) for module in network.modules() if module is not network)
+        and not any(watched(module) for module in network.modules() if module is not network)
     )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:

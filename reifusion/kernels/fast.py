@@ -39,7 +39,12 @@ if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 def bare(module: nn.Module, kind: type) -> bool:
     """True if the module is of that kind and no hook watches it, so that its call may be skipped."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    return type(module) is kind and not watched(module)
+
+
+def watched(module: nn.Module) -> bool:
+    """True if a hook is to be called with the module's inputs or output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

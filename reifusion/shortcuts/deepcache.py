@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.graphs import played
 from ..model.diffusion import Given, UNet
 from ..model.pipeline import StableDiffusion
 from ..model.request import whole_number
@@ -28,7 +29,7 @@ class DeepCache(nn.Module):
         self.unet = unet
         self.every = every
         self._shallow_calls = 0  # since the last whole one
-        self._deep: Tensor | None = None  # input of the last row of the way up, from below: (B, C', h, w)
+        self._deep: Tensor | None = None  # of the last whole one: (B, C', h, w)
 
     def forward(self, latents: Tensor, context: Tensor, t: Tensor, **more: Any) -> Tensor:
         """Takes the arguments of `UNet.forward`, and returns its output."""
@@ -36,22 +37,27 @@ class DeepCache(nn.Module):
         deep = None if self._deep is None or len(self._deep) < len(latents) else self._deep[: len(latents)]
         if deep is None or self._shallow_calls + 1 >= self.every:
             self._shallow_calls = 0
-            return self._whole(latents, context, t, **more)
+            output, self._deep = played(self.unet, self._whole, latents, context, t, **more)
+            return output
         self._shallow_calls += 1
-        return self._shallow(latents, deep, Given(self.unet.time_embedding(t, **more), context))
+        return played(self.unet, self._shallow, latents, context, t, deep, **more)
 
-    def _whole(self, latents: Tensor, context: Tensor, t: Tensor, **more: Any) -> Tensor:
+    def _whole(self, latents: Tensor, context: Tensor, t: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        """`UNet.forward`, and what comes into the last row of the way up, from below: (B, C', h, w)."""
+        kept: list[Tensor] = []
+
         def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            self._deep = inputs[0][:, : -self.unet.config.channels[0]]  # the rest is the skip
+            kept.append(inputs[0][:, : -self.unet.config.channels[0]])  # the rest is the skip
 
         handle = self.unet.up[-1].register_forward_pre_hook(keep)
         try:
-            return self.unet(latents, context, t, **more)
+            return self.unet(latents, context, t, **more), kept[0]
         finally:
             handle.remove()
 
-    def _shallow(self, latents: Tensor, deep: Tensor, given: Given) -> Tensor:
+    def _shallow(self, latents: Tensor, context: Tensor, t: Tensor, deep: Tensor, **more: Any) -> Tensor:
         """`UNet.walk` with everything between the first row and the last one known."""
+        given = Given(self.unet.time_embedding(t, **more), context)
         skip = self.unet.down[0](latents, given)
         # §3.2, Ma et al. 2023: Concat(D₁ᵗ⁻¹(·), F_cacheᵗ), with F_cache = U₂ᵗ(·) of an earlier step
         x = torch.cat([deep, skip], dim=1)  # (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)

@@ -1,6 +1,6 @@
 """Nobody waits for a GPU inside the denoising loop: proven on "meta", a device that has no numbers to give.
 
-Whoever reads a number of such a tensor fails, as whoever reads one of a GPU's waits. What is copied to it from
+Whoever reads a number of such a tensor fails, as whoever reads one of a GPU waits. What is copied to it from
 the CPU is counted: only noise may be, from pinned memory.
 """
 
