@@ -22,7 +22,7 @@ from .fast import watched
 from .graphs import on_gpu
 
 LARGE = 2**28  # bytes of a map; there is room for smaller ones
-BAND = 2**23  # bytes of a map, about: what is made at a time
+BAND = 2**22  # bytes of a map, about: what is made at a time
 
 
 @dataclass
