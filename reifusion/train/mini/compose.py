@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,13 +70,20 @@ class Specs:
         return Specs(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-class Composer:
-    """Composes random scenes of a library's sprites, except of those that are held out."""
+Rule = Callable[[str, str], bool]  # of held_out
+Shown = Literal["trained", "held out", "all"]
 
-    def __init__(self, sprites: Sequence[Sprite], kind: str | None = None):
-        self.sprites, self.kind = sprites, kind
+
+class Composer:
+    """Composes random scenes of a library's sprites.
+
+    shows: which pairs of a subject with a style, a colour, a place: those of training, the others, or all.
+    """
+
+    def __init__(self, sprites: Sequence[Sprite], kind: str | None = None, shows: Shown = "trained"):
+        self.sprites, self.kind, self.shows = sprites, kind, shows
         self.of: dict[str, dict[str, dict[str, list[int]]]] = {}  # subject -> look -> hand -> sprites
-        for i in training_sprites(sprites):
+        for i in range(len(sprites)) if shows == "all" else training_sprites(sprites):
             s = sprites[i]
             self.of.setdefault(s.subject, {}).setdefault(s.look, {}).setdefault(s.hand, []).append(i)
         # Subjects that clip art alone draws have few drawings: half as often.
@@ -88,7 +95,11 @@ class Composer:
         movable = [s for s in self.subjects if not records[s].category.startswith(ASHORE)]
         # Most styles lose the colour, and a "white heart" with it.
         colourless = [s for s in self.subjects if not COLOUR_WORDS & set(s.split())]
-        self.fit = {"dyed": dyeable, "place": movable, "style": colourless}
+        self.fit = {
+            "dyed": [s for s in dyeable if self._allowed(held_out_colour, s, DYES)],
+            "place": [s for s in movable if self._allowed(held_out_place, s, PLACES)],
+            "style": [s for s in colourless if self._styles(records[s])],
+        }
 
     def compose(self, rng: np.random.Generator) -> tuple[Scene, dict[str, Any]]:
         """Returns what the scene shows, with its caption, and its row of Specs."""
@@ -96,7 +107,7 @@ class Composer:
             self.kind
             or KINDS[int(np.searchsorted(np.cumsum(list(SHARES.values()))[:-1], rng.random(), "right"))]
         )
-        subjects = [pick(rng, self.fit.get(kind, self.subjects))]
+        subjects = [pick(rng, self.fit.get(kind) or self.subjects)]
         look, hand = self._pick_hand(rng, subjects[0])
         if kind == "two":  # the other subject is by the same hand
             others = (pick(rng, self.subjects) for _ in range(100))
@@ -108,8 +119,7 @@ class Composer:
             kind, tuple(subjects), look, bool(rng.random() < NAME_LOOK), colours=("",) * len(subjects)
         )
         if kind == "style":
-            styles = [s for s in STYLES if not held_out_style(subjects[0], s) and suits(sprites[0], s)]
-            scene = replace(scene, style=pick(rng, styles), names_look=False)
+            scene = replace(scene, style=pick(rng, self._styles(sprites[0])), names_look=False)
         if (kind == "dyed" or rng.random() < COMBINE) and scene.style not in (*PAPER, "silhouette"):
             scene = replace(scene, colours=self._dyes(rng, sprites))
         if kind == "place":
@@ -136,6 +146,12 @@ class Composer:
             "seed": int(rng.integers(2**31)),
         }
 
+    def _allowed(self, held_out: Rule, subject: str, words: Iterable[str]) -> list[str]:
+        return [w for w in words if self.shows == "all" or held_out(subject, w) == (self.shows == "held out")]
+
+    def _styles(self, sprite: Sprite) -> list[str]:
+        return [s for s in self._allowed(held_out_style, sprite.subject, STYLES) if suits(sprite, s)]
+
     def _pick_hand(self, rng: np.random.Generator, subject: str) -> tuple[str, str]:
         looks = self.of[subject]
         share = np.cumsum([LOOKS[look] for look in looks])
@@ -144,7 +160,7 @@ class Composer:
 
     def _dyes(self, rng: np.random.Generator, sprites: Sequence[Sprite]) -> tuple[str, ...]:
         which = int(rng.integers(len(sprites)))  # of two subjects, only one is dyed
-        allowed = [c for c in DYES if not held_out_colour(sprites[which].subject, c)]
+        allowed = self._allowed(held_out_colour, sprites[which].subject, DYES)
         colour = pick(rng, allowed) if sprites[which].dyeable and allowed else ""
         return tuple(colour if i == which else "" for i in range(len(sprites)))
 
@@ -159,7 +175,7 @@ class Composer:
             for place, (_, _, colours) in PLACES.items()
             if all(_seen(scene, sprite, colour, scene.colours[0]) for colour in colours)
         ]
-        return pick(rng, [place for place in seen if not held_out_place(sprite.subject, place)] or seen)
+        return pick(rng, self._allowed(held_out_place, sprite.subject, seen) or seen)
 
 
 def _seen(scene: Scene, sprite: Sprite, colour: str, dyed: str) -> bool:
@@ -229,10 +245,14 @@ def _arrange(
 
 
 def compose_scenes(
-    sprites: Sequence[Sprite], seed: int, indices: Iterable[int], kind: str | None = None
+    sprites: Sequence[Sprite],
+    seed: int,
+    indices: Iterable[int],
+    kind: str | None = None,
+    shows: Shown = "trained",
 ) -> tuple[Specs, list[Scene]]:
-    """Composes scenes; to see what they show is for the evaluation."""
-    composer = Composer(sprites, kind)
+    """Composes scenes; to know what they show is for the evaluation."""
+    composer = Composer(sprites, kind, shows)
     scenes, rows = zip(*(composer.compose(np.random.default_rng([seed, i])) for i in indices), strict=True)
     return _specs([_columns(rows)]), list(scenes)
 
