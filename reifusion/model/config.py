@@ -116,13 +116,14 @@ SD21 = ModelConfig(
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 
-# The model that ships here: the same networks, small enough to train on a laptop.
+# The model that `reifusion train mini` makes: the same networks, small enough to train on a laptop.
 MINI = ModelConfig(
     name="mini",
-    size=128,
-    clip=CLIPConfig(vocab_size=2048, context_length=32, width=192, layers=4, heads=6),
+    size=256,
+    clip=CLIPConfig(vocab_size=3072, context_length=32, width=192, layers=4, heads=6),
     vae=VAEConfig(channels=(32, 64, 128, 128), layers=1, groups=8, scale_factor=1.0),
     unet=UNetConfig(
+        patch=2,
         channels=(128, 192, 256),
         attention=(1, 1, 1),
         heads=(2, 3, 4),

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 DESCRIPTION = """Trains a VAE, sharpens one, or trains a text-to-image model or a LoRA, as a recipe says;
-`mini` trains the whole built-in model from nothing. The same command resumes a run that was stopped, by
+`mini` trains a whole model like the built-in one from nothing, in ten minutes on a GPU or in a night on two
+CPU cores. The same command resumes a run that was stopped, by
 Ctrl-C or by a power cut."""
 
-# The recipes of `reifusion train mini`, in order.
-MINI = (("vae", "mini-vae"), ("sharpen", "mini-sharpen"), ("text2image", "mini"))
+# The recipes of `reifusion train mini`, in order: on a GPU, and on a CPU.
+MINI = {
+    "gpu": (("vae", "mini-vae"), ("text2image", "mini")),
+    "cpu": (("vae", "mini-laptop-vae"), ("text2image", "mini-laptop")),
+}
+# Of the minutes that `train mini` is given; what is left is for writing the model and drawing the last sheet.
+SHARES = {"vae": 0.25, "text2image": 0.7}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--check-gradients", action="store_true", help="compare with finite differences")
     parser.add_argument("--plot", action="store_true", help="draw the loss so far over the expected band")
+    parser.add_argument("--minutes", type=float, metavar="N", help="train for this time, all in all")
     parser.add_argument("--threads", type=int, help="number of CPU threads")
     return parser
 
@@ -87,42 +94,65 @@ def _follow(given: argparse.Namespace) -> Any:
     """Does what was asked for; yields the lines to print."""
     from . import recipe as recipes
 
+    stages = _stages() if given.what == "mini" else ((given.what, given.config or ""),)
     if given.what == "mini" and given.config:
-        raise recipes.RecipeError(
-            "mini is the recipes mini-vae, mini-sharpen and mini, one after the other; give no --config"
-        )
-    for what, name in MINI if given.what == "mini" else [(given.what, given.config or "")]:
+        names = " and ".join(name for _, name in stages)
+        raise recipes.RecipeError(f"mini is the recipes {names}, one after the other; give no --config")
+    if given.minutes is not None and not 0 < given.minutes < float("inf"):
+        raise recipes.RecipeError(f"--minutes must be above 0, not {given.minutes:g}")
+    for what, name in stages:
         if given.keys:
             yield recipes.described(what)
             continue
         overrides = given.overrides
+        if given.minutes is not None:
+            share = SHARES[what] if given.what == "mini" else 1.0
+            overrides = [*overrides, f"minutes={share * given.minutes!r}"]
         if given.what == "mini":
-            overrides = _of_stage(what, name, overrides, recipes.keys(what))
+            overrides = _of_stage(stages, what, overrides, {each: recipes.keys(each) for each, _ in stages})
         recipe = recipes.read(what, recipes.find(name) if name else None, overrides)
-        if given.what == "mini" and what != "text2image" and Path(recipe.out).exists():
-            yield f"the {'VAE' if what == 'vae' else 'sharpened VAE'} is already in {recipe.out}"
+        if given.what == "mini" and what == "vae" and Path(recipe.out).exists():
+            yield f"the VAE is already in {recipe.out}"
             continue
         yield from _stage(recipe, given)
 
 
-def _of_stage(what: str, name: str, overrides: list[str], known: Container[str]) -> list[str]:
-    """Returns the overrides of `train mini` for one of its recipes.
+def _stages() -> tuple[tuple[str, str], ...]:
+    """Returns the recipes of `train mini` that suit this machine."""
+    from .loop import processes
 
-    `out` is the file of the last, and each recipe has a folder of its own in `folder`.
+    return MINI["cpu" if processes().device.type == "cpu" else "gpu"]
+
+
+def _of_stage(
+    stages: tuple[tuple[str, str], ...],
+    what: str,
+    overrides: list[str],
+    known: Mapping[str, Container[str]],
+) -> list[str]:
+    """Returns the overrides of `train mini` for one of its recipes: those that it knows.
+
+    The last recipe is also given those that none knows, and refuses them. `out` is the file of the last, and
+    each recipe has a folder of its own in `folder`. known: the keys of each recipe.
     """
     last = what == "text2image"
     top = next((o.partition("=")[2] for o in overrides if o.startswith("folder=")), "")
-    # The last recipe refuses keys that none has.
-    mine = [o for o in overrides if last or (o.partition("=")[0] in known and not o.startswith("out="))]
+    mine = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        unknown = not any(key in keys for keys in known.values())
+        if (key in known[what] or (last and unknown)) and (last or key != "out"):
+            mine.append(override)
     if not top:
         return mine
-    blurred, sharp = f"{top}/mini-vae/vae.safetensors", f"{top}/mini-sharpen/vae.safetensors"
+    names = dict(stages)
+    vae = f"{top}/{names['vae']}/vae.safetensors"
     files = {
-        "vae": [f"out={blurred}"],
-        "sharpen": [f"start={blurred}", f"out={sharp}"],
-        "text2image": [f"vae={sharp}", f"out={top}/mini/mini.safetensors"],
+        "vae": [f"out={vae}"],
+        "text2image": [f"vae={vae}", f"out={top}/{names['text2image']}/mini.safetensors"],
     }
-    return [*files[what], *(o for o in mine if not o.startswith("folder=")), f"folder={top}/{name}"]
+    mine = [override for override in mine if not override.startswith("folder=")]
+    return [*files[what], *mine, f"folder={top}/{names[what]}"]
 
 
 def _stage(recipe: Any, given: argparse.Namespace) -> Any:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..files import whole
 from ..model.config import SD15, ModelConfig
@@ -19,15 +16,8 @@ from .recipe import Recipe
 from .text2image import Data
 from .vae import VAE, PixelBatch
 
-
-class Scenes(NamedTuple):
-    """The mini's own pictures and their captions."""
-
-    images: np.ndarray  # (N, 128, 128, 3) uint8
-    captions: list[str]
-
-    def digest(self) -> str:
-        return f"#{hashlib.blake2b(repr(self.captions).encode(), digest_size=8).hexdigest()}"
+if TYPE_CHECKING:
+    from .mini.material import Bank
 
 
 def own_pictures(recipe: Recipe) -> Pictures:
@@ -46,36 +36,45 @@ def random_pixels(recipe: Recipe, pictures: Pictures | None = None) -> PixelBatc
     if recipe.data == "emoji":
         from .mini import material
 
-        return material.random_pixels()
+        return material.random_pixels(processes().device)
     pictures = pictures or own_pictures(recipe)
     return lambda generator, count, size: pictures.pixel_batch(generator, count, size, recipe.mirror)
 
 
-def captioned_pictures(recipe: Recipe) -> Pictures | Scenes:
+def captioned_pictures(recipe: Recipe) -> Pictures | Bank:
     """Returns the pictures for a U-Net and its text encoder."""
     with processes().main_process_first():
         if recipe.data != "emoji":
             return own_pictures(recipe)
         from .mini import material
 
-        return Scenes(*material.scenes(recipe.scenes, Path(recipe.folder) / "bank"))
+        return material.bank(recipe.scenes)
 
 
 def captioned_latents(
-    recipe: Recipe, source: Pictures | Scenes, config: ModelConfig, vae: VAE, tokenizer: Tokenizer | None
+    recipe: Recipe, source: Pictures | Bank, config: ModelConfig, vae: VAE, tokenizer: Tokenizer | None
 ) -> tuple[Data, Tokenizer]:
     """Returns latents with the tokens of their captions, kept in the run's folder, and the tokenizer.
+
+    On a GPU the mini's own scenes are encoded faster than they are read, so they are not kept.
 
     tokenizer: that of the model to train; None lets the captions decide (see `vocabulary`).
     """
     folder = Path(recipe.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with processes().main_process_first():
-        if isinstance(source, Scenes):
+        if not isinstance(source, Pictures):
             from .mini import material
 
             tokenizer = tokenizer or vocabulary(source.captions, config, folder)
-            means = material.encode(vae, source.images, folder / "latents.pt")
+            device, clock = processes().device, recipe.training.loop.minutes
+            means = material.encode(
+                vae.encoder,
+                source,
+                folder / "latents" if device.type == "cpu" else None,
+                device,
+                None if clock is None else ENCODING * 60 * clock,
+            )
             return material.latents(means, source.captions, tokenizer), tokenizer
         captions = [caption for item in source.items for caption in item.captions]
         tokenizer = tokenizer or vocabulary(captions, config, folder)
@@ -84,6 +83,10 @@ def captioned_latents(
             vae.encoder, source, size, folder / "latents", tokenizer=tokenizer, mirror=recipe.mirror
         )
     return data, tokenizer
+
+
+# The share of a run's minutes in which the mini's scenes are encoded, as many as there is time for.
+ENCODING = 0.15
 
 
 def vocabulary(captions: list[str], config: ModelConfig, folder: Path) -> Tokenizer:

@@ -73,7 +73,12 @@ class Recipe:
     size: int = key(
         0, "side in pixels of the pictures, or of a square with their area; 0: the model's", least=0
     )
-    scenes: int = key(60_000, "emoji: the number of pictures to compose", least=1, trains=("text2image",))
+    scenes: int = key(
+        240_000,
+        "emoji: the number of pictures to compose, or as many as a seventh of `minutes` is enough for",
+        least=1,
+        trains=("text2image",),
+    )
     prediction_type: str = key(
         "",
         'what the U-Net predicts; "": as its model says',
@@ -88,8 +93,9 @@ class Recipe:
     out: str = key("", 'the file of the finished model; "": in the folder')
     dtype: str = key(
         "fp32",
-        "number format of the model that is written; bf16 halves the file and rounds small changes away",
-        choices=("fp32", "bf16", "fp16"),
+        "number format of the model that is written; bf16 halves the file and rounds small changes away, int8"
+        " halves it again",
+        choices=("fp32", "bf16", "fp16", "int8"),
         trains=("text2image",),
     )
     expected: tuple[tuple[float, float, float], ...] = key(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,7 +31,7 @@ from .vae import PixelBatch, train_vae
 from .vae_file import is_vae, load_vae, save_vae
 
 SIZES = {"mini": MINI, "sd15": SD15}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def run(recipe: Recipe) -> Path:
@@ -53,8 +55,10 @@ def run_vae(recipe: Recipe, config: ModelConfig) -> Path:
             f" {recipe.start} understands; `train sharpen` keeps them",
             stacklevel=2,
         )
+    begun = time.monotonic()
     pixels, size, made_of = random_pictures(recipe, config, start)
-    vae = train_vae(pixels, size, config.vae, recipe.training, Path(recipe.folder), start, made_of)
+    training, device = after(begun, recipe.training), processes().device
+    vae = train_vae(pixels, size, config.vae, training, Path(recipe.folder), start, made_of, device)
     out = Path(recipe.out)
     if processes().is_main_process:
         save_vae(vae, out)
@@ -67,7 +71,8 @@ def run_sharpen(recipe: Recipe, config: ModelConfig) -> Path:
         raise RecipeError("sharpening needs a trained VAE; set start to its file, or to a whole model")
     vae = load_vae(recipe.start, config)
     pixels, size, made_of = random_pictures(recipe, config, vae.state_dict())
-    vae = sharpen_decoder(vae, pixels, size, recipe.training, Path(recipe.folder), made_of)
+    device = processes().device
+    vae = sharpen_decoder(vae, pixels, size, recipe.training, Path(recipe.folder), made_of, device)
     out = Path(recipe.out)
     if not processes().is_main_process:
         return out
@@ -80,13 +85,23 @@ def run_sharpen(recipe: Recipe, config: ModelConfig) -> Path:
     return out
 
 
+def after(begun: float, training: Any) -> Any:
+    """Returns a training that ends as many minutes earlier as have passed since `begun`."""
+    loop = training.loop
+    if loop.minutes is None:
+        return training
+    left = max(loop.minutes / 10, loop.minutes - (time.monotonic() - begun) / 60)
+    return replace(training, loop=replace(loop, minutes=left))
+
+
 def random_pictures(
     recipe: Recipe, config: ModelConfig, start: Mapping[str, Tensor] | None
 ) -> tuple[PixelBatch, int, dict[str, str]]:
     """Returns the random pictures for a VAE, their side in pixels, and what the run is made of."""
     size, made_of = recipe.size or config.size, {"start": digest(start or {})}
     if recipe.data == "emoji":
-        return random_pixels(recipe), size, made_of | {"data": "emoji"}
+        with processes().main_process_first():
+            return random_pixels(recipe), size, made_of | {"data": "emoji"}
     with processes().main_process_first():
         pictures = own_pictures(recipe)
     side = recipe.training.crop if recipe.train == "vae" else size
@@ -102,6 +117,7 @@ def random_pictures(
 
 def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
     """Trains a U-Net and its text encoder; the file is a whole model."""
+    begun = time.monotonic()
     weights, tokenizer = None, None
     if recipe.start:
         found, models, tokenizer = load(recipe.start, dtype=torch.float32)
@@ -132,12 +148,10 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
         )
 
     watch = sheets(config, pipeline, folder)
-    trained = train_text2image(data, empty, config, recipe.training, folder, weights, watch, made_of)
+    training = after(begun, recipe.training)
+    trained = train_text2image(data, empty, config, training, folder, weights, watch, made_of)
     if processes().is_main_process:
-        networks = pipeline(trained).models
-        for network in networks.values():
-            network.to(DTYPES[recipe.dtype])
-        save(config, networks, out, tokenizer=tokenizer)
+        save(config, pipeline(trained).models, out, tokenizer=tokenizer, dtype=DTYPES[recipe.dtype])
     return out
 
 

@@ -91,15 +91,20 @@ def sharpen_decoder(
     training: Sharpening,
     folder: Path,
     made_of: Mapping[str, str] | None = None,
+    draws_on: torch.device | str = "cpu",
 ) -> VAE:
     """Trains the VAE's decoder further, in place; returns the VAE with the averaged weights.
 
     size: the side of a picture, in pixels. Resumes from `folder/checkpoint.pt` if that exists; the VAE must
-    then be the same as before. made_of: see `train`. Raises what `train` raises.
+    then be the same as before. made_of: see `train`. draws_on: the device of `pixel_batch`. Raises what
+    `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     model = WithCritic(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shown, pictures = VAE(vae.encoder.config), pixel_batch(rng(training.loop.seed, 0), 8, size)
+    shown, pictures = (
+        VAE(vae.encoder.config),
+        pixel_batch(rng(training.loop.seed, 0, draws_on), 8, size).cpu(),
+    )
     shown.load_state_dict(vae.state_dict())
 
     def decoder(average: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +116,7 @@ def sharpen_decoder(
         return side_by_side(pictures, shown)
 
     objective = sharpening_objective(pixel_batch, size, vae.encoder.config, training)
-    average = train(model, objective, training.loop, folder, compare, made_of=made_of)
+    average = train(model, objective, training.loop, folder, compare, made_of=made_of, draws_on=draws_on)
     vae.decoder.load_state_dict(decoder(average))
     vae.encoder.requires_grad_(True)
     return vae

@@ -133,12 +133,13 @@ def train_vae(
     folder: Path,
     start_from: dict[str, Tensor] | None = None,
     made_of: Mapping[str, str] | None = None,
+    draws_on: torch.device | str = "cpu",
 ) -> VAE:
     """Trains a VAE on random pictures; returns it with the averaged weights.
 
     From nothing, its latents have unit variance; otherwise they stay as near to those of before as training
     lets them. size: the side of a whole picture, in pixels. start_from: weights to begin with, instead of
-    random ones. made_of: see `train`. Raises what `train` raises.
+    random ones. made_of: see `train`. draws_on: the device of `pixel_batch`. Raises what `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -147,16 +148,17 @@ def train_vae(
             vae.encoder.quant.bias.copy_(torch.tensor([0.0, -6.0]).repeat_interleave(config.latent_channels))
     else:
         vae.load_state_dict(start_from)
-    shown, pictures = VAE(config), pixel_batch(rng(training.loop.seed, 0), 8, size)
+    shown, pictures = VAE(config), pixel_batch(rng(training.loop.seed, 0, draws_on), 8, size).cpu()
 
     def compare(step: int, average: dict[str, Tensor]) -> Image.Image:
         shown.load_state_dict(average)
         return side_by_side(pictures, shown)
 
     objective = reconstruction_objective(pixel_batch, size, config, training)
-    vae.load_state_dict(train(vae, objective, training.loop, folder, compare, made_of=made_of))
+    average = train(vae, objective, training.loop, folder, compare, made_of=made_of, draws_on=draws_on)
+    vae.load_state_dict(average)
     if start_from is None if training.normalise is None else training.normalise:
-        normalise_latents(vae, pixel_batch, size)
+        normalise_latents(vae, pixel_batch, size, draws_on)
     return vae
 
 
@@ -169,9 +171,11 @@ def side_by_side(x: Tensor, vae: VAE) -> Image.Image:
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, pixel_batch: PixelBatch, size: int) -> None:
+def normalise_latents(
+    vae: VAE, pixel_batch: PixelBatch, size: int, draws_on: torch.device | str = "cpu"
+) -> None:
     """Gives each channel of the scaled latents mean 0 and variance 1, by changing two 1×1 convolutions."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(draws_on).manual_seed(0)
     quant, post = vae.encoder.quant, vae.decoder.post_quant
     means = []
     for _ in range(16):

@@ -1,6 +1,5 @@
 """Training: what was asked is what is trained, or one sentence says why not, before anything is encoded."""
 
-import json
 import warnings
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from reifusion.train.mini import material
 from reifusion.train.plot import smoothed
 from reifusion.train.vae import VAE
 from reifusion.weights import load, save
+from tests.sprites import NOUNS, made_up
 from tests.tiny import WORDS, random_networks
 
 TOY = replace(
@@ -162,7 +162,7 @@ def test_every_key_has_limits(key, says):
     ("what", "key"),
     [("vae", "crop=0"), ("vae", "whole_from=2"), ("vae", "kl_weight=-1"), ("vae", "edges=nan"),
      ("sharpen", "critic_by=-1"), ("sharpen", "matching=inf"), ("text2image", "scenes=0"),
-     ("text2image", "dtype=int8")],
+     ("text2image", "dtype=int4")],
 )  # fmt: skip
 def test_so_have_those_of_other_trainings(what, key):
     with pytest.raises(RecipeError, match=f"^{key.partition('=')[0]} must be"):
@@ -319,29 +319,43 @@ def test_a_new_weight_decay_counts_after_a_resume(tmp_path):
 # Files made on the way
 
 
-def test_latents_of_another_vae_are_not_used_again(tmp_path):
-    images = torch.randint(0, 255, (4, 32, 32, 3), dtype=torch.uint8).numpy()
+def test_latents_of_another_vae_or_of_other_scenes_are_not_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(material, "read_library", lambda: made_up(NOUNS[:4], 32))
+    monkeypatch.setattr(material, "SHARD", 3)
     torch.manual_seed(0)
-    one, two = VAE(TOY.vae).eval(), VAE(TOY.vae).eval()
-    first = material.encode(one, images, tmp_path / "latents.pt")
-    assert not torch.equal(first, material.encode(two, images, tmp_path / "latents.pt"))
-    assert torch.equal(first, material.encode(one, images, tmp_path / "latents.pt"))
-    assert not torch.equal(first, material.encode(one, 255 - images, tmp_path / "latents.pt"))
-    torch.save(first, tmp_path / "latents.pt")  # of a version that did not say what they were made of
-    assert not torch.equal(first, material.encode(two, images, tmp_path / "latents.pt"))
+    one, two = (VAE(TOY.vae).eval().encoder for _ in range(2))
+    scenes = material.bank(7)
+
+    def encode(encoder, scenes) -> torch.Tensor:
+        return material.encode(encoder, scenes, tmp_path)
+
+    first = encode(one, scenes)
+    assert first.shape[0] == 7 and len(list(tmp_path.iterdir())) == 3
+    assert not torch.equal(first, encode(two, scenes))
+    monkeypatch.setattr(material, "SEED", 2)
+    assert not torch.equal(first, encode(one, material.bank(7)))
+    before = len(list(tmp_path.iterdir()))
+    with monkeypatch.context() as patch:
+        patch.setattr(material, "render", None)  # nothing is drawn again
+        assert torch.equal(first, encode(one, scenes))
+    assert len(list(tmp_path.iterdir())) == before
+    assert torch.equal(first, material.encode(one, scenes))  # and without files
 
 
-def test_a_bank_has_as_many_scenes_as_are_asked_for(tmp_path, monkeypatch):
-    def build_bank(count, seed, out):
-        out.mkdir()
-        (out / "scenes.json").write_text(json.dumps(list(range(count))))
+def test_a_longer_bank_begins_with_the_scenes_of_a_shorter_one(monkeypatch):
+    monkeypatch.setattr(material, "read_library", lambda: made_up(NOUNS[:4], 32))
+    short, long = material.bank(3), material.bank(8)
+    assert len(short) == 3 and len(long) == 8 and long.captions[:3] == short.captions
+    assert short.digest() != long.digest()
 
-    monkeypatch.setattr(material, "build_bank", build_bank)
-    monkeypatch.setattr(
-        material, "load_bank", lambda folder: (json.loads((folder / "scenes.json").read_text()),) * 2
-    )
-    for count in (3, 8, 5):
-        assert len(material.scenes(count, tmp_path / "bank")[1]) == count
+
+def test_scenes_are_encoded_only_while_there_is_time(monkeypatch):
+    monkeypatch.setattr(material, "read_library", lambda: made_up(NOUNS[:4], 32))
+    monkeypatch.setattr(material, "SHARD", 2)
+    torch.manual_seed(0)
+    encoder, scenes = VAE(TOY.vae).eval().encoder, material.bank(7)
+    few = material.encode(encoder, scenes, seconds=0.0)
+    assert len(few) == 2 and torch.equal(few, material.encode(encoder, scenes)[:2])
 
 
 def test_the_vocabulary_is_that_of_the_captions(here, tmp_path):
@@ -452,15 +466,23 @@ def test_the_curve_of_a_short_run_falls_with_its_loss():
     assert drawn[0] > 0.7 and drawn[-1] < 0.35
 
 
-def test_train_mini_gives_each_stage_a_folder_and_the_file_to_the_last():
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_train_mini_gives_each_stage_a_folder_and_the_file_to_the_last(device):
     from reifusion.train.__main__ import MINI as STAGES
     from reifusion.train.__main__ import _of_stage
 
-    def stage(i, *overrides):
-        what, name = STAGES[i]
-        return recipe.read(what, recipe.find(name), _of_stage(what, name, [*overrides], recipe.keys(what)))
+    stages = STAGES[device]
 
-    vae, sharp, whole = (stage(i, "folder=my/runs", "out=my.safetensors") for i in range(3))
-    assert len({vae.folder, sharp.folder, whole.folder}) == 3
-    assert vae.out == sharp.start and sharp.out == whole.vae and whole.out == "my.safetensors"
-    assert stage(0).folder == "runs/mini-vae" and stage(2, "out=x.safetensors").out == "x.safetensors"
+    def stage(i, *overrides):
+        what, name = stages[i]
+        mine = _of_stage(stages, what, [*overrides], {each: recipe.keys(each) for each, _ in stages})
+        return recipe.read(what, recipe.find(name), mine)
+
+    vae, whole = (stage(i, "folder=my/runs", "out=my.safetensors") for i in range(2))
+    assert vae.folder != whole.folder and vae.out == whole.vae and whole.out == "my.safetensors"
+    assert stage(0).folder == f"runs/{stages[0][1]}" and stage(1, "out=x.safetensors").out == "x.safetensors"
+    assert stage(0).out == stage(1).vae
+    assert stage(0, "crop=24").training.crop == 24 and stage(1, "crop=24").training.batch > 0
+    assert stage(0, "steps=7").training.loop.steps == stage(1, "steps=7").training.loop.steps == 7
+    with pytest.raises(RecipeError, match="crops"):
+        stage(1, "crops=24")

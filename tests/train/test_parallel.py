@@ -16,7 +16,6 @@ from PIL import Image
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.loop import LoopConfig, processes, train
-from reifusion.train.mini.material import random_pictures
 from reifusion.train.text2image import (
     Latents,
     TextToImage,
@@ -26,6 +25,7 @@ from reifusion.train.text2image import (
     train_text2image,
 )
 from reifusion.train.vae import VAE, VAETraining, train_vae
+from tests.sprites import random_sprites
 
 TINY = ModelConfig(
     name="tiny",
@@ -69,7 +69,7 @@ def vae(folder: Path, **more) -> None:
     generator = torch.Generator().manual_seed(0)
     sprites = torch.randint(0, 256, (6, 4, 16, 16), generator=generator, dtype=torch.uint8)
     training = VAETraining(loop=loop(lr=1e-3, **more), batch=8, crop=8)
-    train_vae(partial(random_pictures, sprites), 16, TINY.vae, training, folder, start(VAE, TINY.vae))
+    train_vae(partial(random_sprites, sprites), 16, TINY.vae, training, folder, start(VAE, TINY.vae))
 
 
 def outcome(folder: Path, trouble) -> str:

@@ -1,6 +1,7 @@
 """Every built-in recipe, followed for a few steps from its command to the trained file."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,10 @@ from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VA
 from reifusion.model.model_loader import ModelError, build
 from reifusion.train import run
 from reifusion.train.__main__ import main
+from reifusion.train.mini import material
 from reifusion.train.vae_file import load_vae, save_vae
 from reifusion.weights import info, save
-from tests.sprites import NOUNS, prepared
+from tests.sprites import prepared_library
 
 # It has SD 1.5's vocabulary and VAE factor, which its recipes rely on, and is small otherwise.
 SMALL_SD = ModelConfig(
@@ -74,6 +76,7 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(run, "PROMPTS", run.PROMPTS[:2])
     vae, model = tmp_path / "vae.safetensors", tmp_path / "model.safetensors"
     few = [f"data={pictures}", "steps=2", "batch=2", "log_every=1"]
+    few += ["compile=false"]
     code = main(["vae", "--config", "mini-vae", *few, "crop=32", f"folder={tmp_path}/v", f"out={vae}"])
     assert code == 0
     sharp = tmp_path / "sharp.safetensors"
@@ -85,7 +88,7 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
         ["text2image", "--config", "mini", *few, f"vae={sharp}", f"folder={tmp_path}/t", f"out={model}"]
     )
     assert code == 0
-    assert draw(reifusion.load(model), "a red ball").size == (128, 128)
+    assert draw(reifusion.load(model), "a red ball").size == (256, 256)
     rows = [json.loads(line) for line in (tmp_path / "t" / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and all(row["loss"] > 0 for row in rows)
     assert list((tmp_path / "t").glob("sheet-*.png"))
@@ -94,23 +97,38 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     more = [*few, f"vae={model}", f"folder={tmp_path}/f", f"out={flow}"]
     assert main(["text2image", "--config", "mini-flow", *more]) == 0
     assert info(flow).config.schedule.prediction_type == "flow"
-    assert draw(reifusion.load(flow), "a ball").size == (128, 128)
+    assert draw(reifusion.load(flow), "a ball").size == (256, 256)
 
 
-def test_mini_from_the_drawings(tmp_path, monkeypatch):
-    # The mini's own VAE, because the fast kernels are made for its attention and widths; the rest is small.
-    monkeypatch.setitem(run.SIZES, "mini", replace(SMALL_MINI, vae=MINI.vae))
+def test_train_mini_from_the_drawings_in_the_minutes_that_it_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(run.SIZES, "mini", SMALL_MINI)
     monkeypatch.setattr(run, "PROMPTS", run.PROMPTS[:2])
+    monkeypatch.setattr(material, "FOR_THE_VAE", 20)
+    monkeypatch.setattr(material, "SHARD", 4)
     monkeypatch.setenv("REIFUSION_CACHE", str(tmp_path))
-    prepared(tmp_path / "mini", NOUNS[:8])
-    vae, model = tmp_path / "vae.safetensors", tmp_path / "model.safetensors"
-    few = ["steps=1", "batch=2"]
-    assert main(["vae", "--config", "mini-vae", *few, f"folder={tmp_path}/v", f"out={vae}"]) == 0
-    few += ["scenes=12", f"vae={vae}", f"folder={tmp_path}/t", f"out={model}"]
-    assert main(["text2image", "--config", "mini", *few]) == 0
-    assert draw(reifusion.load(model), "a cat").size == (128, 128)
-    latents = torch.load(tmp_path / "t" / "latents.pt", weights_only=True)["latents"]
-    assert latents.shape == (12, 4, 16, 16) and latents.isfinite().all()
+    prepared_library(tmp_path / "mini")
+    command = ["mini", "--minutes", "0.2", "batch=2", "scenes=12", f"folder={tmp_path}/runs"]
+    begun = time.monotonic()
+    assert main([*command, "crop=32", f"out={tmp_path}/my.safetensors"]) == 0
+    assert time.monotonic() - begun < 120  # 12 seconds of it are training
+    for stage in ("mini-laptop-vae", "mini-laptop"):
+        rows = [json.loads(row) for row in (tmp_path / "runs" / stage / "training.jsonl").open()]
+        assert rows and all(0 < row["loss"] < 10 for row in rows)
+    found = info(tmp_path / "my.safetensors")
+    assert found.dtype == "int8" and found.config.unet.patch == 2
+    assert draw(reifusion.load(tmp_path / "my.safetensors"), "a cat").size == (256, 256)
+    # The same command has nothing left to do.
+    capsys.readouterr()
+    assert main([*command, "crop=32", f"out={tmp_path}/my.safetensors"]) == 0
+    said = capsys.readouterr()
+    assert f"the VAE is already in {tmp_path}/runs/mini-laptop-vae/vae.safetensors" in said.out
+    assert "nothing is left to train" in said.err and "minutes are over" in said.err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf"])
+def test_minutes_that_nothing_can_be_done_in_are_refused(minutes, capsys):
+    assert main(["mini", f"--minutes={minutes}"]) == 2
+    assert "--minutes must be above 0" in capsys.readouterr().err
 
 
 def halves_that_differ(one, other):

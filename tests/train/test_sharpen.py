@@ -9,9 +9,9 @@ import torch
 
 from reifusion.model.config import VAEConfig
 from reifusion.train.loop import BatchPart, LoopConfig
-from reifusion.train.mini.material import random_pictures
 from reifusion.train.sharpen import Sharpening, WithCritic, sharpen_decoder, sharpening_objective
 from reifusion.train.vae import VAE, PixelBatch
+from tests.sprites import random_sprites
 
 TINY = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0)
 FEW = Sharpening(
@@ -23,7 +23,7 @@ FEW = Sharpening(
 def draw() -> PixelBatch:
     generator = torch.Generator().manual_seed(0)
     sprites = torch.randint(0, 256, (6, 4, 4, 4), generator=generator, dtype=torch.uint8)
-    return partial(random_pictures, sprites.repeat_interleave(4, 2).repeat_interleave(4, 3))  # blocks, 16×16
+    return partial(random_sprites, sprites.repeat_interleave(4, 2).repeat_interleave(4, 3))  # blocks, 16×16
 
 
 def sharpened(draw, training, folder) -> dict[str, torch.Tensor]:
@@ -77,7 +77,11 @@ def test_critic_learns_from_the_first_step_and_is_listened_to_later(draw):
         model.zero_grad()
         total, figures = objective(model, step / 100, torch.Generator().manual_seed(1), BatchPart())
         total.backward()
-        return total.item(), {name: float(value) for name, value in figures.items()}, _has_gradient(model.critic.score)
+        return (
+            total.item(),
+            {name: float(value) for name, value in figures.items()},
+            _has_gradient(model.critic.score),
+        )
 
     first, figures, learns = at(0)
     assert learns

@@ -9,7 +9,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reifusion.model.config import VAEConfig
 from reifusion.train.loop import BatchPart, LoopConfig, rng
-from reifusion.train.mini.material import random_pictures
 from reifusion.train.vae import (
     VAE,
     VAETraining,
@@ -21,6 +20,7 @@ from reifusion.train.vae import (
     terms,
     train_vae,
 )
+from tests.sprites import random_sprites
 
 TINY = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=1.0)
 
@@ -30,7 +30,7 @@ def draw():
     generator = torch.Generator().manual_seed(0)
     sprites = torch.randint(0, 256, (6, 4, 4, 4), generator=generator, dtype=torch.uint8)
     sprites = sprites.repeat_interleave(4, 2).repeat_interleave(4, 3)  # (6, 4, 16, 16), blocky
-    return partial(random_pictures, sprites)
+    return partial(random_sprites, sprites)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.18215])

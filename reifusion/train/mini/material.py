@@ -1,102 +1,117 @@
-"""The mini's own data: sprites on random backgrounds for its VAE, and captioned scenes for its U-Net."""
+"""The mini's own data: random pictures for its VAE, and captioned scenes, encoded once, for its U-Net.
+
+Everything happens on the device that trains: sprites lie there, scenes are rendered there from their
+specifications, and latents stay there.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
+import time
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from ...model.clip import Tokenizer
-from ..checkpoint import save_atomically
+from ...files import whole
+from ...model.encoder import Encoder
+from ...model.tokenizer import Tokenizer
+from ...weights.writing import write_tensors
 from ..latents import weights_hash
 from ..text2image import Latents
-from ..vae import VAE, PixelBatch
-from .scenes import build_bank, load_bank
-from .sprites import training_sprites
+from ..vae import PixelBatch
+from .compose import Specs, compose_bank
+from .library import Library, read_library
+from .render import random_pictures, render
 
-# ---- for the VAE ------------------------------------------------------------------------------------------
-
-
-def random_pixels() -> PixelBatch:
-    """Returns random pictures of the sprites. Raises DataError if they cannot be fetched."""
-    sprites = torch.from_numpy(training_sprites()[0]).permute(0, 3, 1, 2).contiguous()  # (N, 4, 128, 128)
-    return partial(random_pictures, sprites)
+SHARD = 1000  # scenes in a file of latents: no more than these are encoded again after a kill
+SEED = 1  # of the scenes
+FOR_THE_VAE = 20_000  # scenes: it sees crops of them, and sprites on any colour
 
 
-def random_pictures(sprites: Tensor, generator: torch.Generator, count: int, size: int) -> Tensor:
-    """Sprites (N, 4, S, S) uint8 -> pictures (count, 3, size, size) in [-1, 1], on random backgrounds.
+@dataclass(frozen=True)
+class Bank:
+    """Captioned scenes, not yet drawn."""
 
-    Half are crops at full resolution, and half are whole sprites made smaller; if size is S, all are whole.
+    library: Library
+    specs: Specs
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def digest(self) -> str:
+        """Returns what tells this bank from others, for `made_of`."""
+        return f"#{hashlib.blake2b(repr(self.captions).encode(), digest_size=8).hexdigest()}"
+
+
+def bank(count: int) -> Bank:
+    """Composes the first scenes. A longer bank begins with the scenes of a shorter one.
+
+    Raises DataError if the drawings cannot be fetched.
     """
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    chosen = sprites[torch.randint(len(sprites), (count,), generator=generator)].float() / 255  # (B, 4, S, S)
-    side = sprites.shape[-1]
-    # One affine map for each picture: zoom, position, mirror.
-    zoom = torch.where(uniform(count) < 0.5, torch.full((count,), size / side), 0.8 + 0.5 * uniform(count))
-    zoom = torch.where(uniform(count) < 0.2, 2 * zoom, zoom) if size == side else zoom
-    room = (1 - zoom).clamp(min=0.15)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = torch.where(uniform(count) < 0.5, zoom, -zoom)
-    theta[:, 1, 1] = zoom
-    theta[:, :, 2] = (2 * uniform(count, 2) - 1) * room[:, None]
-    grid = F.affine_grid(theta, [count, 4, size, size], align_corners=False)
-    chosen[:, :3] *= chosen[:, 3:]  # premultiplied, so that no dark rim appears at soft edges
-    chosen = F.grid_sample(chosen, grid, mode="bilinear", align_corners=False)  # (B, 4, size, size)
-    colour, alpha = chosen[:, :3], chosen[:, 3:]
-    # A third get their colour channels shuffled: dyed subjects must survive the round trip as well.
-    order = torch.stack([torch.randperm(3, generator=generator) for _ in range(count)])
-    order = torch.where(uniform(count, 1) < 0.33, order, torch.arange(3))
-    colour = torch.gather(colour, 1, order[:, :, None, None].expand_as(colour))
-    background = torch.where(
-        uniform(count, 1, 1, 1) < 0.5, torch.ones(count, 3, 1, 1), uniform(count, 3, 1, 1)
-    )
-    return (colour + (1 - alpha) * background) * 2 - 1
+    library = read_library()
+    return Bank(library, *compose_bank(library, SEED, count))
 
 
-# ---- for the U-Net and the text encoder -------------------------------------------------------------------
-
-
-def scenes(count: int, folder: Path) -> tuple[np.ndarray, list[str]]:
-    """Returns pictures (N, 128, 128, 3) uint8 and their captions, which are composed once."""
-    if (folder / "scenes.json").exists():
-        images, captions = load_bank(folder)
-        if len(captions) >= count:  # a longer bank begins with the scenes of a shorter one
-            return images[:count], captions[:count]
-        shutil.rmtree(folder)
-    build_bank(count, seed=1, out=folder)
-    return load_bank(folder)
+def random_pixels(device: torch.device | str = "cpu") -> PixelBatch:
+    """Returns a function that draws random pictures for a VAE, on the device. Raises DataError."""
+    library = read_library()
+    specs, _ = compose_bank(library, SEED, FOR_THE_VAE)
+    return partial(random_pictures, library.pixels.to(device), specs.to(device))
 
 
 @torch.inference_mode()
-def encode(vae: VAE, images: np.ndarray, path: Path) -> Tensor:
-    """Scenes (N, 128, 128, 3) uint8 -> latents (N, 4, 16, 16) bf16, kept in the file `path`."""
-    # The file also says what the latents were made of, so that those of another VAE are not taken for them.
-    of = hashlib.blake2b(weights_hash(vae.encoder).encode(), digest_size=8)
-    for start in range(0, len(images), 1024):
-        of.update(images[start : start + 1024].tobytes())
-    made_of = of.hexdigest()
-    kept = torch.load(path, weights_only=True) if path.exists() else None
-    if isinstance(kept, dict) and kept.get("made_of") == made_of:
-        return kept["latents"]
-    latents = []
-    for start in tqdm(range(0, len(images), 64), desc="encoding", unit="64 scenes"):
-        x = torch.from_numpy(images[start : start + 64].copy()).permute(0, 3, 1, 2)  # (64, 3, 128, 128)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(vae.encoder(x.float() / 127.5 - 1).bfloat16())
-    save_atomically({"made_of": made_of, "latents": torch.cat(latents)}, path)
-    return torch.load(path, weights_only=True)["latents"]
+def encode(
+    encoder: Encoder,
+    scenes: Bank,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    seconds: float | None = None,
+    batch: int = 50,
+) -> Tensor:
+    """Draws the scenes and encodes them: latents (N, 4, h, w) in bfloat16, on the device.
+
+    folder: keeps them in files, so that a run that was killed goes on from there; None: keeps no files.
+    seconds: encodes only as many thousands as that time allows, but one at least; None: encodes all.
+    """
+    begun, device = time.monotonic(), torch.device(device)
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pixels, of = scenes.library.pixels.to(device), weights_hash(encoder)
+    shards: list[Tensor] = []
+    for start in tqdm(range(0, len(scenes), SHARD), desc="encoding", unit="thousand scenes"):
+        if shards and seconds is not None and time.monotonic() - begun > seconds:
+            break
+        specs = scenes.specs[start : start + SHARD]
+        path = None if folder is None else folder / f"{_digest(of, pixels.shape, specs)}.safetensors"
+        if path is not None and path.exists():
+            shards.append(load_file(path)["latents"].to(device))
+            continue
+        parts = []
+        for first in range(0, len(specs), batch):
+            x = render(pixels, specs[first : first + batch].to(device))  # (batch, 3, S, S)
+            with torch.autocast(device.type, torch.bfloat16):
+                parts.append(encoder(x.contiguous(memory_format=torch.channels_last)).bfloat16())
+        shards.append(torch.cat(parts).contiguous())
+        if path is not None:
+            with whole(path) as temporary:
+                write_tensors({"latents": shards[-1].cpu()}, temporary)
+    return torch.cat(shards).clone()
+
+
+def _digest(of: str, shape: torch.Size, specs: Specs) -> str:
+    """Returns a hash of all that decides some latents: the encoder, the sprites and the scenes."""
+    found = hashlib.blake2b(f"{of} {tuple(shape)}".encode(), digest_size=8)
+    for field in fields(specs):
+        found.update(getattr(specs, field.name).contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def latents(means: Tensor, captions: list[str], tokenizer: Tokenizer) -> Latents:
-    """Joins the scenes' latents and their captions."""
-    return Latents(means, torch.tensor([tokenizer.encode(caption) for caption in captions]))
+    """Joins the latents of the first scenes and their captions, on the latents' device."""
+    tokens = torch.tensor([tokenizer.encode(caption) for caption in captions[: len(means)]])
+    return Latents(means, tokens.to(means.device))
