@@ -186,12 +186,14 @@ def train(
     describe: Callable[[int], str] | None = None,
     made_of: Mapping[str, str] | None = None,
     draws_on: torch.device | str = "cpu",
+    spent: float = 0.0,
 ) -> dict[str, Tensor]:
     """Minimises the objective over the parameters that require gradients; returns their moving average.
 
     Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) may return a picture
     for TensorBoard. describe(step) names the step's samples, for error messages. made_of: see
-    `unchanged`. draws_on: the device of the objective's generators. Ctrl-C or SIGTERM writes the checkpoint
+    `unchanged`. draws_on: the device of the objective's generators. spent: the seconds of the run's time that
+    went by before. Ctrl-C or SIGTERM writes the checkpoint
     and raises KeyboardInterrupt. Raises TrainingError when the loss is not finite or explodes, when the
     checkpoint belongs to another run, and when the disk is full.
     """
@@ -205,7 +207,9 @@ def train(
     path = folder / "checkpoint.pt"
     made_of = made_of or {}
     unchanged(path, made_of, config.allow_changes)
-    start, seconds = load_checkpoint(path, model, ema, optimizers, scaler) if path.exists() else (0, 0.0)
+    start, seconds = 0, min(spent, 54 * (config.minutes or math.inf))  # a tenth of the time is for steps
+    if path.exists():
+        start, seconds = load_checkpoint(path, model, ema, optimizers, scaler)
     clock = Clock(config, seconds)
     if clock.done(start) >= 1:
         over = f"{start} steps were done before, and steps is {config.steps}"

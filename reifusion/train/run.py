@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -57,8 +56,17 @@ def run_vae(recipe: Recipe, config: ModelConfig) -> Path:
         )
     begun = time.monotonic()
     pixels, size, made_of = random_pictures(recipe, config, start)
-    training, device = after(begun, recipe.training), processes().device
-    vae = train_vae(pixels, size, config.vae, training, Path(recipe.folder), start, made_of, device)
+    vae = train_vae(
+        pixels,
+        size,
+        config.vae,
+        recipe.training,
+        Path(recipe.folder),
+        start,
+        made_of,
+        draws_on=processes().device,
+        spent=time.monotonic() - begun,
+    )
     out = Path(recipe.out)
     if processes().is_main_process:
         save_vae(vae, out)
@@ -83,15 +91,6 @@ def run_sharpen(recipe: Recipe, config: ModelConfig) -> Path:
         models["decoder"] = vae.decoder  # in float32, so that nothing of what it has learned is rounded away
         save(found, models, out, tokenizer=tokenizer)
     return out
-
-
-def after(begun: float, training: Any) -> Any:
-    """Returns a training that ends as many minutes earlier as have passed since `begun`."""
-    loop = training.loop
-    if loop.minutes is None:
-        return training
-    left = max(loop.minutes / 10, loop.minutes - (time.monotonic() - begun) / 60)
-    return replace(training, loop=replace(loop, minutes=left))
 
 
 def random_pictures(
@@ -148,8 +147,8 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
         )
 
     watch = sheets(config, pipeline, folder)
-    training = after(begun, recipe.training)
-    trained = train_text2image(data, empty, config, training, folder, weights, watch, made_of)
+    spent = time.monotonic() - begun
+    trained = train_text2image(data, empty, config, recipe.training, folder, weights, watch, made_of, spent)
     if processes().is_main_process:
         save(config, pipeline(trained).models, out, tokenizer=tokenizer, dtype=DTYPES[recipe.dtype])
     return out

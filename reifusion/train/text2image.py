@@ -252,6 +252,7 @@ def optimise(
     folder: Path,
     every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
     made_of: Mapping[str, str] | None = None,
+    spent: float = 0.0,
 ) -> dict[str, Tensor]:
     """Trains the parameters that require gradients, on captioned latents; returns their moving average."""
     objective = denoising_objective(data, empty, forward_process(schedule), training)
@@ -261,7 +262,9 @@ def optimise(
         return describe(rng(training.loop.seed, step, data.device), training.batch)
 
     with recomputed(model.diffusion) if training.gradient_checkpointing else nullcontext():
-        return train(model, objective, training.loop, folder, every_checkpoint, names, made_of, data.device)
+        return train(
+            model, objective, training.loop, folder, every_checkpoint, names, made_of, data.device, spent
+        )
 
 
 def train_text2image(
@@ -273,12 +276,13 @@ def train_text2image(
     start_from: dict[str, Tensor] | None = None,
     every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
     made_of: Mapping[str, str] | None = None,
+    spent: float = 0.0,
 ) -> TextToImage:
     """Trains a model of these sizes on captioned latents; returns it with the averaged weights.
 
     empty: the tokens (L,) of the empty caption. start_from: weights to begin with, instead of random ones.
-    every_checkpoint: as in `train`, but with all weights of the model, the frozen ones as well. made_of: see
-    `train`. Raises what `train` raises.
+    every_checkpoint: as in `train`, but with all weights of the model, the frozen ones as well. made_of,
+    spent: see `train`. Raises what `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     model = TextToImage(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -289,6 +293,6 @@ def train_text2image(
     def watch(step: int, average: dict[str, Tensor]) -> Image.Image | None:
         return None if every_checkpoint is None else every_checkpoint(step, model.state_dict() | average)
 
-    average = optimise(model, data, empty, config.schedule, training, folder, watch, made_of)
+    average = optimise(model, data, empty, config.schedule, training, folder, watch, made_of, spent)
     model.load_state_dict(average, strict=False)
     return model

@@ -134,12 +134,14 @@ def train_vae(
     start_from: dict[str, Tensor] | None = None,
     made_of: Mapping[str, str] | None = None,
     draws_on: torch.device | str = "cpu",
+    spent: float = 0.0,
 ) -> VAE:
     """Trains a VAE on random pictures; returns it with the averaged weights.
 
     From nothing, its latents have unit variance; otherwise they stay as near to those of before as training
     lets them. size: the side of a whole picture, in pixels. start_from: weights to begin with, instead of
-    random ones. made_of: see `train`. draws_on: the device of `pixel_batch`. Raises what `train` raises.
+    random ones. made_of, spent: see `train`. draws_on: the device of `pixel_batch`. Raises what `train`
+    raises.
     """
     torch.manual_seed(training.loop.seed)
     vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -155,7 +157,9 @@ def train_vae(
         return side_by_side(pictures, shown)
 
     objective = reconstruction_objective(pixel_batch, size, config, training)
-    average = train(vae, objective, training.loop, folder, compare, made_of=made_of, draws_on=draws_on)
+    average = train(
+        vae, objective, training.loop, folder, compare, made_of=made_of, draws_on=draws_on, spent=spent
+    )
     vae.load_state_dict(average)
     if start_from is None if training.normalise is None else training.normalise:
         normalise_latents(vae, pixel_batch, size, draws_on)
