@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Container, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,7 +115,8 @@ def _follow(given: argparse.Namespace) -> Any:
         if given.what == "mini" and what == "vae" and Path(recipe.out).exists():
             yield f"the VAE is already in {recipe.out}"
             continue
-        yield from _stage(recipe, given)
+        with _ahead(given, stages) if what == "vae" else nullcontext():
+            yield from _stage(recipe, given)
 
 
 def _stages() -> tuple[tuple[str, str], ...]:
@@ -153,6 +155,21 @@ def _of_stage(
     }
     mine = [override for override in mine if not override.startswith("folder=")]
     return [*files[what], *mine, f"folder={top}/{names[what]}"]
+
+
+def _ahead(given: argparse.Namespace, stages: tuple[tuple[str, str], ...]) -> Any:
+    """Returns what to do beside the training of the mini's VAE: on a GPU, to compile the U-Net's steps."""
+    name = dict(stages).get("text2image")
+    checking = given.dry_run or given.overfit_one or given.check_gradients or given.plot
+    if name is None or checking or "compile=false" in given.overrides or stages == MINI["cpu"]:
+        return nullcontext()
+    from . import recipe as recipes
+    from .warm import warming
+
+    known = recipes.keys("text2image")
+    here = ("folder", "out", "data")  # nothing is read or written
+    overrides = [o for o in given.overrides if (k := o.partition("=")[0].strip()) in known and k not in here]
+    return warming([*overrides, "vae="], name)
 
 
 def _stage(recipe: Any, given: argparse.Namespace) -> Any:
