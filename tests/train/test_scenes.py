@@ -29,6 +29,7 @@ from reifusion.train.mini.compose import KINDS, SHARES, Specs, compose_bank, com
 from reifusion.train.mini.held_out import held_out_colour, held_out_look, held_out_place, held_out_style
 from reifusion.train.mini.library import Library
 from reifusion.train.mini.places import PLACES, draw
+from reifusion.train.mini.material import levels
 from reifusion.train.mini.render import random_pictures, sprite_pictures
 from reifusion.train.mini.styles import STYLES, premultiply
 from tests.sprites import NOUNS, ball, made_up
@@ -386,15 +387,16 @@ def test_sizes_and_shifts_are_whole_patches_of_latents(library: Library) -> None
 
 def test_pictures_for_the_vae_are_decided_by_the_generator(library: Library) -> None:
     specs, _ = compose_scenes(library.sprites, 2, range(8))
+    drawn = levels(render.render(library.pixels, specs))
 
     def some(seed: int, size: int) -> Tensor:
-        return random_pictures(library.pixels, specs, torch.Generator().manual_seed(seed), 9, size)
+        return random_pictures(drawn, library.pixels, torch.Generator().manual_seed(seed), 9, size)
 
     for size in (32, SIDE):
         x = some(0, size)
         assert x.shape == (9, 3, size, size) and x.min() >= -1.001 and x.max() <= 1.001
         assert torch.equal(x, some(0, size)) and not torch.equal(x, some(1, size))
-    windows = render.render(library.pixels, specs).unfold(2, 60, 1).unfold(3, 60, 1)  # (8, 3, 5, 5, 60, 60)
+    windows = (drawn.float() / 127.5 - 1).unfold(2, 60, 1).unfold(3, 60, 1)  # (8, 3, 5, 5, 60, 60)
     for part in some(3, 60)[:4]:  # the first half are parts of scenes
         assert (windows - part[None, :, None, None]).abs().amax((1, 4, 5)).min() < 1e-4
 

@@ -24,13 +24,13 @@ from ...weights.writing import write_tensors
 from ..latents import weights_hash
 from ..text2image import Latents
 from ..vae import PixelBatch
-from .compose import Specs, compose_bank
+from .compose import Specs, compose_bank, training_sprites
 from .library import Library, read_library
 from .render import random_pictures, render
 
 SHARD = 1000  # scenes in a file of latents: no more than these are encoded again after a kill
 SEED = 1  # of the scenes
-FOR_THE_VAE = 20_000  # scenes: it sees crops of them, and sprites on any colour
+FOR_THE_VAE = 4_000  # scenes, drawn once: it sees parts of them, and sprites on any colour
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,15 @@ def random_pixels(device: torch.device | str = "cpu") -> PixelBatch:
     """Returns a function that draws random pictures for a VAE, on the device. Raises DataError."""
     library = read_library()
     specs, _ = compose_bank(library, SEED, FOR_THE_VAE)
-    return partial(random_pictures, library.pixels.to(device), specs.to(device))
+    specs, pixels = specs.to(device), library.pixels.to(device)
+    some = range(0, FOR_THE_VAE, 50)  # few at a time, for the sake of memory
+    scenes = torch.cat([levels(render(pixels, specs[first : first + 50])) for first in some])
+    return partial(random_pictures, scenes, pixels[training_sprites(library.sprites)])
+
+
+def levels(x: Tensor) -> Tensor:
+    """Pictures in [-1, 1] -> their 256 levels, uint8"""
+    return ((x + 1) * 127.5).round().byte()
 
 
 @torch.inference_mode()

@@ -93,22 +93,23 @@ def _shadow(alpha: Tensor, specs: Specs, flat: float = 0.09) -> Tensor:
 
 
 def random_pictures(
-    pixels: Tensor, specs: Specs, generator: torch.Generator, count: int, size: int
+    scenes: Tensor, sprites: Tensor, generator: torch.Generator, count: int, size: int
 ) -> Tensor:
     """Random pictures (count, 3, size, size) in [-1, 1] for the VAE: half parts of scenes, half sprites.
 
-    pixels, specs and generator must be on one device.
+    scenes: rendered (N, 3, S, S) uint8. sprites: (M, 4, S, S) uint8. Both and the generator are on one device.
     """
-    device = pixels.device
-    here = torch.randint(len(specs), (count,), generator=generator, device=device)
-    scenes, sprites = here[: count // 2], here[count // 2 :]
-    x = render(pixels, specs[scenes])
-    room = pixels.shape[-1] - size + 1
-    corner = torch.randint(room, (len(scenes), 2, 1), generator=generator, device=device)
+    device = scenes.device
+
+    def chosen(of: Tensor, count: int) -> Tensor:
+        return torch.randint(len(of), (count,), generator=generator, device=device)
+
+    these, room = chosen(scenes, count // 2), scenes.shape[-1] - size + 1
+    corner = torch.randint(room, (len(these), 2, 1), generator=generator, device=device)
     rows, columns = (corner + torch.arange(size, device=device)).unbind(1)  # (N, size) each
-    index = torch.arange(len(scenes), device=device)[:, None, None]
-    x = x.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    return torch.cat([x, sprite_pictures(pixels[specs.sprite[sprites, 0]], generator, size)])
+    parts = scenes.permute(0, 2, 3, 1)[these[:, None, None], rows[:, :, None], columns[:, None, :]]
+    parts = parts.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.cat([parts, sprite_pictures(sprites[chosen(sprites, count - len(these))], generator, size)])
 
 
 def sprite_pictures(sprites: Tensor, generator: torch.Generator, size: int) -> Tensor:
