@@ -28,8 +28,8 @@ from reifusion.train.mini.colours import (
 from reifusion.train.mini.compose import KINDS, SHARES, Specs, compose_bank, compose_scenes
 from reifusion.train.mini.held_out import held_out_colour, held_out_look, held_out_place, held_out_style
 from reifusion.train.mini.library import Library
-from reifusion.train.mini.places import PLACES, draw
 from reifusion.train.mini.material import levels
+from reifusion.train.mini.places import PLACES, draw
 from reifusion.train.mini.render import random_pictures, sprite_pictures
 from reifusion.train.mini.styles import STYLES, premultiply
 from tests.sprites import NOUNS, ball, made_up
