@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
-from reifusion.train.mini.scenes import Sprites
-from reifusion.train.mini.sprites import SIDE, SpriteRecord
+from reifusion.train.mini.colours import COLOURS
+from reifusion.train.mini.library import SIDE, Library, Sprite
 
 
-def sprites() -> Sprites:
-    pixels, records = [], []
+def library() -> Library:
+    pixels, sprites = [], []
     for name, draw in {"sun": _sun, "house": _house, "fish": _fish, "tree": _tree}.items():
-        large = Image.new("RGBA", (4 * SIDE, 4 * SIDE))  # drawn large, so that edges come out smooth
+        large = Image.new("RGBA", (512, 512))  # drawn large, so that edges come out smooth
         draw(ImageDraw.Draw(large))
-        pixels.append(np.asarray(large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)))
-        records.append(SpriteRecord(name, "3d", "", (), (), "", "MIT"))
-    return Sprites(np.stack(pixels), records)
+        picture = large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        foot = picture.getchannel("A").getbbox()[3]
+        sprites.append(
+            Sprite(
+                subject=name,
+                look="flat",
+                hand="made here",
+                category="",
+                synonyms=(),
+                keywords=(),
+                caption="",
+                licence="MIT",
+                creator="",
+                dyeable=True,
+                mirrors=True,
+                stands_out=tuple(COLOURS),
+                foot=foot,
+            )
+        )
+    return Library(sprites, torch.stack(pixels))
 
 
 def _sun(d: ImageDraw.ImageDraw) -> None:
