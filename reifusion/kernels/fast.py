@@ -23,10 +23,10 @@ def drawing(x: Tensor) -> bool:
 def inferring() -> bool:
     """True if nothing but numbers is wanted of the networks: no derivative, graph, or batch in a batch."""
     return (
-        torch.is_inference_mode_enabled()  # neither backward nor forward mode
+        not torch.compiler.is_compiling()  # torch.compile and torch.export read no further than this
+        and torch.is_inference_mode_enabled()  # neither backward nor forward mode
         and torch._C._functorch.peek_interpreter_stack() is None  # … but torch.func has its way even there
         and not torch.is_autocast_enabled("cpu")  # autocast knows the plain forms only
-        and not torch.compiler.is_compiling()  # by torch.compile or torch.export
         and not torch.jit.is_tracing()  # for TorchScript or ONNX
     )
 
@@ -86,11 +86,14 @@ def _patches(x: Tensor, size: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, whose derivative in forward mode can only read maps in the usual order of memory."""
+    """PyTorch's, which in forward mode and under torch.func only reads maps in the usual order of memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, …) -> (B, C, …)"""
-        return super().forward(x if unpack_dual(x).tangent is None else x.contiguous())
+        if not torch.compiler.is_compiling():
+            transformed = torch._C._functorch.peek_interpreter_stack() is not None
+            x = x.contiguous() if transformed or unpack_dual(x).tangent is not None else x
+        return super().forward(x)
 
 
 class GEGLU(diffusion.GEGLU):

@@ -309,7 +309,8 @@ def build(config: ModelConfig, unet: type[UNet] = UNet) -> dict[str, nn.Module]:
 
 def state_dict(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Returns all tensors of the networks, under our names."""
-    return {f"{net}.{name}": x for net in NETWORKS for name, x in models[net].state_dict().items()}
+    whole = {net: getattr(models[net], "_orig_mod", models[net]) for net in NETWORKS}  # as before compiling
+    return {f"{net}.{name}": x for net in NETWORKS for name, x in whole[net].state_dict().items()}
 
 
 def _networks(

@@ -93,6 +93,10 @@ class LoRA:
     metadata: dict[str, str] = field(default_factory=dict)
     path: str = "the LoRA"  # for messages
 
+    def __deepcopy__(self, memo: Any) -> LoRA:
+        """Returns itself: a copy of a model has the same LoRAs in it, and `remove` finds them."""
+        return self
+
 
 @dataclass(frozen=True)
 class Place:
@@ -285,9 +289,14 @@ def apply(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA, weight: f
 
 
 def remove(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA | None = None) -> None:
-    """Takes one LoRA, or all, out again. Without LoRAs, the model is bit for bit what it was before."""
-    for name in ("clip", "diffusion"):
-        network = _models(pipe)[name]
+    """Takes one LoRA, or all, out again. Without LoRAs, the model is bit for bit what it was before.
+
+    Raises ValueError, and changes nothing, if that LoRA is not in the model.
+    """
+    networks = [_models(pipe)[name] for name in ("clip", "diffusion")]
+    if lora is not None and not any(one is lora for x in networks for one, _, _ in _merged(x).added):
+        raise ValueError(f"{lora.path} is not in this model")
+    for network in networks:
         merged = _merged(network)
         merged.added = [entry for entry in merged.added if lora is not None and entry[0] is not lora]
         _merge(network, merged)
@@ -327,7 +336,8 @@ def _merge(network: nn.Module, merged: _Merged) -> None:
 
 
 def _models(pipe: StableDiffusion | Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-    return pipe if isinstance(pipe, Mapping) else pipe.models
+    models = pipe if isinstance(pipe, Mapping) else pipe.models
+    return {name: getattr(network, "_orig_mod", network) for name, network in models.items()}  # not compiled
 
 
 FIRST = "down.0.0"  # the U-Net's first layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -288,15 +289,34 @@ def test_a_removed_lora_leaves_no_trace_in_any_order(steps, dtype):
         if what == "apply":
             apply(models, loras[which], weight)
             there.append((which, weight))
-        else:
+        elif any(entry[0] == which for entry in there):
             remove(models, loras[which])
             there = [entry for entry in there if entry[0] != which]
+        else:
+            before = state(models)
+            with pytest.raises(ValueError, match="the LoRA is not in this model"):
+                remove(models, loras[which])
+            assert changed(before, state(models)) == []
     fresh = tiny(dtype)
     for which, weight in there:
         apply(fresh, loras[which], weight)
     assert changed(state(fresh), state(models)) == []
     remove(models)
     assert changed(state(tiny(dtype)), state(models)) == []
+
+
+def test_a_copy_of_a_model_knows_its_loras():
+    models, (one, two, _) = tiny(), some_loras()
+    apply(models, one)
+    apply(models, two)
+    twin = copy.deepcopy(models)
+    remove(twin, one)
+    only_two = tiny()
+    apply(only_two, two)
+    assert changed(state(only_two), state(twin)) == []
+    remove(models)
+    assert changed(state(tiny()), state(models)) == []
+    assert changed(state(only_two), state(twin)) == []
 
 
 def test_loras_add_up():
