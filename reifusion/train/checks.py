@@ -64,6 +64,7 @@ class Cost:
     seconds: float  # per step
     steps: int
     samples: float  # per step, of all processes together
+    minutes: float | None = None  # after which the run ends; None: after its steps
 
     def __str__(self) -> str:
         rows = {
@@ -71,8 +72,13 @@ class Cost:
             **{name: f"{size / 2**20:,.1f} MiB" for name, size in self.memory.items()},
             "in all": f"{sum(self.memory.values()) / 2**20:,.1f} MiB, without PyTorch itself",
             "a step": f"{self.seconds:.3g} s, {self.samples / self.seconds:,.1f} samples/s",
-            f"{self.steps:,} steps": f"{self.steps * self.seconds / 3600:,.2f} hours",
         }
+        steps = self.steps
+        if self.minutes is not None and 60 * self.minutes < steps * self.seconds:
+            steps = int(60 * self.minutes / self.seconds)
+            rows[f"{self.minutes:g} minutes"] = f"{steps:,} steps, {steps * self.samples:,.0f} samples"
+        else:
+            rows[f"{steps:,} steps"] = f"{steps * self.seconds / 3600:,.2f} hours"
         return "\n".join(f"{name:14} {value}" for name, value in rows.items())
 
 
@@ -121,7 +127,8 @@ def cost(
         "activations": round(activations * share / some),
     }
     parameters = sum(p.numel() for p in model.parameters())
-    return Cost(parameters, sum(p.numel() for p in trained), memory, seconds, config.steps, samples)
+    count = sum(p.numel() for p in trained)
+    return Cost(parameters, count, memory, seconds, config.steps, samples, config.minutes)
 
 
 def kept(model: nn.Module, forward: Callable[[], Tensor], rows: Sequence[nn.Module] = ()) -> int:

@@ -142,9 +142,8 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
 
     def pipeline(model: TextToImage) -> StableDiffusion:
         networks = {"encoder": vae.encoder, "decoder": vae.decoder}
-        return StableDiffusion(
-            config, tokenizer, networks | {"clip": model.clip, "diffusion": model.diffusion}
-        )
+        networks |= {"clip": model.clip, "diffusion": model.diffusion}
+        return StableDiffusion(config, tokenizer, networks, processes().device)
 
     watch = sheets(config, pipeline, folder)
     spent = time.monotonic() - begun

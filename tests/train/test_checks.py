@@ -166,10 +166,18 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
         assert expected <= found.memory["optimizer"] <= expected + 64
         # The backward pass needs the input and both layers' outputs (the output of ReLU, not its input).
         assert found.memory["activations"] == 4 * 32 * (64 + 128 + 64)
-        assert 0.05 <= found.seconds < 0.5 and found.samples == 32 and found.steps == 1000
+        assert 0.05 <= found.seconds < 10 and found.samples == 32 and found.steps == 1000
         assert "16,576, of which 16,448 are trained" in str(found) and "1,000 steps" in str(found)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_cost_of_a_run_against_the_clock_is_what_it_can_do_in_that_time():
+    def rows(minutes: float) -> str:
+        return str(checks.Cost(10, 10, {}, 0.5, 1000, 32.0, minutes))
+
+    assert rows(2.0).endswith("2 minutes      240 steps, 7,680 samples")
+    assert rows(60.0).endswith("1,000 steps    0.14 hours")  # its steps end it before its time
 
 
 def test_gradient_checkpointing_counts_all_inputs_and_one_row(tiny):
