@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from reifusion.threads import wait_briefly
+
+wait_briefly()  # before PyTorch is imported
+
 import pytest
 import torch
 from hypothesis import settings

@@ -21,6 +21,7 @@ import typer
 
 from .. import __version__
 from ..errors import cut, sentence
+from ..threads import wait_briefly
 from .check import check
 from .draw import generate
 from .models import convert, info
@@ -73,6 +74,7 @@ _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
+    wait_briefly()
     _keep_blocks()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("REIFUSION_DEBUG") == "1"

@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..threads import wait_briefly
+
 DESCRIPTION = """Trains a VAE, sharpens one, or trains a text-to-image model or a LoRA, as a recipe says;
 `mini` trains a whole model like the built-in one from nothing, in ten minutes on a GPU or in a night on two
 CPU cores. The same command resumes a run that was stopped, by
@@ -53,6 +55,7 @@ def _refuse(message: str) -> NoReturn:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 done, 1 the work failed, 2 the input was wrong, 130 stopped."""
+    wait_briefly()
     given = parser().parse_intermixed_args(arguments)
     try:
         return _train(given)
