@@ -5,17 +5,26 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from . import families, kernels, weights
 from .model import first_call
-from .model.pipeline import StableDiffusion
+from .model.first_call import Networks
+from .model.pictures import Picture
+from .model.pipeline import StableDiffusion, Step
+from .model.request import Prompt, Rest
 from .model.sentences import shown
 from .shortcuts.deepcache import deepcached
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Device: TypeAlias = torch.device | str | None
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -87,7 +96,39 @@ def _mini(device: torch.device | str | None) -> StableDiffusion:
     return load(device=device)
 
 
-@functools.wraps(first_call.generate)
+@overload
+def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
+    prompt: str, uncond_prompt: Prompt | None = ..., input_image: Picture | None = ...,
+    strength: float = ..., do_cfg: bool = ..., cfg_scale: float | None = ..., sampler_name: str | None = ...,
+    n_inference_steps: int | None = ..., models: Networks | None = ..., seed: int | None = ...,
+    device: Device = ..., idle_device: Device = ..., tokenizer: Any = ..., *, num_images: Literal[1] = ...,
+    callback: Callable[[Step], Any] | None = ..., progress: bool = ..., deepcache: int = ...,
+    **settings: Unpack[Rest],
+) -> Image.Image: ...  # fmt: skip
+
+
+@overload
+def generate(  # type: ignore[overload-overlap]
+    prompt: str, uncond_prompt: Prompt | None = ..., input_image: Picture | None = ...,
+    strength: float = ..., do_cfg: bool = ..., cfg_scale: float | None = ..., sampler_name: str | None = ...,
+    n_inference_steps: int | None = ..., models: Networks | None = ..., seed: int | None = ...,
+    device: Device = ..., idle_device: Device = ..., tokenizer: Any = ..., *, num_images: int = ...,
+    callback: Callable[[Step], Any] | None = ..., progress: bool = ..., deepcache: int = ...,
+    **settings: Unpack[Rest],
+) -> Image.Image | list[Image.Image]: ...  # fmt: skip
+
+
+@overload
+def generate(
+    prompt: Sequence[str] | Tensor, uncond_prompt: Prompt | None = ..., input_image: Picture | None = ...,
+    strength: float = ..., do_cfg: bool = ..., cfg_scale: float | None = ..., sampler_name: str | None = ...,
+    n_inference_steps: int | None = ..., models: Networks | None = ..., seed: int | None = ...,
+    device: Device = ..., idle_device: Device = ..., tokenizer: Any = ..., *, num_images: int = ...,
+    callback: Callable[[Step], Any] | None = ..., progress: bool = ..., deepcache: int = ...,
+    **settings: Unpack[Rest],
+) -> list[Image.Image]: ...  # fmt: skip
+
+
 def generate(*args: Any, deepcache: int = 1, **settings: Any) -> Image.Image | list[Image.Image]:
     call = inspect.signature(first_call.generate).bind(*args, **settings)
     asked = call.arguments
@@ -101,3 +142,6 @@ def generate(*args: Any, deepcache: int = 1, **settings: Any) -> Image.Image | l
     asked["models"] = deepcached(models, deepcache)
     asked["device"] = None if device is None else find_device(device)
     return first_call.generate(*call.args, **call.kwargs)
+
+
+functools.update_wrapper(generate, first_call.generate)  # so that it has its signature, and says what it says

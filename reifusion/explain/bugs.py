@@ -64,7 +64,7 @@ class Bug:
         right = pipe.generate(prompt, seed=seed, progress=False, **settings)
         with self.switched_on(pipe):
             wrong = pipe.generate(prompt, seed=seed, progress=False, **settings)
-        return right, wrong  # type: ignore[return-value]
+        return right, wrong
 
 
 BUGS: dict[str, Bug] = {}

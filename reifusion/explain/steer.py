@@ -15,14 +15,14 @@ from ..model.pipeline import StableDiffusion
 from ..swap import swap
 
 
-@dataclass
+@dataclass(repr=False)
 class Rewritten(StableDiffusion):
     """A model whose U-Net reads edited vectors, not those that the text encoder wrote."""
 
     edit: Callable[[Tensor], Tensor] = lambda context: context
 
-    def encode_text(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
-        return self.edit(super().encode_text(prompts, clip_skip))
+    def encode_text(self, prompts: Sequence[str], clip_skip: int = 0, *, grad: bool = False) -> Tensor:
+        return self.edit(super().encode_text(prompts, clip_skip, grad=grad))
 
 
 def rewritten(pipe: StableDiffusion, edit: Callable[[Tensor], Tensor]) -> StableDiffusion:

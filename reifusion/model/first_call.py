@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -14,19 +14,22 @@ from .config import MINI, SD15
 from .model_loader import load
 from .pictures import Picture
 from .pipeline import StableDiffusion
+from .request import Prompt
 from .tokenizer import Tokenizer
+
+Networks: TypeAlias = Mapping[str, nn.Module] | StableDiffusion  # by name: clip, encoder, decoder, diffusion
 
 
 def generate(
-    prompt: str | Sequence[str],
-    uncond_prompt: str | Sequence[str] | None = None,
+    prompt: Prompt,
+    uncond_prompt: Prompt | None = None,
     input_image: Picture | None = None,
     strength: float = 0.8,
     do_cfg: bool = True,
     cfg_scale: float | None = None,
     sampler_name: str | None = None,
     n_inference_steps: int | None = None,
-    models: Mapping[str, nn.Module] | StableDiffusion | None = None,
+    models: Networks | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
     idle_device: torch.device | str | None = None,
@@ -49,7 +52,7 @@ def generate(
         idle_device=idle_device or pipe.idle_device,
     ).generate(
         prompt,
-        uncond_prompt=uncond_prompt or "",
+        uncond_prompt="" if uncond_prompt is None else uncond_prompt,
         input_image=input_image,
         strength=strength,
         do_cfg=do_cfg,

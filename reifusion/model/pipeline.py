@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from PIL import Image
@@ -27,8 +27,11 @@ from .guidance import Denoiser, Guidance
 from .inpaint import as_large, begin, beside
 from .pictures import fit, to_picture
 from .prompts import warn_of_syntax
-from .request import Prompt, Request, ask, in_each_turn
+from .request import Asked, Prompt, Request, Several, ask, in_each_turn
 from .samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,28 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return _dtype(self.models["diffusion"])
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
+        self, prompt: str, negative: Prompt | None = None, *, num: Literal[1] = 1,
+        callback: Callable[[Step], Any] | None = None, progress: bool = True, **settings: Unpack[Asked],
+    ) -> Image.Image: ...  # fmt: skip
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str | Request, negative: Prompt | None = None, *,
+        callback: Callable[[Step], Any] | None = None, progress: bool = True, **settings: Unpack[Several],
+    ) -> Image.Image | list[Image.Image]: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Tensor, negative: Prompt | None = None, *,
+        callback: Callable[[Step], Any] | None = None, progress: bool = True, **settings: Unpack[Several],
+    ) -> list[Image.Image]: ...  # fmt: skip
+
     def generate(
         self,
-        prompt: str | Sequence[str] | Request,
-        negative: str | Sequence[str] | None = None,
+        prompt: Prompt | Request,
+        negative: Prompt | None = None,
         *,
         callback: Callable[[Step], Any] | None = None,
         progress: bool = True,
@@ -121,7 +142,7 @@ class StableDiffusion:
 
         callback: called with each `Step`. It may raise, to end everything, or return False, to end early: the
         picture is then x0, which the network sees in the noise by now. progress: shows a bar on stderr.
-        Returns a picture, or a list of them for a list of prompts or num > 1.
+        Returns a picture, or a list of them for num > 1, and always for a list of prompts and for vectors.
         """
         request = ask(prompt, negative, **settings).for_model(self.config)
         with closing(self.denoise(request)) as steps, tqdm(disable=not progress, unit="step") as bar:
@@ -144,7 +165,12 @@ class StableDiffusion:
         return pictures[0] if single else pictures
 
     def denoise(
-        self, prompt: Prompt | Request, negative: Prompt | None = None, *, grad: bool = False, **settings: Any
+        self,
+        prompt: Prompt | Request,
+        negative: Prompt | None = None,
+        *,
+        grad: bool = False,
+        **settings: Unpack[Several],
     ) -> Generator[Step, Tensor | None, None]:
         """The loop of `generate`, one `Step` at a time; the settings are the fields of `Request`.
 

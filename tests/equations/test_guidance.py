@@ -1,5 +1,7 @@
 """Chapter 8: guidance."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -26,7 +28,7 @@ def guided_noise() -> Pair:
     opinions = []
     models["diffusion"].register_forward_hook(lambda *call: opinions.append(call[-1]))
     pipe = StableDiffusion(TINY, Bytes(), models)
-    settings = {"seed": 1, "sampler": "ddim", "steps": 3, "cfg": 7.5}
+    settings: dict[str, Any] = {"seed": 1, "sampler": "ddim", "steps": 3, "cfg": 7.5}
     ours = [step.eps for step in pipe.denoise("a cat", **settings)]
     cond, uncond = torch.stack(opinions).double().numpy().swapaxes(0, 1)  # (steps, 2, 4, h, w)
     return torch.cat(ours), uncond + 7.5 * (cond - uncond)

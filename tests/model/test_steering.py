@@ -85,7 +85,7 @@ def test_given_latents_say_how_large_the_picture_is(pipe):
 
 def test_vectors_stand_in_place_of_texts(pipe):
     words = pipe.encode_text(["a cat", "a dog"])
-    asked = {"seed": 3, "cfg": 4.0, "sampler": "ddim"}
+    asked: dict[str, Any] = {"seed": 3, "cfg": 4.0, "sampler": "ddim"}
     as_text = latents(pipe, ["a cat", "a dog"], "a hat", **asked)
     assert torch.equal(latents(pipe, words, pipe.encode_text(["a hat"]), **asked), as_text)
     assert torch.equal(latents(pipe, words, "a hat", **asked), as_text)
@@ -196,7 +196,7 @@ def test_the_whole_loop_works_in_float64(pipe):
     exact = tiny()
     for network in exact.models.values():
         network.double()
-    asked = {"seed": 3, "cfg": 4.0, "init_image": photo(), "strength": 0.7}
+    asked: dict[str, Any] = {"seed": 3, "cfg": 4.0, "init_image": photo(), "strength": 0.7}
     for name, kind in SAMPLERS.items():
         config = trained_for(kind.prediction_types[-1])
         steps = list(replace(exact, config=config).denoise("a cat", sampler=name, steps=4, **asked))
