@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import families, kernels, weights
 from .model import first_call
+from .model.asked import Prompt, Rest
 from .model.first_call import Networks
 from .model.pictures import Picture
 from .model.pipeline import StableDiffusion, Step
-from .model.request import Prompt, Rest
 from .model.sentences import shown
 from .shortcuts.deepcache import deepcached
 
@@ -37,15 +37,17 @@ def load(
     vae: str | os.PathLike | None = None,
     unet: str | os.PathLike | None = None,
     prediction_type: str | None = None,
+    compile: bool = False,
 ) -> StableDiffusion:
     """A model, ready to draw.
 
     source: "mini", a .safetensors or .ckpt file, a folder of diffusers, or a hub id "owner/name".
     device: None for the best there is. dtype: a torch.dtype, "bf16", "fp16", "fp32" or "fp64"; None for the
     one that suits the device. vae, unet: where to find another VAE or U-Net for the model. prediction_type:
-    what the U-Net predicts, "epsilon", "v_prediction" or "flow"; None for what the model's file says. Raises
-    ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device or a dtype
-    that does not exist.
+    what the U-Net predicts, "epsilon", "v_prediction" or "flow"; None for what the model's file says.
+    compile: the first picture of each size takes much longer, and those after it less time.
+    Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device or a
+    dtype that does not exist.
     """
     device = find_device(device)
     model, vae, unet = (None if path is None else os.fspath(path) for path in (source, vae, unet))
@@ -56,7 +58,7 @@ def load(
     for network in models.values():
         # The order in memory in which convolutions are fastest.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kernels.install(models)
+    kernels.install(models, compile)
     return families.adapted(StableDiffusion(config, tokenizer, models, device))
 
 

@@ -205,7 +205,7 @@ class Settings:
             settings[name] = None if path is None else read_picture(path)
         return Request(**settings, num=num)
 
-    def pipe(self, device: torch.device | str | None = None) -> StableDiffusion:
+    def pipe(self, device: torch.device | str | None = None, compile: bool = False) -> StableDiffusion:
         """Loads the model, with LoRAs and shortcuts. Raises ValueError, in one sentence, for a wrong file."""
         from .api import load
         from .shortcuts.deepcache import deepcached
@@ -214,7 +214,8 @@ class Settings:
         from .weights.lora import apply, load_lora
 
         loras = [(load_lora(find(file, "lora")), weight) for file, weight in self.lora]
-        pipe = load(self.model, device, self.dtype, **self._changed())
+        changed = self._changed() | ({"compile": True} if compile else {})
+        pipe = load(self.model, device, self.dtype, **changed)
         for lora, weight in loras:
             apply(pipe, lora, weight)
         if self.int8:

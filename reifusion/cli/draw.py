@@ -27,6 +27,10 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)", show_default=False)
     ] = None,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the model: a slow first picture, then fast ones."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the pictures are.")] = False,
     like: Annotated[
         str | None, typer.Option(help="Repeat this picture; other options override its settings.")
@@ -49,7 +53,7 @@ def generate(
     request = request.for_model(settings.config())
     file = album.png_path(out)
     with writable(file.parent if file else Path(out)):
-        pipe = settings.pipe(device)
+        pipe = settings.pipe(device, compile)
         entry = album.entry(settings, request, pipe)
         if before is not None:
             album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])

@@ -16,7 +16,7 @@ from torch import nn
 from ..families import lcm
 from ..model import attention, decoder, diffusion
 from ..swap import swap
-from . import bands, fast, graphs, halves, native
+from . import bands, compiled, fast, graphs, halves, native
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: fast.Linear,
@@ -33,18 +33,37 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 PLAIN = {kernel: plain for plain, kernel in FAST.items()}
 
 
-def install(models: Mapping[str, nn.Module]) -> None:
-    """Gives networks, by name, their fast forms, in place."""
-    for module in (module for network in models.values() for module in network.modules()):
-        if type(module) in FAST:
-            swap(module, FAST[type(module)])
-        elif isinstance(module, attention.SelfAttention | attention.CrossAttention):
-            module.kernel = native.attention
+def install(models: Mapping[str, nn.Module], compile: bool = False) -> None:
+    """Gives networks, by name, their fast forms, in place; those in Triton if they are on a GPU that has it.
+
+    compile: compiles the blocks of the U-Net and of the decoder, when they are first called.
+    """
+    for name, network in models.items():
+        forms = _forms(network, compile and name in compiled.NETWORKS)
+        for module in network.modules():
+            if type(module) in forms:
+                swap(module, forms[type(module)])
+            elif isinstance(module, attention.SelfAttention | attention.CrossAttention):
+                module.kernel = native.attention
+
+
+def _forms(network: nn.Module, compile: bool) -> dict[type[nn.Module], type[nn.Module]]:
+    """The fast forms for a network, where it is."""
+    forms = dict(FAST)
+    if any(x.is_cuda for x in network.parameters()):
+        from . import fused  # which imports Triton
+
+        if fused.available():
+            forms |= fused.FORMS
+    if compile:
+        forms |= compiled.FORMS
+    PLAIN.update({kernel: plain for plain, kernel in forms.items()})
+    return forms
 
 
 def uninstall(models: Mapping[str, nn.Module]) -> None:
     """Gives networks their plain forms back, in place: bit for bit the textbook's."""
-    for module in (module for network in models.values() for module in network.modules()):
+    for module in _modules(models):
         if type(module) in PLAIN:
             swap(module, PLAIN[type(module)])
         elif isinstance(module, attention.SelfAttention | attention.CrossAttention):
@@ -54,12 +73,16 @@ def uninstall(models: Mapping[str, nn.Module]) -> None:
 @contextmanager
 def plain(models: Mapping[str, nn.Module]) -> Iterator[None]:
     """Takes the fast forms out while the `with` lasts, if they are in."""
-    installed = any(type(module) in PLAIN for network in models.values() for module in network.modules())
-    if not installed:
+    kinds = {type(module) for module in _modules(models)}
+    if kinds.isdisjoint(PLAIN):
         yield
         return
     uninstall(models)
     try:
         yield
     finally:
-        install(models)
+        install(models, compile=not kinds.isdisjoint(compiled.FORMS.values()))
+
+
+def _modules(models: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    return (module for network in models.values() for module in network.modules())

@@ -53,12 +53,13 @@ def test_the_decoder_by_rows_draws_the_same_picture(gpu, monkeypatch, height, dt
 @pytest.mark.parametrize("band", [1, 2**11, 2**30])
 def test_a_residual_block_takes_the_place_of_its_input(monkeypatch, channels, band):
     monkeypatch.setattr(rows, "BAND", band)
-    block = randomized(ResidualBlock(*channels, 8)).to(memory_format=torch.channels_last)
-    x = normal(1, channels[0], 13, 10).to(memory_format=torch.channels_last)
+    into, out_channels = channels
+    block = randomized(ResidualBlock(into, out_channels, 8)).to(memory_format=torch.channels_last)
+    x = normal(1, into, 13, 10).to(memory_format=torch.channels_last)
     want, at = block(x), x.data_ptr()
     out = rows.made(rows.residual(rows.stored(x), block), x)
     assert error(out, want) < 1e-5
-    assert (out.data_ptr() == at) == (channels[0] == channels[1])
+    assert (out.data_ptr() == at) == (into == out_channels)
 
 
 @pytest.mark.parametrize("top, bottom", [(0, 1), (0, 12), (3, 7), (4, 5), (11, 12), (5, 12)])
@@ -84,7 +85,7 @@ def peak(work: Callable[[], Tensor]) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
     now = most = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
