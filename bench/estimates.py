@@ -1,4 +1,4 @@
-"""Statistics of sets of pictures: shares, means, the distance between two sets, copies."""
+"""Statistics of sets of pictures: shares, means, how much pictures differ, copies."""
 
 from __future__ import annotations
 
@@ -24,38 +24,6 @@ def mean(values: Tensor) -> tuple[float, float, float]:
     return middle, middle - reach, middle + reach
 
 
-def kid(x: Tensor, y: Tensor) -> float:
-    """Returns the kernel distance of two sets of features, (M, d) and (N, d): 0 on average if they are alike.
-
-    Source: Bińkowski et al. 2018, "Demystifying MMD GANs", §4; Gretton et al. 2012, Lemma 6.
-    """
-    x, y = x.double(), y.double()
-    m, n, d = len(x), len(y), x.shape[1]
-    # §4, Bińkowski et al. 2018: k(x, y) = (xᵀy / d + 1)³
-    xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    # Eq. 3, Gretton et al. 2012: Σᵢ≠ⱼ k(xᵢ, xⱼ) / m(m − 1) + Σᵢ≠ⱼ k(yᵢ, yⱼ) / n(n − 1) − 2 Σᵢⱼ k(xᵢ, yⱼ) / mn
-    # No picture is compared with itself, so the estimate is unbiased, and sometimes negative.
-    within_x = (xx.sum() - xx.trace()) / (m * (m - 1))
-    within_y = (yy.sum() - yy.trace()) / (n * (n - 1))
-    return (within_x + within_y - 2 * xy.mean()).item()
-
-
-def kid_interval(x: Tensor, y: Tensor, rounds: int = 200) -> tuple[float, float]:
-    """Returns the 95 % interval of `kid`, whose spread on random halves equals that of all with new pictures.
-
-    Source: Shao & Wu 1989, "A general theory for jackknife variance estimation", leaving out d = n / 2.
-    """
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.tensor(
-        [
-            kid(*(a[torch.randperm(len(a), generator=generator)[: len(a) // 2]] for a in (x, y)))
-            for _ in range(rounds)
-        ]
-    ).std()
-    value = kid(x, y)
-    return value - 1.96 * spread.item(), value + 1.96 * spread.item()
-
-
 def nearest(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """Points (N, d), (T, d) -> for each of ours, the distance to the nearest of theirs and its index (N,)."""
     away = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist")  # exact, so a copy is at 0
@@ -64,15 +32,20 @@ def nearest(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 
 def too_near(
     ours: Tensor, subjects: Sequence[str], training: Tensor, training_subjects: Sequence[str]
-) -> int:
-    """Counts the pictures that look memorised, from points (N, d) for ours and (T, d) for the training's.
+) -> list[bool]:
+    """True for pictures that look memorised, from points (N, d) for ours and (T, d) for the training's.
 
     A picture looks memorised if its nearest training picture is nearer than the two most similar training
-    pictures of its subject, in different styles, are to each other.
+    pictures of its subject are to each other. A subject with a single picture allows no judgement: False.
     """
     of: dict[str, list[int]] = {}
     for i, subject in enumerate(training_subjects):
         of.setdefault(subject, []).append(i)
     alike = [torch.pdist(training[of[subject]]) for subject in subjects]  # (K (K − 1) / 2) for K pictures
-    allowed = [pairs.min().item() if len(pairs) else float("inf") for pairs in alike]
-    return sum(away < limit for away, limit in zip(nearest(ours, training)[0].tolist(), allowed))
+    allowed = [pairs.min().item() if len(pairs) else 0.0 for pairs in alike]
+    return [away < limit for away, limit in zip(nearest(ours, training)[0].tolist(), allowed, strict=True)]
+
+
+def spread(features: Tensor) -> float:
+    """Returns the mean distance between any two of N points (N, d): how much N pictures differ."""
+    return torch.pdist(features).mean().item()

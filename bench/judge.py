@@ -1,9 +1,10 @@
-"""The judge: it looks at a picture and says which of several names fits it best.
+"""The judge: it looks at a picture and says which of several names fits it best, how it is drawn, and where.
 
 It is CLIP's idea at a small size: a network for pictures and one for words map things that belong together to
-nearby points. The judge learns from the real pictures, including those that the mini never sees, and from
-the look of generated pictures: other places and sizes, dyes, backgrounds, and the blur of a VAE. It is judged
-itself: it first learns without one drawing of every subject, and `Judge.unseen` counts those it can name.
+nearby points. The judge learns from all the real drawings, by all hands, those that the mini never sees
+included, in every style and place; and from parts of them, for an eye, a wheel or a string should be as it is
+in drawings. It is judged itself: it first learns without one drawing of every subject, and `Judge.unseen`
+counts those it can name.
 
 Source: Radford et al. 2021, "Learning transferable visual models from natural language supervision", §2.3.
 """
@@ -12,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,36 +29,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from reifusion.api import load
-from reifusion.model.pipeline import StableDiffusion
+from reifusion.files import whole
 from reifusion.train.loop import BatchPart, LoopConfig, train
-from reifusion.train.mini.scenes import SceneConfig, Sprites, can_be_dyed, compose
-from reifusion.train.mini.sprites import (
-    STYLES,
-    SpriteRecord,
-    default_cache,
-    held_out_sprites,
-    sprites_path,
-    training_sprites,
-)
+from reifusion.train.mini.captions import MEDIA, Scene
+from reifusion.train.mini.compose import Specs, compose_scenes
+from reifusion.train.mini.library import Library, Sprite, default_cache, library_path, read_library
+from reifusion.train.mini.places import PLACES
+from reifusion.train.mini.render import render
+from reifusion.train.mini.styles import STYLES, premultiply
 
-from . import others
-from .pixels import crop, on_white
+from .pixels import crop, on_white, parts, resized, to_images
+
+MANNERS = (*MEDIA, *STYLES)  # how a picture may be drawn: by a hand, or in a style
+NOWHERE = len(PLACES)  # the number of a picture that is in no place
 
 
 @dataclass(frozen=True)
 class JudgeTraining:
     """Everything that decides a judge, beside the pictures; a change trains a new one."""
 
-    side: int = 64  # of the crop around the foreground, its input
+    side: int = 96  # of the crop around the foreground, its input
     channels: tuple[int, ...] = (64, 128, 256)  # one per resolution, from side / 4 down
     width: int = 256  # of its features
     joint: int = 128  # the width of the space that pictures and words share
-    scenes: int = 4  # scenes for every picture; one of them goes through the VAE
+    scenes: int = 3  # for every drawing
     batch: int = 64  # subjects per step, each with one picture
+    parts: int = 32  # further subjects per step, each with a part of a picture
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            steps=2_400, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
+            steps=2_000, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
         )
     )
     more: float = 0.25  # a share of these steps follows at half the rate, with the drawings left out before
@@ -100,7 +99,7 @@ class Eye(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Maps pictures and names into one space."""
+    """Maps pictures and names into one space, and says of pictures how they are drawn and where."""
 
     def __init__(self, training: JudgeTraining, words: int):
         super().__init__()
@@ -108,13 +107,17 @@ class DualEncoder(nn.Module):
         self.shown = nn.Linear(training.width, training.joint)
         self.words = nn.Linear(words, training.joint, bias=False)  # a vector for each
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))  # as in CLIP
+        self.manner = nn.Linear(training.width, len(MANNERS))
+        self.place = nn.Linear(training.width, len(PLACES) + 1)
 
-    def forward(self, x: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures x (B, 3, side, side), N names as in `bags` -> (B, joint), (N, joint).
+    def forward(self, x: Tensor, names: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pictures x (B, 3, side, side), N names as in `bags` -> (B, joint), (N, joint), and two scores.
 
         The pictures' vectors have the length s = 1 / temperature, and the names' vectors have length 1.
         """
-        return self.log_scale.exp().clamp(max=100) * self.look(x)[1], self.read(names)
+        features, shown = self.look(x)
+        scale = self.log_scale.exp().clamp(max=100)
+        return scale * shown, self.read(names), self.manner(features), self.place(features)
 
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, side, side) -> features (B, width), unit vectors (B, joint)"""
@@ -132,7 +135,7 @@ def bags(names: list[str]) -> Tensor:
     return torch.tensor([[name.split().count(word) for word in words] for name in names]).float()
 
 
-def contrastive_loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float]]:
+def contrastive_loss(shown: Tensor, names: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
     """The outputs of `DualEncoder` for B pictures of different subjects and of their names, (B, joint) both.
 
     Returns the loss, and figures for the log.
@@ -153,6 +156,8 @@ class Seen(NamedTuple):
 
     features: Tensor  # (N, width)
     subjects: Tensor  # (N, subjects): the cosine to each name
+    manners: list[str]  # one of MANNERS
+    places: list[str]  # one of PLACES, or ""
 
 
 @dataclass
@@ -163,19 +168,37 @@ class Judge:
     side: int
     subjects: list[str]
     id: str
-    vae: str  # the fingerprint of the VAE whose blur it has seen
-    # Style -> how many unseen drawings the judge named right among 20, and how many there were.
+    # Look -> how many unseen drawings the judge named right among 20, and how many there were.
     unseen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
+    def see(self, images: Sequence[np.ndarray], entire: bool = False) -> Seen:
+        """Looks at pictures (H, W, 3) uint8 of any size. Only the foreground counts, or the entire picture."""
+        return self._see([resized(x, self.side) if entire else crop(x, self.side) for x in images])
+
+    def see_parts(self, images: Sequence[np.ndarray], count: int = 4) -> Tensor:
+        """Looks at the parts of each picture with most to see -> cosines (N, count, subjects)."""
+        windows = [part for image in images for part in parts(image, self.side, count)]
+        return self._see(windows).subjects.view(len(images), count, -1)
+
     @torch.inference_mode()
-    def see(self, images: Sequence[np.ndarray]) -> Seen:
-        """Pictures (H, W, 3) uint8 of any size -> features and cosines. Only the foreground counts."""
-        parts = []
-        for start in range(0, len(images), 64):
-            crops = np.stack([crop(image, self.side) for image in images[start : start + 64]])
-            parts.append(self.model.look(_as_input(torch.from_numpy(crops))))
-        features, shown = (torch.cat(part) for part in zip(*parts))
-        return Seen(features, shown @ self.model.read(bags(self.subjects)).T)
+    def _see(self, views: Sequence[np.ndarray]) -> Seen:
+        features, shown = (
+            torch.cat(part)
+            for part in zip(
+                *(
+                    self.model.look(as_input(np.stack(views[start : start + 64])))
+                    for start in range(0, len(views), 64)
+                ),
+                strict=True,
+            )
+        )
+        places = [*PLACES, ""]
+        return Seen(
+            features,
+            shown @ self.model.read(bags(self.subjects)).T,
+            [MANNERS[i] for i in self.model.manner(features).argmax(1).tolist()],
+            [places[i] for i in self.model.place(features).argmax(1).tolist()],
+        )
 
 
 def choices(rng: np.random.Generator, subjects: int, right: list[int], among: int = 20) -> list[int]:
@@ -189,12 +212,10 @@ def retrieved(scores: Tensor, right: int, among: list[int]) -> bool:
     return among[int(scores[among].argmax())] == right
 
 
-def _as_input(pixels: Tensor) -> Tensor:
+def as_input(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]"""
-    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-# ---- the VAE ----------------------------------------------------------------------------------------------
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -207,158 +228,152 @@ def fingerprint(*modules: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def through_vae(
-    pipe: StableDiffusion, images: Sequence[np.ndarray], noise: float = 0.0, seed: int = 0
-) -> list[np.ndarray]:
-    """Encodes and decodes pictures (H, W, 3) uint8.
-
-    noise: in between, the latents of each picture get Gaussian noise of up to this standard deviation.
-    """
-    back = []
-    for start in tqdm(range(0, len(images), 16), desc="through the VAE", unit="16 pictures", mininterval=10):
-        x = _as_input(torch.from_numpy(np.stack(images[start : start + 16])))
-        z = pipe.encode_image(x)  # (16, 3, H, W) -> (16, 4, H/8, W/8)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        strength = noise * torch.rand((len(z), 1, 1, 1), generator=generator)
-        z = z + strength * torch.randn(z.shape, generator=generator)
-        back += [np.asarray(picture) for picture in pipe.decode(z)]
-    return back
-
-
 # ---- training ---------------------------------------------------------------------------------------------
 
 
 def get_judge(training: JudgeTraining = JudgeTraining(), cache_dir: Path | None = None) -> Judge:
-    """The judge, from the cache or, once, by training it: ten minutes on 2 cores.
+    """The judge, from the cache or, once, by training it: half an hour on 2 cores.
 
-    Training that was stopped is resumed. Another VAE needs no other judge. Raises DataError if the pictures
-    are not available.
+    Training that was stopped is resumed. Raises DataError if the pictures are not available.
     """
     cache = cache_dir or default_cache()
-    made_of = json.dumps([asdict(training), sprites_path(cache).name, others.PACKAGES])
+    library = read_library(pixels=False)
+    made_of = json.dumps(
+        [asdict(training), library_path(cache).stem, len(library.sprites), STYLES_AND_PLACES]
+    )
     id = hashlib.sha256(made_of.encode()).hexdigest()[:8]
     path = cache.parent / f"judge-{id}.safetensors"
     if not path.exists():
         print(f"training the judge, once; it will be kept in {path}", file=sys.stderr)
         folder = path.with_suffix("")
-        pixels, records = all_pictures(cache_dir)
-        more = others.other_pictures([picture.subject for picture in records], cache_dir)
-        pixels, records = np.concatenate([pixels, more[0]]), records + more[1]
-        save_judge(train_judge(pixels, records, load("mini"), training, folder, id), path)
+        save_judge(train_judge(read_library(), training, folder, id), path)
         shutil.rmtree(folder)
     return load_judge(path, training)
 
 
-def all_pictures(cache_dir: Path | None = None) -> tuple[np.ndarray, list[SpriteRecord]]:
-    """Those to train on, and then those held out."""
-    trained, held_out = training_sprites(cache_dir), held_out_sprites(cache_dir)
-    return np.concatenate([trained[0], held_out[0]]), trained[1] + held_out[1]
+STYLES_AND_PLACES = [list(MANNERS), list(PLACES)]
 
 
-def train_judge(
-    pixels: np.ndarray,
-    records: list[SpriteRecord],
-    pipe: StableDiffusion,
-    training: JudgeTraining,
-    folder: Path,
-    id: str,
-) -> Judge:
-    """Trains a judge on sprites (N, 128, 128, 4) uint8 and the records of what they show.
+class Bank(NamedTuple):
+    """What the judge learns from: N sprites, each in K scenes."""
+
+    views: Tensor  # (N, K, s, s, 3) uint8: foregrounds, or entire pictures of places
+    manners: Tensor  # (N, K)
+    places: Tensor  # (N, K)
+
+
+def train_judge(library: Library, training: JudgeTraining, folder: Path, id: str) -> Judge:
+    """Trains a judge on a library.
 
     It first learns without one drawing of every subject, names these drawings, and then learns them too.
     """
-    subjects = list(dict.fromkeys(p.subject for p in records))
-    labels = torch.tensor([subjects.index(p.subject) for p in records])  # (N,)
-    bank = _bank(pixels, records, pipe, training, folder)
+    sprites, subjects = library.sprites, library.subjects
+    labels = torch.tensor([subjects.index(sprite.subject) for sprite in sprites])  # (N,)
+    bank = _bank(library, training, folder)
     torch.manual_seed(training.loop.seed)
     model = DualEncoder(training, bags(subjects).shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    vae = fingerprint(pipe.models["encoder"], pipe.models["decoder"])
-    judge = Judge(model, training.side, subjects, id, vae)
+    judge = Judge(model, training.side, subjects, id)
 
-    left_out = _one_of_each(records)
-    _train(judge, bank, labels, ~left_out, training, folder / "without")
-    chosen = left_out.nonzero()[:, 0].tolist()
-    seen, rng = judge.see([on_white(pixels[n]) for n in chosen]), np.random.default_rng(0)
-    for scores, n in zip(seen.subjects, chosen, strict=True):
-        subject, style = int(labels[n]), records[n].style
-        right, of = judge.unseen.get(style, (0, 0))
+    left_out = _one_of_each(sprites)
+    _train(judge, library, bank, labels, ~left_out, training, folder / "without")
+    chosen = left_out.nonzero()[:, 0]
+    seen, rng = judge.see(on_white(library.pixels[chosen])), np.random.default_rng(0)
+    for scores, n in zip(seen.subjects, chosen.tolist(), strict=True):
+        subject, look = int(labels[n]), sprites[n].look
+        right, of = judge.unseen.get(look, (0, 0))
         hit = retrieved(scores, subject, choices(rng, len(subjects), [subject]))
-        judge.unseen[style] = right + hit, of + 1
+        judge.unseen[look] = right + hit, of + 1
 
     steps = round(training.more * training.loop.steps)
     rest = replace(training.loop, steps=steps, lr=training.loop.lr / 2, seed=training.loop.seed + 1)
-    _train(judge, bank, labels, torch.ones_like(left_out), replace(training, loop=rest), folder / "all")
+    everything = torch.ones_like(left_out)
+    _train(judge, library, bank, labels, everything, replace(training, loop=rest), folder / "all")
     return judge
 
 
-def _one_of_each(records: list[SpriteRecord]) -> Tensor:
-    """(N,) bool: of every subject that has several drawings in the mini's styles, one that its name decides."""
+def _one_of_each(sprites: Sequence[Sprite]) -> Tensor:
+    """(N,) bool: of every subject with more than two drawings, one that its name decides."""
     of: dict[str, list[int]] = {}
-    for i, picture in enumerate(records):
-        if picture.style in STYLES:
-            of.setdefault(picture.subject, []).append(i)
-    chosen = torch.zeros(len(records), dtype=torch.bool)
+    for i, sprite in enumerate(sprites):
+        of.setdefault(sprite.subject, []).append(i)
+    chosen = torch.zeros(len(sprites), dtype=torch.bool)
     for subject, places in of.items():
-        if len(places) > 1:
+        if len(places) > 2:
             chosen[places[hashlib.sha256(f"judge/{subject}".encode()).digest()[0] % len(places)]] = True
     return chosen
 
 
-def _bank(
-    pixels: np.ndarray,
-    records: list[SpriteRecord],
-    pipe: StableDiffusion,
-    training: JudgeTraining,
-    folder: Path,
-) -> Tensor:
-    """N sprites -> (N, scenes, s, s, 3) uint8: the foregrounds of scenes, scene 0 through the VAE.
+def _bank(library: Library, training: JudgeTraining, folder: Path) -> Bank:
+    """Composes scenes of every sprite, an eighth larger than the judge's input to leave room for shifts.
 
-    s is an eighth more than the judge's input, to leave room for shifts. The result is kept in the folder.
+    The result is kept in the folder.
     """
-    path, side = folder / "bank.safetensors", training.side * 9 // 8
+    path, side, count = folder / "bank.safetensors", training.side * 9 // 8, training.scenes
     if path.exists():
-        return load_file(path)["bank"]
-    folder.mkdir(parents=True, exist_ok=True)
-    rows, whole = [], []
-    for i, picture in enumerate(tqdm(records, desc="composing", unit="picture", mininterval=10)):
-        # `compose` knows the mini's styles only; the caption, which names the style, is not used.
-        one = Sprites(pixels[i : i + 1], [replace(picture, style="3d")])
-        dyed = 0.3 * can_be_dyed(picture)
-        shares = {"plain": 0.55 - dyed, "background": 0.25, "dyed": dyed, "placed": 0.2, "two": 0.0}
-        config = SceneConfig(**shares, combine=0.1, name_style=1, mirror=0.3)
-        images = [
-            compose(np.random.default_rng([4, i, k]), one, config).image for k in range(training.scenes)
-        ]
-        whole.append(images[0])
-        rows.append(np.stack([crop(image, side) for image in images]))
-    bank = np.stack(rows)
-    for i, image in enumerate(through_vae(pipe, whole, noise=0.3)):
-        bank[i, 0] = crop(image, side)
-    temporary = folder / f".bank.{os.getpid()}"
-    save_file({"bank": torch.from_numpy(bank)}, temporary)
-    os.replace(temporary, path)
-    return torch.from_numpy(bank)
+        return Bank(**load_file(path))
+    kinds = ("plain", "background", "dyed", "placed", "style", "style", "place")
+    views, manners, places = [], [], []
+    for start in tqdm(
+        range(0, len(library.sprites), 16), desc="composing", unit="16 drawings", mininterval=10
+    ):
+        made: list[tuple[Specs, list[Scene]]] = []
+        for i in range(start, min(start + 16, len(library.sprites))):
+            for k in range(count):
+                kind = kinds[(3 * i + k) % len(kinds)]
+                specs, scenes = compose_scenes([library.sprites[i]], 4, [i * count + k], kind, "all")
+                made.append((replace(specs, sprite=torch.tensor([[i, -1]])), scenes))
+        specs = Specs(*(torch.cat([getattr(one, f.name) for one, _ in made]) for f in fields(Specs)))
+        images = to_images(render(library.pixels, specs))
+        for image, (_, (scene,)) in zip(images, made, strict=True):
+            views.append(resized(image, side) if scene.place else crop(image, side))
+            manners.append(MANNERS.index(scene.style or scene.look))
+            places.append(list(PLACES).index(scene.place) if scene.place else NOWHERE)
+    bank = Bank(
+        torch.from_numpy(np.stack(views)).unflatten(0, (-1, count)),
+        torch.tensor(manners).view(-1, count),
+        torch.tensor(places).view(-1, count),
+    )
+    with whole(path) as temporary:
+        save_file(bank._asdict(), temporary)
+    return bank
 
 
 def _train(
-    judge: Judge, bank: Tensor, labels: Tensor, taken: Tensor, training: JudgeTraining, folder: Path
+    judge: Judge,
+    library: Library,
+    bank: Bank,
+    labels: Tensor,
+    taken: Tensor,
+    training: JudgeTraining,
+    folder: Path,
 ) -> None:
-    """On the pictures that are `taken` (N,) bool; labels (N,) are the numbers of their subjects."""
-    of: dict[int, list[int]] = {}  # subject -> its pictures
+    """On the drawings that are `taken` (N,) bool; labels (N,) are the numbers of their subjects."""
+    of: dict[int, list[int]] = {}  # subject -> its drawings
     for n in taken.nonzero()[:, 0].tolist():
         of.setdefault(int(labels[n]), []).append(n)
     some, names = torch.tensor(list(of)), bags(judge.subjects)
 
     def objective(
-        network: Callable[..., Any], step: int, generator: torch.Generator, part: BatchPart
-    ) -> tuple[Tensor, dict[str, float]]:
+        network: Callable[..., Any], done: float, generator: torch.Generator, part: BatchPart
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         # Different subjects, so that every other name in the batch is a wrong one.
-        shown = some[torch.randperm(len(some), generator=generator)[: training.batch]]
-        which = torch.rand(len(shown), generator=generator)
-        places = torch.tensor([of[s][int(u * len(of[s]))] for s, u in zip(shown.tolist(), which.tolist())])
-        scenes = torch.randint(training.scenes, (len(shown),), generator=generator)
-        x = augment(_as_input(bank[places, scenes]), training.side, generator)
-        return contrastive_loss(*network(part.of(x), part.of(names[shown])))
+        shown = some[torch.randperm(len(some), generator=generator)[: training.batch + training.parts]]
+        which = torch.rand(len(shown), generator=generator).tolist()
+        drawings = torch.tensor(
+            [of[s][int(u * len(of[s]))] for s, u in zip(shown.tolist(), which, strict=True)]
+        )
+        whole, pieces = drawings[: training.batch], drawings[training.batch :]
+        scenes = torch.randint(training.scenes, (len(whole),), generator=generator)
+        views = augment(as_input(bank.views[whole, scenes].numpy()), training.side, generator)
+        x = torch.cat([views, random_parts(library.pixels[pieces], training.side, generator)])
+        unknown = torch.full((len(pieces),), -100)  # of a part, only the subject is asked
+        manners, places = (
+            torch.cat([numbers[whole, scenes], unknown]) for numbers in (bank.manners, bank.places)
+        )
+        seen, read, manner, place = network(part.of(x), part.of(names[shown]))
+        loss, figures = contrastive_loss(seen, read)
+        loss = loss + F.cross_entropy(manner.float(), part.of(manners))
+        return loss + F.cross_entropy(place.float(), part.of(places)), figures
 
     judge.model.load_state_dict(train(judge.model, objective, training.loop, folder))
     judge.model.cpu().eval()
@@ -375,9 +390,30 @@ def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
                          zoom * turn.sin(), zoom * turn.cos(), uniform(-0.1, 0.1)], 1)  # fmt: skip
     grid = F.affine_grid(theta.view(-1, 2, 3), [len(x), 3, side, side], align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    coarse = F.interpolate(F.avg_pool2d(x, 2), size=(side, side), mode="bilinear", align_corners=False)
-    blur = uniform(-1, 0.6).clamp(min=0)[:, None, None, None]  # most stay sharp
-    x = torch.lerp(x, coarse, blur)
+    return _worse(x, uniform, generator)
+
+
+def random_parts(sprites: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Sprites (B, 4, S, S) uint8 -> (B, 3, side, side): a part of each, on white, as `parts` cuts them."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(sprites), generator=generator)
+
+    x = premultiply(sprites.float() / 255)
+    x = x[:, :3] + 1 - x[:, 3:]  # (B, 3, S, S) on white
+    zoom = uniform(0.3, 0.5)
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0] = torch.where(uniform(0, 1) < 0.25, -zoom, zoom)  # mirrored, as in scenes
+    theta[:, 1, 1] = zoom
+    theta[:, :, 2] = torch.stack([uniform(-0.55, 0.55), uniform(-0.55, 0.55)], 1)
+    grid = F.affine_grid(theta, [len(x), 3, side, side], align_corners=False)
+    return _worse(F.grid_sample(x * 2 - 1, grid, align_corners=False), uniform, generator)
+
+
+def _worse(x: Tensor, uniform: Callable[[float, float], Tensor], generator: torch.Generator) -> Tensor:
+    """As a VAE or a model may draw it: lighter or darker, blurred, noisy; most stay sharp."""
+    coarse = F.interpolate(F.avg_pool2d(x, 2), size=x.shape[2:], mode="bilinear", align_corners=False)
+    x = torch.lerp(x, coarse, uniform(-1, 0.6).clamp(min=0)[:, None, None, None])
     x = x * uniform(0.9, 1.1)[:, None, None, None] + uniform(-0.05, 0.05)[:, None, None, None]
     noise = uniform(-0.05, 0.05).clamp(min=0)[:, None, None, None]
     return x + noise * torch.randn(x.shape, generator=generator)
@@ -388,18 +424,17 @@ def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 def save_judge(judge: Judge, path: Path) -> None:
     """Writes the weights, with everything else that belongs to a judge in the file's header."""
-    about = {name: getattr(judge, name) for name in ("subjects", "id", "vae", "unseen")}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    about = {name: getattr(judge, name) for name in ("subjects", "id", "unseen")}
     weights = {name: weight.contiguous() for name, weight in judge.model.state_dict().items()}
-    save_file(weights, temporary, metadata={"judge": json.dumps(about)})
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        save_file(weights, temporary, metadata={"judge": json.dumps(about)})
 
 
 def load_judge(path: Path, training: JudgeTraining) -> Judge:
     """Reads the judge that `save_judge` wrote, if its training was the same."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["judge"])
-    about["unseen"] = {style: (right, of) for style, (right, of) in about["unseen"].items()}
+    about["unseen"] = {look: (right, of) for look, (right, of) in about["unseen"].items()}
     model = DualEncoder(training, bags(about["subjects"]).shape[1])
     model.load_state_dict(load_file(path))
     return Judge(model.eval(), training.side, **about)

@@ -1,4 +1,4 @@
-"""Facts about a picture that need no network: what stands out, where, how large, and in which colour.
+"""Facts about a picture that need no network: what stands out, where, how large, how detailed, in which colour.
 
 All of them begin with the rim. The colour of most of the rim is the background, and pixels that differ from
 it are the foreground. Colours are compared in Oklab, where equal distances look equal.
@@ -7,20 +7,42 @@ it are the foreground. Colours are compared in Oklab, where equal distances look
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from reifusion.train.mini.scenes import COLOURS, DYES, to_oklab
+from reifusion.train.mini import colours
+from reifusion.train.mini.colours import COLOURS, DYES
 
 NAMED = {"white": (255, 255, 255), **COLOURS}  # the names of backgrounds
 RIM = 4  # pixels
+SMALL = 0.4  # extent: "small" is 0.33 in training, and the next size 0.44
 FAINT = 0.1  # the distance in Oklab below which a pixel is still background: more than the VAE's ripples
 MARGIN = 0.06  # the margin around the box in a crop, as a share of the box's longer side
 
 
-def on_white(sprite: np.ndarray) -> np.ndarray:
-    """(H, W, 4) uint8 -> (H, W, 3): the picture on the default background, white."""
-    image = Image.fromarray(np.ascontiguousarray(sprite))
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+def to_images(x: Tensor) -> list[np.ndarray]:
+    """(N, 3, H, W) in [-1, 1] -> N pictures (H, W, 3) uint8"""
+    return list(((x.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+
+def on_white(sprites: Tensor) -> list[np.ndarray]:
+    """Sprites (N, 4, H, W) uint8 -> pictures (H, W, 3): on the default background, white."""
+    x = sprites.float() / 255
+    return to_images((x[:, :3] * x[:, 3:] + 1 - x[:, 3:]) * 2 - 1)
+
+
+def resized(image: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (side, side, 3)"""
+    if image.shape[:2] == (side, side):
+        return image
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+
+
+def to_oklab(rgb: np.ndarray) -> np.ndarray:
+    """(..., 3) uint8 sRGB -> (..., 3) lightness in [0, 1], a (red), b (yellow)."""
+    flat = torch.from_numpy(rgb.reshape(-1, 3) / np.float32(255))
+    return colours.to_oklab(flat).numpy().reshape(rgb.shape)
 
 
 def rim(image: np.ndarray) -> np.ndarray:
@@ -61,6 +83,42 @@ def crop(image: np.ndarray, side: int) -> np.ndarray:
     canvas.paste(Image.fromarray(np.ascontiguousarray(image)), (width, height))
     square = (width + x - reach, height + y - reach, width + x + reach, height + y + reach)
     return np.asarray(canvas.resize((side, side), Image.Resampling.BICUBIC, box=square))
+
+
+def parts(image: np.ndarray, side: int, count: int = 4) -> list[np.ndarray]:
+    """(H, W, 3) uint8 -> the `count` parts of the foreground with most small details: (side, side, 3).
+
+    A part is a square with 0.4 of the foreground's longer side; their middles are at least a fifth apart.
+    """
+    left, top, right, bottom = box(foreground(image))
+    longer = max(right - left, bottom - top)
+    reach, apart, small = max(2, round(0.2 * longer)), max(1, longer // 5), max(1, longer // 40)
+    width = 2 * reach + 1
+    padded = _padded(image, reach)
+    lab = to_oklab(padded)
+    # A detail differs from the mean of its surroundings, by no more than black differs from grey.
+    detail = (lab - _mean_around(_padded(lab, small), 2 * small + 1)).clip(-0.2, 0.2)
+    score = _mean_around(detail**2, width).sum(-1)  # (H, W), of the square around each pixel
+    inside = np.zeros(score.shape, bool)
+    inside[top:bottom, left:right] = True
+    score[~inside] = -1
+    found = []
+    for _ in range(count):
+        y, x = divmod(int(score.argmax()), score.shape[1])
+        found.append(resized(padded[y : y + width, x : x + width], side))
+        score[max(0, y - apart) : y + apart + 1, max(0, x - apart) : x + apart + 1] = -2
+    return found
+
+
+def _padded(x: np.ndarray, reach: int) -> np.ndarray:
+    return np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+
+
+def _mean_around(x: np.ndarray, width: int) -> np.ndarray:
+    """(H, W, C) -> (H − width + 1, W − width + 1, C): the means of all squares."""
+    sums = np.pad(x.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
+    total = sums[width:, width:] - sums[:-width, width:] - sums[width:, :-width] + sums[:-width, :-width]
+    return total / width**2
 
 
 def halves(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """The 500 prompts of the evaluation, each with a real picture that fulfils it.
 
-Nobody picked them: subjects, styles and colours are drawn with a fixed seed from the lists of the training,
-the words are the training's own captions, and the real pictures are its scenes. So the tests that judge a
-model's pictures can also judge real ones, which shows how far the tests themselves can be trusted.
+Nobody picked them: subjects, styles, colours and places are drawn with a fixed seed from the lists of the
+training, the words are the training's own captions, and the real pictures are its scenes. So the tests that
+judge a model's pictures can also judge real ones, which shows how far the tests themselves can be trusted.
 """
 
 from __future__ import annotations
@@ -12,22 +12,41 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import torch
 
-from reifusion.train.mini.scenes import DYES, KINDS, Scene, SceneConfig, Sprites, caption, compose, dye
-from reifusion.train.mini.sprites import LOOKS, held_out_colour, held_out_sprites, training_sprites
+from reifusion.train.mini.captions import Scene
+from reifusion.train.mini.compose import Shown, Specs, compose_scenes
+from reifusion.train.mini.held_out import held_out_colour, held_out_place, held_out_style
+from reifusion.train.mini.library import Library
+from reifusion.train.mini.render import render
 
-from .pixels import dye_name, on_white
+from . import pixels
 
 COUNTS = {  # kind of prompt -> how many of them
-    "plain": 100,  # "a cat"
-    "style": 100,  # "a flat drawing of a cat": the model was trained on this drawing
-    "style held out": 80,  # the model was trained on cats and on flat drawings, but never on this drawing
-    "background": 50,  # "a cat on a blue background"
-    "dye": 40,  # "a purple cat": the model was trained on this colour of this subject
+    "plain": 60,  # "a cat"
+    "look": 40,  # "a flat drawing of a cat"
+    "style": 40,  # "a line drawing of a cat": the model was trained on this style of this subject
+    "style held out": 60,  # the model was trained on cats and on line drawings, but on none of a cat
+    "background": 30,  # "a cat on a blue background"
+    "dye": 30,  # "a purple cat": the model was trained on this colour of this subject
     "dye held out": 40,  # the model was not trained on this colour of this subject
     "left or right": 30,  # "a cat on the left"
-    "small": 30,  # "a small cat"
+    "small": 20,  # "a small cat"
     "two": 30,  # "a cat next to a tree"
+    "place": 20,  # "a cat in the snow": the model was trained on this subject in this place
+    "place held out": 20,  # the model was never shown this subject in this place
+    "seeds": 80,  # "a cat", four times
+}
+SEEDS = 4  # pictures of the same prompt
+DRAWN_AS = {  # kind of prompt -> kind of scene, where it has another name
+    "look": "plain",
+    "style held out": "style",
+    "dye": "dyed",
+    "dye held out": "dyed",
+    "left or right": "placed",
+    "small": "placed",
+    "place held out": "place",
+    "seeds": "plain",
 }
 
 
@@ -36,79 +55,99 @@ class Prompt:
     kind: str  # one of COUNTS
     text: str
     seed: int  # of the picture to draw
-    scene: Scene  # a real picture for the prompt, (128, 128, 3) uint8, and what it shows
+    scene: Scene  # what a picture for the prompt shows
+    image: np.ndarray  # a real picture for the prompt, (256, 256, 3) uint8
 
 
-def make_prompts(
-    trained: Sprites | None = None, held_out: Sprites | None = None, counts: dict[str, int] = COUNTS
-) -> list[Prompt]:
+def make_prompts(library: Library, counts: dict[str, int] = COUNTS) -> list[Prompt]:
     """Returns the prompts, kind by kind; smaller counts give the beginning of each kind.
 
     Raises ValueError if there are too few sprites for the counts.
     """
-    trained = trained or Sprites(*training_sprites())
-    held_out = held_out or Sprites(*held_out_sprites())
     made = []
     for kind, wanted in counts.items():
-        number = list(COUNTS).index(kind)
-        scenes = _scenes(kind, number, held_out if kind == "style held out" else trained)
-        chosen = list(islice(_distinct(scenes), wanted))
-        if len(chosen) < wanted:
+        number, times = list(COUNTS).index(kind), SEEDS if kind == "seeds" else 1
+        chosen = list(islice(_distinct(_scenes(library, kind, number)), -(-wanted // times)))
+        if len(chosen) * times < wanted:
             raise ValueError(f"these pictures give {len(chosen)} prompts of the kind {kind!r}, not {wanted}")
-        made += [Prompt(kind, scene.caption, 1000 * number + i, scene) for i, scene in enumerate(chosen)]
+        several = [each for each in chosen for _ in range(times)][:wanted]
+        made += [
+            Prompt(kind, scene.caption, 1000 * number + i, scene, image)
+            for i, (scene, image) in enumerate(several)
+        ]
     return made
 
 
-def _scenes(kind: str, number: int, sprites: Sprites) -> Iterator[Scene]:
+def _scenes(library: Library, kind: str, number: int) -> Iterator[tuple[Scene, np.ndarray]]:
     """Draws scenes of this kind; the i-th that is tried depends only on the kind and on i."""
-    drawn_as = {"background": "background", "left or right": "placed", "small": "placed", "two": "two"}
-    shares = {name: float(name == drawn_as.get(kind, "plain")) for name in KINDS}
-    styled = float(kind.startswith("style"))
-    config = SceneConfig(**shares, combine=0, name_style=styled, prefer_3d=1, mirror=0, synonym=0, aside=0)
-    for i in range(3_000):
-        rng = np.random.default_rng([2026, number, i])
-        if kind.startswith("dye"):
-            scene = _dyed(rng, sprites, config, held_out=kind == "dye held out")
-        else:
-            scene = compose(rng, sprites, config)
-        if scene is not None and _is_of(kind, scene):
-            yield scene
+    shows: Shown = "held out" if kind.endswith("held out") else "trained"
+    for start in range(0, 4_000, 200):
+        specs, scenes = compose_scenes(
+            library.sprites, 2026 + number, range(start, start + 200), DRAWN_AS.get(kind, kind), shows
+        )
+        for i, scene in enumerate(scenes):
+            if _is_of(kind, scene, library):
+                image = real_picture(library, specs[i : i + 1])
+                if _can_be_judged(kind, scene, library, specs[i : i + 1], image):
+                    yield scene, image
 
 
-def _is_of(kind: str, scene: Scene) -> bool:
-    tags = scene.tags
-    if kind == "style held out":
-        return LOOKS[tags["style"]] != "3d"  # a glossy drawing's twin in 3d is never held out
-    if kind == "background":
-        return tags["background"] != "white"  # some subjects do not stand out from any colour
+def real_picture(library: Library, specs: Specs) -> np.ndarray:
+    """Specifications of one scene -> (256, 256, 3) uint8"""
+    return pixels.to_images(render(library.pixels, specs))[0]
+
+
+def _is_of(kind: str, scene: Scene, library: Library) -> bool:
+    """True if the scene shows what this kind of prompt is about, and nothing else that is special."""
+    subject, *_ = scene.subjects
+    dyed, ground = scene.colours[0], scene.background != "white"
+    if any(scene.colours) != kind.startswith("dye") or ground != (kind == "background"):
+        return False
+    if kind.startswith("style"):
+        return held_out_style(subject, scene.style) == kind.endswith("held out")
+    if kind.startswith("dye"):
+        return held_out_colour(subject, dyed) == kind.endswith("held out")
+    if kind.startswith("place"):
+        return held_out_place(subject, scene.place) == kind.endswith("held out")
+    if scene.names_look != (kind == "look") and kind in ("plain", "look", "seeds"):
+        return False
+    if kind == "seeds":  # a bare name, of which there are several drawings
+        return len(library.of[subject]) > SEEDS and scene.caption in (f"a {subject}", f"an {subject}")
     if kind == "left or right":
-        return tags["size"] == "medium" and tags["position"] in ("left", "right")
+        return scene.size == "medium" and scene.position in ("left", "right")
     if kind == "small":
-        return tags["size"] == "small" and tags["position"] == "middle"
+        return scene.size == "small" and scene.position == "middle"
+    return scene.kind == DRAWN_AS.get(kind, kind)
+
+
+def _can_be_judged(kind: str, scene: Scene, library: Library, specs: Specs, image: np.ndarray) -> bool:
+    """True if the test of this kind's pixels finds in the real picture what it has to find in a model's."""
+    if kind == "background":
+        return pixels.background_name(image) == scene.background
+    if kind.startswith("dye"):  # and not if the subject has that colour anyway
+        undyed = real_picture(library, replaced_dye(specs))
+        return pixels.dye_name(image) == scene.colours[0] != pixels.dye_name(undyed)
+    if kind == "left or right":
+        return pixels.side_name(image) == scene.position
+    if kind == "small":
+        return pixels.extent(image) < pixels.SMALL
     return True
 
 
-def _dyed(rng: np.random.Generator, sprites: Sprites, config: SceneConfig, held_out: bool) -> Scene | None:
-    """Draws a dyed subject; None if no colour is (not) held out, or if the subject has it by nature."""
-    subject = sprites.dyeable[int(rng.integers(len(sprites.dyeable)))]
-    colours = [colour for colour in DYES if held_out_colour(subject, colour) == held_out]
-    if not colours:
-        return None
-    colour = colours[int(rng.integers(len(colours)))]
-    sprite = sprites.get(subject, "3d")
-    if dye_name(on_white(sprite)) == colour:
-        return None
-    tags = {"kind": "dyed", "subjects": [subject], "style": "3d", "says_style": False, "colours": [colour],
-            "background": "white", "size": "full", "position": "middle"}  # fmt: skip
-    return Scene(on_white(dye(sprite, colour)), caption(rng, sprites, tags, config), tags)
+def replaced_dye(specs: Specs) -> Specs:
+    """Returns the scenes without their dyes."""
+    undyed = specs[:]
+    undyed.dye = torch.full_like(specs.dye, -1)
+    return undyed
 
 
-def _distinct(scenes: Iterator[Scene]) -> Iterator[Scene]:
+def _distinct(scenes: Iterator[tuple[Scene, np.ndarray]]) -> Iterator[tuple[Scene, np.ndarray]]:
     """Leaves out scenes that were asked for before, in whatever words."""
     before = set()
-    for scene in scenes:
-        tags = scene.tags
-        asked = (*tags["subjects"], tags["style"], *tags["colours"], tags["background"], tags["position"])
+    for scene, image in scenes:
+        look = scene.look if scene.names_look else ""
+        special = (scene.style, scene.place, *scene.colours, scene.background, scene.position, look)
+        asked = (*scene.subjects, *special)
         if asked not in before and scene.caption not in before:
             before |= {asked, scene.caption}
-            yield scene
+            yield scene, image

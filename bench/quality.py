@@ -2,7 +2,8 @@
 
 `python -m bench.quality` prints the table and writes bench/quality.json and, as evidence, sheets of pictures
 into bench/quality-sheets/. Every test is also applied to real pictures of the same prompts, sent through the
-model's own VAE: their results are the most that a model can reach here.
+model's own VAE: their results are the most that a model can reach here. A model may have any size: pictures are
+judged at 256 × 256.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reifusion.api import load
+from reifusion.files import whole
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
 from reifusion.train.images import DataError
 from reifusion.train.loop import TrainingError
-from reifusion.train.mini.scenes import Scene, Sprites, scene_sheet
-from reifusion.train.mini.sprites import LOOKS, default_cache, held_out_sprites, training_sprites
+from reifusion.train.mini.compose import is_held_out
+from reifusion.train.mini.library import SIDE, Library, default_cache, read_library
+from reifusion.train.mini.render import scene_sheet
 
 from . import pixels
-from .estimates import kid, kid_interval, mean, nearest, too_near, wilson
-from .judge import Judge, all_pictures, choices, fingerprint, get_judge, retrieved, through_vae
-from .pixels import on_white
-from .prompts import COUNTS, Prompt, make_prompts
-from .unseen import unseen_pictures
+from .estimates import mean, nearest, spread, too_near, wilson
+from .judge import Judge, as_input, choices, fingerprint, get_judge, retrieved
+from .pixels import on_white, resized
+from .prompts import COUNTS, SEEDS, Prompt, make_prompts
 
 CARD = Path(__file__).parents[1] / "reifusion" / "data" / "MODEL_CARD.md"
 BATCH = 20  # pictures drawn at a time
-SMALL = 0.4  # extent: "small" is 0.33 in training, and the next size 0.44
-GOOD_JUDGE = 0.95  # the share of unseen drawings whose subject the judge has to find
+GOOD_JUDGE = 0.9  # the share of unseen drawings whose subject the judge has to find
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,37 @@ class Row:
 
 PLACED = ("left or right", "small", "two")
 ROWS = (
-    Row("subject, among 20", ("plain", "style"), ("subject",), 0.90),
-    Row("subject, in a style held out", ("style held out",), ("subject",), 0.60),
-    Row("style, among the three looks of the subject", ("style",), ("look",), 0.90),
-    Row("  and among its four drawings", ("style",), ("style",)),
-    Row("style, held out with this subject", ("style held out",), ("look",)),
-    Row("background colour", ("background",), ("background",), 0.95),
-    Row("  and subject", ("background",), ("background", "subject")),
-    Row("dye and subject", ("dye",), ("dye", "subject"), 0.80),
+    Row("subject, among 20", ("plain", "look"), ("subject",), 0.97),
+    Row("look, where the prompt names it", ("look",), ("manner",)),
+    Row(
+        "style, never seen of this subject: style and subject",
+        ("style held out",),
+        ("manner", "subject"),
+        0.85,
+    ),
+    Row("  style alone", ("style held out",), ("manner",)),
+    Row("style, seen of this subject: style and subject", ("style",), ("manner", "subject")),
+    Row("background and subject", ("background",), ("background", "subject"), 0.95),
+    Row("  background alone", ("background",), ("background",)),
+    Row("dye and subject", ("dye",), ("dye", "subject"), 0.95),
     Row("  dye alone", ("dye",), ("dye",)),
-    Row("dye, held out with this subject, and subject", ("dye held out",), ("dye", "subject"), 0.60),
+    Row("dye, never seen of this subject: dye and subject", ("dye held out",), ("dye", "subject"), 0.95),
     Row("  dye alone", ("dye held out",), ("dye",)),
-    Row("left, right, small, two: place and subject", PLACED, ("place", "subject"), 0.70),
-    Row("  left or right: place alone", PLACED[:1], ("place",)),
-    Row("  left or right: and subject", PLACED[:1], ("place", "subject")),
-    Row("  small: size alone", PLACED[1:2], ("place",)),
-    Row("  small: and subject", PLACED[1:2], ("place", "subject")),
-    Row("  two: both subjects, each at its side", PLACED[2:], ("place", "subject")),
+    Row("left, right, small, two: where and subject", PLACED, ("where", "subject"), 0.95),
+    Row("  left or right", PLACED[:1], ("where", "subject")),
+    Row("  small", PLACED[1:2], ("where", "subject")),
+    Row("  two, each at its side", PLACED[2:], ("where", "subject")),
+    Row("place and subject", ("place",), ("place", "subject")),
+    Row("place, never seen with this subject: both", ("place held out",), ("place", "subject")),
+    Row("  place alone", ("place held out",), ("place",)),
 )
-UNITS = {"share": (100, 1, " %"), "dB": (1, 2, " dB"), "s": (1, 2, " s"), "×10⁻³": (1000, 1, "")}
+UNITS = {
+    "share": (100, 1, " %"),
+    "ratio": (1, 2, ""),
+    "dB": (1, 2, " dB"),
+    "s": (1, 2, " s"),
+    "MiB": (1, 1, " MiB"),
+}
 
 
 @dataclass(frozen=True)
@@ -88,14 +100,15 @@ class Figure:
     high: float
     of: int  # the number of pictures
     real: float | None = None  # the same number for real pictures, through the VAE
-    target: float | None = None  # the least value that is good enough; for seconds, the greatest
+    target: float | None = None  # the least value that is good enough
     unit: str = "share"  # one of UNITS
+    at_most: bool = False  # then the target is the greatest value
 
     @property
     def met(self) -> bool | None:
         if self.target is None:
             return None
-        return self.value <= self.target if self.unit == "s" else self.value >= self.target
+        return self.value <= self.target if self.at_most else self.value >= self.target
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> Figure:
@@ -109,7 +122,7 @@ class Figure:
         def text(x: float | None) -> str:
             return "" if x is None else f"{scale * x:.{digits}f}"
 
-        sign = "≤" if self.unit == "s" else "≥"
+        sign = "≤" if self.at_most else "≥"
         target = "" if self.target is None else f"{sign} {scale * self.target:g}{unit}"
         met = {None: "", True: "met", False: "not met"}[self.met]
         interval = f"{text(self.low)} – {text(self.high)}"
@@ -139,9 +152,9 @@ def table(figures: Sequence[Figure]) -> str:
 def draw(
     pipe: StableDiffusion, prompts: Sequence[Prompt], settings: dict[str, Any], folder: Path
 ) -> list[np.ndarray]:
-    """Draws the model's pictures, (H, W, 3) uint8, each from its prompt's own seed.
+    """Draws the model's pictures, (256, 256, 3) uint8 whatever its size, each from its prompt's own seed.
 
-    They are kept in the folder, and existing pictures are not drawn again.
+    They are kept in the folder as they were drawn, and existing pictures are not drawn again.
     """
 
     def path(prompt: Prompt) -> Path:
@@ -155,59 +168,61 @@ def draw(
                 if not all(path(prompt).exists() for prompt in batch):
                     texts = [prompt.text for prompt in batch]
                     drawn = pipe.generate(texts, seed=batch[0].seed, progress=False, **settings)
-                    for prompt, picture in zip(batch, drawn, strict=True):  # type: ignore[arg-type]
+                    for prompt, picture in zip(batch, drawn, strict=True):
                         save_picture(picture, path(prompt))
                 bar.update(len(batch))
-    return [np.asarray(Image.open(path(prompt))) for prompt in prompts]
+    return [resized(np.asarray(Image.open(path(prompt))), SIDE) for prompt in prompts]
+
+
+def through_vae(pipe: StableDiffusion, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Encodes and decodes pictures (H, W, 3) uint8 at the model's own size."""
+    back = []
+    for start in tqdm(range(0, len(images), 16), desc="through the VAE", unit="16 pictures", mininterval=10):
+        some = images[start : start + 16]
+        x = as_input(np.stack([resized(image, pipe.config.size) for image in some]))
+        decoded = pipe.decode(pipe.encode_image(x))
+        back += [resized(np.asarray(y), len(image)) for y, image in zip(decoded, some, strict=True)]
+    return back
 
 
 def verdicts(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt], judge: Judge, drawings: Sprites
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt], judge: Judge
 ) -> tuple[list[dict[str, bool]], Tensor]:
-    """Returns what is right in every picture (subject, style, background, dye, place), and features (N, d).
-
-    drawings: the real drawings, including those held out.
-    """
+    """Returns what is right in every picture (subject, manner, background, …), and features (N, d)."""
     seen = judge.see(images)
+    scores, features = seen.subjects.clone(), seen.features
+    outside = [i for i, prompt in enumerate(prompts) if prompt.scene.place]
+    if outside:  # there the whole picture counts
+        entire = judge.see([images[i] for i in outside], entire=True)
+        scores[outside] = entire.subjects
+        places = dict(zip(outside, entire.places, strict=True))
     two = [i for i, prompt in enumerate(prompts) if prompt.kind == "two"]
     halves = [half for i in two for half in pixels.halves(images[i])]
     sides = judge.see(halves).subjects if two else torch.empty(0)  # left, right, left, right, …
     result = []
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        tags = prompt.scene.tags
-        right = [judge.subjects.index(subject) for subject in tags["subjects"]]
+        scene = prompt.scene
+        right = [judge.subjects.index(subject) for subject in scene.subjects]
         among = choices(np.random.default_rng([1, prompt.seed]), len(judge.subjects), right)
-        scores = seen.subjects[i : i + 1]
-        if prompt.kind == "two":  # the first in the tags is on the left
-            scores = sides[2 * two.index(i) :][:2]
-        said = {"subject": all(retrieved(s, r, among) for s, r in zip(scores, right, strict=True))}
-        if prompt.kind.startswith("style"):
-            style = style_name(image, tags["subjects"][0], drawings)
-            said["style"] = style == tags["style"]
-            said["look"] = LOOKS[style] == LOOKS[tags["style"]]
-        elif prompt.kind.startswith("dye"):
-            said["dye"] = pixels.dye_name(image) == tags["colours"][0]
+        # Of two subjects, the first in the scene is on the left.
+        views = sides[2 * two.index(i) :][:2] if prompt.kind == "two" else scores[i : i + 1]
+        said = {"subject": all(retrieved(s, r, among) for s, r in zip(views, right, strict=True))}
+        if prompt.kind == "look" or scene.style:
+            said["manner"] = seen.manners[i] == (scene.style or scene.look)
+        if prompt.kind.startswith("dye"):
+            said["dye"] = pixels.dye_name(image) == scene.colours[0]
         elif prompt.kind == "background":
-            said["background"] = pixels.background_name(image) == tags["background"]
+            said["background"] = pixels.background_name(image) == scene.background
         elif prompt.kind == "left or right":
-            said["place"] = pixels.side_name(image) == tags["position"]
+            said["where"] = pixels.side_name(image) == scene.position
         elif prompt.kind == "small":
-            said["place"] = pixels.extent(image) < SMALL
+            said["where"] = pixels.extent(image) < pixels.SMALL
         elif prompt.kind == "two":
-            said["place"] = True  # the two subjects are looked for at their sides
+            said["where"] = True  # the two subjects are looked for at their sides
+        elif scene.place:
+            said["place"] = places[i] == scene.place
         result.append(said)
-    return result, seen.features
-
-
-def style_name(image: np.ndarray, subject: str, drawings: Sprites) -> str:
-    """Returns the style of the subject's drawing that is nearest to the picture, mirrored or not.
-
-    A network cannot tell: a style shows in many drawings, and little of it in a single picture.
-    """
-    of = drawings.index[subject]
-    theirs = thumbnails([on_white(drawings.pixels[place]) for place in of.values()])
-    away = torch.cdist(thumbnails([image, image[:, ::-1]]), theirs)  # (2, styles)
-    return list(of)[int(away.min(0).values.argmin())]
+    return result, features
 
 
 # ---- the figures ------------------------------------------------------------------------------------------
@@ -216,20 +231,15 @@ def style_name(image: np.ndarray, subject: str, drawings: Sprites) -> str:
 def examined(judge: Judge) -> list[Figure]:
     """Returns figures for the judge itself, which come before its verdicts on the model.
 
-    Three styles come from the same artist, so the judge had seen two similar drawings for each of theirs, but
-    none for a cartoon.
+    They are from before it learned the drawings on which it was examined.
     """
 
-    def of(name: str, styles: Iterable[str], target: float | None = None) -> Figure:
-        right, count = np.sum([judge.unseen[style] for style in styles], axis=0).tolist()
+    def of(name: str, looks: Sequence[str], target: float | None = None) -> Figure:
+        right, count = np.sum([judge.unseen[look] for look in looks], axis=0).tolist()
         return share(name, right, count, target=target)
 
-    by_the_same = [style for style in judge.unseen if style != "cartoon"]
-    return [
-        of("the judge itself: drawings it had not seen", judge.unseen, GOOD_JUDGE),
-        of("  3d, flat and glossy ones", by_the_same),
-        of("  cartoons, by another hand", ["cartoon"]),
-    ]
+    everything = of("the judge itself: drawings it had not seen", list(judge.unseen), GOOD_JUDGE)
+    return [everything, *(of(f"  of the look {look}", [look]) for look in judge.unseen)]
 
 
 def score(
@@ -247,63 +257,98 @@ def score(
     return made
 
 
-def distance(prompts: Sequence[Prompt], drawn: Tensor, real: Tensor, held_out: Tensor) -> Figure:
-    """Returns the KID between the model's pictures of training drawings and the held-out drawings.
+def differing(prompts: Sequence[Prompt], features: Tensor, library: Library, judge: Judge) -> Figure:
+    """Returns how much the pictures of one prompt differ, beside how much the drawings of its subject differ.
 
-    Only the three styles with held-out drawings count; all are features (N, d). `real` is the floor: the
-    training drawings themselves, through the VAE.
+    features (N, d): the judge's, of the model's pictures.
     """
-    mine = [i for i, p in enumerate(prompts) if p.kind == "style" and p.scene.tags["style"] != "3d"]
-    value, floor = kid(drawn[mine], held_out), kid(real[mine], held_out)
-    low, high = kid_interval(drawn[mine], held_out)
-    return Figure("KID to held-out pictures, ×10³", value, low, high, len(mine), floor, unit="×10⁻³")
+    of: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        if prompt.kind == "seeds":
+            of.setdefault(prompt.text, []).append(i)
+    ratios = []
+    for places in of.values():
+        if len(places) == SEEDS:
+            drawings = library.pixels[library.of[prompts[places[0]].scene.subjects[0]]]
+            ratios.append(spread(features[places]) / spread(judge.see(on_white(drawings)).features))
+    value, low, high = mean(torch.tensor(ratios))
+    count = SEEDS * len(ratios)
+    return Figure("do seeds differ? ÷ real drawings", value, low, high, count, 1.0, 0.6, "ratio")
+
+
+def small_parts(
+    prompts: Sequence[Prompt], images: Sequence[np.ndarray], real: Sequence[np.ndarray], judge: Judge
+) -> list[Figure]:
+    """Returns how often a part of a picture, with its small details, shows whose part it is: among 20.
+
+    As a share, and beside the same share of real pictures.
+    """
+    chosen = [i for i, prompt in enumerate(prompts) if prompt.kind in ("plain", "look")]
+
+    def known(pictures: Sequence[np.ndarray]) -> Tensor:
+        """(N,): the share of each picture's parts that the judge knows"""
+        shares = []
+        for i, scores in zip(chosen, judge.see_parts([pictures[i] for i in chosen]), strict=True):
+            right = judge.subjects.index(prompts[i].scene.subjects[0])
+            among = choices(np.random.default_rng([1, prompts[i].seed]), len(judge.subjects), [right])
+            shares.append(np.mean([retrieved(part, right, among) for part in scores]))
+        return torch.tensor(shares)
+
+    best, (value, low, high) = known(real).mean().item(), mean(known(images))
+    figure = Figure(
+        "small parts, ÷ real pictures", value / best, low / best, high / best, len(chosen), 1.0, 0.85, "ratio"
+    )
+    return [figure, Figure("  parts that show whose they are", value, low, high, len(chosen), best)]
 
 
 def memory(
     prompts: Sequence[Prompt],
     images: Sequence[np.ndarray],
     rebuilt: Sequence[np.ndarray],
+    library: Library,
     folder: Path | None,
-) -> list[Figure]:
-    """Returns two shares of pictures that are too near to a training picture, pixel by pixel.
+) -> Figure:
+    """Returns the share of pictures that are nearer to a drawing than two drawings of the subject are.
 
-    The first is for drawings on which the model was trained, so `real` is a copy of the drawing. The second
-    is for held-out drawings: there `real` says how often other drawings are as near without being copies. 24
-    pictures and their nearest training pictures go into the folder, if there is one.
+    `real` are copies of drawings. 24 pictures and their nearest drawings go into the folder, if there is one.
     """
-    sprites, records = training_sprites()
-    training = [on_white(sprite) for sprite in sprites]
-    theirs, names = thumbnails(training), [picture.subject for picture in records]
-    figures = []
-    for kinds, name in ((("plain", "style"), "too near"), (("style held out",), "too near, held out")):
-        chosen = [i for i, prompt in enumerate(prompts) if prompt.kind in kinds]
-        subjects = [prompts[i].scene.tags["subjects"][0] for i in chosen]
-        count, best = (
-            too_near(thumbnails([each[i] for i in chosen]), subjects, theirs, names)
-            for each in (images, rebuilt)
-        )
-        figures.append(share(f"{name} to a training picture", count, len(chosen), best / len(chosen)))
+    training = on_white(library.pixels)
+    theirs, names = thumbnails(training), [sprite.subject for sprite in library.sprites]
+    several = [
+        i
+        for i, p in enumerate(prompts)
+        if p.kind in ("plain", "look") and len(library.of[p.scene.subjects[0]]) > 1
+    ]
+    subjects = [prompts[i].scene.subjects[0] for i in several]
+
+    def near(pictures: Sequence[np.ndarray]) -> int:
+        both = [[pictures[i], pictures[i][:, ::-1]] for i in several]  # scenes may be mirrored
+        views = (thumbnails([pair[k] for pair in both]) for k in (0, 1))
+        found = [too_near(view, subjects, theirs, names) for view in views]
+        return sum(a or b for a, b in zip(*found, strict=True))
+
     if folder is not None:
-        asked = [i for i, prompt in enumerate(prompts) if prompt.kind in ("plain", "style")]
-        tiles = []
-        for i in asked[:: -(-len(asked) // 24)]:  # 24 of them, evenly
+        tiles, captions = [], []
+        for i in several[:: -(-len(several) // 24)]:  # 24 of them, evenly
             place = int(nearest(thumbnails([images[i]]), theirs)[1])
-            tiles.append(Scene(images[i], prompts[i].text, {}))
-            tiles.append(Scene(training[place], f"nearest: {records[place].style} {names[place]}", {}))
-        save_picture(scene_sheet(tiles), folder / "nearest.png")
-    return figures
+            tiles += [images[i], training[place]]
+            captions += [prompts[i].text, f"nearest: {library.sprites[place].look} {names[place]}"]
+        save_sheet(tiles, captions, folder / "nearest.png")
+    name = "nearer to a drawing than those are to one another"
+    best = near(rebuilt) / len(several)
+    return replace(share(name, near(images), len(several), best, 0.03), at_most=True)
 
 
 def thumbnails(images: Sequence[np.ndarray]) -> Tensor:
-    """(N, 3·32·32) in [0, 1]"""
-    small = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX)) for image in images]
-    return torch.from_numpy(np.stack(small)).float().flatten(1) / 255
+    """(N, 3·32·32) in [0, 1]: the foregrounds, so that size and place do not matter"""
+    return torch.from_numpy(np.stack([pixels.crop(image, 32) for image in images])).float().flatten(1) / 255
 
 
 def psnr(
     name: str, pipe: StableDiffusion, images: Sequence[np.ndarray], target: float | None = None
 ) -> Figure:
-    """Returns how well pictures (H, W, 3) uint8 come back from the VAE."""
+    """Returns how well pictures (H, W, 3) uint8 come back from the VAE, at the model's own size."""
+    images = [resized(image, pipe.config.size) for image in images]
     error = np.stack(through_vae(pipe, images)).astype(np.float32) - np.stack(images)
     mse = torch.from_numpy(error).square().mean((1, 2, 3)).clamp(min=1e-3)  # (N, H, W, 3) -> (N,)
     # PSNR = 10 log₁₀(255² / MSE), in dB
@@ -318,7 +363,16 @@ def speed(pipe: StableDiffusion, settings: dict[str, Any]) -> Figure:
         pipe.generate("a cat", seed=seed, progress=False, **settings)
         times.append(time.perf_counter() - began)
     times = sorted(times[1:])
-    return Figure("seconds for one picture", times[2], times[0], times[-1], 5, target=3.0, unit="s")
+    return Figure("seconds for one picture", times[2], times[0], times[-1], 5, None, 1.5, "s", at_most=True)
+
+
+def weight(model: str) -> list[Figure]:
+    """Returns the size of the model's file; of a model that is no file, nothing."""
+    path = CARD.with_name("mini.safetensors") if model == "mini" else Path(model)
+    if not path.is_file():
+        return []
+    size = path.stat().st_size / 2**20
+    return [Figure("weights", size, size, size, 1, None, 34, "MiB", at_most=True)]
 
 
 # ---- the evaluation ---------------------------------------------------------------------------------------
@@ -332,34 +386,33 @@ def evaluate(
     settings: arguments of `generate`. count: the number of prompts. evidence: a folder for sheets, or None.
     """
     began = time.time()
-    judge = get_judge()
+    judge, library = get_judge(), read_library()
     model = {"name": pipe.config.name, "sha256": fingerprint(*pipe.models.values()), "dtype": str(pipe.dtype)}
     id = hashlib.sha256(json.dumps([model, settings]).encode()).hexdigest()[:8]
     quick = speed(pipe, settings)
-    held_out = [on_white(sprite) for sprite in held_out_sprites()[0]]
-    prompts = make_prompts(counts=portion(count))
+    prompts = make_prompts(library, portion(count))
     images = draw(pipe, prompts, settings, default_cache().parent / f"quality-{id}")
-    rebuilt = through_vae(pipe, [prompt.scene.image for prompt in prompts])
-    drawings = Sprites(*all_pictures())
-    drawn, features = verdicts(images, prompts, judge, drawings)
-    real, real_features = verdicts(rebuilt, prompts, judge, drawings)
+    rebuilt = through_vae(pipe, [prompt.image for prompt in prompts])
+    drawn, features = verdicts(images, prompts, judge)
+    real, _ = verdicts(rebuilt, prompts, judge)
+    unseen = [i for i, sprite in enumerate(library.sprites) if is_held_out(sprite)]
     figures = [
         *examined(judge),
         *score(prompts, drawn, real),
-        distance(prompts, features, real_features, judge.see(held_out).features),
-        *memory(prompts, images, rebuilt, evidence),
-        psnr("VAE, pictures held out from the U-Net", pipe, held_out, 30.0),
-        psnr("VAE, pictures that no training saw", pipe, unseen_pictures()),
+        differing(prompts, features, library, judge),
+        *small_parts(prompts, images, rebuilt, judge),
+        memory(prompts, images, rebuilt, library, evidence),
+        psnr("VAE, pictures that no training saw", pipe, on_white(library.pixels[unseen]), 34.0),
         quick,
     ]
     if evidence is not None:
         for kind in COUNTS:
             chosen = [i for i, prompt in enumerate(prompts) if prompt.kind == kind][:32]
-            marked = [_marked(images[i], prompts[i].text, drawn[i]) for i in chosen]
-            save_picture(scene_sheet(marked), evidence / f"{kind.replace(' ', '-')}.png")
+            captions = [_marked(prompts[i].text, drawn[i]) for i in chosen]
+            save_sheet([images[i] for i in chosen], captions, evidence / f"{kind.replace(' ', '-')}.png")
     return {
         "model": model,
-        "judge": {"id": judge.id, "sha256": fingerprint(judge.model), "vae": judge.vae},
+        "judge": {"id": judge.id, "sha256": fingerprint(judge.model)},
         "settings": settings
         | {"prompts": count, "threads": torch.get_num_threads(), "torch": torch.__version__},
         "figures": [asdict(figure) | {"met": figure.met} for figure in figures],
@@ -373,26 +426,27 @@ def portion(count: int) -> dict[str, int]:
     return dict(zip(COUNTS, np.diff(ends).tolist(), strict=True))
 
 
-def _marked(image: np.ndarray, text: str, said: dict[str, bool]) -> Scene:
+def _marked(text: str, said: dict[str, bool]) -> str:
     wrong = ", ".join(name for name, right in said.items() if not right)
-    return Scene(image, f"{text} (wrong: {wrong})" if wrong else text, {})
+    return f"{text} (wrong: {wrong})" if wrong else text
 
 
 # ---- on disk ----------------------------------------------------------------------------------------------
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    picture.save(temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def save_sheet(images: Sequence[np.ndarray], captions: list[str], path: Path) -> None:
+    if images:
+        save_picture(scene_sheet(as_input(np.stack(images)), captions), path)
 
 
 def save_text(text: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def with_figures(card: str, figures: Sequence[Figure]) -> str:
@@ -448,6 +502,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         report = evaluate(pipe, settings, given.prompts, out and out / "quality-sheets")
+        report["figures"] += [asdict(figure) | {"met": figure.met} for figure in weight(given.model)]
         print(table([Figure.read(row) for row in report["figures"]]))
         if out is not None:
             save_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", out / "quality.json")

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.judge import all_pictures, fingerprint, get_judge
+from bench.judge import fingerprint, get_judge
 from bench.prompts import make_prompts
 from bench.quality import draw, portion, score, verdicts
 from reifusion.api import load
 from reifusion.files import whole, write_json
 from reifusion.model.model_loader import ModelError
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.train.mini.scenes import Sprites
+from reifusion.train.mini.library import read_library
 
 ASSETS = Path(__file__).parent / "assets"
 STEPS = (4, 8, 25)
@@ -33,21 +33,20 @@ CFG = 4.0
 SAMPLERS = {"DDPM, drawn by DDIM": "ddim", "rectified flow, drawn by Euler": "flow"}
 ROWS = {
     "subject, among 20": "subject",
-    "style, among the three looks of the subject": "style",
+    "style, seen of this subject: style and subject": "style",
     "dye and subject": "colour and subject",
-    "left, right, small, two: place and subject": "place and subject",
+    "left, right, small, two: where and subject": "place and subject",
 }
 SHOWN = ("a red apple", "an octopus", "a cartoon penguin", "a purple cat", "a dog next to a tree", "a rocket")
 
 
 def measured(pipe: StableDiffusion, sampler: str, steps: int, count: int) -> dict[str, float]:
     """Returns the share of `count` prompts that are drawn right, by kind."""
-    judge, drawings = get_judge(), Sprites(*all_pictures())
-    prompts = make_prompts(counts=portion(count))
+    judge, prompts = get_judge(), make_prompts(read_library(), portion(count))
     settings = {"sampler": sampler, "steps": steps, "cfg": CFG}
     with tempfile.TemporaryDirectory() as folder:
         images = draw(pipe, prompts, settings, Path(folder))
-    said, _ = verdicts(images, prompts, judge, drawings)
+    said, _ = verdicts(images, prompts, judge)
     return {ROWS[figure.name]: figure.value for figure in score(prompts, said, said) if figure.name in ROWS}
 
 

@@ -39,16 +39,16 @@ class Sprite:
     """What is known of one sprite."""
 
     subject: str  # "car"
-    look: str  # "flat"
-    hand: str  # "twemoji"
-    category: str  # the Unicode subgroup, "transport-ground", or "clip art"
-    synonyms: tuple[str, ...]  # other names for captions: ("automobile",)
-    keywords: tuple[str, ...]  # loosely related words, which captions never use
-    caption: str  # what this very drawing shows, if more than its subject: "grey lizard"
-    licence: str
-    creator: str
-    dyeable: bool  # False if its names include a colour, or it shows people or hands
-    mirrors: bool  # False if a mirrored one would be wrong
+    look: str = ""  # "flat"
+    hand: str = ""  # "twemoji"
+    category: str = ""  # the Unicode subgroup, "transport-ground", or "clip art"
+    synonyms: tuple[str, ...] = ()  # other names for captions: ("automobile",)
+    keywords: tuple[str, ...] = ()  # loosely related words, which captions never use
+    caption: str = ""  # what this very drawing shows, if more than its subject: "grey lizard"
+    licence: str = ""
+    creator: str = ""
+    dyeable: bool = True  # False if its names include a colour, or it shows people or hands
+    mirrors: bool = True  # False if a mirrored one would be wrong
     stands_out: tuple[str, ...] = ()  # colours of backgrounds on which it can be seen
     foot: int = SIDE  # the row below its lowest pixel
 
@@ -103,7 +103,9 @@ def _record(
     words = set(" ".join((subject, *synonyms)).split())
     dyeable = not (subject in NO_DYE or COLOUR_WORDS & words or category.startswith(("person", "hand")))
     mirrors = subject not in NO_MIRROR
-    return Sprite(subject, "", "", category, synonyms, keywords, "", "", "", dyeable, mirrors)
+    return Sprite(
+        subject, category=category, synonyms=synonyms, keywords=keywords, dyeable=dyeable, mirrors=mirrors
+    )
 
 
 def describe(drawing: Drawing, emoji: dict[str, Sprite], named: dict[str, Sprite]) -> Sprite:
