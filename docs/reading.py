@@ -25,7 +25,7 @@ class Stop:
 M = "reifusion/model/"
 PATH = (
     Stop((f"{M}config.py",), "every size of SD 1.5, and of the mini, on one screen", ("big-picture",), 20),
-    Stop((f"{M}pipeline.py", f"{M}guidance.py", f"{M}request.py"),
+    Stop((f"{M}pipeline.py", f"{M}step.py", f"{M}guidance.py", f"{M}request.py"),
          "<code>denoise</code>: the four stages from words to pixels; where the halves of guidance meet",
          ("big-picture", "guidance"), 20),
     Stop((f"{M}noise.py", f"{M}ddpm.py"),
@@ -48,6 +48,7 @@ LATER = {
     "model/inpaint.py": "beginning with a picture: image-to-image, editing, inpainting",
     "model/words.py": "how a prompt is cut into words",
     "model/tokenizer_folder.py": "a tokenizer in the files of transformers",
+    "model/asked.py": "the types of settings, for type checkers",
     "model/limits.py": "single values, checked",
     "model/sentences.py": "values in messages",
     "model/prompts.py": "syntax of other programs in prompts",

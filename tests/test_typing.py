@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import reifusion
-from reifusion.model.request import FIRST_WORDS, Asked, Request, Rest, Several
+from reifusion.model.asked import Asked, Rest, Several
+from reifusion.model.request import FIRST_WORDS, Request
 
 SCRIPT = """
 from typing import Any

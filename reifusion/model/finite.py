@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .pipeline import Step
+    from .step import Step
 
 
 def finite(x: Tensor, part: str, network: nn.Module | None = None, when: str = "") -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .asked import Prompt
 from .config import MINI, SD15
 from .model_loader import load
 from .pictures import Picture
 from .pipeline import StableDiffusion
-from .request import Prompt
 from .tokenizer import Tokenizer
 
 Networks: TypeAlias = Mapping[str, nn.Module] | StableDiffusion  # by name: clip, encoder, decoder, diffusion

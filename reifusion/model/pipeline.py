@@ -8,10 +8,11 @@ Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffus
 from __future__ import annotations
 
 import copy
+import html
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .asked import Asked, Prompt, Several
 from .config import ModelConfig
 from .ddpm import Sampler, exact, randn
 from .finite import Watch, finite
@@ -27,73 +29,13 @@ from .guidance import Denoiser, Guidance
 from .inpaint import as_large, begin, beside
 from .pictures import fit, to_picture
 from .prompts import warn_of_syntax
-from .request import Asked, Prompt, Request, Several, ask, in_each_turn
+from .request import Request, ask, in_each_turn
 from .samplers import SAMPLERS
+from .step import Step as Step
+from .step import Turn as Turn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of the denoising loop, before its step. Latents are (B, 4, H/8, W/8), float32 or float64."""
-
-    index: int  # 0 … total - 1
-    total: int
-    t: float  # the timestep: how noisy x_t is, from 999 down; an int, except for rectified flow
-    x_t: Tensor  # the latents before the step, as the sampler scales them
-    sampler: Sampler = field(repr=False)  # as it was before the step
-    words: Tensor = field(repr=False)  # the prompts' vectors, (B, 77, 768)
-    network: Denoiser = field(repr=False)
-
-    @property
-    def sigma(self) -> float:
-        """The noise in x_t, beside one part of signal."""
-        return self.sampler.sigma(self.t)
-
-    def predict(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(x₀, ε): the clean latents and the noise that the network, by its output, sees in x_t."""
-        return self.sampler.predict(self.t, self.x_t, output)
-
-    def look(self, words: Tensor | None = None, x: Tensor | None = None) -> Tensor:
-        """The network's output for other words (B, 77, 768), or other latents: (B, 4, H/8, W/8).
-
-        It has derivatives if gradients are on.
-        """
-        x = self.x_t if x is None else x
-        words = self.words if words is None else words
-        time = torch.full((1,), self.t, dtype=x.dtype, device=x.device)
-        return exact(self.network(self.sampler.scale_model_input(x, self.t), words, time))
-
-
-@dataclass(frozen=True)
-class Step(Turn):
-    """One turn of the denoising loop, after its step."""
-
-    latents: Tensor  # the latents after the step; after the last, the picture's
-    output: Tensor = field(repr=False)  # the network's output after guidance
-    cond: Tensor = field(repr=False)  # … with the prompt
-    uncond: Tensor | None = field(repr=False)  # … with the negative prompt
-
-    @property
-    def x0(self) -> Tensor:
-        """The clean latents that the network sees in x_t; `decode` shows them."""
-        return self.predict(self.output)[0]
-
-    @property
-    def eps(self) -> Tensor:
-        """The noise that the network sees in x_t, after guidance."""
-        return self.predict(self.output)[1]
-
-    @property
-    def eps_cond(self) -> Tensor:
-        """The noise that the network sees with the prompt."""
-        return self.predict(self.cond)[1]
-
-    @property
-    def eps_uncond(self) -> Tensor | None:
-        """The noise that the network sees with the negative prompt; None in a step without guidance."""
-        return None if self.uncond is None else self.predict(self.uncond)[1]
 
 
 @dataclass(repr=False)
@@ -110,6 +52,24 @@ class StableDiffusion:
     @property
     def dtype(self) -> torch.dtype:
         return _dtype(self.models["diffusion"])
+
+    def __repr__(self) -> str:
+        return "\n".join(self._facts())
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        first, *more = map(html.escape, self._facts())
+        return f"<b>{first}</b><br>{'<br>'.join(more)}"
+
+    def _facts(self) -> tuple[str, str, str]:
+        config, size, dtype = self.config, self.config.size, str(self.dtype).removeprefix("torch.")
+        counts = {name: sum(p.numel() for p in one.parameters()) for name, one in self.models.items()}
+        networks = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in counts.items())
+        return (
+            f"{type(self).__name__} {config.name}: pictures of {size}×{size}, {dtype}, {self.device}",
+            f"{sum(counts.values()) / 1e6:.1f} million parameters: {networks}",
+            f"{config.sampler}, {config.steps} steps, cfg {config.cfg:g}; {config.schedule.prediction_type}",
+        )
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -405,6 +406,17 @@ def test_the_caller_of_the_loop_is_not_in_inference_mode(pipe):
     for _ in pipe.denoise("a cat", steps=2):
         assert not torch.is_inference_mode_enabled()
         assert torch.ones(1, requires_grad=True).mul(2).requires_grad
+
+
+def test_a_model_is_shown_in_three_lines(pipe):
+    lines = repr(pipe).splitlines()
+    assert lines[0] == "StableDiffusion tiny: pictures of 64×64, float32, cpu"
+    assert re.fullmatch(
+        r"\d\.\d million parameters: clip \d\.\d, encoder .+, decoder .+, diffusion .+", lines[1]
+    )
+    assert lines[2:] == ["dpmpp_2m_karras, 25 steps, cfg 7.5; epsilon"]
+    odd = replace(pipe, config=replace(TINY, name="<b>"))
+    assert odd._repr_html_().startswith("<b>StableDiffusion &lt;b&gt;: ") and len(odd._repr_html_()) < 400
 
 
 # Machines
