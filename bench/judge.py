@@ -33,7 +33,7 @@ from reifusion.files import whole
 from reifusion.train.loop import BatchPart, LoopConfig, train
 from reifusion.train.mini.captions import MEDIA, Scene
 from reifusion.train.mini.compose import Specs, compose_scenes
-from reifusion.train.mini.library import Library, Sprite, default_cache, library_path, read_library
+from reifusion.train.mini.library import Library, Sprite, default_cache, read_library
 from reifusion.train.mini.places import PLACES
 from reifusion.train.mini.render import render
 from reifusion.train.mini.styles import STYLES, premultiply
@@ -237,10 +237,8 @@ def get_judge(training: JudgeTraining = JudgeTraining(), cache_dir: Path | None 
     Training that was stopped is resumed. Raises DataError if the pictures are not available.
     """
     cache = cache_dir or default_cache()
-    library = read_library(pixels=False)
-    made_of = json.dumps(
-        [asdict(training), library_path(cache).stem, len(library.sprites), STYLES_AND_PLACES]
-    )
+    drawings = [(sprite.subject, sprite.hand) for sprite in read_library(pixels=False).sprites]
+    made_of = json.dumps([asdict(training), drawings, MANNERS, list(PLACES)])
     id = hashlib.sha256(made_of.encode()).hexdigest()[:8]
     path = cache.parent / f"judge-{id}.safetensors"
     if not path.exists():
@@ -249,9 +247,6 @@ def get_judge(training: JudgeTraining = JudgeTraining(), cache_dir: Path | None 
         save_judge(train_judge(read_library(), training, folder, id), path)
         shutil.rmtree(folder)
     return load_judge(path, training)
-
-
-STYLES_AND_PLACES = [list(MANNERS), list(PLACES)]
 
 
 class Bank(NamedTuple):
