@@ -90,6 +90,7 @@ def test_load_has_its_signature():
         ("vae", None),
         ("unet", None),
         ("prediction_type", None),
+        ("compile", False),
     ]
 
 
