@@ -57,7 +57,7 @@ class JudgeTraining:
     parts: int = 32  # further subjects per step, each with a part of a picture
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            steps=2_000, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
+            steps=1_500, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
         )
     )
     more: float = 0.25  # a share of these steps follows at half the rate, with the drawings left out before
@@ -232,7 +232,7 @@ def fingerprint(*modules: nn.Module) -> str:
 
 
 def get_judge(training: JudgeTraining = JudgeTraining(), cache_dir: Path | None = None) -> Judge:
-    """The judge, from the cache or, once, by training it: half an hour on 2 cores.
+    """The judge, from the cache or, once, by training it: twenty minutes of one core, and five to compose scenes.
 
     Training that was stopped is resumed. Raises DataError if the pictures are not available.
     """
