@@ -50,7 +50,8 @@ def _of_model(file: str) -> dict[str, Any]:
 
 
 def _schedule(schedule: ScheduleConfig, known_from: str) -> str:
-    words = [] if schedule.prediction_type == "flow" else [schedule.beta_schedule]
+    own = "βs of its own" if schedule.trained_betas else schedule.beta_schedule
+    words = [] if schedule.prediction_type == "flow" else [own]
     words += [schedule.prediction_type, *(["zero terminal SNR"] if schedule.zero_terminal_snr else [])]
     return f"{', '.join(words)} ({known_from})"
 

@@ -41,6 +41,8 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
     crossing = int((snr < 1).int().argmax())
 
     path = f"{facts.beta_schedule.replace('_', ' ')} β from {facts.beta_start:g} to {facts.beta_end:g}"
+    if facts.trained_betas is not None or facts.beta_schedule == "squaredcos_cap_v2":
+        path = "βs of its own" if facts.trained_betas is not None else "ᾱ as a squared cosine"
     if flow:
         path = "straight lines between picture and noise"
     elif facts.zero_terminal_snr:

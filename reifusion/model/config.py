@@ -68,7 +68,8 @@ class ScheduleConfig:
     num_training_steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.0120
-    beta_schedule: str = "scaled_linear"  # linear in √β, Stable Diffusion's; or "linear", DDPM's
+    beta_schedule: str = "scaled_linear"  # linear in √β, Stable Diffusion's; "linear" or "squaredcos_cap_v2"
+    trained_betas: tuple[float, ...] | None = None  # the βs of each training step, in place of a schedule
     prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon", "v_prediction" or "flow"
     zero_terminal_snr: bool = False  # all noise at the last step (Lin et al. 2023), for v_prediction
     timestep_spacing: str | None = None  # None: each sampler's own; "trailing": begins at the last timestep

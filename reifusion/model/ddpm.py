@@ -26,12 +26,23 @@ from .noise import randn as randn
 def betas(schedule: ScheduleConfig) -> Tensor:
     """The variances βₜ of the noise that each training step adds: (num_training_steps,), float64."""
     start, end, count = schedule.beta_start, schedule.beta_end, schedule.num_training_steps
+    if schedule.trained_betas is not None:
+        own = torch.tensor(schedule.trained_betas, dtype=torch.float64)
+        if own.shape != (count,) or not bool(((own > 0) & (own < 1)).all()):
+            raise ValueError(f"trained_betas must be {count} numbers between 0 and 1")
+        return own
     if schedule.beta_schedule == "linear":  # Ho et al. 2020, §4
         return torch.linspace(start, end, count, dtype=torch.float64)
     if schedule.beta_schedule == "scaled_linear":
         # [betas] Rombach et al. 2022's code: linear in √β
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', not {schedule.beta_schedule!r}")
+    if schedule.beta_schedule == "squaredcos_cap_v2":
+        # Eq. 17, Nichol & Dhariwal 2021: ᾱₜ = f(t) / f(0), f(t) = cos²((t/T + s) / (1 + s) · π/2), s = 0.008
+        time = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+        f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    known = "'scaled_linear', 'linear' or 'squaredcos_cap_v2'"
+    raise ValueError(f"beta_schedule must be {known}, not {schedule.beta_schedule!r}")
 
 
 def leading(n: int, total: int) -> Tensor:

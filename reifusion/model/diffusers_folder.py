@@ -53,6 +53,7 @@ FIELDS: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("beta_start", "beta_start"),
         ("beta_end", "beta_end"),
         ("beta_schedule", "beta_schedule"),
+        ("trained_betas", "trained_betas", None),
         ("prediction_type", "prediction_type", "epsilon"),
         ("zero_terminal_snr", "rescale_betas_zero_snr", False),
         ("original_inference_steps", "original_inference_steps", 50),
@@ -87,7 +88,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "only_cross_attention": False,
         "resnet_time_scale_shift": "default",
     },
-    "scheduler": {"trained_betas": None},
+    "scheduler": {},
     "flow scheduler": {
         "invert_sigmas": False,
         "shift": 1.0,
@@ -95,7 +96,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "use_dynamic_shifting": False,
     },
 }
-PER_LEVEL = ("channels", "heads", "attention")  # the fields with a value for each level
+# The fields with a value for each level, or for each training step
+LISTS = ("channels", "heads", "attention", "trained_betas")
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # the only class there that has no β
 
 
@@ -185,8 +187,8 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
         for field, key, *absent in FIELDS[table]:
             if key not in theirs and not absent:
                 raise ModelError(f"the config of its {part} lacks {key}")
-            ours[part][field] = _one(theirs.get(key, *absent), field in PER_LEVEL)
-            if isinstance(ours[part][field], tuple) and field not in PER_LEVEL:
+            ours[part][field] = _one(theirs.get(key, *absent), field in LISTS)
+            if isinstance(ours[part][field], tuple) and field not in LISTS:
                 raise ModelError(f"its {part} has {key} = {short(theirs[key])}, where one value is built in")
         for key, fixed in FIXED[table].items():
             if _one(theirs.get(key, fixed)) != fixed:
@@ -212,6 +214,11 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
     unet["middle_attention"] = unet["attention"][-1]
     unet["attention"] = tuple(n if "CrossAttn" in block else 0 for n, block in zip(unet["attention"], blocks))
     schedule = ours["scheduler"]
+    own, theirs = schedule.get("trained_betas"), jsons["scheduler"].get("trained_betas")
+    if own is not None and not _are_betas(own, schedule["num_training_steps"]):
+        raise ModelError(
+            f"its scheduler has trained_betas = {short(theirs)}, which are not one for each step"
+        )
     if flow:
         schedule["prediction_type"] = "flow"
     elif jsons["scheduler"].get("timestep_spacing") == "trailing" and not schedule["zero_terminal_snr"]:
@@ -229,11 +236,17 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
     )
 
 
-def _one(value: Any, per_level: bool = False) -> Any:
+def _are_betas(value: Any, steps: int) -> bool:
+    """True for one number between 0 and 1 for each training step."""
+    are_numbers = isinstance(value, tuple) and all(isinstance(beta, int | float) for beta in value)
+    return are_numbers and len(value) == steps and min(value) > 0 and max(value) < 1
+
+
+def _one(value: Any, is_list: bool = False) -> Any:
     """Makes one value of a list that repeats it, and a tuple of any other list."""
     if not isinstance(value, list):
         return value
-    return value[0] if value and not per_level and value.count(value[0]) == len(value) else tuple(value)
+    return value[0] if value and not is_list and value.count(value[0]) == len(value) else tuple(value)
 
 
 def _side(sample_size: Any) -> int:

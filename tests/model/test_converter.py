@@ -416,13 +416,20 @@ def test_published_config_of_sd15_is_ours():
         ("unet", "flip_sin_to_cos", False),
         ("vae", "shift_factor", 0.1159),
         ("vae", "use_quant_conv", False),
-        ("scheduler", "trained_betas", [0.1]),
     ],
 )
 def test_a_config_that_would_silently_draw_something_else_is_refused(part, key, value):
     jsons = config_to_diffusers(TINY)
     jsons[part][key] = value
     with pytest.raises(ModelError, match=f"its {part} has {key} = .*, which is not built in"):
+        config_from_diffusers(jsons)
+
+
+@pytest.mark.parametrize("betas", [[0.1], [0.1] * 999, [0.1] * 999 + [1.5], ["x"] * 1000, 0.1])
+def test_betas_that_do_not_fit_the_training_steps_are_refused(betas):
+    jsons = config_to_diffusers(TINY)
+    jsons["scheduler"]["trained_betas"] = betas
+    with pytest.raises(ModelError, match=r"trained_betas = .*, which are not one for each step"):
         config_from_diffusers(jsons)
 
 

@@ -293,6 +293,9 @@ SCHEDULES = [
     TINY.schedule,
     ZERO_SNR,
     ScheduleConfig(timestep_spacing="trailing"),
+    ScheduleConfig(beta_schedule="squaredcos_cap_v2"),
+    ScheduleConfig(num_training_steps=3, trained_betas=(0.1, 0.2, 0.2)),
+    ScheduleConfig(num_training_steps=2, trained_betas=(0.1, 0.1)),
 ]
 
 

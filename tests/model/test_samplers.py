@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -61,8 +62,24 @@ def test_schedule_is_float64_and_consistent() -> None:
     torch.testing.assert_close(sampler.alphas_cumprod[10], sampler.alphas[:11].prod())
 
 
+@pytest.mark.parametrize("fields", [{"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": "linear"}])
+def test_other_schedules_are_diffusers(fields: dict[str, Any]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    if "trained_betas" in fields:  # βs that fall
+        fields = {"trained_betas": tuple(torch.linspace(0.02, 0.001, 1000, dtype=torch.float64).tolist())}
+    sampler, theirs = DDPMSampler(**fields), diffusers.DDIMScheduler(**fields)
+    torch.testing.assert_close(sampler.betas.float(), theirs.betas, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sampler.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
+
+
+def test_betas_that_cannot_be_are_refused() -> None:
+    for betas in ((0.1, 0.2), (0.1, 0.2, 1.0), (0.0, 0.1, 0.2)):
+        with pytest.raises(ValueError, match="trained_betas must be 3 numbers between 0 and 1"):
+            DDPMSampler(num_training_steps=3, trained_betas=betas)
+
+
 def test_unknown_names_are_refused_in_one_sentence() -> None:
-    with pytest.raises(ValueError, match="beta_schedule must be 'scaled_linear' or 'linear', not 'cosine'"):
+    with pytest.raises(ValueError, match=r"beta_schedule must be 'scaled_linear', .* not 'cosine'"):
         DDPMSampler(beta_schedule="cosine")
     with pytest.raises(ValueError, match="prediction_type must be 'epsilon' or 'v_prediction', not 'x0'"):
         DDPMSampler(prediction_type="x0")
