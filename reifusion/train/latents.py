@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -249,6 +250,7 @@ class LatentData:
         tokenizer: Tokenizer,
         config: VAEConfig,
     ):
+        self._found, self._tokenizer = found, tokenizer
         self._buckets = [entries for entries in found.values() if entries]
         self._config, self._items = config, items
         self.device = torch.device("cpu")
@@ -269,6 +271,28 @@ class LatentData:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions of all pictures."""
+        return [caption for i in self._tokens for caption in self._items[i].captions]
+
+    def split(self, share: float, seed: int) -> tuple[LatentData, LatentData]:
+        """Returns the data without some pictures, and these: a share of all, at least one, by the seed alone.
+
+        Raises DataError if none would be left.
+        """
+        numbers = sorted(self._tokens)
+        if len(numbers) < 2:
+            raise DataError("there is only one picture, so none can be held out; set validation=0")
+        count = min(len(numbers) - 1, max(1, round(share * len(numbers))))
+        out = set(random.Random(seed).sample(numbers, count))
+
+        def those(wanted: Callable[[int], bool]) -> LatentData:
+            found = {shape: [e for e in entries if wanted(e[1])] for shape, entries in self._found.items()}
+            return LatentData(found, self._items, self._tokenizer, self._config)
+
+        return those(lambda i: i not in out), those(lambda i: i in out)
 
     def latent_batch(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
         """Scaled latents (count, 4, h, w) float32 and tokens (count, L) of random pictures from one bucket.

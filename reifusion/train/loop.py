@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -24,13 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from . import muon
 from .checkpoint import TrainingError, load_checkpoint, save_checkpoint, unchanged
 from .keys import check, key
-from .progress import Progress
+from .progress import Progress, Seen
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,6 +70,12 @@ class LoopConfig:
         False, "compiles the networks, which takes a minute or two and makes the steps on a GPU twice as fast"
     )
     checkpoint_minutes: float = key(5.0, "time between two checkpoints", least=0)
+    keep_every: int = key(
+        0,
+        "steps between two models that stay, each in a file with its step in its name; 0: only the last",
+        least=0,
+        trains=("text2image", "lora"),
+    )
     # On a GPU, losses are read and their health is checked at these steps alone: reading makes a GPU wait.
     log_every: int = key(20, "steps between two lines of the log", least=1)
     allow_changes: bool = key(False, "resume although the data, the base model or the target has changed")
@@ -147,17 +153,27 @@ class Clock:
 
 @contextmanager
 def stop_asked() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns True once Ctrl-C or SIGTERM has come, to be asked between steps."""
+    """Yields a function that returns True once Ctrl-C or SIGTERM has come, to be asked between steps.
+
+    The second one ends the program at once, as if there were no handler.
+    """
     asked: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
+
+    def ask(number: int, _: Any) -> None:
+        asked.append(number)
+        print("reifusion: stopping after this step; once more stops at once", file=sys.stderr)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
     if threading.current_thread() is threading.main_thread():  # only this thread receives signals
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda number, _: asked.append(number))
+            before[number] = signal.signal(number, ask)
     try:
         yield lambda: bool(asked)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def processes() -> Accelerator:
@@ -182,20 +198,22 @@ def train(
     objective: Objective,
     config: LoopConfig,
     folder: Path,
-    every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
+    every_checkpoint: Callable[[int, dict[str, Tensor]], Seen] | None = None,
     describe: Callable[[int], str] | None = None,
     made_of: Mapping[str, str] | None = None,
     draws_on: torch.device | str = "cpu",
     spent: float = 0.0,
+    keep: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Minimises the objective over the parameters that require gradients; returns their moving average.
 
-    Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) may return a picture
-    for TensorBoard. describe(step) names the step's samples, for error messages. made_of: see
+    Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) returns what there is
+    to see; it is not called when the run is being stopped. keep(step, average): called at every checkpoint,
+    and every `keep_every` steps. describe(step) names the step's samples, for error messages. made_of: see
     `unchanged`. draws_on: the device of the objective's generators. spent: the seconds of the run's time that
-    went by before. Ctrl-C or SIGTERM writes the checkpoint
-    and raises KeyboardInterrupt. Raises TrainingError when the loss is not finite or explodes, when the
-    checkpoint belongs to another run, and when the disk is full.
+    went by before. Ctrl-C or SIGTERM writes the checkpoint and raises KeyboardInterrupt. Raises TrainingError
+    when the loss is not finite or explodes, when the checkpoint belongs to another run, and when the disk is
+    full.
     """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
@@ -232,15 +250,15 @@ def train(
     saved_at = time.monotonic()
     step = start
 
-    def checkpoint(step: int) -> None:
+    def checkpoint(step: int, show: bool = True) -> None:
         if not accelerator.is_main_process:
             return
-        save_checkpoint(
-            path, model, ema, optimizers, scaler, step, made_of, clock.seconds if config.minutes else 0.0
-        )
-        picture = every_checkpoint(step, ema) if every_checkpoint is not None else None
-        if progress is not None and picture is not None:
-            progress.picture(step, picture)
+        seconds = clock.seconds if config.minutes else 0.0
+        save_checkpoint(path, model, ema, optimizers, scaler, step, made_of, seconds)
+        if keep is not None:
+            keep(step, ema)
+        if progress is not None and every_checkpoint is not None and show:
+            progress.show(step, every_checkpoint(step, ema))
 
     def look() -> None:
         """Reads the figures of the last steps, checks them and shows them."""
@@ -274,7 +292,7 @@ def train(
                 # These losses have shown that the weights, not yet updated by this step, are good.
                 asked = any(_of_all(float(stop()), accelerator))
                 if health.good and (asked or time.monotonic() - saved_at > 60 * config.checkpoint_minutes):
-                    checkpoint(step)
+                    checkpoint(step, show=not asked)
                     saved_at = time.monotonic()
                 if asked:
                     raise KeyboardInterrupt
@@ -293,6 +311,8 @@ def train(
                 1 - min(config.ema, (1 + step) / (10 + step)),
             )
             step += 1
+            if config.keep_every and step % config.keep_every == 0 and keep is not None and main:
+                keep(step, ema)
         look()
         if not all(p.isfinite().all() for p in trained.values()):
             raise TrainingError(f"the last step left weights that are not finite; {path} is older than that")

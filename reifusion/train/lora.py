@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,9 +30,11 @@ from ..weights.writing import write_tensors
 from .checkpoint import digest, unchanged
 from .images import Pictures, open_pictures
 from .keys import RecipeError, key
-from .latents import cache_latents
+from .latents import LatentData, cache_latents
 from .loop import LoopConfig, processes
-from .text2image import Data, TextToImage, TextToImageTraining, optimise
+from .progress import Seen
+from .text2image import Data, TextToImage, TextToImageTraining, forward_process, optimise
+from .watch import Watch
 
 if TYPE_CHECKING:
     from ..model.encoder import Encoder
@@ -62,6 +64,7 @@ class LoRATraining(TextToImageTraining):
     rank: int = key(8, "numbers in which a layer's change is expressed; the file grows with it", least=1)
     alpha: float = key(8.0, "the change is scaled by alpha/rank", above=0)
     targets: tuple[str, ...] = key((ATTENTION,), "patterns of the names of the layers that get a LoRA")
+    layout: str = key("kohya", "names of the tensors in the file", choices=LAYOUTS)
     dropout: float = key(0.0, "share of a LoRA's inputs that is left out in each step", least=0, below=1)
 
     @property
@@ -79,6 +82,8 @@ def train_lora(
     size: int | None = None,
     mirror: bool = False,
     watch: Callable[[int, StableDiffusion], Image.Image | None] | None = None,
+    prompts: Sequence[str] = (),
+    validation: float | Pictures = 0.0,
 ) -> Path:
     """Trains a LoRA for a model on captioned pictures; returns its file. The model stays unchanged.
 
@@ -86,7 +91,9 @@ def train_lora(
     folder: holds the run, which resumes from there. out: the file, by default lora.safetensors in the folder;
     it is written at each checkpoint. layout: see `save_lora`. size: side in pixels of a square with the
     pictures' area; None means the model's own size. mirror: shows each picture mirrored as well. watch:
-    called at each checkpoint with the model and the LoRA in it; may return a picture for TensorBoard. Raises
+    called at each checkpoint with the model and the LoRA in it; may return a picture for TensorBoard.
+    prompts: of a sheet at each checkpoint, where `watch` returns no picture. validation: other pictures, or
+    the share of the pictures that is held out, on which the loss is measured at each checkpoint. Raises
     RecipeError for a target that names no layer, and whatever `open_pictures` and `optimise` raise.
     """
     folder, tokenizer = Path(folder), pipe.tokenizer
@@ -97,16 +104,26 @@ def train_lora(
         "zero_terminal_snr": f"{pipe.config.schedule.zero_terminal_snr}",
         "alpha": f"{training.alpha:g}",
     }
+    held_out: dict[str, Data] = {}
     if isinstance(data, str | Path | Pictures):
+        made_of |= {"validation": f"{validation:g}"} if isinstance(validation, float | int) else {}
         with processes().main_process_first():  # the others then find the encoded latents
             if not isinstance(data, Pictures):
                 data = open_pictures(data, caption=training.caption)
             made_of |= {"VAE": digest(pipe.models["encoder"].state_dict()), "data": data.digest()}
             unchanged(folder / "checkpoint.pt", made_of, training.loop.allow_changes)
             encoder, side = cast("Encoder", pipe.models["encoder"]), size or pipe.config.size
-            data = cache_latents(
-                encoder, data, side, folder / "latents", tokenizer=pipe.tokenizer, mirror=mirror
-            )
+
+            def latents(pictures: Pictures) -> LatentData:
+                home = folder / "latents"
+                return cache_latents(encoder, pictures, side, home, tokenizer=tokenizer, mirror=mirror)
+
+            data = latents(data)
+            if isinstance(validation, Pictures):
+                held_out = {"held_out": latents(validation), "seen": data}
+            elif validation:
+                data, others = data.split(validation, training.loop.seed)
+                held_out = {"held_out": others, "seen": data}
     with torch.device("meta"):  # an empty shell, without memory, for the networks of `pipe`
         model = TextToImage(pipe.config)
     model.clip, model.diffusion = pipe.models["clip"], pipe.models["diffusion"]  # type: ignore[assignment]
@@ -117,19 +134,31 @@ def train_lora(
         "ss_learning_rate": f"{training.loop.lr}",
     }
 
-    def keep(step: int, average: dict[str, Tensor]) -> Image.Image | None:
-        with _weights(model.eval(), average):
+    schedule, seed, every = pipe.config.schedule, training.loop.seed, training.loop.keep_every
+    seen = Watch(forward_process(schedule), training.batch, seed, prompts, held_out)
+
+    def keep(step: int, average: dict[str, Tensor]) -> None:
+        with _weights(model, average):
             save_lora(model, path, layout, facts | {"ss_steps": f"{step}"})
+            if every and step and step % every == 0:
+                save_lora(
+                    model, path.with_stem(f"{path.stem}-{step:06d}"), layout, facts | {"ss_steps": f"{step}"}
+                )
+
+    def look(step: int, average: dict[str, Tensor]) -> Seen:
+        with _weights(model.eval(), average):
             picture = None if watch is None else watch(step, pipe)
+            found = replace(seen, prompts=()) if picture is not None else seen
+            shown = found.look(model, pipe)
         model.train()
-        return picture
+        return shown if picture is None else shown._replace(picture=picture)
 
     try:
         # Weights are trained in float32; the loop does its arithmetic in half precision by itself.
-        targets, seed = training.all_targets, training.loop.seed
+        targets = training.all_targets
         attach(model.float(), training.rank, training.alpha, targets, training.dropout, seed)
         empty = torch.tensor(tokenizer.encode(""))
-        optimise(model.train(), data, empty, pipe.config.schedule, training, folder, keep, made_of)
+        optimise(model.train(), data, empty, schedule, training, folder, look, made_of, keep=keep)
     finally:
         detach(model.eval())
         for name, parameter in model.named_parameters():

@@ -24,6 +24,7 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
         raise TrainingError("the expected losses must be rows of step, low and high")
     runs = [runs] if isinstance(runs, Path) else list(runs)
     curves = {run: losses(run) for run in runs}
+    measured = {run: {name: losses(run, name) for name in ("held_out", "seen")} for run in runs}
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     if expected:
@@ -39,6 +40,10 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
         name = run.parent.name if run.suffix == ".jsonl" else run.name
         label = f"{name}: {smooth[-1]:.4g} at step {steps[-1]:,}"
         axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
+        for what, style in (("held_out", "o--"), ("seen", "o:")):
+            if found := measured[run][what]:
+                label = f"{name}: {what.replace('_', ' ')}, {list(found.values())[-1]:.4g}"
+                axes.plot(list(found), list(found.values()), style, color=colour, ms=4, lw=1.2, label=label)
     if all(value > 0 for curve in curves.values() for value in curve.values()):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -54,8 +59,11 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
         raise TrainingError(f"the curve cannot be drawn to {out}: {error}") from None
 
 
-def losses(run: Path) -> dict[int, float]:
-    """Reads step -> loss from a run's log; the later loss of a step that was done again after a kill."""
+def losses(run: Path, name: str = "loss") -> dict[int, float]:
+    """Reads step -> loss from a run's log; the later loss of a step that was done again after a kill.
+
+    name: "loss", which must be there, or that of a loss that is measured at checkpoints.
+    """
     path = run if run.suffix == ".jsonl" else run / "training.jsonl"
     if not path.is_file():
         raise TrainingError(f"there is no {path}: nothing has been trained there yet")
@@ -63,12 +71,12 @@ def losses(run: Path) -> dict[int, float]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            step, loss = int(row["step"]), float(row["loss"])
+            step, loss = int(row["step"]), float(row[name])
         except (ValueError, KeyError, TypeError):
             continue  # the run is writing this line, or was killed while it wrote it
         if math.isfinite(loss):
             curve[step] = loss
-    if not curve:
+    if not curve and name == "loss":
         raise TrainingError(f"{path} has no losses yet; the first comes after a few steps")
     return dict(sorted(curve.items()))
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from ..files import whole
+
+
+class Seen(NamedTuple):
+    """What a checkpoint has to show."""
+
+    picture: Image.Image | None = None
+    figures: Mapping[str, float] = {}  # such as the loss on pictures that are held out
 
 
 class Progress:
@@ -24,7 +35,7 @@ class Progress:
     def __init__(self, folder: Path, start: int, steps: int | None, every: int):
         from torch.utils.tensorboard import SummaryWriter  # its import takes a second
 
-        self.every = every
+        self.every, self.folder = every, folder
         self.bar = tqdm(initial=start, total=steps, mininterval=10)
         self.log = open(folder / "training.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
@@ -64,6 +75,18 @@ class Progress:
             )
         self.bar.update()
 
-    def picture(self, step: int, image: Image.Image) -> None:
-        """Adds a picture to TensorBoard's Images tab."""
-        self.board.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    def show(self, step: int, seen: Seen) -> None:
+        """Writes a picture to `folder/sheet-….png` and to TensorBoard, and figures to the log and there."""
+        if seen.picture is not None:
+            with whole(self.folder / f"sheet-{step:06d}.png") as temporary:
+                seen.picture.save(temporary, "PNG")
+            self.board.add_image("samples", np.asarray(seen.picture.convert("RGB")), step, dataformats="HWC")
+        if seen.figures:
+            shown = {"step": step, "time": time.time(), **seen.figures}
+            print(
+                json.dumps({name: round(value, 6) for name, value in shown.items()}),
+                file=self.log,
+                flush=True,
+            )
+            for name, value in seen.figures.items():
+                self.board.add_scalar(name, value, step)

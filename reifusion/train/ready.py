@@ -52,8 +52,11 @@ def _unused(recipe: Recipe, config: ModelConfig) -> None:
     }
     if recipe.train in ("vae", "sharpen"):
         reasons["caption_column"] = "a VAE learns without captions"
-    elif emoji:
-        reasons["size"] = "the mini's own pictures, data=emoji, have one size"
+    else:
+        held_out = recipe.validation_data and "validation_data has the pictures that are held out"
+        reasons["validation"] = held_out or (emoji and "the mini's own pictures, data=emoji, are composed")
+        if emoji:
+            reasons["size"] = "the mini's own pictures, data=emoji, have one size"
     for name, reason in reasons.items():
         if reason and is_set(name):
             raise RecipeError(f"{name} is set but would not be used: {reason}")

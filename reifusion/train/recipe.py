@@ -89,13 +89,27 @@ class Recipe:
         False, "with v_prediction: all noise at the last timestep", trains=DENOISERS
     )
     mirror: bool = key(False, "true: pictures of your own are also shown mirrored")
+    prompts: tuple[str, ...] = key(
+        (),
+        "prompts of the sheets, or .txt files with one a line; none: some of the captions",
+        trains=DENOISERS,
+    )
+    validation: float = key(
+        0.0,
+        "share of the pictures that is held out; a loss that rises there says that the others are learned by"
+        " heart",
+        least=0,
+        below=1,
+        trains=DENOISERS,
+    )
+    validation_data: str = key("", "other pictures to measure the loss on, as data", trains=DENOISERS)
     folder: str = key("", 'for checkpoints, curves and sheets; "": runs/ and the recipe\'s name')
     out: str = key("", 'the file of the finished model; "": in the folder')
     dtype: str = key(
-        "fp32",
+        "",
         "number format of the model that is written; bf16 halves the file and rounds small changes away, int8"
-        " halves it again",
-        choices=("fp32", "bf16", "fp16", "int8"),
+        ' halves it again; "": that of start, and fp32 from nothing',
+        choices=("", "fp32", "bf16", "fp16", "int8"),
         trains=("text2image",),
     )
     expected: tuple[tuple[float, float, float], ...] = key(

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..api import load as load_pipeline
 from ..model.config import MINI, SD15, ModelConfig
 from ..model.pipeline import StableDiffusion
-from ..weights import find_config, load, save
+from ..model.tokenizer import Tokenizer
+from ..weights import find_config, info, load, read_back, save
 from . import ready
 from .checkpoint import digest, unchanged
-from .images import DataError, some
+from .images import DataError, Pictures, some
+from .latents import LatentData
 from .loop import processes
 from .lora import train_lora
 from .material import captioned_latents, captioned_pictures, own_pictures, random_pixels
+from .progress import Seen
 from .recipe import Recipe, RecipeError
 from .sharpen import sharpen_decoder
-from .sheet import PROMPTS, contact_sheet
-from .text2image import TextToImage, train_text2image
-from .vae import PixelBatch, train_vae
+from .text2image import Data, TextToImage, forward_process, train_text2image
+from .vae import VAE, PixelBatch, train_vae
 from .vae_file import is_vae, load_vae, save_vae
+from .watch import Watch, prompts_of_sheet
 
 SIZES = {"mini": MINI, "sd15": SD15}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+MOST_OF_A_LORA = 8  # prompts of its sheets
 
 
 def run(recipe: Recipe) -> Path:
@@ -135,38 +138,68 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
         "prediction_type": config.schedule.prediction_type,
         "zero_terminal_snr": f"{config.schedule.zero_terminal_snr}",
         "data": source.digest(),
+        "validation": f"{recipe.validation:g}",
     }
     unchanged(folder / "checkpoint.pt", made_of, recipe.training.loop.allow_changes)
     data, tokenizer = captioned_latents(recipe, source, config, vae, tokenizer)
-    empty = torch.tensor(tokenizer.encode(""))
+    training, tokens = recipe.training, tokenizer
+    data, held_out = validation(recipe, data, config, vae, tokenizer)
+    own = data.captions if isinstance(data, LatentData) else None
 
     def pipeline(model: TextToImage) -> StableDiffusion:
         networks = {"encoder": vae.encoder, "decoder": vae.decoder}
         networks |= {"clip": model.clip, "diffusion": model.diffusion}
-        return StableDiffusion(config, tokenizer, networks, processes().device)
+        return StableDiffusion(config, tokens, networks, processes().device)
 
-    watch = sheets(config, pipeline, folder)
-    spent = time.monotonic() - begun
-    trained = train_text2image(data, empty, config, recipe.training, folder, weights, watch, made_of, spent)
+    def write(networks: Mapping[str, nn.Module], path: Path) -> None:
+        save(config, networks, path, tokenizer=tokens, dtype=dtype)
+
+    dtype = dtype_of(recipe)
+    shown = TextToImage(config).eval().to(processes().device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    watch = Watch(
+        forward_process(config.schedule),
+        training.batch,
+        training.loop.seed,
+        prompts_of_sheet(recipe.prompts, own, recipe.size or config.size, training.loop.seed),
+        held_out,
+    )
+
+    def look(step: int, weights: dict[str, Tensor]) -> Seen:
+        shown.load_state_dict(read_back(weights, dtype))  # what the file will hold
+        return watch.look(shown, pipeline(shown))
+
+    def keep(step: int, weights: dict[str, Tensor]) -> None:
+        if training.loop.keep_every and step % training.loop.keep_every == 0 and step:
+            shown.load_state_dict(weights)
+            write(pipeline(shown).models, folder / f"model-{step:06d}.safetensors")
+
+    empty, spent = torch.tensor(tokenizer.encode("")), time.monotonic() - begun
+    trained = train_text2image(data, empty, config, training, folder, weights, look, made_of, spent, keep)
     if processes().is_main_process:
-        save(config, pipeline(trained).models, out, tokenizer=tokenizer, dtype=DTYPES[recipe.dtype])
+        write(pipeline(trained).models, out)
     return out
 
 
-def sheets(
-    config: ModelConfig, pipeline: Callable[[TextToImage], StableDiffusion], folder: Path
-) -> Callable[[int, dict[str, Tensor]], Image.Image]:
-    """Returns a function that draws a contact sheet at a checkpoint, from the model's weights."""
-    shown = TextToImage(config).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Returns the number format of the model that a recipe writes: by default that of its start."""
+    if recipe.dtype:
+        return DTYPES[recipe.dtype]
+    found = info(recipe.start).dtype if recipe.start else "float32"
+    return next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{found}"), torch.float32)
 
-    def watch(step: int, weights: dict[str, Tensor]) -> Image.Image:
-        shown.load_state_dict(weights)
-        prompts = PROMPTS if config.size <= 128 else PROMPTS[:4]  # large pictures take their time
-        sheet = contact_sheet(pipeline(shown), prompts, seeds=1)
-        sheet.save(folder / f"sheet-{step:06d}.png")
-        return sheet
 
-    return watch
+def validation(
+    recipe: Recipe, data: Data, config: ModelConfig, vae: VAE, tokenizer: Tokenizer
+) -> tuple[Data, dict[str, Data]]:
+    """Returns the data to train on and, if the recipe wants it, what to measure: "held_out" and "seen"."""
+    if recipe.validation_data:
+        other = replace(recipe, data=recipe.validation_data)
+        found, _ = captioned_latents(other, captioned_pictures(other), config, vae, tokenizer)
+        return data, {"held_out": found, "seen": data}
+    if recipe.validation and isinstance(data, LatentData):
+        data, found = data.split(recipe.validation, recipe.training.loop.seed)
+        return data, {"held_out": found, "seen": data}
+    return data, {}
 
 
 def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
@@ -176,14 +209,22 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
     pipe = load_pipeline(recipe.start or "mini", "cpu" if not torch.cuda.is_available() else None)
     with processes().main_process_first():
         pictures = own_pictures(recipe)
+        held_out: float | Pictures = recipe.validation
+        if recipe.validation_data:
+            held_out = own_pictures(replace(recipe, data=recipe.validation_data))
+    captions = [caption for item in pictures.items for caption in item.captions]
+    side, seed = recipe.size or config.size, recipe.training.loop.seed
     return train_lora(
         replace(pipe, config=config),
         pictures,
         recipe.training,
         Path(recipe.folder),
         Path(recipe.out),
+        recipe.training.layout,
         size=recipe.size or None,
         mirror=recipe.mirror,
+        prompts=prompts_of_sheet(recipe.prompts, captions, side, seed)[:MOST_OF_A_LORA],
+        validation=held_out,
     )
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..model.config import VAEConfig
 from .critic import Critic, fool, judge
 from .keys import check, key
 from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
+from .progress import Seen
 from .vae import VAE, PixelBatch, side_by_side, terms
 
 
@@ -111,9 +111,9 @@ def sharpen_decoder(
         front = "vae.decoder."
         return {name[len(front) :]: weight for name, weight in average.items() if name.startswith(front)}
 
-    def compare(step: int, average: dict[str, Tensor]) -> Image.Image:
+    def compare(step: int, average: dict[str, Tensor]) -> Seen:
         shown.decoder.load_state_dict(decoder(average))
-        return side_by_side(pictures, shown)
+        return Seen(side_by_side(pictures, shown))
 
     objective = sharpening_objective(pixel_batch, size, vae.encoder.config, training)
     average = train(model, objective, training.loop, folder, compare, made_of=made_of, draws_on=draws_on)

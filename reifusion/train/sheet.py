@@ -23,6 +23,7 @@ PROMPTS = (
     "a small bird", "a butterfly on the left", "a dog next to a tree", "a cat stretching on the floor",
 )  # fmt: skip
 LABEL = 30  # height in pixels of the text below each prompt's pictures
+NARROWEST = 96  # pixels of a picture that has words below it
 
 
 def contact_sheet(
@@ -34,8 +35,10 @@ def contact_sheet(
 ) -> Image.Image:
     """Draws `seeds` pictures of each prompt above one another, and the prompt below; `columns` prompts a row.
 
-    settings: those of `pipe.generate`; the model's own where they are left open.
+    settings: those of `pipe.generate`; the model's own where they are left open. Small pictures are shown
+    twice or more as large, so that there is room for the words.
     """
+    columns = min(columns, len(prompts))
     tiles = [
         pipe.generate(
             list(prompts),
@@ -45,14 +48,17 @@ def contact_sheet(
         )
         for k in range(seeds)
     ]
-    width, height = tiles[0][0].size  # type: ignore[index]
+    width, height = tiles[0][0].size
+    times = max(1, -(-NARROWEST // width))
+    width, height = times * width, times * height
     cell = seeds * height + LABEL
     sheet = Image.new("RGB", (columns * width, -(-len(prompts) // columns) * cell), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, prompt in enumerate(prompts):
         x, y = i % columns * width, i // columns * cell
         for k in range(seeds):
-            sheet.paste(tiles[k][i], (x, y + k * height))  # type: ignore[index]
+            picture = tiles[k][i]
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + k * height))
         text = "\n".join(textwrap.wrap(prompt, width // 6)[:2])
         draw.multiline_text((x + 4, y + seeds * height), text, fill="black", font=font, spacing=1)
     return sheet

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +25,7 @@ from ..model.encoder import sample
 from ..model.samplers import SAMPLERS, samplers_for
 from .keys import check, key
 from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
+from .progress import Seen
 
 
 @dataclass(frozen=True)
@@ -250,9 +250,10 @@ def optimise(
     schedule: ScheduleConfig,
     training: TextToImageTraining,
     folder: Path,
-    every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
+    every_checkpoint: Callable[[int, dict[str, Tensor]], Seen] | None = None,
     made_of: Mapping[str, str] | None = None,
     spent: float = 0.0,
+    keep: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Trains the parameters that require gradients, on captioned latents; returns their moving average."""
     objective = denoising_objective(data, empty, forward_process(schedule), training)
@@ -263,7 +264,16 @@ def optimise(
 
     with recomputed(model.diffusion) if training.gradient_checkpointing else nullcontext():
         return train(
-            model, objective, training.loop, folder, every_checkpoint, names, made_of, data.device, spent
+            model,
+            objective,
+            training.loop,
+            folder,
+            every_checkpoint,
+            names,
+            made_of,
+            draws_on=data.device,
+            spent=spent,
+            keep=keep,
         )
 
 
@@ -274,15 +284,16 @@ def train_text2image(
     training: TextToImageTraining,
     folder: Path,
     start_from: dict[str, Tensor] | None = None,
-    every_checkpoint: Callable[[int, dict[str, Tensor]], Image.Image | None] | None = None,
+    every_checkpoint: Callable[[int, dict[str, Tensor]], Seen] | None = None,
     made_of: Mapping[str, str] | None = None,
     spent: float = 0.0,
+    keep: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> TextToImage:
     """Trains a model of these sizes on captioned latents; returns it with the averaged weights.
 
     empty: the tokens (L,) of the empty caption. start_from: weights to begin with, instead of random ones.
-    every_checkpoint: as in `train`, but with all weights of the model, the frozen ones as well. made_of,
-    spent: see `train`. Raises what `train` raises.
+    every_checkpoint, keep: as in `train`, but with all weights of the model, the frozen ones as well.
+    made_of, spent: see `train`. Raises what `train` raises.
     """
     torch.manual_seed(training.loop.seed)
     model = TextToImage(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -290,9 +301,10 @@ def train_text2image(
         model.load_state_dict(start_from)
     model.clip.requires_grad_(training.train_text_encoder)
 
-    def watch(step: int, average: dict[str, Tensor]) -> Image.Image | None:
-        return None if every_checkpoint is None else every_checkpoint(step, model.state_dict() | average)
+    def whole(then: Callable[[int, dict[str, Tensor]], Any] | None) -> Any:
+        return None if then is None else lambda step, average: then(step, model.state_dict() | average)
 
-    average = optimise(model, data, empty, config.schedule, training, folder, watch, made_of, spent)
+    look, keep = whole(every_checkpoint), whole(keep)
+    average = optimise(model, data, empty, config.schedule, training, folder, look, made_of, spent, keep)
     model.load_state_dict(average, strict=False)
     return model

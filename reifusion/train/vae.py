@@ -21,6 +21,7 @@ from ..model.decoder import Decoder
 from ..model.encoder import Encoder, sample, scale_latents
 from .keys import check, key
 from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
+from .progress import Seen
 
 # pixel_batch(generator, count, size) -> random pictures (count, 3, size, size) in [-1, 1], decided by the
 # generator alone
@@ -152,9 +153,9 @@ def train_vae(
         vae.load_state_dict(start_from)
     shown, pictures = VAE(config), pixel_batch(rng(training.loop.seed, 0, draws_on), 8, size).cpu()
 
-    def compare(step: int, average: dict[str, Tensor]) -> Image.Image:
+    def compare(step: int, average: dict[str, Tensor]) -> Seen:
         shown.load_state_dict(average)
-        return side_by_side(pictures, shown)
+        return Seen(side_by_side(pictures, shown))
 
     objective = reconstruction_objective(pixel_batch, size, config, training)
     average = train(

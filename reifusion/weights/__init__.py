@@ -14,9 +14,9 @@ from ..model.config import ModelConfig
 from ..model.model_loader import Changes, Info
 from ..model.tokenizer import Tokenizer
 from .hub import find
-from .writing import save
+from .writing import read_back, save
 
-__all__ = ["Changes", "find", "find_config", "info", "load", "save"]
+__all__ = ["Changes", "find", "find_config", "info", "load", "read_back", "save"]
 
 
 def load(

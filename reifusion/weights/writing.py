@@ -88,6 +88,18 @@ def eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def read_back(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns tensors as a file of that dtype would give them back, in float32."""
+    if dtype != torch.int8:
+        return {name: x.to(dtype).float() for name, x in tensors.items()}
+    written = eight_bits(tensors)
+    found = {}
+    for name in tensors:
+        rows, scale = written[name].float(), written.get(name + SCALE)
+        found[name] = rows if scale is None else rows * scale.reshape(-1, *[1] * (rows.ndim - 1))
+    return found
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
     """Writes a `.safetensors` with the permissions of the user's umask."""
     path.touch()

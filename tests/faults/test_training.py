@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reifusion.model.config import MINI, CLIPConfig, UNetConfig, VAEConfig
-from reifusion.train import recipe, run
+from reifusion.train import recipe, run, watch
 from reifusion.train.__main__ import main
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.keys import RecipeError
@@ -36,7 +36,7 @@ QUICK = ("batch=2", "mixed_precision=no", "log_every=1", "warmup=1")
 def toy(monkeypatch):
     """Adds a model that trains within a second, and draws no sheets."""
     monkeypatch.setitem(run.SIZES, "toy", TOY)
-    monkeypatch.setattr(run, "contact_sheet", lambda *_, **__: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(watch, "contact_sheet", lambda *_, **__: Image.new("RGB", (8, 8)))
 
 
 def pictures(folder, colour=(200, 40, 40), count=3, caption="picture {}"):
@@ -90,7 +90,7 @@ def test_sheets_are_drawn_with_the_text_encoder_that_is_in_the_file(here, tmp_pa
         shown.append({name: x.clone() for name, x in pipe.models["clip"].state_dict().items()})
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(run, "contact_sheet", sheet)
+    monkeypatch.setattr(watch, "contact_sheet", sheet)
     start = here / "model.safetensors"
     keys = [f"start={start}", f"data={here}/data", "steps=1", f"folder={tmp_path}"]
     out, _ = follow("text2image", *keys, "train_text_encoder=false")
@@ -458,7 +458,13 @@ def test_small_changes_are_not_rounded_away(here, tmp_path):
     for dtype in ("fp32", "bf16"):
         out, _ = follow("text2image", *keys, f"dtype={dtype}", f"folder={tmp_path}/{dtype}")
         assert {x.dtype for x in load_file(out).values()} == {run.DTYPES[dtype]}
-    assert recipe.read("text2image").dtype == "fp32"
+    # Left open, it is that of the model to begin with, and fp32 from nothing.
+    assert run.dtype_of(recipe.read("text2image")) == torch.float32
+    for dtype in (torch.bfloat16, torch.int8, torch.float16):
+        config, models, tokenizer = load(here / "model.safetensors")
+        start = tmp_path / f"{dtype}.safetensors"
+        save(config, models, start, tokenizer=tokenizer, dtype=dtype)
+        assert run.dtype_of(recipe.read("text2image", None, [f"start={start}"])) == dtype
 
 
 def test_the_curve_of_a_short_run_falls_with_its_loss():

@@ -22,6 +22,7 @@ from reifusion.train import loop
 from reifusion.train.checkpoint import TrainingError, save_atomically
 from reifusion.train.keys import RecipeError
 from reifusion.train.loop import BatchPart, Clock, LoopConfig, learning_rate, rng, train
+from reifusion.train.progress import Seen
 
 EXACT = LoopConfig(steps=9, checkpoint_minutes=0.0, mixed_precision="no")
 
@@ -137,6 +138,51 @@ def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_pat
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 2
     assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+
+
+def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_path, capsys):
+    shown, kept = [], []
+
+    def objective(network, done, generator, part):
+        if done >= 4 / 9:
+            signal.raise_signal(signal.SIGINT)
+        return pictures_objective(network, done, generator, part)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            Net(),
+            objective,
+            LoopConfig(steps=9),
+            tmp_path,
+            lambda step, _: shown.append(step),
+            keep=lambda step, _: kept.append(step),
+        )
+    assert checkpoint(tmp_path)["step"] == 4 and shown == [] and kept == [4]
+    assert "stopping after this step" in capsys.readouterr().err
+
+    def twice(network, done, generator, part):
+        for _ in range(2):
+            signal.raise_signal(
+                signal.SIGINT
+            )  # the second is Python's own KeyboardInterrupt, within the step
+        raise AssertionError("the second time came to nothing")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Net(), twice, LoopConfig(steps=9), tmp_path)
+    assert checkpoint(tmp_path)["step"] == 4
+
+
+def test_models_are_kept_every_few_steps(tmp_path):
+    kept = {}
+    config = LoopConfig(steps=7, keep_every=3, mixed_precision="no")
+    keep = lambda step, average: kept.update({step: {k: x.clone() for k, x in average.items()}})  # noqa: E731
+    average = train(Net(), pictures_objective, config, tmp_path / "all", keep=keep)
+    assert list(kept) == [3, 6, 7] and same(kept[7], average)
+    # What is kept after three steps is what a run of three steps ends with, at a steady rate.
+    short = LoopConfig(steps=3, mixed_precision="no", decay=0.0)
+    long = LoopConfig(steps=7, keep_every=3, mixed_precision="no", decay=0.0)
+    train(Net(), pictures_objective, long, tmp_path / "long", keep=keep)
+    assert same(kept[3], train(Net(), pictures_objective, short, tmp_path / "short"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -378,11 +424,14 @@ def log(folder: Path) -> list[dict]:
 def test_log_and_tensorboard_show_loss_speed_rate_and_pictures(tmp_path):
     def sheet(step, average):
         assert set(average) == {"conv.weight", "conv.bias", "linear.weight", "linear.bias"}
-        return Image.new("RGB", (4, 2), (255, 0, 0))
+        return Seen(Image.new("RGB", (4, 2), (255, 0, 0)), {"held_out": 0.25 * step})
 
     config = LoopConfig(steps=10, log_every=3, accumulate=2, lr=0.5, warmup=4)
     train(Net(), pictures_objective, config, tmp_path, sheet)
-    rows = log(tmp_path)
+    *rows, last = log(tmp_path)
+    assert last.pop("time") > 0 and last == {"step": 10, "held_out": 2.5}
+    with Image.open(tmp_path / "sheet-000010.png") as picture:
+        assert picture.size == (4, 2)
     assert [row["step"] for row in rows] == [0, 3, 6, 9]
     rates = [learning_rate(step, step / config.steps, config) for step in (0, 3, 6, 9)]
     assert [row["lr"] for row in rows] == pytest.approx(rates)

@@ -12,6 +12,7 @@ from torch import nn
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.loop import BatchPart, LoopConfig, rng
+from reifusion.train.progress import Seen
 from reifusion.train.text2image import (
     Latents,
     TextToImage,
@@ -110,6 +111,7 @@ def test_resumed_run_ends_in_the_same_weights(tmp_path, options):
         if not stopped and step < 4:
             stopped.append(step)
             raise KeyboardInterrupt
+        return Seen()
 
     stopped = [0]
     whole = run(tmp_path / "whole").state_dict()
