@@ -214,11 +214,10 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
     unet["middle_attention"] = unet["attention"][-1]
     unet["attention"] = tuple(n if "CrossAttn" in block else 0 for n, block in zip(unet["attention"], blocks))
     schedule = ours["scheduler"]
-    own, theirs = schedule.get("trained_betas"), jsons["scheduler"].get("trained_betas")
+    own = schedule.get("trained_betas")
     if own is not None and not _are_betas(own, schedule["num_training_steps"]):
-        raise ModelError(
-            f"its scheduler has trained_betas = {short(theirs)}, which are not one for each step"
-        )
+        said = short(jsons["scheduler"]["trained_betas"])
+        raise ModelError(f"its scheduler has trained_betas = {said}, which are not one for each step")
     if flow:
         schedule["prediction_type"] = "flow"
     elif jsons["scheduler"].get("timestep_spacing") == "trailing" and not schedule["zero_terminal_snr"]:
