@@ -38,8 +38,8 @@ from .loop import (
 )
 from .lora import attach
 from .recipe import Recipe, RecipeError
-from .run import model_config
 from .sharpen import WithCritic, sharpening_objective
+from .sizes import model_config
 from .text2image import Latents, TextToImage, forward_process, recomputed
 from .vae import VAE
 

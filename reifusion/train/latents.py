@@ -90,17 +90,18 @@ def cache_latents(
     mirror: bool = False,
     step: int | None = None,
     batch: int = 8,
+    patch: int = 1,
 ) -> LatentData:
     """Returns the latents of all pictures; encodes those that `folder` lacks, and resumes after a kill.
 
     A picture is scaled to cover its bucket, and cropped evenly on both sides. size: side in pixels of a
     square with the buckets' area. mirror: adds every picture mirrored. step: see `buckets`; None means an
-    eighth of `size`. batch: pictures to encode at a time.
+    eighth of `size`. batch: pictures to encode at a time. patch: that of the U-Net.
 
     One warning names the pictures that cannot be read, those that are enlarged, and those whose captions are
     cut. Raises DataError if no picture is left, the latents are not finite or the folder cannot be written.
     """
-    factor = encoder.config.factor
+    factor = encoder.config.factor * patch
     step = max(factor, size // 8 // factor * factor) if step is None else step
     if step <= 0 or step % factor or step > size:
         raise DataError(f"the step of the buckets must be a multiple of {factor} up to {size}, not {step}")

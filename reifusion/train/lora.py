@@ -116,7 +116,15 @@ def train_lora(
 
             def latents(pictures: Pictures) -> LatentData:
                 home = folder / "latents"
-                return cache_latents(encoder, pictures, side, home, tokenizer=tokenizer, mirror=mirror)
+                return cache_latents(
+                    encoder,
+                    pictures,
+                    side,
+                    home,
+                    tokenizer=tokenizer,
+                    mirror=mirror,
+                    patch=pipe.config.unet.patch,
+                )
 
             data = latents(data)
             if isinstance(validation, Pictures):

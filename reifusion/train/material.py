@@ -80,7 +80,13 @@ def captioned_latents(
         tokenizer = tokenizer or vocabulary(captions, config, folder)
         size = recipe.size or config.size
         data = cache_latents(
-            vae.encoder, source, size, folder / "latents", tokenizer=tokenizer, mirror=recipe.mirror
+            vae.encoder,
+            source,
+            size,
+            folder / "latents",
+            tokenizer=tokenizer,
+            mirror=recipe.mirror,
+            patch=config.unet.patch,
         )
     return data, tokenizer
 

@@ -48,7 +48,10 @@ def _unused(recipe: Recipe, config: ModelConfig) -> None:
         "split": emoji and "the mini's own pictures, data=emoji, have no splits",
         "image_column": emoji and "the mini's own pictures, data=emoji, have no columns",
         "caption_column": emoji and "the mini's own pictures, data=emoji, have no columns",
-        "model": recipe.start and not is_vae(recipe.start) and f"{recipe.start} decides the sizes",
+        **dict.fromkeys(
+            ("model", "channels", "vae_channels", "text_width", "patch"),
+            recipe.start and not is_vae(recipe.start) and f"{recipe.start} decides the sizes",
+        ),
     }
     if recipe.train in ("vae", "sharpen"):
         reasons["caption_column"] = "a VAE learns without captions"
@@ -104,8 +107,8 @@ def _sides(recipe: Recipe, config: ModelConfig) -> None:
 def _network(recipe: Recipe, config: ModelConfig) -> None:
     """Checks what only matters for a U-Net and its text encoder."""
     forward_process(config.schedule)
-    if 0 < recipe.size < config.vae.factor:
-        raise RecipeError(f"size must be {config.vae.factor} or more for this VAE, not {recipe.size}")
+    if 0 < recipe.size < config.multiple:
+        raise RecipeError(f"size must be {config.multiple} or more for this VAE, not {recipe.size}")
     channels, latents = config.unet.in_channels, config.vae.latent_channels
     if channels != latents:
         raise RecipeError(

@@ -64,7 +64,24 @@ class Recipe:
     image_column: str = key("", 'the column of the pictures; "": found by name and type')
     caption_column: str = key("", 'the column of the captions; "": found by name')
     model: str = key(
-        "mini", "sizes of a model that is trained from nothing: mini or sd15", trains=FROM_NOTHING
+        "mini",
+        "sizes of a model that is trained from nothing: 7m, 16m, mini, 75m (by their parameters) or sd15",
+        trains=FROM_NOTHING,
+    )
+    channels: tuple[int, ...] = key(
+        (), "of the U-Net, one for each resolution; none: the model's own", least=1, trains=FROM_NOTHING
+    )
+    vae_channels: tuple[int, ...] = key(
+        (), "of the VAE, one for each resolution; none: the model's own", least=1, trains=FROM_NOTHING
+    )
+    text_width: int = key(
+        0, "numbers of a word in the text encoder; 0: the model's own", least=0, trains=FROM_NOTHING
+    )
+    patch: int = key(
+        0,
+        "latents along a side of what the U-Net sees as one place; 0: the model's own",
+        least=0,
+        trains=FROM_NOTHING,
     )
     start: str = key(
         "", 'a model to train further, as in generate --model, or a VAE\'s file; "": from nothing'

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..api import load as load_pipeline
-from ..model.config import MINI, SD15, ModelConfig
+from ..model.config import ModelConfig
 from ..model.pipeline import StableDiffusion
 from ..model.tokenizer import Tokenizer
-from ..weights import find_config, info, load, read_back, save
+from ..weights import info, load, read_back, save
 from . import ready
 from .checkpoint import digest, unchanged
 from .images import DataError, Pictures, some
@@ -26,12 +26,12 @@ from .material import captioned_latents, captioned_pictures, own_pictures, rando
 from .progress import Seen
 from .recipe import Recipe, RecipeError
 from .sharpen import sharpen_decoder
+from .sizes import model_config
 from .text2image import Data, TextToImage, forward_process, train_text2image
 from .vae import VAE, PixelBatch, train_vae
 from .vae_file import is_vae, load_vae, save_vae
 from .watch import Watch, prompts_of_sheet
 
-SIZES = {"mini": MINI, "sd15": SD15}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 MOST_OF_A_LORA = 8  # prompts of its sheets
 
@@ -226,20 +226,3 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
         prompts=prompts_of_sheet(recipe.prompts, captions, side, seed)[:MOST_OF_A_LORA],
         validation=held_out,
     )
-
-
-def model_config(recipe: Recipe) -> ModelConfig:
-    """Returns the sizes that the recipe names, with the recipe's way of adding noise."""
-    start = recipe.start or ("mini" if recipe.train == "lora" else "")  # a LoRA is for the mini unless told
-    if start and not is_vae(start):
-        base = find_config(start)
-    elif recipe.model in SIZES:
-        base = SIZES[recipe.model]
-    else:
-        raise RecipeError(f"there is no model {recipe.model!r} to train; there are {', '.join(SIZES)}")
-    schedule = base.schedule
-    if recipe.prediction_type:
-        schedule = replace(schedule, prediction_type=recipe.prediction_type)
-    if recipe.zero_terminal_snr:
-        schedule = replace(schedule, zero_terminal_snr=True)
-    return replace(base, schedule=schedule)

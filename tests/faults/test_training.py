@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reifusion.model.config import MINI, CLIPConfig, UNetConfig, VAEConfig
-from reifusion.train import recipe, run, watch
+from reifusion.train import recipe, run, sizes, watch
 from reifusion.train.__main__ import main
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.keys import RecipeError
@@ -35,7 +35,7 @@ QUICK = ("batch=2", "mixed_precision=no", "log_every=1", "warmup=1")
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     """Adds a model that trains within a second, and draws no sheets."""
-    monkeypatch.setitem(run.SIZES, "toy", TOY)
+    monkeypatch.setitem(sizes.SIZES, "toy", TOY)
     monkeypatch.setattr(watch, "contact_sheet", lambda *_, **__: Image.new("RGB", (8, 8)))
 
 

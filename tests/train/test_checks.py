@@ -95,7 +95,7 @@ def test_wrong_gradient_of_a_recipe_is_an_error_that_names_the_term(monkeypatch,
 @pytest.mark.parametrize("size", ["mini", "sd15"])
 def test_narrow_model_has_the_plan_of_the_wide_one(size):
     from reifusion.model.diffusion import plan
-    from reifusion.train.run import SIZES
+    from reifusion.train.sizes import SIZES
 
     wide = SIZES[size]
     slim = checks.narrow(wide)

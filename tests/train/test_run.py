@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import reifusion
 from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.model_loader import ModelError, build
-from reifusion.train import run, watch
+from reifusion.train import sizes, watch
 from reifusion.train.__main__ import main
 from reifusion.train.mini import material
 from reifusion.train.vae_file import load_vae, save_vae
@@ -72,7 +72,7 @@ def draw(pipe, prompt):
 
 def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     # A narrow mini and sheets of two prompts: only the steps from recipe to file are tested here.
-    monkeypatch.setitem(run.SIZES, "mini", SMALL_MINI)
+    monkeypatch.setitem(sizes.SIZES, "mini", SMALL_MINI)
     monkeypatch.setattr(watch, "MANY", {float("inf"): 2})
     vae, model = tmp_path / "vae.safetensors", tmp_path / "model.safetensors"
     few = [f"data={pictures}", "steps=2", "batch=2", "log_every=1"]
@@ -101,7 +101,7 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
 
 
 def test_train_mini_from_the_drawings_in_the_minutes_that_it_is_given(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(run.SIZES, "mini", SMALL_MINI)
+    monkeypatch.setitem(sizes.SIZES, "mini", SMALL_MINI)
     monkeypatch.setattr(watch, "MANY", {float("inf"): 2})
     monkeypatch.setattr(material, "FOR_THE_VAE", 20)
     monkeypatch.setattr(material, "SHARD", 4)

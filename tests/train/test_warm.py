@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reifusion.train import __main__ as command
-from reifusion.train import run, warm
+from reifusion.train import sizes, warm
 from tests.tiny import SMALL
 
 MINI = command.MINI
@@ -18,7 +18,7 @@ MINI = command.MINI
 @pytest.fixture
 def compiled(monkeypatch):
     """The shapes of the inputs of the network that was compiled; nothing is really compiled."""
-    monkeypatch.setitem(run.SIZES, "mini", SMALL)
+    monkeypatch.setitem(sizes.SIZES, "mini", SMALL)
     seen = []
 
     def compiler(network, dynamic):

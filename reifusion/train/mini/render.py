@@ -97,7 +97,7 @@ def random_pictures(
 ) -> Tensor:
     """Random pictures (count, 3, size, size) in [-1, 1] for the VAE: half parts of scenes, half sprites.
 
-    scenes: rendered (N, 3, S, S) uint8. sprites: (M, 4, S, S) uint8. Both and the generator are on one device.
+    scenes: rendered (N, 3, S, S) uint8. sprites: (M, 4, S, S) uint8. All are on one device.
     """
     device = scenes.device
 
