@@ -29,7 +29,7 @@ from .model.request import Request
 from .model.sentences import shown
 from .settings import Settings, from_carried
 
-FILES = ("model", "lora", "vae", "unet", "init_image", "mask")  # the settings that name files
+FILES = ("model", "lora", "vae", "unet", "code", "init_image", "mask")  # the settings that name files
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _hashes(settings: Settings) -> dict[str, Any]:
     for part in ("vae", "unet"):
         if source := getattr(settings, part):
             found[part] = file_hash(weights.find(source, part))
-    for name in ("init_image", "mask"):
+    for name in ("code", "init_image", "mask"):
         if path := getattr(settings, name):
             found[name] = file_hash(path)
     return found

@@ -191,6 +191,7 @@ class Settings:
         "Prediction type", "What the U-Net predicts: epsilon, v_prediction or flow.", shown=_MODEL,
         read=read_prediction,
     )  # fmt: skip
+    code: str | None = _setting("Code", "A Python file with samplers of your own; it is run.")
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
@@ -269,6 +270,9 @@ class Settings:
         if self.int8:
             imports.append("from reifusion.shortcuts.int8 import quantize")
             pipe.append("quantize(pipe)")
+        if self.code:
+            imports.append("from reifusion.own import run_file")
+            pipe.insert(0, f"run_file({self.code!r})")
         if self.deepcache != 1:
             imports.append("from reifusion.shortcuts.deepcache import deepcached")
             pipe.append(f"pipe = deepcached(pipe, {self.deepcache})")

@@ -25,7 +25,7 @@ SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64),
 OTHERS = Settings(
     "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)), "euler_a",
     3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1, (0.3, 5.0), 0.25, 1.2, 2, True, "float32",
-    "v.pt", "u.pt", "v_prediction",
+    "v.pt", "u.pt", "v_prediction", "late.py",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
         assert getattr(OTHERS, name) != about.default
         assert name == "prompt" or f"--{name.replace('_', '-')}" in command
         assert name in carried
-        assert f"{name}=" in python or name in ("prompt", "model", "lora", "deepcache", "int8")
+        assert f"{name}=" in python or name in ("prompt", "model", "lora", "code", "deepcache", "int8")
     assert "deepcached(pipe, 2)" in python and "load_lora(find('zork.safetensors', \"lora\")), 0.5" in python
 
 
@@ -84,7 +84,7 @@ def test_what_the_shell_is_told_is_what_was_meant():
 
 
 def test_settings_and_requests_speak_the_same_words():
-    only_requests = {"num", "noise"}
+    only_requests = {"num", "noise", "latents", "start", "guide"}
     derived = {"prompts", "negatives", "seeds"}
     asked = {one.name for one in fields(Request)} - derived - only_requests
     assert set(requested()) == asked

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import shown
 from ..files import writable
-from ..settings import ABOUT, Settings, parsed
+from ..settings import ABOUT, Settings, parsed, sampler_names
 from .options import setting, takes
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def generate(
             "say with --model where that is"
         )
     settings = replace(Settings() if before is None else before.settings, **parsed(given))
+    if settings.code is not None:
+        settings = _with_code(settings, like if "code" not in given else None)
     request = settings.request(num)
     request = request.for_model(settings.config())
     file = album.png_path(out)
@@ -69,6 +71,22 @@ def generate(
             if times is not None:
                 print(times.text(), file=sys.stderr)
                 times.save(path.with_suffix(".trace.json"))
+
+
+def _with_code(settings: Settings, picture: str | None) -> Settings:
+    """Runs the user's file with samplers, unless it is only known from a picture, whose path is given."""
+    if picture is None:
+        from ..own import run_file
+
+        run_file(str(settings.code))
+    elif settings.sampler not in (None, *sampler_names()):
+        raise ValueError(
+            f"{picture} was drawn with the sampler {shown(settings.sampler)} of {settings.code}; "
+            "if you trust that file, give it with --code"
+        )
+    else:
+        settings = replace(settings, code=None)
+    return settings
 
 
 def _profiled(pipe: Any) -> Any:

@@ -78,12 +78,13 @@ class Sampler:
     """
 
     name: ClassVar[str]  # how a request names it; a subclass that has its own is listed in SAMPLERS
-    title: ClassVar[str]  # the name that people know from other programs
+    title: ClassVar[str]  # the name that people know from other programs; if there is none, the same
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")  # the networks that it fits
     _least_alpha_bar: ClassVar[float] = 0.0
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
+            cls.title = vars(cls).get("title", cls.name)
             SAMPLERS[cls.name] = cls
 
     def __init__(

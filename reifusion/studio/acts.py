@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ SHELF = 60  # the most pictures in the gallery
 COPY = "text => { navigator.clipboard.writeText(text); return text; }"
 NEEDED = ("prompt", "sampler", "steps", "cfg", "seed", "size")  # to draw a picture again
 # The settings that have no field on the page; a picture is drawn again without them.
-BEYOND = ("lora", "clip_skip", "guidance_interval", "guidance_rescale", "deepcache", "int8")
+BEYOND = ("lora", "code", "clip_skip", "guidance_interval", "guidance_rescale", "deepcache", "int8")
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Acts:
         parts = self.parts
         try:
             entry = _entry(paths[index])
-            settings = entry.settings
+            settings = replace(entry.settings, sampler=None) if entry.settings.code else entry.settings
             begin, mask = (
                 None if path is None else read_picture(path) for path in (settings.init_image, settings.mask)
             )
