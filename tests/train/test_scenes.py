@@ -256,6 +256,14 @@ def test_scenes_never_show_a_held_out_pair(library: Library) -> None:
         assert len({(noun, word) for noun, word in shown if word in words}) > 0.7 * possible
 
 
+def test_a_subject_that_nothing_makes_visible_is_in_no_held_out_place(library: Library) -> None:
+    hidden = [replace(sprite, stands_out=()) for sprite in library.sprites]
+    scenes = compose_scenes(hidden, 0, range(400), "place")[1]
+    assert {scene.place for scene in scenes} == {"snow", ""}
+    for scene in scenes:
+        assert (scene.place == "") == held_out_place(scene.subjects[0], "snow")
+
+
 def test_every_kind_of_scene_has_its_share(library: Library) -> None:
     count = 3000
     kinds = Counter(scene.kind for scene in compose_scenes(library.sprites, 1, range(count))[1])

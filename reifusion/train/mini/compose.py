@@ -103,10 +103,7 @@ class Composer:
 
     def compose(self, rng: np.random.Generator) -> tuple[Scene, dict[str, Any]]:
         """Returns what the scene shows, with its caption, and its row of Specs."""
-        kind = (
-            self.kind
-            or KINDS[int(np.searchsorted(np.cumsum(list(SHARES.values()))[:-1], rng.random(), "right"))]
-        )
+        kind = self.kind or _draw(rng, SHARES)
         subjects = [pick(rng, self.fit.get(kind) or self.subjects)]
         look, hand = self._pick_hand(rng, subjects[0])
         if kind == "two":  # the other subject is by the same hand
@@ -154,8 +151,7 @@ class Composer:
 
     def _pick_hand(self, rng: np.random.Generator, subject: str) -> tuple[str, str]:
         looks = self.of[subject]
-        share = np.cumsum([LOOKS[look] for look in looks])
-        look = list(looks)[int(np.searchsorted(share / share[-1], rng.random(), "right"))]
+        look = _draw(rng, {look: LOOKS[look] for look in looks})
         return look, pick(rng, list(looks[look]))
 
     def _dyes(self, rng: np.random.Generator, sprites: Sequence[Sprite]) -> tuple[str, ...]:
@@ -175,7 +171,14 @@ class Composer:
             for place, (_, _, colours) in PLACES.items()
             if all(_seen(scene, sprite, colour, scene.colours[0]) for colour in colours)
         ]
-        return pick(rng, self._allowed(held_out_place, sprite.subject, seen) or seen)
+        allowed = self._allowed(held_out_place, sprite.subject, seen)
+        return pick(rng, allowed) if allowed else ""
+
+
+def _draw(rng: np.random.Generator, shares: dict[str, float]) -> str:
+    """Draws one of the words, each as often as its share says."""
+    ends = np.cumsum(list(shares.values()))
+    return list(shares)[int(np.searchsorted(ends[:-1] / ends[-1], rng.random(), "right"))]
 
 
 def _seen(scene: Scene, sprite: Sprite, colour: str, dyed: str) -> bool:
