@@ -222,7 +222,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         elif hand.look == "3d":
             files = {f"assets/{code}.webp": webp.getvalue() for code in ("1f408", "1f415-fe0f")}
         monkeypatch.setattr(library, "tqdm", lambda work, **_: work)
-        archive = library_archive(tmp_path, hand)
+        archive = hands.archive_path(hand, tmp_path)
         archive.parent.mkdir(exist_ok=True)
         archive.write_bytes(
             debian(files)
@@ -230,12 +230,6 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             else tar({f"package/{k}": v for k, v in files.items()}, "w:gz")
         )
     return tmp_path
-
-
-def library_archive(cache: Path, hand: hands.Hand) -> Path:
-    """The name under which `fetch` finds a package that was fetched before."""
-    name = hand.package.strip("@").replace("/", "-").replace(":", "-")
-    return cache / "packages" / (name + (".deb" if "=" in hand.package else ".tgz"))
 
 
 def test_a_library_has_the_drawings_of_all_hands_and_what_is_known_of_them(packages: Path) -> None:
@@ -261,7 +255,7 @@ def test_a_library_has_the_drawings_of_all_hands_and_what_is_known_of_them(packa
 def test_without_apt_get_the_clip_art_alone_is_missing(
     packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library_archive(packages, HANDS["openclipart"]).unlink()
+    hands.archive_path(HANDS["openclipart"], packages).unlink()
     monkeypatch.setenv("PATH", str(packages))
     with pytest.warns(UserWarning, match=r"apt-get.*without clip art"):
         path = build_library(packages)

@@ -69,14 +69,18 @@ class Drawing:
 # ---- packages ---------------------------------------------------------------------------------------------
 
 
+def archive_path(hand: Hand, cache: Path) -> Path:
+    """Returns where the package is kept."""
+    name = hand.package.strip("@").replace("/", "-").replace(":", "-")
+    return cache / "packages" / (name + (".deb" if "=" in hand.package else ".tgz"))
+
+
 def fetch(hand: Hand, cache: Path) -> Path:
     """Downloads the package if it is missing, checked against its SHA-256; returns its archive."""
-    debian = "=" in hand.package
-    name = hand.package.strip("@").replace("/", "-").replace(":", "-")
-    archive = cache / "packages" / (name + (".deb" if debian else ".tgz"))
+    archive = archive_path(hand, cache)
     if archive.exists():
         return archive
-    command = ["apt-get", "download"] if debian else ["npm", "pack", "--silent"]
+    command = ["apt-get", "download"] if archive.suffix == ".deb" else ["npm", "pack", "--silent"]
     program = shutil.which(command[0])
     if program is None:
         raise DataError(f"{hand.package} is fetched with {command[0]}, and that command was not found")
