@@ -24,6 +24,7 @@ from ..errors import cut, sentence
 from ..threads import wait_briefly
 from .check import check
 from .draw import generate
+from .lora import app as lora
 from .models import convert, info
 from .studio import studio
 from .train import train
@@ -32,6 +33,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="St
 app.command()(generate)
 app.command()(info)
 app.command()(convert)
+app.add_typer(lora, name="lora")
 
 # These two read their arguments themselves.
 whole_line: dict[str, Any] = {

@@ -1,0 +1,131 @@
+"""LoRAs as matrices: several made one, one made smaller, and one found between two models.
+
+All of it rests on ΔW = (α/r) B A. Source: Hu et al. 2021, Eq. 3; Eckart & Young 1936 for the best matrix of
+a lower rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..files import whole
+from ..model.config import ModelConfig
+from ..model.tensors import ModelError
+from .lora import LoRA, Update, _flat, places
+from .writing import write_tensors
+
+
+def merge(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
+    """Returns one LoRA that changes as much as all of these together, each times its weight. Exact.
+
+    Of a layer that two of them change, the rank is the sum of both: w₁B₁A₁ + w₂B₂A₂ = [w₁B₁ w₂B₂] [A₁; A₂].
+    Raises ModelError for LoRAs that do not fit together, and ValueError for a weight that is not finite.
+    """
+    parts: dict[str, list[tuple[LoRA, float, Update]]] = {}
+    for lora, weight in loras:
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of a LoRA must be a finite number, not {weight}")
+        for layer, update in lora.updates.items():
+            parts.setdefault(kohya(layer), []).append((lora, weight, update))
+    updates = {}
+    for layer, own in parts.items():
+        shapes = {(one.up.shape[0], math.prod(one.down.shape[1:])) for _, _, one in own}
+        if len(shapes) > 1:
+            paths = " and ".join(dict.fromkeys(lora.path for lora, _, _ in own))
+            raise ModelError(f"{paths} are for models of different sizes, as {layer} shows")
+        shape = max((one.down.shape[1:] for _, _, one in own), key=len)  # (in,) or (in, k, k)
+        downs = [one.down.float().reshape(one.rank, *shape) for _, _, one in own]
+        ups = [weight * one.alpha / one.rank * one.up.float().flatten(1) for _, weight, one in own]
+        updates[layer] = _update(torch.cat(ups, 1), torch.cat(downs))
+    return LoRA(updates, path=" + ".join(lora.path for lora, _ in loras))
+
+
+def resize(lora: LoRA, rank: int) -> LoRA:
+    """Returns the LoRA of at most this rank that is nearest to another one, layer by layer.
+
+    Raises ValueError for a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank of a LoRA must be at least 1, not {rank}")
+    updates = {}
+    for layer, one in lora.updates.items():
+        # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, where the middle is only (r, r): its SVD is that of the whole.
+        q_up, r_up = torch.linalg.qr(one.alpha / one.rank * one.up.double().flatten(1))
+        q_down, r_down = torch.linalg.qr(one.down.double().flatten(1).T)
+        u, s, v = torch.linalg.svd(r_up @ r_down.T)
+        updates[kohya(layer)] = _cut(q_up @ u, s, v @ q_down.T, rank, one.down.shape[1:])
+    return LoRA(updates, path=lora.path)
+
+
+def extract(
+    before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], rank: int, least: float = 1e-6
+) -> LoRA:
+    """Returns the LoRA of at most this rank that is nearest to the way from one model to another.
+
+    before, after: models of the same sizes, by name ("clip", "diffusion"). least: layers whose weights have
+    changed by a smaller share than this are left out. Raises ModelError for models of different sizes, and
+    for models that do not differ, and ValueError for a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank of a LoRA must be at least 1, not {rank}")
+    config = ModelConfig(clip=before["clip"].config, unet=before["diffusion"].config)  # type: ignore[arg-type]
+    other = ModelConfig(clip=after["clip"].config, unet=after["diffusion"].config)  # type: ignore[arg-type]
+    if config != other:
+        raise ModelError("the two models have different sizes, so no LoRA leads from one to the other")
+    updates = {}
+    for place in places(config):
+        one, two = (models[place.network].get_submodule(place.layer) for models in (before, after))
+        if not isinstance(one, nn.Linear | nn.Conv2d):
+            continue
+        old, new = (
+            cast("Tensor", layer.weight).detach().double().chunk(place.parts)[place.part]
+            for layer in (one, two)
+        )
+        change = new - old
+        if change.norm() <= least * old.norm():
+            continue
+        u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+        shape = torch.Size((*change.shape[1:], 1, 1)) if place.convolution else change.shape[1:]
+        updates[kohya(place.diffusers)] = _cut(u, s, v, rank, shape)
+    if not updates:
+        raise ModelError("the two models have the same weights in all layers that a LoRA can change")
+    return LoRA(updates, path="the difference")
+
+
+def kohya(layer: str) -> str:
+    """Returns a layer's name as kohya spells it, from any spelling: "lora_unet_mid_block_…"."""
+    return "lora_" + re.sub("^text_encoder_", "te_", _flat(layer))
+
+
+def _cut(u: Tensor, s: Tensor, v: Tensor, rank: int, shape: torch.Size) -> Update:
+    """Keeps the largest singular values; both matrices get the roots of them."""
+    kept = max(1, min(rank, int((s > 1e-12 * s[0]).sum())))
+    roots = s[:kept].sqrt()
+    return _update((u[:, :kept] * roots).float(), (roots[:, None] * v[:kept]).float().reshape(kept, *shape))
+
+
+def _update(up: Tensor, down: Tensor) -> Update:
+    """B (out, r) and A (r, in) or (r, in, k, k), whose product is the change itself: α is r."""
+    kernel = [1] * (down.ndim - 2)
+    return Update(down.contiguous(), up.reshape(*up.shape, *kernel).contiguous(), float(len(down)))
+
+
+def write(lora: LoRA, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a LoRA to a `.safetensors` in kohya's layout, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for layer, one in lora.updates.items():
+        name = kohya(layer)
+        tensors |= {
+            f"{name}.lora_down.weight": one.down.float().contiguous(),
+            f"{name}.lora_up.weight": one.up.float().contiguous(),
+            f"{name}.alpha": torch.tensor(float(one.alpha)),
+        }
+    with whole(Path(path)) as temporary:
+        write_tensors(tensors, temporary, {"format": "pt", **(metadata or {})})
