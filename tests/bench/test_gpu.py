@@ -1,0 +1,93 @@
+"""The benchmark on a GPU, tried on a CPU: it runs to its end whatever fails, and says what it has found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+
+from bench import gpu
+from bench.gpu import Bench, Part, main, report
+
+
+@pytest.fixture
+def without_diffusers(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name)
+    )
+
+
+def test_the_whole_script_runs_in_a_small_way(without_diffusers, tmp_path):
+    assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    facts = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(facts) == [part.work.__name__ for part in gpu.PARTS]
+    assert all("failed" not in found for found in facts.values())
+    assert facts["parity"]["reifusion float32"]["U-Net"] < 1e-4
+    assert facts["played"]["U-Net"] is facts["played"]["DeepCache"] is facts["played"]["LCM"] is True
+    assert facts["mini"]["failed to draw"] == {} and facts["mini"]["drew"] > 4
+    assert facts["training"]["exit code"] == 0 and facts["training"]["last lines"]
+    assert facts["compiled_theirs"]["left out"] == "diffusers is not installed"
+    text = (tmp_path / "GPU.md").read_text()
+    assert "Only a trial of the script" in text and text == report(facts)
+    assert "| a U-Net's step, of compiled diffusers's | 0.8 |  | not measured |" in text
+
+
+def test_parity_is_measured_beside_diffusers(tmp_path):
+    assert main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--only", "parity"]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())["parity"]
+    assert found["reifusion float32"]["decoder"] < 1e-4
+    for name, ours in found["reifusion bfloat16"].items():
+        assert 0 < ours < 1.5 * found["diffusers bfloat16"][name]
+
+
+def test_a_part_that_fails_or_has_no_time_does_not_stop_the_next(tmp_path, capsys):
+    def fails(bench: Bench, found: dict[str, Any]) -> None:
+        found["so far"] = 1
+        raise RuntimeError("no room")
+
+    def works(bench: Bench, found: dict[str, Any]) -> None:
+        found["figure"] = 2
+
+    def late(bench: Bench, found: dict[str, Any]) -> None:
+        raise AssertionError("there was no time for it")
+
+    bench = Bench(tmp_path, "cpu", minutes=1, quick=False)
+    bench.run([Part(fails, 10), Part(late, 61), Part(works, 10)])
+    facts = json.loads((tmp_path / "gpu.json").read_text())
+    assert facts["fails"]["so far"] == 1 and facts["fails"]["failed"] == "RuntimeError: no room"
+    assert "were left" in facts["late"]["left out"] and facts["works"]["figure"] == 2
+
+
+def test_goals_are_judged_by_the_figures():
+    step, picture = "ms a step of 1", "ms a picture"
+    facts: dict[str, Any] = {
+        "speed": {f"{step}: reifusion as it comes": 5.0, f"{picture}: reifusion as it comes": 300.0},
+        "compiled_theirs": {f"{step}: diffusers compiled": 6.9, f"{picture}: diffusers compiled": 400.0},
+        "first": {"seconds to the first picture: mini": [7.5, 3.0]},
+        "mini": {"ms a picture": 60},
+    }
+    lines = report(facts).splitlines()
+    assert "| a U-Net's step, of compiled diffusers's | 0.8 | 0.725 | met |" in lines
+    assert "| a picture of 20 steps, of compiled diffusers's | 0.55 | 0.75 | **not met** |" in lines
+    assert "| a picture of 20 steps, of eager diffusers's | 0.3 |  | not measured |" in lines
+    assert "| the mini's picture, ms | 60 | 60 | met |" in lines
+    assert "| first picture of the mini after start, s | 5 | 7.5 | **not met** |" in lines
+
+
+def test_the_page_in_the_repository_is_that_of_the_figures_in_it():
+    figures = gpu.HERE / "gpu.json"
+    facts = json.loads(figures.read_text()) if figures.exists() else {}
+    text = (gpu.HERE / "GPU.md").read_text()
+    assert text == report(facts)
+    assert ("has not been run on a GPU yet" in text) == (not facts)
+    assert not facts.get("about", {}).get("quick")
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "PyTorch finds no CUDA device on this machine" in capsys.readouterr().err
