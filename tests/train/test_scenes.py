@@ -232,6 +232,8 @@ def test_random_numbers_of_places_are_even_and_independent() -> None:
     assert (x.mean(0) - 0.5).abs().max() < 0.02 and (x.std(0) - 12**-0.5).abs().max() < 0.02
     assert (torch.corrcoef(x.T) - torch.eye(6)).abs().max() < 0.07
     assert abs(float(torch.corrcoef(torch.stack([x[1:, 0], x[:-1, 0]]))[0, 1])) < 0.07
+    # Three of 64 million numbers would be rounded to 1, and a choice by them would be none of the options.
+    assert 0.999 < places.Brush(torch.tensor([471_123]), 8).random(32).max() < 1
 
 
 # ---- scenes

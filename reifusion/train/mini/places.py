@@ -34,7 +34,8 @@ class Brush:
         x = (self.seeds[:, None] * 1_000_003 + index * 7_919 + 12_345) & 0xFFFFFFFF
         for _ in range(3):  # multiply and fold, in integers: a hash
             x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-        return low + (high - low) * (x.double() / 2**32).float()
+        share = (x.double() / 2**32).float().clamp(max=1 - 2**-24)  # rounding could make it 1
+        return low + (high - low) * share
 
     def chance(self, probability: float) -> Tensor:
         """(N, 1, 1, 1): 1 with this probability, else 0."""
