@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as once
@@ -27,6 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..model.pictures import to_tensor
+from .captions import CaptionError, dressed
+from .captions import listed as listed_captions
 
 # Names of a column, or suffixes in a .tar, that are recognised without being named by the user.
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
@@ -36,6 +39,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", "
 UNSEEN = {".avif", ".heic", ".heif"}  # pictures that `datasets` does not look for in a folder
 # Only these: some other formats of Pillow are not pictures, and some start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+
+ROOM = 2**30  # bytes of decoded pictures that are kept, as a large photograph takes long to decode
 
 
 class DataError(RuntimeError):
@@ -63,6 +69,9 @@ class Pictures:
     def __init__(self, encoded: Callable[[int], bytes | Path], items: Sequence[Item]):
         self._encoded, self.items = encoded, items
         self._warned = False
+        # When the file was written, and the picture in it; the last to be used at the end.
+        self._decoded: OrderedDict[int, tuple[int, Image.Image]] = OrderedDict()
+        self._room = ROOM
 
     def __len__(self) -> int:
         return len(self.items)
@@ -71,10 +80,20 @@ class Pictures:
         """Raises DataError for a broken picture: `open_pictures` has read only the beginning of its file."""
         item = self.items[i]
         try:
-            with _open(self._encoded(item.row)) as picture:
-                return to_rgb(picture), item.captions[0]
+            encoded = self._encoded(item.row)
+            stamp = encoded.stat().st_mtime_ns if isinstance(encoded, Path) else 0
+            then, known = self._decoded.pop(i, (None, None))
+            if known is None or then != stamp:
+                self._room += 0 if known is None else _bytes(known)
+                with _open(encoded) as picture:
+                    known = to_rgb(picture)
+                self._room -= _bytes(known)
         except Exception as error:  # for a broken file, Pillow raises errors of nearly any type
             raise DataError(f"the picture {item.name} cannot be read: {error}") from error
+        while self._room < 0 and self._decoded:
+            self._room += _bytes(self._decoded.popitem(last=False)[1][1])
+        self._decoded[i] = stamp, known
+        return known.copy(), item.captions[0]
 
     def __iter__(self) -> Iterator[tuple[Image.Image, str]]:
         return (self[i] for i in range(len(self)))
@@ -93,6 +112,14 @@ class Pictures:
         except OSError as error:
             raise DataError(f"the picture {item.name} cannot be read: {error}") from error
         return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+    def dressed(self, trigger: str = "", shuffle: bool = False, keep: int = 1, seed: int = 0) -> Pictures:
+        """Returns the same pictures with other captions: see `captions.dressed`."""
+        items = [
+            replace(item, captions=dressed(item.captions, trigger, shuffle, keep, seed))
+            for item in self.items
+        ]
+        return Pictures(self._encoded, items)
 
     def digest(self) -> str:
         """Returns a digest of the names, sizes and captions, which tells one set of pictures from another."""
@@ -147,8 +174,10 @@ def open_pictures(
     """Finds the pictures and captions of a source, which may be
 
     - a folder of pictures. The captions are in `metadata.jsonl` or `metadata.csv` with columns file_name and
-      text, or in `cat.txt` or `cat.caption` beside `cat.png`, one per line. Its subfolders may be splits:
-      train, test, …; or, as kohya's trainer has them, repeats and a caption: `10_zork`;
+      text, in `captions.jsonl`, .json, .csv or .tsv, or in `cat.txt` or `cat.caption` beside `cat.png`, one
+      per line. Its subfolders may be splits: train, test, …; or, as kohya's trainer has them, repeats and a
+      caption: `10_zork`;
+    - a folder that `datasets` has saved (`save_to_disk`);
     - parquet files or .tar shards (webdataset): one of them, a folder of them, or a glob in quotes;
     - `owner/name` of the Hugging Face hub, or `owner/name:configuration`.
 
@@ -178,6 +207,10 @@ def open_pictures(
         return _encoded(rows[row][image])
 
     real = {file.resolve(): file for file in files}
+    try:
+        known = listed_captions(root) if root is not None else {}
+    except CaptionError as error:
+        raise DataError(str(error)) from None
     items: list[Item] = []
     unreadable: list[str] = []
     listed: set[Path] = set()
@@ -187,16 +220,18 @@ def open_pictures(
         where = row[image] or {}
         name = row.get("__key__") or where.get("path") or f"row {number}"
         beside: str | None = None
+        others: tuple[str, ...] = ()
         repeats, instead = 1, caption
         if root is not None and where.get("path"):
             file = Path(where["path"])  # `datasets` may have followed a link
             listed.add(file := file if file in files else real.get(file.resolve(), file))
             name = os.path.relpath(file, root)
             beside, guessed = _beside(file)
+            others = known.get(file.resolve(), ())
             strange += [name] * guessed
             repeats, word = _kohya(file.parent, root)
             instead = word or caption
-        captions = _captions(row.get(texts), texts == "txt") or _captions(beside, True)
+        captions = _captions(row.get(texts), texts == "txt") or others or _captions(beside, True)
         try:
             with _open(_encoded(row[image])) as picture:
                 items.append(Item(number, name, *upright_size(picture), captions or (instead,), repeats))
@@ -224,6 +259,8 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
     """Returns the rows of a source and, if each picture is a file, their folder and all pictures in it."""
     given = path = Path(source).expanduser().resolve()
     folder = path.is_dir()
+    if folder and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _saved(path, split, source), None, set()
     if folder:
         path = _split_folder(path, split, source)
         inside = [file for file in path.rglob("*") if not _hidden(file.relative_to(path))]
@@ -271,6 +308,21 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
     root = path if folder else Path(os.path.commonpath([file.parent for file in ours]))
     unseen = {file for file in files if file.suffix.lower() in UNSEEN}
     return _load_dataset(hint, cache, kind, **options), root, ours | unseen
+
+
+def _saved(folder: Path, split: str, source: str) -> Any:
+    """Reads what `save_to_disk` of `datasets` wrote."""
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise DataError(f"{source} cannot be read: {_reason(error)}") from error
+    if not isinstance(rows, datasets.DatasetDict):
+        return rows
+    if split not in rows:
+        raise DataError(f"{source} has no split {split!r}; it has {', '.join(sorted(rows))}")
+    return rows[split]
 
 
 def _check_metadata(files: Sequence[Path]) -> None:
@@ -481,6 +533,10 @@ def _encoded(cell: Any) -> bytes | Path:
     if not cell or not (cell["bytes"] or cell["path"]):
         raise DataError("a row has no picture")
     return cell["bytes"] or Path(cell["path"])
+
+
+def _bytes(picture: Image.Image) -> int:
+    return 3 * picture.width * picture.height
 
 
 def _open(encoded: bytes | Path) -> Image.Image:

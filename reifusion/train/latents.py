@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -32,13 +32,14 @@ from tqdm import tqdm
 from ..files import whole
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, sample, scale_latents
-from ..model.pictures import fit, to_tensor
+from ..model.pictures import to_tensor
 from ..model.tokenizer import Tokenizer
 from ..weights.writing import write_tensors
 from .images import DataError, Item, Pictures, some
 
 Size = tuple[int, int]  # width and height in pixels
 PER_FILE = 64  # pictures in a file: no more than these are encoded again after a kill
+CROP = "-part-"  # and a number follow the fingerprint of a picture of which a random part was encoded
 MIRRORED = "-mirrored"  # follows the fingerprint of a picture that was mirrored before it was encoded
 
 
@@ -91,11 +92,13 @@ def cache_latents(
     step: int | None = None,
     batch: int = 8,
     patch: int = 1,
+    crops: int = 1,
 ) -> LatentData:
     """Returns the latents of all pictures; encodes those that `folder` lacks, and resumes after a kill.
 
     A picture is scaled to cover its bucket, and cropped evenly on both sides. size: side in pixels of a
-    square with the buckets' area. mirror: adds every picture mirrored. step: see `buckets`; None means an
+    square with the buckets' area. mirror: adds every picture mirrored. crops: if more than 1, so many parts
+    of each picture are taken at random in place of its middle. step: see `buckets`; None means an
     eighth of `size`. batch: pictures to encode at a time. patch: that of the U-Net.
 
     One warning names the pictures that cannot be read, those that are enlarged, and those whose captions are
@@ -118,7 +121,9 @@ def cache_latents(
             long.append(item.name)
         try:
             key = pictures.fingerprint(i)
-            wanted[shape] += ([(key, i), (key + MIRRORED, i)] if mirror else [(key, i)]) * item.repeats
+            parts = [f"{key}{CROP}{k}" for k in range(crops)] if crops > 1 else [key]
+            parts += [part + MIRRORED for part in parts] if mirror else []
+            wanted[shape] += [(part, i) for part in parts] * item.repeats
         except DataError:
             broken.add(i)
 
@@ -195,7 +200,9 @@ def _encode(
         pixels = []
         for key, i in chunk[start : start + batch]:
             try:
-                picture = fit(pictures[i][0], *shape)
+                picture = ImageOps.fit(
+                    pictures[i][0], shape, Image.Resampling.LANCZOS, centering=_middle(key)
+                )
             except DataError:
                 continue
             pixels.append(to_tensor(ImageOps.mirror(picture) if key.endswith(MIRRORED) else picture))
@@ -218,6 +225,15 @@ def _encode(
                 write_tensors(tensors, temporary, {"fingerprints": json.dumps(keys)})
         except (OSError, SafetensorError) as error:
             raise DataError(f"latents cannot be written to {folder}: {error}") from error
+
+
+def _middle(key: str) -> tuple[float, float]:
+    """Returns where the part to be encoded lies in a picture: 0 at the left or top, 1 at the other side."""
+    part = key.removesuffix(MIRRORED)
+    if CROP not in part:
+        return 0.5, 0.5
+    number = random.Random(part)
+    return number.random(), number.random()
 
 
 def _stored(folder: Path) -> dict[str, StoredLatents]:
@@ -322,3 +338,28 @@ class LatentData:
 
     def _all(self) -> Iterator[tuple[StoredLatents, int]]:
         return (entry for bucket in self._buckets for entry in bucket)
+
+
+class Mixed:
+    """Two sets of latents: each batch is of one of them, and both have their turn equally often.
+
+    Source: Ruiz et al. 2023 (DreamBooth), §3.2: pictures of what must not change are learned beside new ones.
+    """
+
+    def __init__(self, own: LatentData, others: LatentData):
+        self.own, self.others, self.device = own, others, own.device
+        self.captions = own.captions
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.others)
+
+    def latent_batch(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """As `LatentData.latent_batch`."""
+        return self._turn(generator).latent_batch(generator, count)
+
+    def describe(self, generator: torch.Generator, count: int) -> str:
+        """Names the pictures of a batch, for an error message."""
+        return self._turn(generator).describe(generator, count)
+
+    def _turn(self, generator: torch.Generator) -> LatentData:
+        return self.own if torch.rand(1, generator=generator).item() < 0.5 else self.others

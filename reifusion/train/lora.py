@@ -30,7 +30,7 @@ from ..weights.writing import write_tensors
 from .checkpoint import digest, unchanged
 from .images import Pictures, open_pictures
 from .keys import RecipeError, key
-from .latents import LatentData, cache_latents
+from .latents import LatentData, Mixed, cache_latents
 from .loop import LoopConfig, processes
 from .progress import Seen
 from .text2image import Data, TextToImage, TextToImageTraining, forward_process, optimise
@@ -84,6 +84,8 @@ def train_lora(
     watch: Callable[[int, StableDiffusion], Image.Image | None] | None = None,
     prompts: Sequence[str] = (),
     validation: float | Pictures = 0.0,
+    regularisation: Pictures | None = None,
+    crops: int = 1,
 ) -> Path:
     """Trains a LoRA for a model on captioned pictures; returns its file. The model stays unchanged.
 
@@ -93,7 +95,9 @@ def train_lora(
     pictures' area; None means the model's own size. mirror: shows each picture mirrored as well. watch:
     called at each checkpoint with the model and the LoRA in it; may return a picture for TensorBoard.
     prompts: of a sheet at each checkpoint, where `watch` returns no picture. validation: other pictures, or
-    the share of the pictures that is held out, on which the loss is measured at each checkpoint. Raises
+    the share of the pictures that is held out, on which the loss is measured at each checkpoint.
+    regularisation: pictures of what must not change, learned as often as the others. crops: see
+    `cache_latents`. Raises
     RecipeError for a target that names no layer, and whatever `open_pictures` and `optimise` raise.
     """
     folder, tokenizer = Path(folder), pipe.tokenizer
@@ -107,6 +111,7 @@ def train_lora(
     held_out: dict[str, Data] = {}
     if isinstance(data, str | Path | Pictures):
         made_of |= {"validation": f"{validation:g}"} if isinstance(validation, float | int) else {}
+        made_of |= {"regularisation": "" if regularisation is None else regularisation.digest()}
         with processes().main_process_first():  # the others then find the encoded latents
             if not isinstance(data, Pictures):
                 data = open_pictures(data, caption=training.caption)
@@ -124,6 +129,7 @@ def train_lora(
                     tokenizer=tokenizer,
                     mirror=mirror,
                     patch=pipe.config.unet.patch,
+                    crops=crops,
                 )
 
             data = latents(data)
@@ -132,6 +138,8 @@ def train_lora(
             elif validation:
                 data, others = data.split(validation, training.loop.seed)
                 held_out = {"held_out": others, "seen": data}
+            if regularisation is not None:
+                data = Mixed(data, latents(regularisation))
     with torch.device("meta"):  # an empty shell, without memory, for the networks of `pipe`
         model = TextToImage(pipe.config)
     model.clip, model.diffusion = pipe.models["clip"], pipe.models["diffusion"]  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,22 @@ if TYPE_CHECKING:
 
 
 def own_pictures(recipe: Recipe) -> Pictures:
-    """Opens the pictures that a recipe names."""
-    return open_pictures(
+    """Opens the pictures that a recipe names, with their captions as it wants them."""
+    pictures = open_pictures(
         recipe.data,
         split=recipe.split,
         image_column=recipe.image_column or None,
         caption_column=recipe.caption_column or None,
         caption=getattr(recipe.training, "caption", ""),
     )
+    if not (recipe.trigger or recipe.shuffle_tags):
+        return pictures
+    return pictures.dressed(recipe.trigger, recipe.shuffle_tags, recipe.keep_tags, recipe.training.loop.seed)
+
+
+def other_pictures(recipe: Recipe, data: str) -> Pictures:
+    """Opens pictures beside those that a recipe learns: held out, or of what must not change."""
+    return own_pictures(replace(recipe, data=data, trigger=""))
 
 
 def random_pixels(recipe: Recipe, pictures: Pictures | None = None) -> PixelBatch:
@@ -87,6 +96,7 @@ def captioned_latents(
             tokenizer=tokenizer,
             mirror=recipe.mirror,
             patch=config.unet.patch,
+            crops=recipe.crops,
         )
     return data, tokenizer
 

@@ -57,6 +57,9 @@ def _unused(recipe: Recipe, config: ModelConfig) -> None:
         reasons["caption_column"] = "a VAE learns without captions"
     else:
         held_out = recipe.validation_data and "validation_data has the pictures that are held out"
+        reasons["keep_tags"] = not recipe.shuffle_tags and "it is for shuffle_tags=true"
+        for name in ("trigger", "shuffle_tags", "crops", "regularisation", "validation_data"):
+            reasons[name] = emoji and "the mini's own pictures, data=emoji, are composed"
         reasons["validation"] = held_out or (emoji and "the mini's own pictures, data=emoji, are composed")
         if emoji:
             reasons["size"] = "the mini's own pictures, data=emoji, have one size"

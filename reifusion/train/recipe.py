@@ -106,6 +106,19 @@ class Recipe:
         False, "with v_prediction: all noise at the last timestep", trains=DENOISERS
     )
     mirror: bool = key(False, "true: pictures of your own are also shown mirrored")
+    trigger: str = key("", 'words put before every caption, as "a zork,"', trains=DENOISERS)
+    shuffle_tags: bool = key(
+        False, "true: the parts of a caption between commas come in any order", trains=DENOISERS
+    )
+    keep_tags: int = key(
+        1, "the first parts of a caption, which stay where they are", least=0, trains=DENOISERS
+    )
+    crops: int = key(
+        1, "different parts of each picture to learn from; 1: its middle", least=1, trains=DENOISERS
+    )
+    regularisation: str = key(
+        "", "pictures of what must not change, as data; every other step learns from these", trains=DENOISERS
+    )
     prompts: tuple[str, ...] = key(
         (),
         "prompts of the sheets, or .txt files with one a line; none: some of the captions",

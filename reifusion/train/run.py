@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,10 @@ from ..weights import info, load, read_back, save
 from . import ready
 from .checkpoint import digest, unchanged
 from .images import DataError, Pictures, some
-from .latents import LatentData
+from .latents import LatentData, Mixed
 from .loop import processes
 from .lora import train_lora
-from .material import captioned_latents, captioned_pictures, own_pictures, random_pixels
+from .material import captioned_latents, captioned_pictures, other_pictures, own_pictures, random_pixels
 from .progress import Seen
 from .recipe import Recipe, RecipeError
 from .sharpen import sharpen_decoder
@@ -139,12 +140,16 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
         "zero_terminal_snr": f"{config.schedule.zero_terminal_snr}",
         "data": source.digest(),
         "validation": f"{recipe.validation:g}",
+        "regularisation": recipe.regularisation,
     }
     unchanged(folder / "checkpoint.pt", made_of, recipe.training.loop.allow_changes)
     data, tokenizer = captioned_latents(recipe, source, config, vae, tokenizer)
     training, tokens = recipe.training, tokenizer
     data, held_out = validation(recipe, data, config, vae, tokenizer)
     own = data.captions if isinstance(data, LatentData) else None
+    if recipe.regularisation and isinstance(data, LatentData):
+        pictures = other_pictures(recipe, recipe.regularisation)
+        data = Mixed(data, cast(LatentData, captioned_latents(recipe, pictures, config, vae, tokenizer)[0]))
 
     def pipeline(model: TextToImage) -> StableDiffusion:
         networks = {"encoder": vae.encoder, "decoder": vae.decoder}
@@ -193,8 +198,8 @@ def validation(
 ) -> tuple[Data, dict[str, Data]]:
     """Returns the data to train on and, if the recipe wants it, what to measure: "held_out" and "seen"."""
     if recipe.validation_data:
-        other = replace(recipe, data=recipe.validation_data)
-        found, _ = captioned_latents(other, captioned_pictures(other), config, vae, tokenizer)
+        pictures = other_pictures(recipe, recipe.validation_data)
+        found, _ = captioned_latents(recipe, pictures, config, vae, tokenizer)
         return data, {"held_out": found, "seen": data}
     if recipe.validation and isinstance(data, LatentData):
         data, found = data.split(recipe.validation, recipe.training.loop.seed)
@@ -211,7 +216,8 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
         pictures = own_pictures(recipe)
         held_out: float | Pictures = recipe.validation
         if recipe.validation_data:
-            held_out = own_pictures(replace(recipe, data=recipe.validation_data))
+            held_out = other_pictures(recipe, recipe.validation_data)
+        others = other_pictures(recipe, recipe.regularisation) if recipe.regularisation else None
     captions = [caption for item in pictures.items for caption in item.captions]
     side, seed = recipe.size or config.size, recipe.training.loop.seed
     return train_lora(
@@ -225,4 +231,6 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
         mirror=recipe.mirror,
         prompts=prompts_of_sheet(recipe.prompts, captions, side, seed)[:MOST_OF_A_LORA],
         validation=held_out,
+        regularisation=others,
+        crops=recipe.crops,
     )
