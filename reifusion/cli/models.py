@@ -30,8 +30,14 @@ def _of_picture(file: str) -> dict[str, Any]:
 
 def _of_model(file: str) -> dict[str, Any]:
     from .. import weights
+    from ..model.tensors import ModelError
 
-    found = weights.info(file)
+    try:
+        found = weights.info(file)
+    except ModelError:
+        if part := _of_part(file):
+            return part
+        raise
     config, schedule, numbers = found.config, found.config.schedule, found.parameters
     return {
         "file": found.path,
@@ -47,6 +53,33 @@ def _of_model(file: str) -> dict[str, Any]:
         **({"not used": _named(found.unused)} if found.unused else {}),
         **found.metadata,
     }
+
+
+def _of_part(file: str) -> dict[str, Any]:
+    """What there is to say of a VAE or a U-Net in a file of its own; {} for any other file."""
+    from .. import weights
+    from ..model.part import PARTS, open_part
+    from ..model.tensors import ModelError
+
+    for part, name in ("vae", "VAE"), ("unet", "U-Net"):
+        try:
+            path = weights.find(file)
+            tensors, rules, unknown, header = open_part(path, part)
+        except ModelError:
+            continue
+        numbers = dict.fromkeys(PARTS[part][0], 0)
+        for rule in rules:
+            numbers[rule.ours.split(".")[0]] += sum(tensors[x].shape.numel() for x in rule.theirs)
+        if all(numbers.values()):
+            return {
+                "file": path,
+                "format": f"a {name} alone; to draw with it, name a model, and this file with --{part}",
+                "parameters": f"{sum(numbers.values()):,}",
+                **{f"  {network}": f"{number:,}" for network, number in numbers.items()},
+                **({"not used": _named(unknown)} if unknown else {}),
+                **{key: value for key, value in header.items() if key != "format"},
+            }
+    return {}
 
 
 def _schedule(schedule: ScheduleConfig, known_from: str) -> str:

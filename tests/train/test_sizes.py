@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import reifusion
+from reifusion import cli
 from reifusion.model.config import MINI, SD15
 from reifusion.train import watch
 from reifusion.train.__main__ import main
@@ -15,6 +16,7 @@ from reifusion.train.recipe import read
 from reifusion.train.sizes import SIZES, model_config
 from reifusion.train.text2image import TextToImage
 from reifusion.train.vae import VAE
+from reifusion.train.vae_file import save_vae
 
 
 @pytest.mark.parametrize("name", ["7m", "16m", "75m"])
@@ -78,3 +80,17 @@ def test_a_newcomers_pictures_become_a_model_of_their_own_size(tmp_path, monkeyp
     pipe = reifusion.load(out)
     assert pipe.config.size == 44 and pipe.config.unet.patch == 2 and pipe.config.name == "16m-own"
     assert pipe.generate("a red thing", steps=1, seed=0, progress=False).size == (44, 44)
+
+
+def test_a_vae_that_was_trained_can_be_looked_at_by_itself(tmp_path, capsys):
+    path = tmp_path / "vae.safetensors"
+    vae = VAE(SIZES["7m"].vae)
+    save_vae(vae, path)
+    assert cli.main(["info", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "a VAE alone" in said and "--vae" in said
+    assert f"{sum(p.numel() for p in vae.parameters()):,}" in said
+    assert f"{sum(p.numel() for p in vae.encoder.parameters()):,}" in said
+    (tmp_path / "half.safetensors").write_bytes(path.read_bytes()[:5000])
+    assert cli.main(["info", str(tmp_path / "half.safetensors")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
