@@ -39,6 +39,7 @@ from reifusion.kernels import compiled, graphs
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import samplers_for
 from reifusion.shortcuts.deepcache import DeepCache, deepcached
+from reifusion.swap import swap
 
 HERE = Path(__file__).parent
 PROMPT, STEPS = "a cat", 20
@@ -373,6 +374,8 @@ def speed(bench: Bench, found: dict[str, Any]) -> None:
         found[f"{row}: {OURS} {PLAYED}"] = bench.ms(partial(unet, *given))
         with graphs.recorder.eager():
             found[f"{row}: {OURS} {EAGER}"] = bench.ms(partial(unet, *given))
+        with without_triton(unet):
+            found[f"{row}: {OURS} {PLAYED}, without Triton"] = bench.ms(partial(unet, *given))
         if their is not None:
             found[f"{row}: {THEIRS} {EAGER}"] = bench.ms(step_of(their.unet, *given))
     for side in (512, 1024):
@@ -391,6 +394,21 @@ def speed(bench: Bench, found: dict[str, Any]) -> None:
         found[f"ms a picture: {OURS} {EAGER}"] = bench.ms(
             pictures(bench, pipe, None)[f"{OURS} {PLAYED}"], 3, 1
         )
+
+
+@contextmanager
+def without_triton(network: nn.Module) -> Iterator[None]:
+    """The kernels in Triton are taken out while the `with` lasts, and PyTorch's do their work."""
+    put_back = []
+    for module in network.modules():
+        plain = kernels.PLAIN.get(type(module))
+        if plain is not None and type(module).__module__.endswith("fused"):
+            put_back.append(swap(module, kernels.FAST.get(plain, plain)))
+    try:
+        yield
+    finally:
+        for back in put_back:
+            back()
 
 
 def step_of(unet: Any, x: Tensor, words: Tensor, t: Tensor) -> Callable[[], Any]:

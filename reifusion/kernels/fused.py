@@ -4,12 +4,13 @@ PyTorch's GroupNorm on a GPU knows one order of memory, channels first, and the 
 the other: for each norm a map is turned round twice, and read and written once more for SiLU. These kernels
 leave it as it is. Statistics and all arithmetic are in float32, and rounded once.
 
-Triton comes with PyTorch for CUDA; without it, nothing of this is installed.
+Triton comes with PyTorch for CUDA; without it, or with REIFUSION_NATIVE=0, nothing of this is installed.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import no_type_check
 
 import torch
@@ -36,7 +37,8 @@ BLOCK = 4096  # numbers that a program holds at a time
 @functools.cache
 def available() -> bool:
     """True if there is a GPU of NVIDIA's, and Triton can compile for it, which also takes a C compiler."""
-    if triton is None or not torch.cuda.is_available() or torch.version.hip is not None:
+    forbidden = os.environ.get("REIFUSION_NATIVE") == "0"
+    if triton is None or forbidden or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     x = torch.ones(1, 320, 2, 2, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
     try:

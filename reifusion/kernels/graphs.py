@@ -25,7 +25,6 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..families import lcm
 from ..model import diffusion
@@ -202,7 +201,7 @@ def on_gpu(x: Tensor) -> bool:
         x.device.type == "cuda"
         and inferring()
         and not torch.is_autocast_enabled("cuda")
-        and not is_in_torch_dispatch_mode()  # which counts or changes the operations
+        and not torch._C._len_torch_dispatch_stack()  # modes that count or change the operations
     )
 
 

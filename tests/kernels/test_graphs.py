@@ -283,6 +283,22 @@ def test_work_that_reads_numbers_is_said_to_be_run_and_is_run(card):
     assert count(card) == (0, 0)
 
 
+def test_work_inside_of_work_that_is_recorded_is_a_part_of_it(card):
+    network = unet()
+    for seed in range(2):
+        network(*given(seed))
+    assert count(card) == (1, 1)
+
+    def twice(x: Tensor, context: Tensor, t: Tensor) -> Tensor:
+        return network(network(x, context, t), context, t)
+
+    for seed, expected in enumerate([(1, 3), (2, 4), (2, 5)]):  # two of network; then one of both
+        output = graphs.played(network, twice, *given(seed))
+        with graphs.recorder.eager():
+            assert torch.equal(output, twice(*given(seed)))
+        assert count(card) == expected
+
+
 def test_threads_take_turns(card):
     network = unet()
     expected = {seed: run(network, *given(seed)) for seed in range(4)}
