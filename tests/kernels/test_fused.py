@@ -9,6 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.model.test_fast import error, normal, randomized
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -110,3 +115,18 @@ def test_kernels(work, interpreted, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("channels, groups, side", [(320, 32, 64), (1280, 32, 8), (128, 32, 100)])
+def test_on_a_gpu_norm_and_silu_are_as_exact_as_pytorchs(channels, groups, side):
+    from reifusion.kernels import fused
+
+    norm = randomized(nn.GroupNorm(groups, channels))
+    x = (1 + normal(2, channels, side, side)).to(memory_format=torch.channels_last)
+    exact = F.silu(norm.double()(x.double()))
+    norm, x = norm.to("cuda", torch.float16), x.cuda().half()
+    fast, plain = fused.norm_silu(x, norm), F.silu(norm(x))
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+    assert error(fast.cpu(), exact) <= 1.2 * error(plain.cpu(), exact)
