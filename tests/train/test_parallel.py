@@ -16,6 +16,7 @@ from PIL import Image
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.train.checkpoint import TrainingError
 from reifusion.train.loop import LoopConfig, processes, train
+from reifusion.train.progress import Seen
 from reifusion.train.text2image import (
     Latents,
     TextToImage,
@@ -59,10 +60,10 @@ def text2image(folder: Path, **more) -> None:
     train_text2image(some_data(), EMPTY, TINY, training, folder, start(TextToImage, TINY), sheet)
 
 
-def sheet(step: int, average: dict) -> Image.Image:
+def sheet(step: int, average: dict) -> Seen:
     with open(Path(sys.argv[-1]) / "sheets.txt", "a") as file:
         print(step, os.getpid(), file=file)
-    return Image.new("RGB", (2, 2))
+    return Seen(Image.new("RGB", (2, 2)))
 
 
 def vae(folder: Path, **more) -> None:
