@@ -460,11 +460,11 @@ def test_small_changes_are_not_rounded_away(here, tmp_path):
         assert {x.dtype for x in load_file(out).values()} == {run.DTYPES[dtype]}
     # Left open, it is that of the model to begin with, and fp32 from nothing.
     assert run.dtype_of(recipe.read("text2image")) == torch.float32
-    for dtype in (torch.bfloat16, torch.int8, torch.float16):
+    for kind in (torch.bfloat16, torch.int8, torch.float16):
         config, models, tokenizer = load(here / "model.safetensors")
-        start = tmp_path / f"{dtype}.safetensors"
-        save(config, models, start, tokenizer=tokenizer, dtype=dtype)
-        assert run.dtype_of(recipe.read("text2image", None, [f"start={start}"])) == dtype
+        start = tmp_path / f"{kind}.safetensors"
+        save(config, models, start, tokenizer=tokenizer, dtype=kind)
+        assert run.dtype_of(recipe.read("text2image", None, [f"start={start}"])) == kind
 
 
 def test_the_curve_of_a_short_run_falls_with_its_loss():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import datasets
 import pytest
 import torch
 from PIL import Image
 
+from reifusion.model.encoder import Encoder
 from reifusion.train import images
 from reifusion.train.captions import CaptionError, dressed, listed
 from reifusion.train.images import DataError, open_pictures
@@ -115,7 +117,7 @@ def test_words_before_a_caption_stay_before_it():
 
 
 def test_several_parts_of_a_long_picture_are_learned(folder, tmp_path):
-    encoder = networks(SMALL)["encoder"]
+    encoder = cast(Encoder, networks(SMALL)["encoder"])
     steps = Image.new("RGB", (256, 64))
     for x in range(256):
         steps.paste((x, x, x), (x, 0, x + 1, 64))
@@ -136,7 +138,7 @@ def test_several_parts_of_a_long_picture_are_learned(folder, tmp_path):
 
 
 def test_pictures_of_what_must_not_change_have_every_other_turn(folder, tmp_path):
-    encoder = networks(SMALL)["encoder"]
+    encoder = cast(Encoder, networks(SMALL)["encoder"])
     others = tmp_path / "others"
     others.mkdir()
     Image.new("RGB", (32, 32)).save(others / "dog.png")

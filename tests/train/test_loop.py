@@ -141,7 +141,12 @@ def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_pat
 
 
 def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_path, capsys):
-    shown, kept = [], []
+    shown: list[int] = []
+    kept: list[int] = []
+
+    def look(step, _):
+        shown.append(step)
+        return Seen()
 
     def objective(network, done, generator, part):
         if done >= 4 / 9:
@@ -154,7 +159,7 @@ def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_p
             objective,
             LoopConfig(steps=9),
             tmp_path,
-            lambda step, _: shown.append(step),
+            look,
             keep=lambda step, _: kept.append(step),
         )
     assert checkpoint(tmp_path)["step"] == 4 and shown == [] and kept == [4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw
 
 import reifusion
 from reifusion.model.config import ScheduleConfig
+from reifusion.model.encoder import Encoder
 from reifusion.train import run, watch
 from reifusion.train.__main__ import main
 from reifusion.train.images import DataError, open_pictures
@@ -107,7 +109,11 @@ def test_the_measured_loss_is_the_mean_over_noise_timesteps_and_samples(kind):
 
 def test_what_is_held_out_is_a_share_by_the_seed_and_in_no_batch(pictures, tmp_path):
     data = cache_latents(
-        networks(SMALL)["encoder"], open_pictures(pictures), 32, tmp_path / "latents", tokenizer=WORDS
+        cast(Encoder, networks(SMALL)["encoder"]),
+        open_pictures(pictures),
+        32,
+        tmp_path / "latents",
+        tokenizer=WORDS,
     )
     kept, out = data.split(0.3, seed=1)
     assert len(kept) == 4 and len(out) == 2 and set(kept.captions).isdisjoint(out.captions)
@@ -143,7 +149,9 @@ def test_the_losses_of_a_run_are_those_of_the_model_that_it_writes(pictures, mod
 
     for found, source in ((held_out, others), (seen, pictures)):
         latents = tmp_path / f"latents of {source.name}"
-        data = cache_latents(pipe.models["encoder"], open_pictures(source), 32, latents, tokenizer=WORDS)
+        data = cache_latents(
+            cast(Encoder, pipe.models["encoder"]), open_pictures(source), 32, latents, tokenizer=WORDS
+        )
         sampler = forward_process(pipe.config.schedule)
         assert found[20] == pytest.approx(measured_loss(network, data, sampler, 16, 0)[""], rel=1e-3)
     plot(folder, [], tmp_path / "curve.png")
