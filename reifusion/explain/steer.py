@@ -1,4 +1,4 @@
-"""Changes one thing inside the model for a while: the words that the U-Net reads, a layer, a head."""
+"""Changes one thing in the model for a while: the words that the U-Net reads, a layer, a head, attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.attention import CrossAttention, split_heads
+from ..model.attention import CrossAttention, Kernel, SelfAttention, split_heads
 from ..model.pipeline import StableDiffusion
 from ..swap import swap
 
@@ -70,3 +70,30 @@ def muted(layer: CrossAttention, head: int | None = None) -> Iterator[None]:
     """Mutes one head of a layer while the `with` lasts; None: all heads."""
     with swapped(layer, Silent) if head is None else swapped(layer, WithoutHead, silent=head):
         yield
+
+
+@contextmanager
+def attending(layers: Sequence[SelfAttention | CrossAttention], kernel: Kernel) -> Iterator[None]:
+    """Has attention layers compute by another kernel, which takes what `attention` takes, in the `with`."""
+    before = [layer.kernel for layer in layers]
+    for layer in layers:
+        layer.kernel = kernel
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before):
+            layer.kernel = own
+
+
+@contextmanager
+def watching(layers: Sequence[SelfAttention | CrossAttention]) -> Iterator[list[Tensor]]:
+    """Yields a list to which each call of a layer adds its attention weights, (B, heads, L, S)."""
+    before = [layer.hook for layer in layers]
+    seen: list[Tensor] = []
+    for layer in layers:
+        layer.hook = seen.append
+    try:
+        yield seen
+    finally:
+        for layer, own in zip(layers, before):
+            layer.hook = own

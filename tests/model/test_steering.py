@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from reifusion.model.pipeline import StableDiffusion, Turn
 from reifusion.model.samplers import SAMPLERS
 from tests.model.test_pipeline import QUICK, draw, latents, photo, tiny, trained_for
 
+ROOT = Path(__file__).parents[2]
 LOOP: dict[str, Any] = {"sampler": "ddim", "steps": 3, "seed": 3}
 
 
@@ -26,24 +29,22 @@ def pipe() -> StableDiffusion:
 # By hand
 
 
-@torch.inference_mode()
-def by_hand(pipe: StableDiffusion, prompt: str, seed: int, sampler: str, steps: int, cfg: float) -> Tensor:
-    way = SAMPLERS[sampler]([torch.Generator().manual_seed(seed)], pipe.config.schedule)
-    way.set_inference_timesteps(steps)
-    words, unet = pipe.encode_text([prompt, ""]), pipe.models["diffusion"]
-    x = way.init_noise_sigma * randn((1, 4, 8, 8), way.generator)
-    for t in way.timesteps:
-        seen = way.scale_model_input(x, t).to(pipe.dtype)
-        cond, uncond = unet(torch.cat([seen, seen]), words, t.float()[None]).float().chunk(2)
-        x = way.step(t, x, uncond + cfg * (cond - uncond))
-    return x
+def by_hand(file: str) -> str:
+    """The code in a page that draws by hand, up to the latents."""
+    text = (ROOT / file).read_text("utf-8")
+    (code,) = re.findall(r"```python[^\n]*\n((?:(?!```).)*for t in sampler\.timesteps:.*?)```", text, re.S)
+    return code[: code.index("sampler.step(t, x, guided)")] + "sampler.step(t, x, guided)\n"
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_loop_by_hand_is_the_pipelines_to_the_last_bit(pipe, name):
+@pytest.mark.parametrize("file", ["README.md", "docs/ideas.md"])
+def test_the_loop_by_hand_is_the_pipelines_to_the_last_bit(pipe, file, name):
     pipe = replace(pipe, config=trained_for(SAMPLERS[name].prediction_types[-1]))
-    asked: dict[str, Any] = {"seed": 5, "sampler": name, "steps": 4, "cfg": 3.0}
-    assert torch.equal(by_hand(pipe, "a cat", **asked), latents(pipe, "a cat", **asked))
+    scope = {"pipe": pipe, "unet": pipe.models["diffusion"], "side": 8}
+    scope |= {"torch": torch, "randn": randn, "SAMPLERS": SAMPLERS}
+    exec(by_hand(file).replace('"euler_a"', repr(name)), scope)
+    asked: dict[str, Any] = {"seed": 3, "sampler": name, "steps": 20, "cfg": 4.0}
+    assert torch.equal(scope["x"], latents(pipe, "a rocket", **asked))
 
 
 # Latents
