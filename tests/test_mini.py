@@ -33,6 +33,17 @@ def draw(prompts: list[str], *args: Any, **more: Any) -> list[np.ndarray]:
     return [np.asarray(picture, dtype=float) for picture in pictures]
 
 
+@pytest.mark.parametrize(("dtype", "mean", "most"), [("fp32", 0.02, 1), ("bf16", 0.5, 40)])
+def test_another_place_in_a_batch_changes_a_picture_by_no_more_than_readme_says(dtype, mean, most):
+    pipe, prompts = reifusion.load(dtype=dtype), ["a red apple", "a cat", "a house in the snow"]
+    settings: dict[str, Any] = {"sampler": "euler_a", "steps": 8, "progress": False}
+    together = pipe.generate(prompts, seed=7, **settings)
+    for k, picture in enumerate(together):
+        alone = pipe.generate(prompts[k], seed=7 + k, **settings)
+        away = np.abs(np.asarray(picture, dtype=float) - np.asarray(alone, dtype=float))
+        assert away.mean() <= mean and away.max() <= most
+
+
 def edge_colour(picture: np.ndarray) -> np.ndarray:
     """Returns the median colour of the outermost 4 pixels, (3,) in 0 … 255."""
     rim = np.ones(picture.shape[:2], bool)

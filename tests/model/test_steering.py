@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from reifusion.explain.steer import attending, watching
+from reifusion.model.attention import CrossAttention
 from reifusion.model.ddpm import randn
 from reifusion.model.pipeline import StableDiffusion, Turn
 from reifusion.model.samplers import SAMPLERS
@@ -231,3 +233,22 @@ def test_what_does_not_fit_is_refused_in_one_sentence(pipe, wrong, says):
     with pytest.raises(ValueError, match=says) as caught:
         list(pipe.denoise(**{"prompt": "a cat", **LOOP, **wrong}))
     assert "\n" not in str(caught.value)
+
+
+# Attention, for a while
+
+
+def test_attention_is_watched_and_replaced_while_the_with_lasts(pipe):
+    layers = [layer for layer in pipe.models["diffusion"].modules() if isinstance(layer, CrossAttention)]
+    kernels, plain = [layer.kernel for layer in layers], latents(pipe, "a cat", seed=3)
+
+    def uniform(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return v.mean(2, keepdim=True).expand_as(q)
+
+    with attending(layers, uniform), watching(layers) as seen:
+        other = latents(pipe, "a cat", seed=3)
+    assert len(seen) == 3 * len(layers) and seen[0].shape[-1] == 8
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(seen[0].shape[:-1]))
+    assert not torch.equal(other, plain)
+    assert [layer.kernel for layer in layers] == kernels and all(layer.hook is None for layer in layers)
+    assert torch.equal(latents(pipe, "a cat", seed=3), plain) and len(seen) == 3 * len(layers)
