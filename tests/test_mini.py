@@ -33,6 +33,14 @@ def draw(prompts: list[str], *args: Any, **more: Any) -> list[np.ndarray]:
     return [np.asarray(picture, dtype=float) for picture in pictures]
 
 
+@pytest.mark.parametrize("dtype", ["fp64", torch.float64])
+def test_float64_goes_from_the_file_through_the_whole_loop(dtype):
+    pipe = reifusion.load(dtype=dtype)
+    assert {p.dtype for network in pipe.models.values() for p in network.parameters()} == {torch.float64}
+    step = next(pipe.denoise("a cat", seed=1, steps=1))
+    assert {x.dtype for x in (step.x_t, step.words, step.output, step.latents)} == {torch.float64}
+
+
 @pytest.mark.parametrize(("dtype", "mean", "most"), [("fp32", 0.02, 1), ("bf16", 0.5, 40)])
 def test_another_place_in_a_batch_changes_a_picture_by_no_more_than_readme_says(dtype, mean, most):
     pipe, prompts = reifusion.load(dtype=dtype), ["a red apple", "a cat", "a house in the snow"]

@@ -69,9 +69,10 @@ def begin(
 
 
 def as_large(given: Tensor, noise: Tensor, name: str) -> Tensor:
-    """Brings a tensor that was given to noise's dtype and device. Raises ValueError for another shape."""
-    if given.shape != noise.shape:
-        raise ValueError(f"{name} must be {tuple(noise.shape)}, not {tuple(given.shape)}")
+    """Brings what was given to the dtype and device of noise. Raises ValueError unless it has its shape."""
+    if not isinstance(given, Tensor) or given.shape != noise.shape:
+        kind = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"{name} must be {tuple(noise.shape)}, not {kind}")
     return given.to(noise)
 
 

@@ -159,11 +159,11 @@ class StableDiffusion:
                     time = torch.full((1,), t.item(), dtype=x_t.dtype, device=self.device)
                     output, cond, uncond = guided(sampler.scale_model_input(x_t, t), time, sampler.sigma(t))
                     if request.guide is not None:
-                        output = request.guide(cond, uncond, turn)
+                        output = as_large(request.guide(cond, uncond, turn), cond, "what guide returns")
                     latents = step(t, x_t, output)
                 made = Step(**vars(turn), latents=latents, output=output, cond=cond, uncond=uncond)
                 sent = yield watch(made)
-                latents = latents if sent is None else exact(sent.to(self.device))
+                latents = latents if sent is None else as_large(sent, latents, "latents that are sent")
             watch.finish()
 
     def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:

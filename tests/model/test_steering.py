@@ -65,6 +65,13 @@ def test_latents_that_are_sent_are_at_least_as_exact_as_the_loops(pipe):
     assert steps.send(torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)).x_t.dtype == torch.float32
 
 
+def test_latents_that_are_sent_must_be_as_large_as_the_loops(pipe):
+    steps = pipe.denoise("a cat", **LOOP)
+    next(steps)
+    with pytest.raises(ValueError, match=r"latents that are sent must be \(1, 4, 8, 8\), not \(4, 8, 8\)"):
+        steps.send(torch.zeros(4, 8, 8))
+
+
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpmpp_2m_karras", "flow"])
 def test_a_loop_that_begins_in_the_middle_goes_on_as_the_whole_one(pipe, name):
     """… where a step needs nothing of those before it; a multistep sampler begins with its first order."""
@@ -227,6 +234,8 @@ def test_the_whole_loop_works_in_float64(pipe):
         ({"start": 1}, "start needs the latents"),
         ({"start": -1}, "start must be at least 0"),
         ({"noise": torch.zeros(1, 4, 8)}, "noise must be a tensor"),
+        ({"guide": lambda *_: None}, "what guide returns must be .1, 4, 8, 8., not NoneType"),
+        ({"guide": lambda cond, *_: cond[0]}, "what guide returns must be .1, 4, 8, 8., not .4, 8, 8."),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(pipe, wrong, says):
