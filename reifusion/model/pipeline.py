@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+def _itself(unet: nn.Module) -> nn.Module:
+    return unet
+
+
 @dataclass(repr=False)
 class StableDiffusion:
     """Four networks and the order in which they are used."""
@@ -47,7 +51,7 @@ class StableDiffusion:
     models: dict[str, nn.Module]  # "clip", "encoder", "decoder" and "diffusion"
     device: torch.device | str = "cpu"
     idle_device: torch.device | str | None = None  # where idle networks wait; None: on `device`
-    around: Callable[[nn.Module], nn.Module] = lambda unet: unet  # stands in for the U-Net, anew in each loop
+    around: Callable[[nn.Module], nn.Module] = _itself  # stands in for the U-Net, anew in each loop
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import re
 import subprocess
 import sys
@@ -406,6 +408,11 @@ def test_the_caller_of_the_loop_is_not_in_inference_mode(pipe):
     for _ in pipe.denoise("a cat", steps=2):
         assert not torch.is_inference_mode_enabled()
         assert torch.ones(1, requires_grad=True).mul(2).requires_grad
+
+
+def test_a_copied_or_pickled_model_draws_the_same(pipe):
+    for twin in copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)):
+        assert np.array_equal(draw(twin, "cat", seed=1), draw(pipe, "cat", seed=1))
 
 
 def test_a_model_is_shown_in_three_lines(pipe):
