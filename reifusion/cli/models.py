@@ -57,20 +57,22 @@ def _of_model(file: str) -> dict[str, Any]:
 
 def _of_part(file: str) -> dict[str, Any]:
     """What there is to say of a VAE or a U-Net in a file of its own; {} for any other file."""
-    from .. import weights
     from ..model.part import PARTS, open_part
     from ..model.tensors import ModelError
 
+    path = Path(file).expanduser()
+    if not path.is_file():
+        return {}
     for part, name in ("vae", "VAE"), ("unet", "U-Net"):
         try:
-            path = weights.find(file)
             tensors, rules, unknown, header = open_part(path, part)
         except ModelError:
             continue
         numbers = dict.fromkeys(PARTS[part][0], 0)
         for rule in rules:
             numbers[rule.ours.split(".")[0]] += sum(tensors[x].shape.numel() for x in rule.theirs)
-        if all(numbers.values()):
+        alone = sum(len(rule.theirs) for rule in rules) + len(unknown) == len(tensors)
+        if alone and all(numbers.values()):
             return {
                 "file": path,
                 "format": f"a {name} alone; to draw with it, name a model, and this file with --{part}",

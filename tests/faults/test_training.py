@@ -490,5 +490,5 @@ def test_train_mini_gives_each_stage_a_folder_and_the_file_to_the_last(device):
     assert stage(0).out == stage(1).vae
     assert stage(0, "crop=24").training.crop == 24 and stage(1, "crop=24").training.batch > 0
     assert stage(0, "steps=7").training.loop.steps == stage(1, "steps=7").training.loop.steps == 7
-    with pytest.raises(RecipeError, match="crops"):
-        stage(1, "crops=24")
+    with pytest.raises(RecipeError, match="cropz"):
+        stage(1, "cropz=24")

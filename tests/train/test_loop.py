@@ -141,6 +141,7 @@ def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_pat
 
 
 def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_path, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a program of its own
     shown: list[int] = []
     kept: list[int] = []
 
@@ -172,8 +173,11 @@ def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_p
             )  # the second is Python's own KeyboardInterrupt, within the step
         raise AssertionError("the second time came to nothing")
 
-    with pytest.raises(KeyboardInterrupt):
-        train(Net(), twice, LoopConfig(steps=9), tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(Net(), twice, LoopConfig(steps=9), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert checkpoint(tmp_path)["step"] == 4
 
 
