@@ -55,19 +55,21 @@ def test_a_lora_on_any_matrix_gets_its_gradients_in_training_with_autocast(insta
 @forms
 @pytest.mark.parametrize("mode", MODES)
 def test_vmap_is_a_loop(installed, mode):
-    many = normal(3, 2, 4, 6, 8)
+    many, network = normal(3, 2, 4, 6, 8), unet(installed)
     with MODES[mode]():
-        by_vmap = torch.func.vmap(lambda x: unet(installed)(x, WORDS_, T))(many)
-        one_by_one = torch.stack([unet(installed)(x, WORDS_, T) for x in many])
+        by_vmap = torch.func.vmap(lambda x: network(x, WORDS_, T))(many)
+        one_by_one = torch.stack([network(x, WORDS_, T) for x in many])
     assert error(by_vmap, one_by_one) < 1e-5
 
 
 @forms
 def test_each_pictures_own_gradient_by_vmap(installed):
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(unet(installed), weights, (x[None], WORDS_[:1], T[:1])).pow(2).sum()
+    network = unet(installed)
 
-    weights = {key: p.detach() for key, p in unet(installed).named_parameters()}
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(network, weights, (x[None], WORDS_[:1], T[:1])).pow(2).sum()
+
+    weights = {key: p.detach() for key, p in network.named_parameters()}
     by_vmap = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, X)
     for i, x in enumerate(X):
         for key, gradient in torch.func.grad(loss)(weights, x).items():
