@@ -38,7 +38,7 @@ from reifusion.train.mini.places import PLACES
 from reifusion.train.mini.render import render
 from reifusion.train.mini.styles import STYLES, premultiply
 
-from .pixels import crop, on_white, parts, resized, to_images
+from .pixels import crop, middle, on_white, parts, to_images
 
 MANNERS = (*MEDIA, *STYLES)  # how a picture may be drawn: by a hand, or in a style
 NOWHERE = len(PLACES)  # the number of a picture that is in no place
@@ -54,10 +54,10 @@ class JudgeTraining:
     joint: int = 128  # the width of the space that pictures and words share
     scenes: int = 3  # for every drawing
     batch: int = 64  # subjects per step, each with one picture
-    parts: int = 32  # further subjects per step, each with a part of a picture
+    parts: int = 32  # further subjects per step, each with a part of a drawing; there are 4 of every drawing
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            steps=1_500, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
+            steps=3_000, lr=2e-3, warmup=100, decay=0.6, ema=0.995, weight_decay=0.05, checkpoint_minutes=2
         )
     )
     more: float = 0.25  # a share of these steps follows at half the rate, with the drawings left out before
@@ -98,6 +98,18 @@ class Eye(nn.Module):
         return F.layer_norm(features.float(), features.shape[1:])
 
 
+class Touch(nn.Module):
+    """Pictures (B, 3, side, side) -> a score for each of MANNERS. They show in small, anywhere: lines, rims, squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(nn.Conv2d(3, 32, 5, stride=2, padding=2), Block(32, 64), Block(64, 96))
+        self.out = nn.Linear(96, len(MANNERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.stages(x)).mean((2, 3)))
+
+
 class DualEncoder(nn.Module):
     """Maps pictures and names into one space, and says of pictures how they are drawn and where."""
 
@@ -107,7 +119,7 @@ class DualEncoder(nn.Module):
         self.shown = nn.Linear(training.width, training.joint)
         self.words = nn.Linear(words, training.joint, bias=False)  # a vector for each
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))  # as in CLIP
-        self.manner = nn.Linear(training.width, len(MANNERS))
+        self.manner = Touch()
         self.place = nn.Linear(training.width, len(PLACES) + 1)
 
     def forward(self, x: Tensor, names: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,7 +129,7 @@ class DualEncoder(nn.Module):
         """
         features, shown = self.look(x)
         scale = self.log_scale.exp().clamp(max=100)
-        return scale * shown, self.read(names), self.manner(features), self.place(features)
+        return scale * shown, self.read(names), self.manner(x), self.place(features)
 
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, side, side) -> features (B, width), unit vectors (B, joint)"""
@@ -171,9 +183,9 @@ class Judge:
     # Look -> how many unseen drawings the judge named right among 20, and how many there were.
     unseen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def see(self, images: Sequence[np.ndarray], entire: bool = False) -> Seen:
-        """Looks at pictures (H, W, 3) uint8 of any size. Only the foreground counts, or the entire picture."""
-        return self._see([resized(x, self.side) if entire else crop(x, self.side) for x in images])
+    def see(self, images: Sequence[np.ndarray], outside: bool = False) -> Seen:
+        """Looks at pictures (H, W, 3) uint8 of any size: at the foreground, or in a place, at the middle."""
+        return self._see([(middle if outside else crop)(image, self.side) for image in images])
 
     def see_parts(self, images: Sequence[np.ndarray], count: int = 4) -> Tensor:
         """Looks at the parts of each picture with most to see -> cosines (N, count, subjects)."""
@@ -182,21 +194,14 @@ class Judge:
 
     @torch.inference_mode()
     def _see(self, views: Sequence[np.ndarray]) -> Seen:
-        features, shown = (
-            torch.cat(part)
-            for part in zip(
-                *(
-                    self.model.look(as_input(np.stack(views[start : start + 64])))
-                    for start in range(0, len(views), 64)
-                ),
-                strict=True,
-            )
-        )
+        x = as_input(np.stack(views))
+        looked = [(*self.model.look(some), self.model.manner(some)) for some in x.split(64)]
+        features, shown, manner = (torch.cat(part) for part in zip(*looked, strict=True))
         places = [*PLACES, ""]
         return Seen(
             features,
             shown @ self.model.read(bags(self.subjects)).T,
-            [MANNERS[i] for i in self.model.manner(features).argmax(1).tolist()],
+            [MANNERS[i] for i in manner.argmax(1).tolist()],
             [places[i] for i in self.model.place(features).argmax(1).tolist()],
         )
 
@@ -252,9 +257,10 @@ def get_judge(training: JudgeTraining = JudgeTraining(), cache_dir: Path | None 
 class Bank(NamedTuple):
     """What the judge learns from: N sprites, each in K scenes."""
 
-    views: Tensor  # (N, K, s, s, 3) uint8: foregrounds, or entire pictures of places
+    views: Tensor  # (N, K, s, s, 3) uint8: foregrounds, or the middles of pictures of places
     manners: Tensor  # (N, K)
     places: Tensor  # (N, K)
+    parts: Tensor  # (N, 4, s, s, 3) uint8: parts of the drawings
 
 
 def train_judge(library: Library, training: JudgeTraining, folder: Path, id: str) -> Judge:
@@ -270,7 +276,7 @@ def train_judge(library: Library, training: JudgeTraining, folder: Path, id: str
     judge = Judge(model, training.side, subjects, id)
 
     left_out = _one_of_each(sprites)
-    _train(judge, library, bank, labels, ~left_out, training, folder / "without")
+    _train(judge, bank, labels, ~left_out, training, folder / "without")
     chosen = left_out.nonzero()[:, 0]
     seen, rng = judge.see(on_white(library.pixels[chosen])), np.random.default_rng(0)
     for scores, n in zip(seen.subjects, chosen.tolist(), strict=True):
@@ -282,7 +288,7 @@ def train_judge(library: Library, training: JudgeTraining, folder: Path, id: str
     steps = round(training.more * training.loop.steps)
     rest = replace(training.loop, steps=steps, lr=training.loop.lr / 2, seed=training.loop.seed + 1)
     everything = torch.ones_like(left_out)
-    _train(judge, library, bank, labels, everything, replace(training, loop=rest), folder / "all")
+    _train(judge, bank, labels, everything, replace(training, loop=rest), folder / "all")
     return judge
 
 
@@ -307,7 +313,8 @@ def _bank(library: Library, training: JudgeTraining, folder: Path) -> Bank:
     if path.exists():
         return Bank(**load_file(path))
     kinds = ("plain", "background", "dyed", "placed", "style", "style", "place")
-    views, manners, places = [], [], []
+    views, manners, places, pieces = [], [], [], []
+    generator = torch.Generator().manual_seed(training.loop.seed)
     for start in tqdm(
         range(0, len(library.sprites), 16), desc="composing", unit="16 drawings", mininterval=10
     ):
@@ -320,22 +327,24 @@ def _bank(library: Library, training: JudgeTraining, folder: Path) -> Bank:
         specs = Specs(*(torch.cat([getattr(one, f.name) for one, _ in made]) for f in fields(Specs)))
         images = to_images(render(library.pixels, specs))
         for image, (_, (scene,)) in zip(images, made, strict=True):
-            views.append(resized(image, side) if scene.place else crop(image, side))
+            views.append((middle if scene.place else crop)(image, side))
             manners.append(MANNERS.index(scene.style or scene.look))
             places.append(list(PLACES).index(scene.place) if scene.place else NOWHERE)
+        sprites = library.pixels[start : start + 16].repeat_interleave(4, 0)
+        pieces += to_images(random_parts(sprites, side, generator))
     bank = Bank(
         torch.from_numpy(np.stack(views)).unflatten(0, (-1, count)),
         torch.tensor(manners).view(-1, count),
         torch.tensor(places).view(-1, count),
+        torch.from_numpy(np.stack(pieces)).unflatten(0, (-1, 4)),
     )
     with whole(path) as temporary:
-        save_file(bank._asdict(), temporary)
+        save_file({name: x.contiguous() for name, x in bank._asdict().items()}, temporary)
     return bank
 
 
 def _train(
     judge: Judge,
-    library: Library,
     bank: Bank,
     labels: Tensor,
     taken: Tensor,
@@ -357,16 +366,19 @@ def _train(
         drawings = torch.tensor(
             [of[s][int(u * len(of[s]))] for s, u in zip(shown.tolist(), which, strict=True)]
         )
-        whole, pieces = drawings[: training.batch], drawings[training.batch :]
-        scenes = torch.randint(training.scenes, (len(whole),), generator=generator)
-        views = augment(as_input(bank.views[whole, scenes].numpy()), training.side, generator)
-        x = torch.cat([views, random_parts(library.pixels[pieces], training.side, generator)])
+        entire, pieces = drawings[: training.batch], drawings[training.batch :]
+        scenes = torch.randint(training.scenes, (len(entire),), generator=generator)
+        which_part = torch.randint(4, (len(pieces),), generator=generator)
+        seen = torch.cat([bank.views[entire, scenes], bank.parts[pieces, which_part]])
+        x = augment(as_input(seen.numpy()), training.side, generator)
         unknown = torch.full((len(pieces),), -100)  # of a part, only the subject is asked
         manners, places = (
-            torch.cat([numbers[whole, scenes], unknown]) for numbers in (bank.manners, bank.places)
+            torch.cat([numbers[entire, scenes], unknown]) for numbers in (bank.manners, bank.places)
         )
-        seen, read, manner, place = network(part.of(x), part.of(names[shown]))
-        loss, figures = contrastive_loss(seen, read)
+        pictures, of_batch, manner, place = network(part.of(x), part.of(names[shown]))
+        loss, figures = contrastive_loss(pictures, of_batch)
+        # All other names are wrong, too. That is more than CLIP could ask, and teaches faster.
+        loss = loss + F.cross_entropy(pictures @ judge.model.read(names).T, part.of(shown))
         loss = loss + F.cross_entropy(manner.float(), part.of(manners))
         return loss + F.cross_entropy(place.float(), part.of(places)), figures
 
@@ -375,7 +387,7 @@ def _train(
 
 
 def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """(B, 3, s, s) -> (B, 3, side, side): moved, turned, zoomed and lit; some also blurred, some noisy."""
+    """(B, 3, s, s) -> (B, 3, side, side): moved, turned, zoomed, recoloured; some blurred, some noisy."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(x), generator=generator)
@@ -385,33 +397,32 @@ def augment(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
                          zoom * turn.sin(), zoom * turn.cos(), uniform(-0.1, 0.1)], 1)  # fmt: skip
     grid = F.affine_grid(theta.view(-1, 2, 3), [len(x), 3, side, side], align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return _worse(x, uniform, generator)
+    # A third get their colour channels shuffled: dyed subjects must be known as well.
+    order = torch.rand(len(x), 3, generator=generator).argsort(1)
+    order = torch.where(uniform(0, 1)[:, None] < 0.33, order, torch.arange(3))
+    x = torch.gather(x, 1, order[:, :, None, None].expand_as(x))
+    coarse = F.interpolate(F.avg_pool2d(x, 2), size=(side, side), mode="bilinear", align_corners=False)
+    x = torch.lerp(x, coarse, uniform(-1, 0.6).clamp(min=0)[:, None, None, None])  # most stay sharp
+    x = x * uniform(0.9, 1.1)[:, None, None, None] + uniform(-0.05, 0.05)[:, None, None, None]
+    noise = uniform(-0.05, 0.05).clamp(min=0)[:, None, None, None]
+    return x + noise * torch.randn(x.shape, generator=generator)
 
 
 def random_parts(sprites: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Sprites (B, 4, S, S) uint8 -> (B, 3, side, side): a part of each, on white, as `parts` cuts them."""
+    """Sprites (B, 4, S, S) uint8 -> (B, 3, side, side) in [-1, 1]: a part of each on white, like `parts`."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(sprites), generator=generator)
 
     x = premultiply(sprites.float() / 255)
     x = x[:, :3] + 1 - x[:, 3:]  # (B, 3, S, S) on white
-    zoom = uniform(0.3, 0.5)
+    zoom = uniform(0.33, 0.45)
     theta = torch.zeros(len(x), 2, 3)
     theta[:, 0, 0] = torch.where(uniform(0, 1) < 0.25, -zoom, zoom)  # mirrored, as in scenes
     theta[:, 1, 1] = zoom
     theta[:, :, 2] = torch.stack([uniform(-0.55, 0.55), uniform(-0.55, 0.55)], 1)
     grid = F.affine_grid(theta, [len(x), 3, side, side], align_corners=False)
-    return _worse(F.grid_sample(x * 2 - 1, grid, align_corners=False), uniform, generator)
-
-
-def _worse(x: Tensor, uniform: Callable[[float, float], Tensor], generator: torch.Generator) -> Tensor:
-    """As a VAE or a model may draw it: lighter or darker, blurred, noisy; most stay sharp."""
-    coarse = F.interpolate(F.avg_pool2d(x, 2), size=x.shape[2:], mode="bilinear", align_corners=False)
-    x = torch.lerp(x, coarse, uniform(-1, 0.6).clamp(min=0)[:, None, None, None])
-    x = x * uniform(0.9, 1.1)[:, None, None, None] + uniform(-0.05, 0.05)[:, None, None, None]
-    noise = uniform(-0.05, 0.05).clamp(min=0)[:, None, None, None]
-    return x + noise * torch.randn(x.shape, generator=generator)
+    return F.grid_sample(x * 2 - 1, grid, padding_mode="border", align_corners=False)
 
 
 # ---- on disk ----------------------------------------------------------------------------------------------

@@ -192,10 +192,10 @@ def verdicts(
     seen = judge.see(images)
     scores, features = seen.subjects.clone(), seen.features
     outside = [i for i, prompt in enumerate(prompts) if prompt.scene.place]
-    if outside:  # there the whole picture counts
-        entire = judge.see([images[i] for i in outside], entire=True)
-        scores[outside] = entire.subjects
-        places = dict(zip(outside, entire.places, strict=True))
+    if outside:  # there the foreground is everything
+        there = judge.see([images[i] for i in outside], outside=True)
+        scores[outside] = there.subjects
+        places = dict(zip(outside, there.places, strict=True))
     two = [i for i, prompt in enumerate(prompts) if prompt.kind == "two"]
     halves = [half for i in two for half in pixels.halves(images[i])]
     sides = judge.see(halves).subjects if two else torch.empty(0)  # left, right, left, right, …

@@ -247,7 +247,7 @@ class Planted(Judge):
     def _mean(image: np.ndarray) -> np.ndarray:
         return image[pixels.foreground(image)].mean(0).astype(np.float32)
 
-    def see(self, images: Sequence[np.ndarray], entire: bool = False) -> Seen:
+    def see(self, images: Sequence[np.ndarray], outside: bool = False) -> Seen:
         means = torch.tensor(np.stack([self._mean(image) for image in images]))
         manners, places = [self.manner] * len(images), [self.place] * len(images)
         return Seen(means, -torch.cdist(means, self.known), manners, places)
@@ -484,8 +484,9 @@ def test_a_judge_learns_once_and_then_comes_from_the_cache(
 def test_a_judge_learns_from_every_sprite_in_scenes_of_all_kinds(tmp_path: Path) -> None:
     library = made_up(NOUNS[:6], SIDE)
     recipe = JudgeTraining(side=32, scenes=4)
-    views, manners, places = bank = judging._bank(library, recipe, tmp_path)
+    views, manners, places, parts = bank = judging._bank(library, recipe, tmp_path)
     assert views.shape == (54, 4, 36, 36, 3) and manners.shape == places.shape == (54, 4)
+    assert parts.shape == views.shape and all(part.float().std() > 1 for part in parts)
     styled = manners >= len(judging.MEDIA)
     looks = [MANNERS.index(sprite.look) for sprite in library.sprites]
     plain = torch.where(styled, torch.tensor(looks)[:, None], manners)
