@@ -196,7 +196,8 @@ def build_library(cache: Path) -> Path:
         except DataError as error:
             if name != "openclipart":
                 raise
-            warnings.warn(f"{error}; the mini learns without clip art", stacklevel=2)
+            lost = "951 of its 5,728 drawings, and the only ones of 182 of its 934 subjects"
+            warnings.warn(f"{error}; the mini learns without clip art: {lost}", stacklevel=2)
             path = library_path(cache, tuple(hand for hand in HANDS if hand != name))
             if path.exists():
                 return path
