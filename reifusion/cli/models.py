@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,8 +61,8 @@ def _of_part(file: str) -> dict[str, Any]:
     from ..model.part import PARTS, open_part
     from ..model.tensors import ModelError
 
-    path = Path(file).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(file))
+    if not os.path.isfile(path):  # which, unlike Path's own, says no to a name that is too long
         return {}
     for part, name in ("vae", "VAE"), ("unet", "U-Net"):
         try:
