@@ -64,6 +64,6 @@ def _fetched(answer: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """Returns a tensor on the CPU that will hold the answer, and when: None is now."""
     if not answer.is_cuda:
         return answer, None
-    answer, arrival = answer.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived, arrival = answer.to("cpu", non_blocking=True), torch.cuda.Event()
     arrival.record(torch.cuda.current_stream(answer.device))
-    return answer, arrival
+    return arrived, arrival

@@ -208,7 +208,7 @@ def train(
     """Minimises the objective over the parameters that require gradients; returns their moving average.
 
     Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) returns what there is
-    to see; it is not called when the run is being stopped. keep(step, average): called at every checkpoint,
+    to see; it is not called when the run is being stopped, and if it fails, that is only a warning. keep(step, average): called at every checkpoint,
     and every `keep_every` steps. describe(step) names the step's samples, for error messages. made_of: see
     `unchanged`. draws_on: the device of the objective's generators. spent: the seconds of the run's time that
     went by before. Ctrl-C or SIGTERM writes the checkpoint and raises KeyboardInterrupt. Raises TrainingError
@@ -258,7 +258,11 @@ def train(
         if keep is not None:
             keep(step, ema)
         if progress is not None and every_checkpoint is not None and show:
-            progress.show(step, every_checkpoint(step, ema))
+            try:
+                progress.show(step, every_checkpoint(step, ema))
+            except Exception as error:  # such as too little memory: hours of training do not end for a picture
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(f"what the model draws at step {step} cannot be shown: {why}", stacklevel=2)
 
     def look() -> None:
         """Reads the figures of the last steps, checks them and shows them."""

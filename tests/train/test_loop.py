@@ -344,6 +344,15 @@ def test_weights_that_are_not_finite_in_the_end_are_not_saved(tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path):
+    def fails(step, average):
+        raise RuntimeError("out of memory\nmore about it")
+
+    with pytest.warns(UserWarning, match=r"at step \d+ cannot be shown: RuntimeError: out of memory$"):
+        trained = train(Net(), pictures_objective, EXACT, tmp_path / "one", fails)
+    assert same(trained, train(Net(), pictures_objective, EXACT, tmp_path / "other"))
+
+
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     train(Net(), pictures_objective, LoopConfig(steps=4), tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()

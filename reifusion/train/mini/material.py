@@ -80,7 +80,6 @@ def encode(
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     seconds: float | None = None,
-    batch: int = 50,
 ) -> Tensor:
     """Draws the scenes and encodes them: latents (N, 4, h, w) in bfloat16, on the device.
 
@@ -88,6 +87,8 @@ def encode(
     seconds: encodes only as many thousands as that time allows, but one at least; None: encodes all.
     """
     begun, device = time.monotonic(), torch.device(device)
+    batch = 50 if device.type == "cpu" else 250  # to encode
+    at_once = 50 if device.type == "cpu" else SHARD  # to draw: many small steps, whatever their number
     encoder = encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pixels, of = scenes.library.pixels.to(device), weights_hash(encoder)
     shards: list[Tensor] = []
@@ -100,10 +101,11 @@ def encode(
             shards.append(load_file(path)["latents"].to(device))
             continue
         parts = []
-        for first in range(0, len(specs), batch):
-            x = render(pixels, specs[first : first + batch].to(device))  # (batch, 3, S, S)
-            with torch.autocast(device.type, torch.bfloat16):
-                parts.append(encoder(x.contiguous(memory_format=torch.channels_last)).bfloat16())
+        for first in range(0, len(specs), at_once):
+            pictures = render(pixels, specs[first : first + at_once].to(device))  # (at_once, 3, S, S)
+            for x in pictures.split(batch):
+                with torch.autocast(device.type, torch.bfloat16):
+                    parts.append(encoder(x.contiguous(memory_format=torch.channels_last)).bfloat16())
         shards.append(torch.cat(parts).contiguous())
         if path is not None:
             with whole(path) as temporary:
