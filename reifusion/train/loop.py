@@ -208,12 +208,12 @@ def train(
     """Minimises the objective over the parameters that require gradients; returns their moving average.
 
     Resumes from `folder/checkpoint.pt` if that exists. every_checkpoint(step, average) returns what there is
-    to see; it is not called when the run is being stopped, and if it fails, that is only a warning. keep(step, average): called at every checkpoint,
-    and every `keep_every` steps. describe(step) names the step's samples, for error messages. made_of: see
-    `unchanged`. draws_on: the device of the objective's generators. spent: the seconds of the run's time that
-    went by before. Ctrl-C or SIGTERM writes the checkpoint and raises KeyboardInterrupt. Raises TrainingError
-    when the loss is not finite or explodes, when the checkpoint belongs to another run, and when the disk is
-    full.
+    to see; it is not called when the run is being stopped, and if it fails, that is only a warning.
+    keep(step, average): called at every checkpoint, and every `keep_every` steps. describe(step) names the
+    step's samples, for error messages. made_of: see `unchanged`. draws_on: the device of the objective's
+    generators. spent: the seconds of the run's time that went by before. Ctrl-C or SIGTERM writes the
+    checkpoint and raises KeyboardInterrupt. Raises TrainingError when the loss is not finite or explodes,
+    when the checkpoint belongs to another run, and when the disk is full.
     """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
@@ -260,7 +260,7 @@ def train(
         if progress is not None and every_checkpoint is not None and show:
             try:
                 progress.show(step, every_checkpoint(step, ema))
-            except Exception as error:  # such as too little memory: hours of training do not end for a picture
+            except Exception as error:  # such as too little memory: a picture does not end hours of work
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
                 warnings.warn(f"what the model draws at step {step} cannot be shown: {why}", stacklevel=2)
 
