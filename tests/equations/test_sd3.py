@@ -1,0 +1,79 @@
+"""The chapter on Stable Diffusion 3: joint attention, modulation, T5, shifted flow."""
+
+import math
+
+import numpy as np
+import torch
+
+from reifusion.families.mmdit import JointAttention, MMDiTConfig, Queries, modulated
+from reifusion.families.t5 import BiasedAttention, T5Config, bucket
+from tests.equations.check import SINGLE, Pair, checks, normal
+from tests.equations.test_attention import softmax
+
+CONFIG = MMDiTConfig(heads=3, width=12, qk_norm=True)
+T5 = T5Config(width=6, heads=2, head_width=5)
+
+
+def own_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+
+
+@checks("rms-norm")
+@torch.no_grad()
+def divided_by_the_root_of_the_mean_square() -> Pair:
+    queries, x, weight = Queries(CONFIG).double(), normal(2, 5, 12), normal(4, seed=1)
+    queries.norm_q.weight.copy_(torch.tensor(weight))
+    W, b = queries.qkv.weight[:12].numpy(), queries.qkv.bias[:12].numpy()
+    q = (x @ W.T + b).reshape(2, 5, 3, 4)
+    return queries(torch.tensor(x))[0], own_norm(q, weight).swapaxes(1, 2)
+
+
+@checks("joint-attention", SINGLE)  # the kernel's softmax may be in float32
+@torch.no_grad()
+def one_attention_over_two_streams() -> Pair:
+    streams = [Queries(CONFIG).double(), Queries(CONFIG).double()]
+    inputs = [normal(2, 5, 12), normal(2, 3, 12, seed=1)]
+    ours = JointAttention()(*((queries, torch.tensor(x)) for queries, x in zip(streams, inputs)))
+    one = np.ones(4)
+    parts = []
+    for queries, x in zip(streams, inputs):
+        qkv = x @ queries.qkv.weight.numpy().T + queries.qkv.bias.numpy()
+        q, k, v = (part.reshape(2, -1, 3, 4) for part in np.split(qkv, 3, axis=-1))
+        parts.append((own_norm(q, one), own_norm(k, one), v))
+    q, k, v = (np.concatenate(each, axis=1).swapaxes(1, 2) for each in zip(*parts))
+    seen = softmax(q @ k.swapaxes(-1, -2) / np.sqrt(4)) @ v  # (2, 3, 8, 4)
+    seen = seen.swapaxes(1, 2).reshape(2, 8, 12)
+    expected = [
+        part @ queries.out.weight.numpy().T + queries.out.bias.numpy()
+        for queries, part in zip(streams, np.split(seen, [5], axis=1))
+    ]
+    return torch.cat(ours, dim=1), np.concatenate(expected, axis=1)
+
+
+@checks("adaln")
+def shifted_and_scaled() -> Pair:
+    x, shift, scale = normal(2, 5, 6), normal(2, 1, 6, seed=1), normal(2, 1, 6, seed=2)
+    return modulated(*map(torch.tensor, (x, shift, scale))), (1 + scale) * x + shift
+
+
+@checks("t5-buckets")
+def classes_of_distances() -> Pair:
+    expected = []
+    for distance in range(-200, 201):
+        steps = abs(distance)
+        if steps >= 8:
+            steps = min(15, 8 + math.floor(math.log(steps / 8) / math.log(128 / 8) * 8 + 1e-9))
+        expected.append(steps + (16 if distance > 0 else 0))
+    return bucket(torch.arange(-200, 201), T5), np.array(expected)
+
+
+@checks("t5-attention")
+@torch.no_grad()
+def biased_and_not_scaled() -> Pair:
+    layer, x, bias = BiasedAttention(T5).double(), normal(2, 4, 6), normal(2, 4, 4, seed=1)
+    qkv = (x @ layer.qkv.weight.numpy().T).reshape(2, 4, 3, 2, 5)
+    q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # (2, heads, 4, 5)
+    seen = softmax(q @ k.swapaxes(-1, -2) + bias) @ v
+    return layer(*map(torch.tensor, (x, bias))), seen.swapaxes(1, 2).reshape(
+        2, 4, 10
+    ) @ layer.out.weight.numpy().T
