@@ -7,6 +7,7 @@ import torch
 
 from reifusion.families.mmdit import JointAttention, MMDiTConfig, Queries, modulated
 from reifusion.families.t5 import BiasedAttention, T5Config, bucket
+from reifusion.families.unigram import Unigram
 from tests.equations.check import SINGLE, Pair, checks, normal
 from tests.equations.test_attention import softmax
 
@@ -77,3 +78,25 @@ def biased_and_not_scaled() -> Pair:
     return layer(*map(torch.tensor, (x, bias))), seen.swapaxes(1, 2).reshape(
         2, 4, 10
     ) @ layer.out.weight.numpy().T
+
+
+@checks("unigram")
+def best_of_all_ways_to_cut() -> Pair:
+    texts, generator = (
+        ("▁", "a", "b", "ab", "ba", "▁a", "aab", "bab", "▁ab", "abba"),
+        np.random.default_rng(0),
+    )
+    pieces = [("</s>", 0.0), ("<unk>", 0.0), *((text, -9 * generator.random()) for text in texts)]
+    score, tokenizer = dict(pieces), Unigram(pieces)
+
+    def ways(text: str) -> list[list[str]]:
+        """All ways to cut a text into pieces."""
+        heads = [i for i in range(1, len(text) + 1) if text[:i] in texts]
+        return [[text[:i], *rest] for i in heads for rest in ways(text[i:])] if text else [[]]
+
+    ours, expected = [], []
+    for word in "abbab", "aabba", "bbb", "abababba":
+        ids = tokenizer.encode(word)
+        ours.append(sum(pieces[i][1] for i in ids[: ids.index(0)]))
+        expected.append(max(sum(score[piece] for piece in way) for way in ways("▁" + word)))
+    return np.array(ours), np.array(expected)
