@@ -31,6 +31,8 @@ class VAEConfig:
     layers: int = 2  # residual blocks per resolution (the decoder has one more)
     groups: int = 32  # of every GroupNorm
     scale_factor: float = 0.18215  # 1 / std of the latents, so that the U-Net sees unit variance
+    shift: float = 0.0  # mean of the latents, where it is not neglected: SD 3 has 16 channels and 0.0609
+    quant: bool = True  # 1×1 convolutions between the VAE's two halves, which SD 3 lacks
 
     @property
     def factor(self) -> int:

@@ -29,7 +29,8 @@ class Decoder(nn.Module):
         self.config = config
         channels, groups = config.channels, config.groups
         before = channels[-1]
-        self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        latent = config.latent_channels
+        self.post_quant = nn.Conv2d(latent, latent, 1) if config.quant else nn.Identity()
         self.conv_in = nn.Conv2d(config.latent_channels, before, 3, padding=1)
         self.middle = nn.Sequential(
             ResidualBlock(before, before, groups),

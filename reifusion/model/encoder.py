@@ -18,13 +18,13 @@ EPS = 1e-6  # of the VAE's GroupNorms; PyTorch's default of 1e-5 shifts colours 
 
 def scale_latents(z: Tensor, config: VAEConfig) -> Tensor:
     """The VAE's own z -> the latents that everything outside it speaks of (unit variance)."""
-    # [scale-factor] App. G, Rombach et al. 2022: z ← z / σ̂, where the factor is 1 / σ̂
-    return z * config.scale_factor
+    # [scale-factor] App. G, Rombach et al. 2022: z ← z / σ̂, where the factor is 1 / σ̂. SD 3: (z - μ̂) / σ̂
+    return (z - config.shift) * config.scale_factor
 
 
 def unscale_latents(latents: Tensor, config: VAEConfig) -> Tensor:
     """The inverse of `scale_latents`; a new tensor, the caller's latents stay as they are."""
-    return latents / config.scale_factor
+    return latents / config.scale_factor + config.shift
 
 
 def sample(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ class Encoder(nn.Module):
         )
         self.norm = nn.GroupNorm(groups, before, eps=EPS)
         self.conv_out = nn.Conv2d(before, 2 * config.latent_channels, 3, padding=1)
-        self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        both = 2 * config.latent_channels
+        self.quant = nn.Conv2d(both, both, 1) if config.quant else nn.Identity()
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """q(z|x): image (B, 3, H, W) in [-1, 1] -> its mean and log-variance, each (B, 4, H/8, W/8).

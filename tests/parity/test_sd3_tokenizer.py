@@ -1,4 +1,4 @@
-"""Compares T5's tokenizer with SentencePiece's and transformers's, on pieces that SentencePiece finds here."""
+"""Compares T5's tokenizer with SentencePiece's and transformers's, on pieces of our own book."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_folder_is_read_as_it_was_written_from_either_file(ours, model, tmp_pa
 
 @pytest.mark.parametrize("content", [b"", b"\x0a", b"\xff" * 40, b"no model at all", b"\x0a\x03\x0a\x01a"])
 def test_what_is_no_model_gets_one_sentence(content):
-    with pytest.raises(ValueError, match="SentencePiece|pieces"):
+    with pytest.raises(ValueError, match=r"SentencePiece|pieces"):
         from_spiece(content)
 
 
