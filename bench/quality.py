@@ -28,6 +28,7 @@ from reifusion.api import load
 from reifusion.files import whole
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
+from reifusion.train.estimates import mean, nearest, spread, too_near, wilson
 from reifusion.train.images import DataError
 from reifusion.train.loop import TrainingError
 from reifusion.train.mini.compose import is_held_out
@@ -35,7 +36,6 @@ from reifusion.train.mini.library import SIDE, Library, default_cache, read_libr
 from reifusion.train.mini.render import scene_sheet
 
 from . import pixels
-from .estimates import mean, nearest, spread, too_near, wilson
 from .judge import Judge, as_input, choices, fingerprint, get_judge, retrieved
 from .pixels import on_white, resized
 from .prompts import COUNTS, SEEDS, Prompt, make_prompts

@@ -24,6 +24,7 @@ from ..errors import cut, sentence
 from ..threads import wait_briefly
 from .check import check
 from .draw import generate
+from .evaluate import evaluate
 from .lora import app as lora
 from .models import convert, info
 from .studio import studio
@@ -33,6 +34,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="St
 app.command()(generate)
 app.command()(info)
 app.command()(convert)
+app.command()(evaluate)
 app.add_typer(lora, name="lora")
 
 # These two read their arguments themselves.

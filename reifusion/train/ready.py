@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +27,8 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
     """
     _unused(recipe, config)
     _outputs(recipe)
+    if recipe.wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("wandb names a project, and the package is not installed: pip install wandb")
     _batch(recipe.training)
     if recipe.train in ("vae", "sharpen"):
         _sides(recipe, config)

@@ -142,6 +142,7 @@ class Recipe:
         choices=("", "fp32", "bf16", "fp16", "int8"),
         trains=("text2image",),
     )
+    wandb: str = key("", 'a project of Weights & Biases that gets the curves and sheets too; "": none')
     expected: tuple[tuple[float, float, float], ...] = key(
         (), "for --plot: rows of a step and the lowest and highest loss to expect there"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,28 @@ def run(recipe: Recipe) -> Path:
     ready.check(recipe, config)
     torch.backends.cudnn.benchmark = True  # on a GPU, the fastest convolution is found by trying
     ways = {"vae": run_vae, "sharpen": run_sharpen, "text2image": run_text2image, "lora": run_lora}
-    return ways[recipe.train](recipe, config)
+    with told_elsewhere(recipe):
+        return ways[recipe.train](recipe, config)
+
+
+def told_elsewhere(recipe: Recipe) -> AbstractContextManager[Any]:
+    """Sends what TensorBoard gets to Weights & Biases too, if the recipe names a project there."""
+    if not recipe.wandb or not processes().is_main_process:
+        return nullcontext()
+    import wandb
+
+    folder = Path(recipe.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    return wandb.init(  # a run that is resumed goes on there as well
+        project=recipe.wandb,
+        name=folder.name,
+        id=name,
+        resume="allow",
+        dir=folder,
+        config=asdict(recipe),
+        sync_tensorboard=True,
+    )
 
 
 def run_vae(recipe: Recipe, config: ModelConfig) -> Path:

@@ -38,7 +38,6 @@ def contact_sheet(
     settings: those of `pipe.generate`; the model's own where they are left open. Small pictures are shown
     twice or more as large, so that there is room for the words.
     """
-    columns = min(columns, len(prompts))
     tiles = [
         pipe.generate(
             list(prompts),
@@ -48,19 +47,29 @@ def contact_sheet(
         )
         for k in range(seeds)
     ]
+    return arranged(tiles, prompts, columns)
+
+
+def arranged(
+    tiles: Sequence[Sequence[Image.Image]], captions: Sequence[str], columns: int = 8
+) -> Image.Image:
+    """Puts rows of pictures of one size above one another, and a caption below each column of them.
+
+    columns: how many of these stand side by side before the next begin below.
+    """
+    columns = min(columns, len(captions))
     width, height = tiles[0][0].size
     times = max(1, -(-NARROWEST // width))
     width, height = times * width, times * height
-    cell = seeds * height + LABEL
-    sheet = Image.new("RGB", (columns * width, -(-len(prompts) // columns) * cell), "white")
+    cell = len(tiles) * height + LABEL
+    sheet = Image.new("RGB", (columns * width, -(-len(captions) // columns) * cell), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for i, prompt in enumerate(prompts):
+    for i, caption in enumerate(captions):
         x, y = i % columns * width, i // columns * cell
-        for k in range(seeds):
-            picture = tiles[k][i]
-            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + k * height))
-        text = "\n".join(textwrap.wrap(prompt, width // 6)[:2])
-        draw.multiline_text((x + 4, y + seeds * height), text, fill="black", font=font, spacing=1)
+        for k, row in enumerate(tiles):
+            sheet.paste(row[i].resize((width, height), Image.Resampling.NEAREST), (x, y + k * height))
+        text = "\n".join(textwrap.wrap(caption, width // 6)[:2])
+        draw.multiline_text((x + 4, y + len(tiles) * height), text, fill="black", font=font, spacing=1)
     return sheet
 
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from bench import estimates, pixels, quality
 from bench import judge as judging
+from bench import pixels, quality
 from bench.judge import MANNERS, NOWHERE, Judge, JudgeTraining, Seen, choices, retrieved
 from bench.pixels import on_white, to_images
 from bench.prompts import COUNTS, SEEDS, Prompt, make_prompts
 from bench.quality import Figure
 from reifusion.model.config import ModelConfig
+from reifusion.train import estimates
 from reifusion.train.loop import LoopConfig
 from reifusion.train.mini.colours import COLOURS, DYES, NAMES, dye, from_oklab
 from reifusion.train.mini.compose import WHITE, compose_scenes, is_held_out, shade

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import cast
 
 import pytest
@@ -216,3 +219,45 @@ def test_the_sheet_shows_what_the_file_holds(pictures, model, tmp_path, monkeypa
 def test_what_could_not_be_held_out_is_refused(keys, says, model, tmp_path, capsys):
     assert main(["text2image", f"start={model}", f"folder={tmp_path}/run", *keys]) == 2
     assert says in capsys.readouterr().err
+
+
+# Weights & Biases
+
+
+def test_a_run_is_told_to_weights_and_biases(pictures, tmp_path, monkeypatch):
+    """Its own reader of TensorBoard's files does the rest; here it is a stand-in."""
+    happened: list[object] = []
+
+    class Run:
+        def __enter__(self):
+            happened.append("begun")
+
+        def __exit__(self, *error):
+            happened.append(sorted(path.name for path in (tmp_path / "run").glob("sheet*")))
+
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.init = lambda **given: (happened.append(given), Run())[1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    line = [
+        "vae",
+        f"data={pictures}",
+        "size=32",
+        "crop=32",
+        "batch=2",
+        "steps=2",
+        "vae_channels=[8, 8]",
+        "wandb=trials",
+    ]
+    for _ in range(2):
+        assert main([*line, f"folder={tmp_path / 'run'}", "warmup=1"]) == 0
+    first, begun, sheets, again, *_ = happened
+    assert first["project"] == "trials" and first["sync_tensorboard"] and first["config"]["size"] == 32
+    assert begun == "begun" and sheets == ["sheet-000002.png"]
+    assert again["id"] == first["id"] and again["resume"] == "allow"
+
+
+def test_missing_weights_and_biases_is_said_before_anything_begins(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("reifusion.train.ready.importlib.util.find_spec", lambda name: None)
+    assert main(["vae", f"data={pictures}", f"folder={tmp_path / 'run'}", "wandb=trials"]) == 2
+    assert "pip install wandb" in capsys.readouterr().err and not (tmp_path / "run").exists()
