@@ -55,6 +55,7 @@ LATER = {
     "model/first_call.py": "<code>generate</code> as a single function with a dict of networks",
     "model/diffusers_folder.py": "the configs and files of a diffusers folder",
     "model/prediction.py": "how it is known what a U-Net predicts",
+    "model/family.py": "how the files of a family of models are recognised",
     "model/part.py": "a VAE or a U-Net from a file of its own",
     "model/finite.py": "which part made numbers that are not finite, and why",
     "api.py": "<code>load</code> and <code>generate</code>, the way in",

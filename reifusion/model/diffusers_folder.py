@@ -105,13 +105,15 @@ FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # the only class there that 
 
 
 def open_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Stored]:
-    """Opens the files with weights; returns their tensors by name, "unet.…", none of them read yet."""
+    """Opens the files with weights; returns their tensors by name, "unet.…", none of them read yet.
+
+    parts: the subfolders. Those that the index calls null are left out.
+    """
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a folder of diffusers: it has no model_index.json")
-    if "text_encoder_2" in _read_json(folder / "model_index.json"):
-        raise ModelError(f"{folder} is Stable Diffusion XL, which is not built in")
+    index = _read_json(folder / "model_index.json")
     tensors = {}
-    for part in parts:
+    for part in (part for part in parts if index.get(part) != [None, None]):
         stored = open_weights(folder / part)
         tensors.update({f"{part}.{inner}": tensor for inner, tensor in stored.items()})
     return tensors
@@ -156,11 +158,12 @@ _SHARD = re.compile(r"-of-(\d+)")
 # The configs
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Reads the config of the model in a folder."""
-    jsons = {part: _read_json(folder / part / "config.json") for part in PARTS}
+def read_configs(folder: Path, parts: Collection[str] = PARTS) -> dict[str, dict[str, Any]]:
+    """Reads the `config.json` of each part and that of the scheduler, by subfolder; "" is the index."""
+    jsons = {part: _read_json(folder / part / "config.json") for part in parts}
     jsons["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
-    return config_from_diffusers(jsons, folder.resolve().name)
+    jsons[""] = _read_json(folder / "model_index.json")
+    return jsons
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -180,6 +183,11 @@ def _tables(flow: bool) -> dict[str, str]:
 
 def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "diffusers") -> ModelConfig:
     """Translates the contents of the four `config.json`s, by folder, into our config."""
+    return ModelConfig(name=name, **fields_from_diffusers(jsons))
+
+
+def fields_from_diffusers(jsons: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Translates the contents of the four `config.json`s into the fields of our config."""
     flow = jsons["scheduler"].get("_class_name") == FLOW_SCHEDULER
     ours: dict[str, dict[str, Any]] = {}
     for part, table in _tables(flow).items():
@@ -225,14 +233,13 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
             "trailing"  # which zero_terminal_snr implies; all others are the samplers'
         )
     vae = VAEConfig(**ours["vae"])
-    return ModelConfig(
-        name=name,
-        size=_side(jsons["unet"].get("sample_size")) * vae.factor,
-        clip=CLIPConfig(**ours["text_encoder"]),
-        vae=vae,
-        unet=UNetConfig(**unet),
-        schedule=ScheduleConfig(**schedule),
-    )
+    return {
+        "size": _side(jsons["unet"].get("sample_size")) * vae.factor,
+        "clip": CLIPConfig(**ours["text_encoder"]),
+        "vae": vae,
+        "unet": UNetConfig(**unet),
+        "schedule": ScheduleConfig(**schedule),
+    }
 
 
 def _are_betas(value: Any, steps: int) -> bool:
@@ -297,6 +304,17 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         if config.schedule.zero_terminal_snr or config.schedule.timestep_spacing:
             jsons["scheduler"]["timestep_spacing"] = "trailing"
     return jsons
+
+
+def model_index(config: ModelConfig) -> dict[str, Any]:
+    """Returns what model_index.json says beside the parts of the model."""
+    return {
+        "_class_name": pipeline_class(config),
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    }
 
 
 def pipeline_class(config: ModelConfig) -> str:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +27,15 @@ from .diffusion import Layer, plan
 from .tensors import ModelError, TensorFile
 
 FORMATS = ("native", "compvis", "diffusers")
-NETWORKS = ("clip", "encoder", "decoder", "diffusion")
+NETWORKS = ("clip", "encoder", "decoder", "diffusion")  # without one of these, there is no model
 
 # One section for each kind of block, one row for each of its layers. How a row is read:
 #   {q,k,v}    three of their layers, stacked in this order, are one of ours
 #   -          the block itself is the layer
 #   ….weight   the row is this one tensor, as is ….bias; every other row is a layer, which has a .weight and
 #              perhaps a .bias
+#   …ᵀ         their tensor is ours transposed
+#   …⇅         of their tensor's rows, the second half is our first
 TABLE = """
 ours                    CompVis                             diffusers
 
@@ -196,6 +199,14 @@ def _layer_blocks(layer: Layer, ours: str, cv: str, df: str) -> Iterator[Block]:
         yield "transformer layer", f"{ours}.layers.{d}", f"{cv}.{inner}", f"{df}.{inner}"
 
 
+# How a tensor is turned into ours, and back, by the sign behind its name in `TABLE`.
+TURNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "ᵀ": lambda x: x.T.contiguous(),
+    "⇅": lambda x: torch.cat(x.chunk(2)[::-1]),
+}
+
+
 @dataclass(frozen=True)
 class Rule:
     """One of our tensors, and the one or more of theirs that it is made of."""
@@ -204,11 +215,13 @@ class Rule:
     theirs: tuple[str, ...]
     pointwise: bool = False  # ours is linear, and files may hold it as a 1×1 convolution: both can be read
     convolution: bool = False  # files of this format do hold it as a 1×1 convolution: this is written
+    turn: str = ""  # one of `TURNS`
 
     def merge(self, parts: list[Tensor]) -> Tensor:
         """Makes our tensor from theirs."""
         if self.pointwise:
             parts = [x.flatten(1) if x.ndim == 4 else x for x in parts]  # (C, C, 1, 1) -> (C, C)
+        parts = [TURNS[self.turn](x) for x in parts]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
@@ -216,38 +229,8 @@ class Rule:
         if self.convolution:
             tensor = tensor[:, :, None, None]  # (C, C) -> (C, C, 1, 1)
         if len(self.theirs) == 1:
-            return [tensor]
-        return [part.clone() for part in tensor.chunk(len(self.theirs))]  # a file must not hold views
-
-
-def rules(config: ModelConfig, format: str, open_clip: bool | None = None) -> list[Rule]:
-    """Returns all rules between our names and a format's. The sizes in the config do not matter.
-
-    open_clip: as for `blocks`; None for what models with this text encoder usually have.
-    """
-    if open_clip is None:
-        open_clip = config.clip.activation == "gelu"
-    if format not in FORMATS:
-        raise ModelError(f"there is no format {format!r}; the formats are {', '.join(FORMATS)}")
-    sections = {}
-    for section in TABLE.split("\n[")[1:]:
-        kind, rows = section.split("]")
-        sections[kind] = [row.split() for row in rows.splitlines() if row]
-    # The blocks with pointwise layers (all except the norm), and the formats that have convolutions there.
-    linear = config.unet.linear_projection
-    convolutions = {"vae attention": ("compvis",), "attention": () if linear else ("compvis", "diffusers")}
-    found, column = [], FORMATS.index(format)
-    for kind, *names in blocks(config, open_clip):
-        for row in sections[kind]:
-            ours, theirs = (f"{names[c]}.{row[c]}".removesuffix(".-") for c in (0, column))
-            stack = re.search(r"\{(.*)\}", theirs)
-            parts = [theirs.replace(stack[0], x) for x in stack[1].split(",")] if stack else [theirs]
-            for suffix in ("",) if row[2].endswith((".weight", ".bias")) else (".weight", ".bias"):
-                pointwise = kind in convolutions and row[0] != "norm" and suffix == ".weight"
-                convolution = pointwise and format in convolutions[kind]
-                theirs_with = tuple(part + suffix for part in parts)
-                found.append(Rule(ours + suffix, theirs_with, pointwise, convolution))
-    return found
+            return [TURNS[self.turn](tensor)]
+        return [TURNS[self.turn](part).clone() for part in tensor.chunk(len(self.theirs))]  # not views
 
 
 # Which format and which blocks a checkpoint has
@@ -367,7 +350,54 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
     )
 
 
-def match(names: Collection[str], config: ModelConfig | None = None) -> tuple[str, list[Rule], list[str]]:
+class Layout(NamedTuple):
+    """The names in the files of one family of models."""
+
+    blocks: Callable[[Any, bool], Iterator[Block]]  # as `blocks`, for a config of the family
+    structure: Callable[[Collection[str], str], ModelConfig]
+    table: str = TABLE  # with sections for its own kinds of block
+
+
+LAYOUT = Layout(blocks, structure)  # of Stable Diffusion 1.x and 2.x
+
+
+def rules(
+    config: ModelConfig, format: str, open_clip: bool | None = None, layout: Layout = LAYOUT
+) -> list[Rule]:
+    """Returns all rules between our names and a format's. The sizes in the config do not matter.
+
+    open_clip: as for `blocks`; None for what models with this text encoder usually have.
+    """
+    if open_clip is None:
+        open_clip = config.clip.activation == "gelu"
+    if format not in FORMATS:
+        raise ModelError(f"there is no format {format!r}; the formats are {', '.join(FORMATS)}")
+    sections = {}
+    for section in layout.table.split("\n[")[1:]:
+        kind, rows = section.split("]")
+        sections[kind] = [row.split() for row in rows.splitlines() if row]
+    # The blocks with pointwise layers (all except the norm), and the formats that have convolutions there.
+    linear = config.unet.linear_projection
+    convolutions = {"vae attention": ("compvis",), "attention": () if linear else ("compvis", "diffusers")}
+    found, column = [], FORMATS.index(format)
+    for kind, *names in layout.blocks(config, open_clip):
+        for row in sections[kind]:
+            ours, theirs = (f"{names[c]}.{row[c]}".removesuffix(".-") for c in (0, column))
+            turn = theirs[-1] if theirs[-1] in TURNS else ""
+            theirs = theirs.removesuffix(turn)
+            stack = re.search(r"\{(.*)\}", theirs)
+            parts = [theirs.replace(stack[0], x) for x in stack[1].split(",")] if stack else [theirs]
+            for suffix in ("",) if row[2].endswith((".weight", ".bias")) else (".weight", ".bias"):
+                pointwise = kind in convolutions and row[0] != "norm" and suffix == ".weight"
+                convolution = pointwise and format in convolutions[kind]
+                theirs_with = tuple(part + suffix for part in parts)
+                found.append(Rule(ours + suffix, theirs_with, pointwise, convolution, turn))
+    return found
+
+
+def match(
+    names: Collection[str], config: ModelConfig | None = None, layout: Layout = LAYOUT
+) -> tuple[str, list[Rule], list[str]]:
     """Returns a checkpoint's format, the rules for its tensors, and the names that no rule knows.
 
     The rules have the names in the checkpoint's own spelling. The `HARMLESS` names are not among the unknown.
@@ -381,7 +411,7 @@ def match(names: Collection[str], config: ModelConfig | None = None) -> tuple[st
     format = detect(spelling)
     matched, used = [], set()
     open_clip = any(re.match(OPEN_CLIP, name) for name in spelling)
-    for rule in rules(config or structure(spelling, format), format, open_clip):
+    for rule in rules(config or layout.structure(spelling, format), format, open_clip, layout):
         there = [part for part in rule.theirs if part in spelling]
         missing = [part for part in rule.theirs if part not in spelling]
         if there and missing:
@@ -404,21 +434,24 @@ def passed_over(path: Path, unknown: list[str]) -> str:
 
 
 def convert(
-    state_dict: Mapping[str, Tensor], to: str = "native", config: ModelConfig | None = None
+    state_dict: Mapping[str, Tensor],
+    to: str = "native",
+    config: ModelConfig | None = None,
+    layout: Layout = LAYOUT,
 ) -> dict[str, Tensor]:
     """Renames a model's tensors from any format to "native", "compvis" or "diffusers".
 
     Nothing is computed, so a round trip is bit-exact. Tensors that are not part of the model (`HARMLESS`) are
     left out.
     """
-    format, matched, unknown = match(state_dict, config)
+    format, matched, unknown = match(state_dict, config, layout)
     if unknown:
         raise ModelError(f"{len(unknown)} tensors have no place in the model, first {unknown[0]}")
     native = {rule.ours: rule.merge([state_dict[name] for name in rule.theirs]) for rule in matched}
     if to == "native":
         return native
     if config is None:
-        config = structure(native, "native")
+        config = layout.structure(native, "native")
         # Our names do not tell whether the projections are convolutions in files. They are in SD 1.x, whose
         # words are 768 wide.
         if format == "native":
@@ -429,7 +462,7 @@ def convert(
             linear = all(state_dict[name].ndim == 2 for name in projections)
         config = replace(config, unet=replace(config.unet, linear_projection=linear))
     theirs: dict[str, Tensor] = {}
-    for rule in rules(config, to):
+    for rule in rules(config, to, layout=layout):
         if rule.ours in native:
             theirs |= zip(rule.theirs, rule.split(native[rule.ours]), strict=True)
     return theirs

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from .diffusers_folder import open_folder, open_weights
-from .model_converter import Rule, match
+from .model_converter import LAYOUT, Layout, Rule, match
 from .tensors import ModelError, Stored, TensorFile
 
 # The networks of each part, and its spellings: one of the file's names begins like this, and with that before
@@ -34,7 +34,9 @@ PARTS = {
 }
 
 
-def open_part(path: Path, part: str) -> tuple[dict[str, Stored], list[Rule], list[str], dict[str, str]]:
+def open_part(
+    path: Path, part: str, layout: Layout = LAYOUT
+) -> tuple[dict[str, Stored], list[Rule], list[str], dict[str, str]]:
     """Opens the "vae" or the "unet" of a file, or of a folder of diffusers; a whole model will do.
 
     Returns its tensors, the rules for them, the names that no rule knows, and the file's header. Raises
@@ -53,7 +55,7 @@ def open_part(path: Path, part: str) -> tuple[dict[str, Stored], list[Rule], lis
     if not found:
         raise ModelError(f"{path} is not a {_NAMES[part]}: it has no tensors of one in any names known here")
     whole = {found[0] + name: tensor for name, tensor in tensors.items()}
-    _, rules, unknown = match(whole)
+    _, rules, unknown = match(whole, None, layout)
     own = [rule for rule in rules if rule.ours.split(".")[0] in networks]
     return whole, own, unknown, header
 

@@ -27,17 +27,17 @@ def load(
     changes: Changes | None = None,
 ) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
     """Loads a model of any family as `model_loader.load` does. source may also be a hub id."""
-    return model_loader.load(find(source), device, dtype, config, families.build, _found(changes))
+    return model_loader.load(find(source), device, dtype, config, families.FAMILIES, _found(changes))
 
 
 def find_config(source: str | Path, changes: Changes | None = None) -> ModelConfig:
     """Returns a model's config as `model_loader.find_config` does. source may also be a hub id."""
-    return model_loader.find_config(find(source), _found(changes))
+    return model_loader.find_config(find(source), families.FAMILIES, _found(changes))
 
 
 def info(source: str | Path, changes: Changes | None = None) -> Info:
     """Reads the facts about a model as `model_loader.info` does. source may also be a hub id."""
-    return model_loader.info(find(source), families.build, _found(changes))
+    return model_loader.info(find(source), families.FAMILIES, _found(changes))
 
 
 def _found(changes: Changes | None) -> Changes | None:

@@ -7,8 +7,9 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from ..families import FAMILIES
 from ..model import model_loader
-from ..model.diffusers_folder import PARTS, all_shards, weight_files
+from ..model.diffusers_folder import all_shards, weight_files
 from ..model.tensors import ModelError
 from .lora import lora_files
 
@@ -40,8 +41,12 @@ def _wanted(files: Collection[str], part: str) -> list[str]:
         return lora_files(files)
     if part and (alone := weight_files(files)):
         return alone
-    chosen = [weight_files(files, name) for name in ([part] if part else PARTS)]
-    return [name for names in chosen for name in names] if all(chosen) else []
+    folders = {name.split("/")[0] for name in files}
+    family = model_loader.family_of(files, {}, FAMILIES)
+    parts = [part] if part else [name for name in family.folders if name in folders]
+    chosen = [weight_files(files, name) for name in parts]
+    whole = part or len(parts) > 2  # a text encoder, a VAE and a denoiser
+    return [name for names in chosen for name in names] if whole and all(chosen) else []
 
 
 def _cached(repository: str, part: str) -> Path | None:
@@ -70,7 +75,7 @@ def _download(repository: str, part: str) -> Path:
     try:
         files = [one.rfilename for one in HfApi().model_info(repository, timeout=SOON).siblings or ()]
         if wanted := _wanted(files, part):
-            patterns = [*wanted, "*.json", "tokenizer/*"]
+            patterns = [*wanted, "*.json", "tokenizer*/*"]
             return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=SOON))
     except Exception as error:  # no network, a proxy, a time-out: the exception's class depends on versions
         raise ModelError(f"there is no file or folder {repository}, and {_why(error)}") from None

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from .. import families
 from ..files import whole
 from ..model.config import ModelConfig
-from ..model.diffusers_folder import PARTS, config_to_diffusers, pipeline_class
+from ..model.family import Family
 from ..model.model_converter import convert
 from ..model.model_loader import state_dict
 from ..model.tensors import SCALE, ModelError
 from ..model.tokenizer import Tokenizer
-from ..model.tokenizer_folder import write_tokenizer
 from ..shortcuts.int8 import whole_numbers
 
 
@@ -55,19 +53,23 @@ def save(
     elif path.is_dir():
         raise ModelError(f"{path} is a folder, and the format {to} is one file")
     native = state_dict(models)
-    for name, x in state_dict(families.build(config)).items():  # a file that is written must be loadable
+    family = families.family_of(config)
+    for name, x in state_dict(family.build(config)).items():  # a file that is written must be loadable
         if name not in native or native[name].shape != x.shape:
             raise ModelError(f"the networks do not have the sizes of their config, at {name}")
     tokenizer = tokenizer or Tokenizer(context_length=config.clip.context_length)
     if tokenizer.vocab_size > config.clip.vocab_size:
         raise ModelError("the text encoder has fewer tokens than the tokenizer")
-    tensors = {key: x.detach().cpu().contiguous() for key, x in convert(native, to, config).items()}
+    converted = convert(native, to, config, family.layout)
+    tensors = {key: x.detach().cpu().contiguous() for key, x in converted.items()}
     tensors = eight_bits(tensors) if dtype == torch.int8 else {k: x.to(dtype) for k, x in tensors.items()}
     header = {**(metadata or {}), "format": "reifusion" if to == "native" else "pt"}
     header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer)}
+    if config.__class__ is not ModelConfig:
+        header["family"] = family.name
     with whole(path) as temporary:
         if to == "diffusers":
-            _write_folder(temporary, config, tensors, tokenizer)
+            _write_folder(temporary, family, config, tensors, tokenizer)
         else:
             write_tensors(tensors, temporary, header)
 
@@ -127,34 +129,27 @@ def _tokenizer_header(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _write_folder(
-    folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+    folder: Path, family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> None:
     """Writes what `diffusers.DiffusionPipeline.from_pretrained` opens."""
-    configs = config_to_diffusers(config)
-    ids = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
-    configs["text_encoder"] |= ids
-    index: dict[str, Any] = {
-        "_class_name": pipeline_class(config),
-        "_diffusers_version": "0.30.0",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
     folder.mkdir()
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    for part, values in configs.items():
+    index = {"_diffusers_version": "0.30.0", **family.index(config)}
+    for part, values in family.to_diffusers(config).items():
         (folder / part).mkdir()
+        theirs = part.startswith("text_encoder")
+        kind = values["architectures"][0] if theirs else values["_class_name"]
+        index[part] = ["transformers" if theirs else "diffusers", kind]
+        if "bos_token_id" in values:
+            ids = {"bos": tokenizer.start, "eos": tokenizer.end, "pad": tokenizer.pad}
+            values |= {f"{name}_token_id": id for name, id in ids.items()}
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         (folder / part / name).write_text(json.dumps(values, indent=2))
-        if part in PARTS:
-            name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            start = f"{part}."
-            own = {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}
+        start = f"{part}."
+        if own := {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}:
+            name = "model" if theirs else "diffusion_pytorch_model"
             write_tensors(own, folder / part / f"{name}.safetensors", {"format": "pt"})
-    write_tokenizer(tokenizer, folder / "tokenizer")
+    family.write_tokenizer(tokenizer, folder)
+    for path in folder.glob("tokenizer*"):
+        kind = json.loads((path / "tokenizer_config.json").read_text("utf-8"))["tokenizer_class"]
+        index[path.name] = ["transformers", kind]
+    (folder / "model_index.json").write_text(json.dumps(dict(sorted(index.items())), indent=2))

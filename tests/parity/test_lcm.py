@@ -18,8 +18,8 @@ from reifusion.api import load as load_pipe
 from reifusion.families import build
 from reifusion.model.config import SD15, ModelConfig
 from reifusion.model.diffusers_folder import config_to_diffusers
+from reifusion.model.family import from_shapes
 from reifusion.model.model_converter import convert, match
-from reifusion.model.model_loader import _config_from_shapes
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import SAMPLERS
 from reifusion.shortcuts.deepcache import deepcached
@@ -232,7 +232,7 @@ def test_a_file_without_metadata_is_recognised_by_its_shapes(to, tmp_path):
     format, rules, unknown = match(theirs)
     assert (format, unknown) == (to, [])
     ours = {rule.ours: rule.merge([theirs[name] for name in rule.theirs]).shape for rule in rules}
-    assert _config_from_shapes(ours).unet == config.unet
+    assert from_shapes(ours).config.unet == config.unet
 
 
 def test_an_ordinary_model_is_not_an_lcm():
