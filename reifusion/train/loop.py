@@ -17,19 +17,23 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import muon
 from .checkpoint import TrainingError, load_checkpoint, save_checkpoint, unchanged
+from .faster import faster
 from .keys import check, key
+from .objective import BatchPart, Objective, rng, seed_layers
+from .objective import Drawn as Drawn
+from .objective import normal as normal
 from .progress import Progress, Seen
 
 if TYPE_CHECKING:
@@ -84,32 +88,6 @@ class LoopConfig:
         check(self)
 
 
-@dataclass(frozen=True)
-class BatchPart:
-    """The share of a step's batch that is computed in one go: part `index` of `count`, on a device."""
-
-    index: int = 0
-    count: int = 1
-    device: torch.device | str = "cpu"
-
-    def of(self, batch: Tensor) -> Tensor:
-        """(B, …) -> (B / count, …): every count-th sample, so that no part gets all the low timesteps."""
-        if len(batch) % self.count:
-            raise TrainingError(
-                f"a batch of {len(batch)} cannot be cut into {self.count} equal parts"
-                " (processes times `accumulate`); choose another batch"
-            )
-        return batch[self.index :: self.count].to(self.device)
-
-
-# objective(network, done, rng(seed, step), part) -> the mean loss of the part's samples, and figures for the
-# log; the figure "samples" is their number. `network` takes the model's arguments; it may be distributed.
-# done: the share of the training that lies behind, from 0 to 1.
-Objective: TypeAlias = Callable[
-    [Callable[..., Any], float, torch.Generator, BatchPart], tuple[Tensor, dict[str, float | Tensor]]
-]
-
-
 def learning_rate(step: int, done: float, config: LoopConfig) -> float:
     """Rises linearly, stays flat, falls linearly: `steps` can be changed later without spoiling the start.
 
@@ -118,16 +96,6 @@ def learning_rate(step: int, done: float, config: LoopConfig) -> float:
     up = min(1.0, (step + 1) / max(1, config.warmup))
     down = min(1.0, (1 - done) / max(1 / config.steps, config.decay))
     return config.lr * up * max(0.0, down)
-
-
-def rng(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Returns the generator of one step's random numbers, which are drawn on the device."""
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
-def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Draws standard normal numbers on the generator's device."""
-    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 class Clock:
@@ -217,7 +185,6 @@ def train(
     """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
-    network = in_mixed_precision(wrapped, config, accelerator.device)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -237,14 +204,19 @@ def train(
             f"nothing is left to train: {over}; to train anew, choose another folder or remove {path}",
             stacklevel=2,
         )
-    if config.compile:
-        network = compiled(
-            network,
-            lambda call: accumulate_gradients(
-                call, wrapped, objective, start, clock.done(start), config, accelerator, scaler, draws_on
-            ),
-            trained,
-        )
+    plain = Step(
+        in_mixed_precision(wrapped, config, accelerator.device),
+        wrapped,
+        objective,
+        config,
+        accelerator,
+        scaler,
+        optimizers,
+        trained,
+        ema,
+        draws_on,
+    )
+    work = faster(plain, start, clock.done(start)) if config.compile else plain
     look_every = config.log_every if waits(accelerator.device) else 1
     health, unread = _Health(config.explode), _Unread()
     saved_at = time.monotonic()
@@ -281,16 +253,8 @@ def train(
     seen = Progress(folder, start, total, config.log_every) if main else nullcontext()
     with seen as progress, stop_asked() as stop:
         while (done := _agreed(clock.done(step), accelerator, config)) < 1:
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            figures = accumulate_gradients(
-                network, wrapped, objective, step, done, config, accelerator, scaler, draws_on
-            )
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            grads = [p.grad for p in trained.values() if p.grad is not None]
-            norm = nn.utils.get_total_norm(grads)
-            unread.add(step, figures | {"grad_norm": norm}, {"lr": learning_rate(step, done, config)})
+            figures = work.gradients(step, done)
+            unread.add(step, figures, {"lr": learning_rate(step, done, config)})
             if (step + 1) % look_every == 0:
                 look()
                 # These losses have shown that the weights, not yet updated by this step, are good.
@@ -300,20 +264,7 @@ def train(
                     saved_at = time.monotonic()
                 if asked:
                     raise KeyboardInterrupt
-            if config.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(trained.values(), config.max_grad_norm, norm)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, done, config)
-                scaler.step(optimizer)
-            scaler.update()
-            # [ema] §2, Tarvainen & Valpola 2017: θ̄ ← γ θ̄ + (1 − γ) θ
-            # At first, γ = (1 + step) / (10 + step) is small, so the average follows the weights quickly.
-            torch._foreach_lerp_(
-                list(ema.values()),
-                [p.detach() for p in trained.values()],
-                1 - min(config.ema, (1 + step) / (10 + step)),
-            )
+            work.update(step, done)
             step += 1
             if config.keep_every and step % config.keep_every == 0 and keep is not None and main:
                 keep(step, ema)
@@ -323,6 +274,78 @@ def train(
         checkpoint(step)
         accelerator.wait_for_everyone()
     return ema
+
+
+@dataclass
+class Step:
+    """What happens in a step, in two halves: between them the loop may look, before weights have moved."""
+
+    network: Callable[..., Any]
+    wrapped: nn.Module  # the model, or what lets processes train it together
+    objective: Objective
+    config: LoopConfig
+    accelerator: Accelerator
+    scaler: torch.amp.GradScaler
+    optimizers: list[torch.optim.Optimizer]
+    trained: dict[str, nn.Parameter]
+    average: dict[str, Tensor]
+    draws_on: torch.device | str
+    norm: Tensor = field(init=False)  # of the gradients
+
+    def gradients(self, step: int, done: float) -> dict[str, Tensor]:
+        """Computes the gradients of the step's loss; returns its figures, each a tensor of one number."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        figures = self.accumulate(step, done)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        self.norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        return figures | {"grad_norm": self.norm}
+
+    def accumulate(self, step: int, done: float) -> dict[str, Tensor]:
+        """`accumulate_gradients`, of this step."""
+        return accumulate_gradients(
+            self.network,
+            self.wrapped,
+            self.objective,
+            step,
+            done,
+            self.config,
+            self.accelerator,
+            self.scaler,
+            self.draws_on,
+        )
+
+    def update(self, step: int, done: float) -> None:
+        """Moves the weights along the gradients, and their average after them."""
+        self.move(*self.numbers(step, done))
+
+    def numbers(self, step: int, done: float) -> tuple[float, float]:
+        """Returns the learning rate, and the share of the new weights in their moving average."""
+        # At first, γ = (1 + step) / (10 + step) is small, so the average follows the weights quickly.
+        return learning_rate(step, done, self.config), 1 - min(self.config.ema, (1 + step) / (10 + step))
+
+    def move(self, rate: float | Tensor, share: float | Tensor) -> None:
+        """`update`, by these `numbers`. They may be on the device, where they are not read."""
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.trained.values(), self.config.max_grad_norm, self.norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        follow(list(self.average.values()), [p.detach() for p in self.trained.values()], share)
+
+
+def follow(average: list[Tensor], weights: list[Tensor], share: float | Tensor) -> None:
+    """Moves an average towards new weights, in place. share: 1 − γ, or a tensor of it, which is not read."""
+    # [ema] §2, Tarvainen & Valpola 2017: θ̄ ← γ θ̄ + (1 − γ) θ
+    if not isinstance(share, Tensor):
+        torch._foreach_lerp_(average, weights, share)
+        return
+    change = torch._foreach_sub(weights, average)
+    torch._foreach_mul_(change, share)
+    torch._foreach_add_(average, change)
 
 
 def accumulate_gradients(
@@ -344,8 +367,7 @@ def accumulate_gradients(
     rows = []
     for i in range(config.accumulate):
         part = BatchPart(accelerator.process_index * config.accumulate + i, count, accelerator.device)
-        # For layers that draw from torch's own generator, such as dropout.
-        torch.manual_seed(rng(config.seed + 1 + part.index, step).initial_seed())
+        seed_layers(config.seed, step, part)
         last = i == config.accumulate - 1  # only then do the processes exchange their gradients
         with nullcontext() if last else accelerator.no_sync(wrapped):
             loss, figures = objective(network, done, rng(config.seed, step, draws_on), part)
@@ -411,48 +433,6 @@ class _Unread:
             found.append((step, own | known))
         self.steps, self.rows = [], []
         return found
-
-
-def compiled(
-    network: Callable[..., Any], gradients: Callable[[Callable[..., Any]], Any], trained: Mapping[str, Tensor]
-) -> Callable[..., Any]:
-    """Returns the network compiled, if that gives the gradients that it gives as it is; warns if not.
-
-    gradients(network): computes the gradients of one step.
-    """
-    fast = torch.compile(network, dynamic=False)
-    found = []
-    for call in (network, fast):
-        for weight in trained.values():
-            weight.grad = None
-        try:
-            gradients(call)
-        except TrainingError:
-            raise
-        except Exception as error:
-            if call is network:
-                raise
-            line = str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(
-                f"the networks cannot be compiled here, so steps are slower: {line[0]}", stacklevel=3
-            )
-            return network
-        found.append([p.grad.clone() for p in trained.values() if p.grad is not None])
-    off = (
-        nn.utils.get_total_norm([a - b for a, b in zip(*found, strict=True)])
-        / nn.utils.get_total_norm(found[0])
-    ).item()
-    if not off < MOST_OFF:
-        warnings.warn(
-            f"compiled, the networks give other gradients ({off:.0%} off), so they are not compiled",
-            stacklevel=3,
-        )
-        return network
-    return fast
-
-
-# Gradients in bfloat16 that are summed in another order differ by 1 or 2 %.
-MOST_OFF = 0.05
 
 
 def in_mixed_precision(network: nn.Module, config: LoopConfig, device: torch.device) -> Callable[..., Any]:

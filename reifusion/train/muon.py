@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     The factor 0.2·√max(M, N) makes a step as large as one of AdamW, so both use the same learning rate. The
     kernel (out, in, h, w) of a convolution is treated as the matrix (out, in·h·w). Matrices of the same shape
-    are orthogonalised together.
+    are orthogonalised together. lr: a number, or a tensor of one.
     """
 
     def __init__(self, parameters: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -63,8 +63,11 @@ class Muon(torch.optim.Optimizer):
                 alike.setdefault((matrix.shape[0], matrix.shape[1]), []).append((weight, matrix))
             for shape, pairs in alike.items():
                 updates = orthogonalise(torch.stack([matrix for _, matrix in pairs]))  # (B, M, N)
+                size = group["lr"] * 0.2 * max(shape) ** 0.5
+                if isinstance(size, Tensor):  # on a GPU, where it is not read
+                    updates, size = updates * size, 1.0
                 for (weight, _), update in zip(pairs, updates, strict=True):
-                    weight.sub_(update.view(weight.shape), alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
+                    weight.sub_(update.view(weight.shape), alpha=size)
 
 
 def optimizers(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..model.config import VAEConfig
 from .critic import Critic, fool, judge
 from .keys import check, key
-from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
+from .loop import LoopConfig, train
+from .objective import BatchPart, Drawn, Loss, normal, rng
 from .progress import Seen
 from .vae import VAE, PixelBatch, side_by_side, terms
 
@@ -62,26 +63,27 @@ class WithCritic(nn.Module):
 
 def sharpening_objective(
     pixel_batch: PixelBatch, size: int, config: VAEConfig, training: Sharpening
-) -> Objective:
+) -> Drawn:
     """Returns the objective for `train`. size: the side of a picture, in pixels."""
     side = size // config.factor  # of the latents
 
-    def objective(
-        network: Callable[..., Any], done: float, generator: torch.Generator, part: BatchPart
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def draw(done: float, generator: torch.Generator, part: BatchPart) -> tuple[Tensor, Tensor, Tensor]:
         x = pixel_batch(generator, training.batch, size)
         noise = normal((training.batch, config.latent_channels, side, side), generator)
         x = part.of(x).contiguous(memory_format=torch.channels_last)
-        term = network(x, part.of(noise))
+        rise = min(1.0, done / max(1 / training.loop.steps, training.critic_by))
+        return x, part.of(noise), torch.full((), rise, device=x.device)
+
+    def loss(network: Callable[..., Any], x: Tensor, noise: Tensor, rise: Tensor) -> Loss:
+        term = network(x, noise)
         loss = term["l1"] + term["mse"] + training.edges * term["edges"] + term["critic"]
         # Eq. 6, Esser et al. 2021, where λ is fixed, because the critic's steepness is bounded already.
-        rise = min(1.0, done / max(1 / training.loop.steps, training.critic_by))
         loss = loss + rise * (training.critic * term["opinion"] + training.matching * term["matching"])
         psnr = -10 * torch.log10(term["mse"] / 4)  # pixels range over 2, so the square of the peak is 4
         figures = term | {"psnr": psnr}
         return loss, {"samples": float(len(x)), **{name: value.detach() for name, value in figures.items()}}
 
-    return objective
+    return Drawn(draw, loss)
 
 
 def sharpen_decoder(

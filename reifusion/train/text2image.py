@@ -24,7 +24,8 @@ from ..model.diffusion import AttentionBlock, ResidualBlock, UNet
 from ..model.encoder import sample
 from ..model.samplers import SAMPLERS, samplers_for
 from .keys import check, key
-from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
+from .loop import LoopConfig, train
+from .objective import BatchPart, Drawn, Loss, normal, rng
 from .progress import Seen
 
 
@@ -188,7 +189,7 @@ def denoising_loss(
     t: Tensor,
     noise: Tensor,
     weights: Tensor,
-) -> tuple[Tensor, dict[str, float | Tensor]]:
+) -> Loss:
     """Latents (B, 4, h, w), tokens (B, L), t (B,), ε (B, 4, h, w), weights (B,) -> loss, figures to log."""
     # Algorithm 1, Ho et al. 2020: x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε
     x_t = sampler.add_noise(latents, t, noise)
@@ -203,15 +204,11 @@ def denoising_loss(
     return (error * weights).mean(), {"samples": float(len(t)), **figures}
 
 
-def denoising_objective(
-    data: Data, empty: Tensor, sampler: Sampler, training: TextToImageTraining
-) -> Objective:
+def denoising_objective(data: Data, empty: Tensor, sampler: Sampler, training: TextToImageTraining) -> Drawn:
     """Returns the objective for `train`: random samples at random timesteps, some captions dropped."""
     none = empty.to(data.device)
 
-    def objective(
-        network: Callable[..., Any], done: float, generator: torch.Generator, part: BatchPart
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def draw(done: float, generator: torch.Generator, part: BatchPart) -> tuple[Tensor, ...]:
         latents, tokens = data.latent_batch(generator, training.batch)
         chances = torch.rand(training.batch, generator=generator, device=generator.device)
         dropped = chances < training.caption_dropout
@@ -222,9 +219,9 @@ def denoising_objective(
         if training.offset_noise:
             noise = add_offset(noise, training.offset_noise, generator)
         weights = loss_weights(sampler, t, training.max_snr)
-        return denoising_loss(network, sampler, *(part.of(x) for x in (latents, tokens, t, noise, weights)))
+        return tuple(part.of(x) for x in (latents, tokens, t, noise, weights))
 
-    return objective
+    return Drawn(draw, lambda network, *batch: denoising_loss(network, sampler, *batch))
 
 
 @contextmanager

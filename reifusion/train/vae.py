@@ -20,7 +20,8 @@ from ..model.config import VAEConfig
 from ..model.decoder import Decoder
 from ..model.encoder import Encoder, sample, scale_latents
 from .keys import check, key
-from .loop import BatchPart, LoopConfig, Objective, normal, rng, train
+from .loop import LoopConfig, train
+from .objective import BatchPart, Drawn, Loss, normal, rng
 from .progress import Seen
 
 # pixel_batch(generator, count, size) -> random pictures (count, 3, size, size) in [-1, 1], decided by the
@@ -90,7 +91,7 @@ def terms(x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> dict[str,
 
 def reconstruction_loss(
     vae: Callable[..., Any], x: Tensor, noise: Tensor, training: VAETraining, edges: bool
-) -> tuple[Tensor, dict[str, float | Tensor]]:
+) -> Loss:
     """Pictures x (B, 3, H, W) and the latents' noise (B, 4, H/8, W/8) -> loss, figures for the log."""
     y, mean, log_variance = vae(x, noise)
     term = terms(x, y, mean, log_variance)
@@ -104,21 +105,22 @@ def reconstruction_loss(
 
 def reconstruction_objective(
     pixel_batch: PixelBatch, size: int, config: VAEConfig, training: VAETraining
-) -> Objective:
+) -> Drawn:
     """Returns the objective for `train`. size: the side of a whole picture, in pixels."""
 
-    def objective(
-        vae: Callable[..., Any], done: float, generator: torch.Generator, part: BatchPart
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def draw(done: float, generator: torch.Generator, part: BatchPart) -> tuple[Tensor, Tensor, bool]:
         whole = done >= training.whole_from
         count, side = (half(training.batch, part.count), size) if whole else (training.batch, training.crop)
         x = pixel_batch(generator, count, side)
         shape = (count, config.latent_channels, side // config.factor, side // config.factor)
         noise = normal(shape, generator)
         x = part.of(x).contiguous(memory_format=torch.channels_last)
-        return reconstruction_loss(vae, x, part.of(noise), training, edges=done >= training.edges_from)
+        return x, part.of(noise), done >= training.edges_from
 
-    return objective
+    def loss(vae: Callable[..., Any], x: Tensor, noise: Tensor, edges: bool) -> Loss:
+        return reconstruction_loss(vae, x, noise, training, edges)
+
+    return Drawn(draw, loss)
 
 
 def half(batch: int, parts: int) -> int:

@@ -37,6 +37,8 @@ class Tape(TorchDispatchMode):
         for function, args, kwargs, out in self.operations:
             again = function(*args, **kwargs)
             returns = function._schema.returns
+            if not returns:  # written in place, as by operations on lists of tensors
+                continue
             outs, agains = (x if len(returns) > 1 else (x,) for x in (out, again))
             for says, before, now in zip(returns, outs, agains, strict=True):
                 if says.alias_info is None:  # neither a view nor written in place: it has memory of its own
