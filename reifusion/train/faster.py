@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels.graphs import Record, capture
 from .checkpoint import TrainingError
-from .objective import BatchPart, Drawn, rng, seed_layers
+from .objective import BatchPart, Drawn, has_dropout, rng, seed_layers
 
 if TYPE_CHECKING:
     from .loop import Step
@@ -75,8 +75,8 @@ def can_be_recorded(plain: Step) -> bool:
         and plain.config.accumulate == 1
         and not plain.scaler.is_enabled()  # it reads whether gradients are finite
         and isinstance(plain.objective, Drawn)
-        # Dropout draws from PyTorch's own generator, which is of no more use once a recording has failed.
-        and not any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in plain.wrapped.modules())
+        # Once a recording has failed, the generator from which dropout draws is of no more use.
+        and not has_dropout(plain.wrapped)
     )
 
 

@@ -71,7 +71,9 @@ class LoopConfig:
         above=0,
     )
     compile: bool = key(
-        False, "compiles the networks, which takes a minute or two and makes the steps on a GPU twice as fast"
+        False,
+        "compiles the networks and, on a single GPU, records whole steps; that takes a minute or two and"
+        " makes steps there at least twice as fast",
     )
     checkpoint_minutes: float = key(5.0, "time between two checkpoints", least=0)
     keep_every: int = key(

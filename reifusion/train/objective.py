@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import TrainingError
 
@@ -63,6 +63,11 @@ def rng(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Gener
 def seed_layers(seed: int, step: int, part: BatchPart) -> None:
     """Seeds torch's own generator, from which layers such as dropout draw."""
     torch.manual_seed(rng(seed + 1 + part.index, step).initial_seed())
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """True if some layers draw from torch's own generator."""
+    return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in model.modules())
 
 
 def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from ..model.encoder import sample
 from ..model.samplers import SAMPLERS, samplers_for
 from .keys import check, key
 from .loop import LoopConfig, train
-from .objective import BatchPart, Drawn, Loss, normal, rng
+from .objective import BatchPart, Drawn, Loss, has_dropout, normal, rng
 from .progress import Seen
 
 
@@ -232,7 +232,10 @@ def recomputed(unet: UNet) -> Iterator[None]:
     """
     rows = [*unet.down, unet.middle, *unet.up]
     for row in rows:
-        row.forward = partial(checkpoint, row.forward, use_reentrant=False)
+        # Only dropout's generator has a state to remember. While a GPU's work is recorded, none may be asked.
+        row.forward = partial(
+            checkpoint, row.forward, use_reentrant=False, preserve_rng_state=has_dropout(row)
+        )
     try:
         yield
     finally:

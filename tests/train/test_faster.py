@@ -13,11 +13,17 @@ import pytest
 import torch
 from torch import nn
 
+from reifusion.model.config import ScheduleConfig
 from reifusion.train import faster, loop
 from reifusion.train.loop import LoopConfig, train
 from reifusion.train.objective import BatchPart, Drawn, rng
+from reifusion.train.sharpen import Sharpening, sharpen_decoder
+from reifusion.train.text2image import TextToImageTraining, train_text2image
+from reifusion.train.vae import VAE, VAETraining, train_vae
 from tests.kernels.card import Card
+from tests.sprites import random_sprites
 from tests.train.test_loop import Net, checkpoint, log, pictures_objective, same
+from tests.train.test_text2image import EMPTY, TINY, some_data
 
 pytestmark = pytest.mark.filterwarnings("error:steps cannot be recorded")
 CONFIG = LoopConfig(
@@ -254,6 +260,55 @@ def test_only_what_happens_on_one_gpu_in_one_go_is_recorded():
     assert not faster.can_be_recorded(step(wrapped=nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))))
 
 
+# ---- the trainings themselves -----------------------------------------------------------------------------
+
+
+def text2image(folder: Path, loop: LoopConfig, prediction: str = "epsilon", **more: Any) -> nn.Module:
+    training = TextToImageTraining(loop, batch=4, offset_noise=0.1, even_from=0.5, **more)
+    config = replace(TINY, schedule=ScheduleConfig(prediction_type=prediction))
+    return train_text2image(some_data(), EMPTY, config, training, folder)
+
+
+def sprites() -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return partial(
+        random_sprites, torch.randint(0, 256, (6, 4, 16, 16), generator=generator, dtype=torch.uint8)
+    )
+
+
+def vae(folder: Path, loop: LoopConfig) -> nn.Module:
+    """First without edges, then with them, then whole pictures."""
+    training = VAETraining(loop, batch=4, crop=8, edges_from=0.3, whole_from=0.7, normalise=False)
+    return train_vae(sprites(), 16, TINY.vae, training, folder)
+
+
+def sharpen(folder: Path, loop: LoopConfig) -> nn.Module:
+    torch.manual_seed(0)
+    training = Sharpening(loop, batch=4, critic_by=0.5)
+    return sharpen_decoder(VAE(TINY.vae), sprites(), 16, training, folder)
+
+
+@pytest.mark.parametrize(
+    "training, recordings",
+    [
+        (text2image, 2),
+        (partial(text2image, prediction="flow", gradient_checkpointing=True), 2),
+        (partial(text2image, prediction="v_prediction", train_text_encoder=False), 2),
+        (vae, 4),
+        (sharpen, 2),
+    ],
+)
+def test_a_whole_training_can_be_recorded(card, tmp_path, training, recordings):
+    steps = 10 if training is vae else 5
+    loop = replace(CONFIG, steps=steps, lr=1e-3, warmup=3)
+    fast = training(tmp_path / "fast", loop).state_dict()
+    assert len(card.outputs) == recordings and played(card) == recordings + 2 * (steps + 1 - recordings)
+    compare(fast, training(tmp_path / "plain", replace(loop, compile=False)).state_dict(), 2e-5)
+    assert [row["loss"] for row in log(tmp_path / "fast")] == pytest.approx(
+        [row["loss"] for row in log(tmp_path / "plain")], rel=1e-4
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("muon", [False, True])
 def test_on_a_gpu_a_recorded_run_is_one_as_it_is_written(tmp_path: Path, monkeypatch, muon):
@@ -262,3 +317,14 @@ def test_on_a_gpu_a_recorded_run_is_one_as_it_is_written(tmp_path: Path, monkeyp
     fast = train(Net(), drawn(), config, tmp_path / "fast")
     plain = train(Net(), drawn(), replace(config, compile=False), tmp_path / "plain")
     compare(fast, plain, 1e-3 if muon else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [text2image, vae, sharpen])
+def test_on_a_gpu_a_training_that_is_compiled_and_recorded_learns_the_same(tmp_path, training):
+    loop = replace(CONFIG, steps=10, lr=1e-3, warmup=3)
+    training(tmp_path / "fast", loop)
+    training(tmp_path / "plain", replace(loop, compile=False))
+    assert [row["loss"] for row in log(tmp_path / "fast")] == pytest.approx(
+        [row["loss"] for row in log(tmp_path / "plain")], rel=1e-2
+    )
