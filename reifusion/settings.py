@@ -66,8 +66,8 @@ def read_prediction(text: str) -> str:
 
 def sampler_names() -> list[str]:
     """Returns the names of the samplers, read from their source, as importing it would import PyTorch."""
-    sources = (Path(__file__).with_name("model") / file for file in ("ddpm.py", "samplers.py", "flow.py"))
-    lines = "".join(source.read_text("utf-8") for source in sources)
+    files = ("model/ddpm.py", "model/samplers.py", "model/flow.py", "families/flow_solver.py")
+    lines = "".join((Path(__file__).parent / file).read_text("utf-8") for file in files)
     return re.findall(r'^    name, title = "(\w+)"', lines, re.MULTILINE)
 
 
@@ -201,6 +201,7 @@ class Settings:
         if self.prompt is None:
             raise ValueError('say what to draw, as in: reifusion generate "a cat"')
         settings = {name: getattr(self, name) for name in requested()}
+        settings["negative"] = self.negative or None  # an empty text is none, as SDXL has to know
         for name in ("init_image", "mask"):
             path = getattr(self, name)
             settings[name] = None if path is None else read_picture(path)

@@ -21,6 +21,7 @@ from ..model.config import ModelConfig
 from ..model.diffusion import UNet
 from ..model.family import Family
 from ..model.pipeline import StableDiffusion
+from .flow_solver import FlowDPMPP2MSampler as FlowDPMPP2MSampler
 from .lcm import LatentConsistency, LCMUNet
 from .pix2pix import InstructPix2Pix
 

@@ -75,6 +75,7 @@ class ScheduleConfig:
     prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon", "v_prediction" or "flow"
     zero_terminal_snr: bool = False  # all noise at the last step (Lin et al. 2023), for v_prediction
     timestep_spacing: str | None = None  # None: each sampler's own; "trailing": begins at the last timestep
+    shift: float | None = None  # "flow": how much more time is spent near noise (SD 3); None: even steps
     original_inference_steps: int = 50  # LCMs: the number of timesteps that they were distilled on
 
 

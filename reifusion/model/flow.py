@@ -12,16 +12,28 @@ class FlowSampler(Sampler):
     """Liu et al. 2022, "Flow Straight and Fast", arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747.
 
     Picture and noise are joined by a straight line, and the network is trained to say its direction.
-    Sampling follows that from σ = 1, all noise, to 0 with Euler's method, in n even steps. The timesteps,
-    t = Nσ in (0, N], are fractions, in float64; the βs play no part. `sigmas` has one more entry than
-    `timesteps`: σ after the last step is 0.
+    Sampling follows that from σ = 1, all noise, to 0 with Euler's method, in n steps, even ones unless the
+    schedule has a `shift`. The timesteps, t = Nσ in (0, N], are fractions, in float64; the βs play no part.
+    `sigmas` has one more entry than `timesteps`: σ after the last step is 0.
     """
 
     name, title = "flow", "Flow Euler"
     prediction_types = ("flow",)
 
     def _spaced(self, n: int) -> Tensor:
-        return torch.arange(n, 0, -1, dtype=torch.float64) / n * self.num_training_steps
+        total, s = self.num_training_steps, self.schedule.shift
+        if s is None:
+            return torch.arange(n, 0, -1, dtype=torch.float64) / n * total
+        # The last σ is the least in training, where it is shifted already. It is shifted once more, as in
+        # Stability's code and in diffusers.
+        least = shifted(torch.tensor(1 / total, dtype=torch.float64), s)
+        return total * shifted(torch.linspace(1, least.item(), n, dtype=torch.float64), s)
+
+    def set_strength(self, strength: float) -> None:
+        """As `Sampler.set_strength`, but the number of steps that are kept is rounded up."""
+        super().set_strength(strength)
+        n = self.num_inference_steps
+        self.skip(min(int(n - n * strength), n - 1))
 
     def _begin(self, timesteps: Tensor) -> None:
         super()._begin(timesteps)
@@ -51,3 +63,9 @@ class FlowSampler(Sampler):
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         # [flow-euler] Algorithm 1, Liu et al. 2022: dx/dσ = v, in Euler's steps: x' = x + (σ' - σ) v
         return x + (self.sigmas[i + 1] - self.sigmas[i]) * model_output
+
+
+def shifted(sigma: Tensor, s: float) -> Tensor:
+    """σ in [0, 1], nearer to 1 for s > 1: a large picture needs more noise before nothing is seen of it."""
+    # [flow-shift] Eq. 23, Esser et al. 2024: σ ← s σ / (1 + (s - 1) σ), with s = √(m / n) for m pixels
+    return s * sigma / (1 + (s - 1) * sigma)

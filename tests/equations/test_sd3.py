@@ -5,9 +5,11 @@ import math
 import numpy as np
 import torch
 
+from reifusion.families.flow_solver import FlowDPMPP2MSampler
 from reifusion.families.mmdit import JointAttention, MMDiTConfig, Queries, modulated
 from reifusion.families.t5 import BiasedAttention, T5Config, bucket
 from reifusion.families.unigram import Unigram
+from reifusion.model.flow import shifted
 from tests.equations.check import SINGLE, Pair, checks, normal
 from tests.equations.test_attention import softmax
 
@@ -100,3 +102,33 @@ def best_of_all_ways_to_cut() -> Pair:
         ours.append(sum(pieces[i][1] for i in ids[: ids.index(0)]))
         expected.append(max(sum(score[piece] for piece in way) for way in ways("▁" + word)))
     return np.array(ours), np.array(expected)
+
+
+@checks("flow-shift")
+def as_far_into_the_noise_as_with_more_pixels() -> Pair:
+    # Esser et al. 2024, §5.3.2: of n equal pixels, the mean is known to within σ / (1 - σ) / √n. The shift
+    # keeps that as it was, for m = s² n pixels.
+    sigma, s = np.linspace(0.01, 0.99, 9), 3.0
+    spread = s * sigma / (1 - sigma)
+    return shifted(torch.tensor(sigma), s), spread / (1 + spread)
+
+
+@checks("flow-dpmpp-2m")
+def straight_line_in_lambda() -> Pair:
+    sampler = FlowDPMPP2MSampler(shift=2.0)
+    sampler.set_inference_timesteps(5)
+    x0s = normal(5, 3)
+    ours, expected = [x := torch.tensor(normal(3, seed=1))], [x.numpy()]
+    sigmas = [*(sampler.timesteps.numpy() / 1000), 0.0]
+    lambdas = [np.inf if s == 0 else -np.inf if s == 1 else np.log((1 - s) / s) for s in sigmas]
+    for i, t in enumerate(sampler.timesteps):
+        v = (expected[-1] - x0s[i]) / sigmas[i]  # of which the sampler makes this x₀ again
+        ours.append(sampler.step(t, torch.tensor(expected[-1]), torch.tensor(v)))
+        direction = x0s[i]
+        if 1 < i < 4:  # the line through the last two, halfway through the step
+            slope = (x0s[i] - x0s[i - 1]) / (lambdas[i] - lambdas[i - 1])
+            direction = x0s[i] + slope * (lambdas[i + 1] - lambdas[i]) / 2
+        ratio = sigmas[i + 1] / sigmas[i]
+        keep = np.exp(lambdas[i] - lambdas[i + 1])  # e⁻ʰ
+        expected.append(ratio * expected[-1] + (1 - sigmas[i + 1]) * (1 - keep) * direction)
+    return torch.stack(ours), np.array(expected)

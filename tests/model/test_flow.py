@@ -126,8 +126,8 @@ def test_a_timestep_that_went_through_float32_is_still_known() -> None:
 
 
 def test_each_model_has_its_samplers() -> None:
-    assert samplers_for("flow") == ["flow"]
-    others = [name for name in SAMPLERS if name != "flow"]
+    assert samplers_for("flow") == ["flow", "flow_dpmpp_2m"]
+    others = [name for name in SAMPLERS if not name.startswith("flow")]
     assert samplers_for("epsilon") == samplers_for("v_prediction") == others
     with pytest.raises(ValueError, match="prediction_type must be 'flow', not 'epsilon'"):
         FlowSampler(prediction_type="epsilon")
@@ -162,7 +162,7 @@ def test_no_sampler_named_means_the_one_that_fits(pipe: StableDiffusion) -> None
 
 
 def test_a_sampler_that_does_not_fit_is_refused_before_any_work(pipe: StableDiffusion) -> None:
-    says = "the sampler ddim does not fit tiny, trained for 'flow'; what fits: flow"
+    says = "the sampler ddim does not fit tiny, trained for 'flow'; what fits: flow, flow_dpmpp_2m"
     idle = replace(pipe, models={})  # nothing to work with
     with pytest.raises(ValueError, match=f"^{says}$"):
         draw(idle, sampler="ddim")

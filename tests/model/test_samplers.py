@@ -15,6 +15,7 @@ from reifusion.model.ddpm import DDPMSampler, Sampler, randn
 from reifusion.model.samplers import SAMPLERS
 
 NAMES = list(SAMPLERS)
+FLOW = [name for name in NAMES if SAMPLERS[name].prediction_types == ("flow",)]
 every_sampler = pytest.mark.parametrize("name", NAMES)
 every_prediction = pytest.mark.parametrize(
     ("name", "prediction_type"), [(name, kind) for name in NAMES for kind in SAMPLERS[name].prediction_types]
@@ -208,8 +209,8 @@ def test_any_number_of_steps_gives_decreasing_timesteps_in_range(name: str) -> N
     for n in range(1, 1001):
         sampler.set_inference_timesteps(n)
         timesteps = sampler.timesteps
-        assert timesteps.dtype == (torch.float64 if name == "flow" else torch.int64)
-        assert 0 <= timesteps.min() <= timesteps.max() <= (1000 if name == "flow" else 999)
+        assert timesteps.dtype == (torch.float64 if name in FLOW else torch.int64)
+        assert 0 <= timesteps.min() <= timesteps.max() <= (1000 if name in FLOW else 999)
         if name == "dpmpp_2m_karras":  # rounded, so some come twice; what decreases is σ
             assert (timesteps.diff() <= 0).all()
             assert (torch.as_tensor(vars(sampler)["sigmas"]).diff() < 0).all()
@@ -228,7 +229,7 @@ def test_leading_timesteps_have_stable_diffusions_offset() -> None:
     assert sampler.timesteps[-3:].tolist() == [41, 21, 1]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dpmpp_2m_karras", "flow")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dpmpp_2m_karras", *FLOW)])
 def test_a_thousand_steps_are_all_timesteps(name: str) -> None:
     sampler = SAMPLERS[name]()
     sampler.set_inference_timesteps(1000)
@@ -248,7 +249,7 @@ def test_works_for_any_number_of_training_steps(name: str, num_training_steps: i
     sampler = SAMPLERS[name](seeded(1), num_training_steps)
     for n in (1, 2, num_training_steps // 2, num_training_steps - 1, num_training_steps):
         sampler.set_inference_timesteps(n)
-        last = num_training_steps - (name != "flow")
+        last = num_training_steps - (name not in FLOW)
         assert 0 <= sampler.timesteps.min() <= sampler.timesteps.max() <= last
         assert sample(sampler, noise_like_latents(2)).isfinite().all()
 
@@ -275,6 +276,8 @@ def test_any_strength_keeps_the_end_of_the_schedule_and_never_nothing(
     every = sampler.timesteps
     sampler.set_strength(strength)
     kept, keep = sampler.timesteps, max(1, int(n * strength))
+    if name in FLOW:
+        keep = n - min(int(n - n * strength), n - 1)
     assert len(kept) == {"heun": 2 * keep - 1, "pndm": keep + (keep > 1)}.get(name, keep)
     if name in ("heun", "pndm"):  # which visit some twice
         kept, every = kept.unique_consecutive(), every.unique_consecutive()
@@ -343,7 +346,7 @@ def test_predict_takes_a_timestep_per_image() -> None:
     torch.testing.assert_close(found_x0, x0, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "flow"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FLOW])
 def test_the_network_always_sees_latents_of_variance_one(name: str) -> None:
     sampler = SAMPLERS[name](seeded(0))
     sampler.set_inference_timesteps(10)
@@ -503,7 +506,7 @@ def test_four_times_the_steps_are_much_nearer_to_the_truth(name: str) -> None:
 
 
 def test_samplers_have_the_names_that_users_type() -> None:
-    names = "ddpm ddim pndm lms euler euler_a heun dpmpp_2m dpmpp_2m_karras dpmpp_sde unipc lcm flow"
+    names = "ddpm ddim pndm lms euler euler_a heun dpmpp_2m dpmpp_2m_karras dpmpp_sde unipc lcm flow flow_dpmpp_2m"
     assert sorted(NAMES) == sorted(names.split())
     assert all(SAMPLERS[name].name == name and SAMPLERS[name].title for name in NAMES)
 

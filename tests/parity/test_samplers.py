@@ -356,7 +356,7 @@ def test_flow_from_a_picture_equals_diffusers(strength: float) -> None:
     n, x0, noise = 25, randn(SHAPE, generators()), randn(SHAPE, torch.Generator().manual_seed(0))
     sampler, scheduler = make_ours("flow", n), flow(n)
     sampler.set_strength(strength)
-    start = n - int(n * strength)
+    start = int(n - n * strength)  # as diffusers's pipelines for Stable Diffusion 3 count
     scheduler.set_begin_index(start)
     timesteps = scheduler.timesteps[start:]
     a, b = sampler.add_noise(x0, sampler.timesteps[0], noise), scheduler.scale_noise(x0, timesteps[:1], noise)
