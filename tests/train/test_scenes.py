@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reifusion.train.mini import places, render
 from reifusion.train.mini.captions import POSITIONS, STYLED, Scene
@@ -326,6 +329,26 @@ def test_pictures_are_the_same_in_any_batch(library: Library) -> None:
     assert (whole - alone).abs().max() < 1e-4
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     assert (render.render(library.pixels, specs[order]) - whole[order]).abs().max() < 1e-4
+
+
+def test_drawing_more_scenes_at_once_takes_no_more_operations(library: Library) -> None:
+    """On a GPU, time goes by operations, whatever the number of pictures."""
+    specs, _ = compose_bank(library, 3, 400)
+    library_pixels = F.avg_pool2d(library.pixels.float(), 2).byte()
+    counts = []
+    for some in (specs, specs[torch.arange(400).repeat(2)]):
+        with Operations() as operations:
+            render.render(library_pixels, some)
+        counts.append(operations.count)
+    assert counts[1] <= counts[0] < 6000  # 3,300, and views
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_plain_scenes_show_the_whole_sprite_on_white(library: Library) -> None:

@@ -63,9 +63,15 @@ def random_pixels(device: torch.device | str = "cpu") -> PixelBatch:
     library = read_library()
     specs, _ = compose_bank(library, SEED, FOR_THE_VAE)
     specs, pixels = specs.to(device), library.pixels.to(device)
-    some = range(0, FOR_THE_VAE, 50)  # few at a time, for the sake of memory
-    scenes = torch.cat([levels(render(pixels, specs[first : first + 50])) for first in some])
+    some = at_once(device)
+    starts = range(0, FOR_THE_VAE, some)
+    scenes = torch.cat([levels(render(pixels, specs[first : first + some])) for first in starts])
     return partial(random_pictures, scenes, pixels[training_sprites(library.sprites)])
+
+
+def at_once(device: torch.device | str) -> int:
+    """Returns how many scenes to draw at a time: on a GPU many, as 10 take as long as 100 (500: 4 GB)."""
+    return 50 if torch.device(device).type == "cpu" else 500
 
 
 def levels(x: Tensor) -> Tensor:
@@ -88,7 +94,7 @@ def encode(
     """
     begun, device = time.monotonic(), torch.device(device)
     batch = 50 if device.type == "cpu" else 250  # to encode
-    at_once = 50 if device.type == "cpu" else SHARD  # to draw: many small steps, whatever their number
+    some = at_once(device)
     encoder = encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pixels, of = scenes.library.pixels.to(device), weights_hash(encoder)
     shards: list[Tensor] = []
@@ -101,8 +107,8 @@ def encode(
             shards.append(load_file(path)["latents"].to(device))
             continue
         parts = []
-        for first in range(0, len(specs), at_once):
-            pictures = render(pixels, specs[first : first + at_once].to(device))  # (at_once, 3, S, S)
+        for first in range(0, len(specs), some):
+            pictures = render(pixels, specs[first : first + some].to(device))  # (some, 3, S, S)
             for x in pictures.split(batch):
                 with torch.autocast(device.type, torch.bfloat16):
                     parts.append(encoder(x.contiguous(memory_format=torch.channels_last)).bfloat16())

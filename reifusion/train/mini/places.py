@@ -15,27 +15,33 @@ from torch import Tensor
 from .colours import ramp
 
 GROUND = 0.84  # where things stand
+MOST = 256  # numbers that vary in a place: more than any place draws
+
+
+def varying(seeds: Tensor, count: int) -> Tensor:
+    """Numbers (N, count) between 0 and 1: the same for a seed on every device."""
+    index = torch.arange(count, device=seeds.device)
+    x = (seeds[:, None] * 1_000_003 + index * 7_919 + 12_345) & 0xFFFFFFFF
+    for _ in range(3):  # multiply and fold, in integers: a hash
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return (x.double() / 2**32).float().clamp(max=1 - 2**-24)  # rounding could make it 1
 
 
 class Brush:
     """Paints on N pictures at once; whatever varies is drawn from their seeds."""
 
     def __init__(self, seeds: Tensor, side: int):
-        self.seeds, self.side, self.drawn = seeds, side, 0
+        self.numbers, self.side, self.drawn = varying(seeds, MOST), side, 0
         self.at = (torch.arange(side, device=seeds.device) + 0.5) / side
         self.canvas = torch.ones(len(seeds), 3, side, side, device=seeds.device)
 
     # ---- what varies ----
 
     def random(self, count: int, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
-        """Draws (N, count) numbers between low and high: the same for a seed on every device."""
-        index = torch.arange(self.drawn, self.drawn + count, device=self.seeds.device)
+        """Returns the next (N, count) numbers, between low and high."""
         self.drawn += count
-        x = (self.seeds[:, None] * 1_000_003 + index * 7_919 + 12_345) & 0xFFFFFFFF
-        for _ in range(3):  # multiply and fold, in integers: a hash
-            x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-        share = (x.double() / 2**32).float().clamp(max=1 - 2**-24)  # rounding could make it 1
-        return low + (high - low) * share
+        assert self.drawn <= MOST, "a place draws more numbers than there are"
+        return low + (high - low) * self.numbers[:, self.drawn - count : self.drawn]
 
     def chance(self, probability: float) -> Tensor:
         """(N, 1, 1, 1): 1 with this probability, else 0."""
@@ -43,7 +49,7 @@ class Brush:
 
     def tint(self, *colours: tuple[int, int, int], spread: float = 0.04) -> Tensor:
         """(N, 3, 1, 1): one of the colours, a little lighter or darker, warmer or colder."""
-        table = torch.tensor(colours, device=self.seeds.device) / 255
+        table = torch.tensor(colours, device=self.at.device) / 255
         colour = table[(self.random(1)[:, 0] * len(colours)).long()]
         return (colour + self.random(1, -spread, spread) + self.random(3, -spread, spread) / 2)[
             :, :, None, None
