@@ -29,7 +29,9 @@ from .model.request import Request
 from .model.sentences import shown
 from .settings import Settings, from_carried
 
-FILES = ("model", "lora", "vae", "unet", "code", "init_image", "mask")  # the settings that name files
+# The settings that name files.
+FILES = ("model", "lora", "embedding", "vae", "unet", "code", "init_image", "mask")
+SEVERAL = ("lora", "embedding")  # of which there can be more than one
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def read(path: str | Path) -> Entry:
         raise ValueError(f"{path} carries no settings of reifusion's") from None
     for name, value in hashes.items():
         whole_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
-        if not (whole_list if name == "lora" else isinstance(value, str)):
+        if not (whole_list if name in SEVERAL else isinstance(value, str)):
             raise ValueError(f"{path} carries settings, but its {name}_hash is {shown(value)}")
     try:
         return Entry(from_carried(carried), hashes, model_name)
@@ -110,7 +112,7 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
     for name in FILES:
         if name in names and name in before.hashes and before.hashes[name] != now.hashes.get(name):
             value = getattr(now.settings, name)
-            which = " or ".join(file for file, _ in value) if name == "lora" else value
+            which = " or ".join(file for file, _ in value) if name in SEVERAL else value
             what = "LoRA" if name == "lora" else name.replace("_", " ")
             warnings.warn(f"the {what} {which} is not what it was, so the picture will differ", stacklevel=2)
 
@@ -120,6 +122,8 @@ def _hashes(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {"model": file_hash(weights.find(settings.model))}
     if settings.lora:
         found["lora"] = [file_hash(weights.find(file, "lora")) for file, _ in settings.lora]
+    if settings.embedding:
+        found["embedding"] = [file_hash(weights.find(file)) for file, _ in settings.embedding]
     for part in ("vae", "unet"):
         if source := getattr(settings, part):
             found[part] = file_hash(weights.find(source, part))

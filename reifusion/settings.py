@@ -57,6 +57,14 @@ def read_lora(text: str) -> tuple[str, float]:
     raise ValueError(f"the weight of a LoRA is a number, as in {file}:0.8, not {_shown(number)}")
 
 
+def read_embedding(text: str) -> tuple[str, str]:
+    """zork.pt:creature -> the file and the word for prompts, "" unless the text gives one"""
+    file, _, word = text.rpartition(":")
+    if Path(text).exists() or not (file and word and Path(file).exists()):  # a colon can be part of the path
+        return text, ""
+    return file, word
+
+
 def read_prediction(text: str) -> str:
     """v -> v_prediction"""
     from .model.prediction import read_prediction
@@ -95,6 +103,15 @@ def _carried_loras(value: Any) -> tuple[tuple[str, float], ...]:
         if not isinstance(one, list) or [type(part) for part in one] not in ([str, float], [str, int]):
             raise ValueError
     return tuple((file, weight) for file, weight in value)
+
+
+def _carried_embeddings(value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list):
+        raise ValueError
+    for one in value:
+        if not isinstance(one, list) or [type(part) for part in one] != [str, str]:
+            raise ValueError
+    return tuple((file, word) for file, word in value)
 
 
 # ---- the settings -----------------------------------------------------------------------------------------
@@ -149,6 +166,10 @@ class Settings:
     lora: tuple[tuple[str, float], ...] = _setting(
         "LoRA", "A LoRA, as file or file:weight; can be given several times.", (), kind=list,
         read=lambda texts: tuple(map(read_lora, texts)), carried=_carried_loras,
+    )  # fmt: skip
+    embedding: tuple[tuple[str, str], ...] = _setting(
+        "Embedding", "A learned word, as file or file:word; can be given several times.", (), kind=list,
+        read=lambda texts: tuple(map(read_embedding, texts)), carried=_carried_embeddings,
     )  # fmt: skip
     sampler: str | None = _setting("Sampler", f"One of {', '.join(sampler_names())}.", shown=_MODEL)
     steps: int | None = _setting("Steps", "1 to 1000.", kind=int, shown=_MODEL)
@@ -213,11 +234,15 @@ class Settings:
         from .shortcuts.deepcache import deepcached
         from .shortcuts.int8 import quantize
         from .weights import find
+        from .weights.inversion import load_embedding, teach
         from .weights.lora import apply, load_lora
 
         loras = [(load_lora(find(file, "lora")), weight) for file, weight in self.lora]
+        words = [load_embedding(find(file), word) for file, word in self.embedding]
         changed = self._changed() | ({"compile": True} if compile else {})
         pipe = load(self.model, device, self.dtype, **changed)
+        for word in words:
+            teach(pipe, word)
         for lora, weight in loras:
             apply(pipe, lora, weight)
         if self.int8:
@@ -251,6 +276,8 @@ class Settings:
             flag, write = f"--{name.replace('_', '-')}", ABOUT[name].write
             if name == "lora":
                 words += [f"{flag}={file}:{weight}" for file, weight in value]
+            elif name == "embedding":
+                words += [f"{flag}={file}:{word}" if word else f"{flag}={file}" for file, word in value]
             elif name != "prompt":
                 words.append(flag if value is True else f"{flag}={write(value)}")
         return shlex.join([*words, "--", self.prompt or ""])
@@ -260,6 +287,9 @@ class Settings:
         changed = "".join(f", {name}={value!r}" for name, value in self._changed().items())
         imports = ["import reifusion"]
         pipe = [f"pipe = reifusion.load({self.model!r}, dtype={self.dtype!r}{changed})"]
+        if self.embedding:
+            imports.append("from reifusion.weights.inversion import load_embedding, teach")
+            pipe += [f"teach(pipe, load_embedding({file!r}, {word!r}))" for file, word in self.embedding]
         if self.lora:
             imports += [
                 "from reifusion.weights import find",

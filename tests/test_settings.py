@@ -23,10 +23,11 @@ from reifusion.settings import ABOUT, Settings, from_carried, of_request, parsed
 
 SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64), dtype="float32")
 OTHERS = Settings(
-    "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)), "euler_a",
-    3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1, (0.3, 5.0), 0.25, 1.2, 2, True, "float32",
-    "v.pt", "u.pt", "v_prediction", "late.py",
+    "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)),
+    (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
+    (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "v_prediction", "late.py",
 )  # fmt: skip
+NOT_BY_NAME = ("prompt", "model", "lora", "embedding", "code", "deepcache", "int8")
 
 
 @given(st.text(string.printable + "é“💡", max_size=30), st.floats(-1e6, 1e6))
@@ -53,7 +54,8 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
         assert getattr(OTHERS, name) != about.default
         assert name == "prompt" or f"--{name.replace('_', '-')}" in command
         assert name in carried
-        assert f"{name}=" in python or name in ("prompt", "model", "lora", "code", "deepcache", "int8")
+        assert f"{name}=" in python or name in NOT_BY_NAME
+    assert "teach(pipe, load_embedding('blob.pt', 'blob'))" in python
     assert "deepcached(pipe, 2)" in python and "load_lora(find('zork.safetensors', \"lora\")), 0.5" in python
 
 
@@ -70,7 +72,7 @@ def test_what_a_picture_carries_is_read_back():
     assert from_carried({"prompt": "a", "tome": 0.5, "steps": None}) == Settings("a")
 
 
-@pytest.mark.parametrize("name", [name for name in ABOUT if name != "lora"])
+@pytest.mark.parametrize("name", [name for name in ABOUT if name not in ("lora", "embedding")])
 def test_a_value_of_the_wrong_type_is_named(name):
     with pytest.raises(ValueError, match=f"its {name} is"):
         from_carried({name: {"odd": 1}})

@@ -12,7 +12,7 @@ from ..files import free, writable
 from ..settings import ABOUT, Settings, parsed, requested
 from .options import option, setting, takes
 
-OWN = ("negative", "lora", "sampler", "steps", "cfg", "size", "vae", "dtype")
+OWN = ("negative", "lora", "embedding", "sampler", "steps", "cfg", "size", "vae", "dtype")
 
 
 @takes(

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from itertools import pairwise
+from itertools import chain, count, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ class Tokenizer:
 
     A token that no merge makes was added later, as a word that textual inversion has learned: it is found in
     a prompt before anything is merged. exact: those of them whose letters must be written exactly so; the
-    others may be written in capitals.
+    others may be written in capitals. A word of several tokens has the others as word_1, word_2, …
 
     Source: Sennrich et al. 2016, Algorithm 1; on bytes, Radford et al. 2019, §2.2. The ids are those of
     `transformers.CLIPTokenizer`, for any text. Raises ValueError for merges that are no pairs, or for a
@@ -80,7 +80,7 @@ class Tokenizer:
         self.exact = sorted(added.intersection(exact))
         # A padding token of its own becomes special, in prompts too: SD 2.x pads with "!".
         self._special = _any_of((START, END, pad, *self.exact))
-        self._added = {normal(token): self._ids[token] for token in added if token not in self.exact}
+        self._added = {normal(token): self._all_of(token) for token in added if token not in self.exact}
         self._find_added = _any_of(self._added)
         self.is_standard = self.pad == self.end and pairs == clip_merges() and self._ids == standard
 
@@ -91,6 +91,24 @@ class Tokenizer:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         return cls(content.decode("utf-8"), context_length)
+
+    def _all_of(self, token: str) -> tuple[int, ...]:
+        """The ids of an added word: the token's own, and those of its word_1, word_2, …"""
+        names = chain([token], (f"{token}_{k}" for k in count(1)))
+        return tuple(self._ids[name] for name in takewhile(self._ids.__contains__, names))
+
+    def with_word(self, word: str, ids: Sequence[int]) -> Tokenizer:
+        """Returns a tokenizer that knows one word more, as these ids. Raises ValueError for a known token."""
+        names = [word, *(f"{word}_{k}" for k in range(1, len(ids)))]
+        if not word.strip():
+            raise ValueError("a new word must have letters")
+        if known := [name for name in names if {name, f"{name}{END_OF_WORD}"} & self._ids.keys()]:
+            raise ValueError(f"{known[0]!r} is a word that the model knows already; give another name")
+        vocabulary = self._ids | dict(zip(names, ids))
+        pad = self._tokens[self.pad]
+        return Tokenizer(
+            list(self._ranks), self.context_length, vocabulary=vocabulary, pad=pad, exact=self.exact
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -140,11 +158,11 @@ class Tokenizer:
     def _words(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         for special, part in _cut(text, self._special):
             if special:
-                yield part, (self._ids[part],)
+                yield part, self._all_of(part)
                 continue
             for added, piece in _cut(normal(part), self._find_added) if self._added else [(False, part)]:
                 if added:
-                    yield piece, (self._added[piece],)
+                    yield piece, self._added[piece]
                 else:
                     yield from ((word, self._merge(word)) for word in split_words(piece))
 

@@ -28,7 +28,9 @@ SHELF = 60  # the most pictures in the gallery
 COPY = "text => { navigator.clipboard.writeText(text); return text; }"
 NEEDED = ("prompt", "sampler", "steps", "cfg", "seed", "size")  # to draw a picture again
 # The settings that have no field on the page; a picture is drawn again without them.
-BEYOND = ("lora", "code", "clip_skip", "guidance_interval", "guidance_rescale", "deepcache", "int8")
+BEYOND = (
+    "lora", "embedding", "code", "clip_skip", "guidance_interval", "guidance_rescale", "deepcache", "int8",
+)  # fmt: skip
 
 
 @dataclass

@@ -26,6 +26,7 @@ from . import critic as critics
 from . import ready, text2image
 from . import vae as vaes
 from .checkpoint import TrainingError
+from .inversion import Learned
 from .loop import (
     BatchPart,
     LoopConfig,
@@ -252,6 +253,8 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
     model = TextToImage(config)
     if recipe.train == "lora":
         _attach(model, recipe)
+    elif recipe.train == "inversion":
+        model.clip.embedding.token = Learned(model.clip.embedding.token, 3)  # type: ignore[assignment]
     return awake(model), {prediction: term(prediction) for prediction in ("epsilon", "v_prediction", "flow")}
 
 
@@ -345,12 +348,16 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
         both = WithCritic(VAE(config.vae)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return both, sharpening_objective(blots, pixels, config.vae, training)
     model = TextToImage(config)
-    if recipe.start or recipe.train == "lora":
+    if recipe.start or recipe.train in ("lora", "inversion"):
         _, models, _ = load(recipe.start or "mini", dtype=torch.float32)
         model.clip, model.diffusion = models["clip"], models["diffusion"]  # type: ignore[assignment]
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.train == "lora":
         _attach(model, recipe)
+    elif recipe.train == "inversion":
+        model.requires_grad_(False).clip.embedding.token = Learned(  # type: ignore[assignment]
+            model.clip.embedding.token, recipe.training.vectors
+        )
     else:
         model.clip.requires_grad_(training.train_text_encoder)
     generator = torch.Generator().manual_seed(0)

@@ -126,7 +126,12 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
             f"{recipe.start} is a distilled model (LCM), and this training would undo the distillation; start"
             " from the model that it was distilled from"
         )
-    if recipe.train == "lora":
+    if recipe.train == "inversion":
+        if not recipe.training.word.strip():
+            raise RecipeError('the word to learn is missing; set word, as in word="zork"')
+        if recipe.data == "emoji":
+            raise RecipeError("a word is learned from your own pictures; set data to their folder")
+    elif recipe.train == "lora":
         with torch.device("meta"):  # an empty shell, without memory
             model = TextToImage(config)
         layers = map(model.get_submodule, chosen_layers(model, recipe.training.all_targets))

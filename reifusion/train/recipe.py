@@ -23,6 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from .inversion import InversionTraining
 from .keys import Key, RecipeError, about, check, key, shortened
 from .lora import LoRATraining
 from .sharpen import Sharpening
@@ -34,9 +35,11 @@ TRAININGS = {
     "sharpen": Sharpening,
     "text2image": TextToImageTraining,
     "lora": LoRATraining,
+    "inversion": InversionTraining,
 }
 FROM_NOTHING = ("vae", "sharpen", "text2image")
 DENOISERS = ("text2image", "lora")
+DRAW = (*DENOISERS, "inversion")  # trainings that show pictures of prompts
 # In a checkout, the recipes lie beside the package; in an installed package, inside it.
 FOLDERS = (Path(__file__).parent.parent.parent / "recipes", Path(__file__).parent / "recipes")
 
@@ -58,7 +61,7 @@ ELSEWHERE = {
 class Recipe:
     """The inputs and outputs of a run. `training` has the other keys, which are flat in the file as well."""
 
-    train: str = key("", "vae, sharpen, text2image or lora: a file is used by that command only")
+    train: str = key("", "vae, sharpen, text2image, lora or inversion: a file is used by that command only")
     data: str = key("emoji", 'a folder, parquet, .tar shards or a hub id; "emoji": the mini\'s own pictures')
     split: str = key("train", "the split of the data, if it has several")
     image_column: str = key("", 'the column of the pictures; "": found by name and type')
@@ -122,7 +125,7 @@ class Recipe:
     prompts: tuple[str, ...] = key(
         (),
         "prompts of the sheets, or .txt files with one a line; none: some of the captions",
-        trains=DENOISERS,
+        trains=DRAW,
     )
     validation: float = key(
         0.0,

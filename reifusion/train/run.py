@@ -22,6 +22,7 @@ from ..weights import info, load, read_back, save
 from . import ready
 from .checkpoint import digest, unchanged
 from .images import DataError, Pictures, some
+from .inversion import train_inversion, with_word
 from .latents import LatentData, Mixed
 from .loop import processes
 from .lora import train_lora
@@ -48,7 +49,13 @@ def run(recipe: Recipe) -> Path:
     config = model_config(recipe)
     ready.check(recipe, config)
     torch.backends.cudnn.benchmark = True  # on a GPU, the fastest convolution is found by trying
-    ways = {"vae": run_vae, "sharpen": run_sharpen, "text2image": run_text2image, "lora": run_lora}
+    ways = {
+        "vae": run_vae,
+        "sharpen": run_sharpen,
+        "text2image": run_text2image,
+        "lora": run_lora,
+        "inversion": run_inversion,
+    }
     with told_elsewhere(recipe):
         return ways[recipe.train](recipe, config)
 
@@ -257,4 +264,22 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
         validation=held_out,
         regularisation=others,
         crops=recipe.crops,
+    )
+
+
+def run_inversion(recipe: Recipe, config: ModelConfig) -> Path:
+    """Learns a word; the file holds its vectors alone."""
+    pipe = load_pipeline(recipe.start or "mini", "cpu" if not torch.cuda.is_available() else None)
+    with processes().main_process_first():
+        pictures = own_pictures(recipe)
+    word, side = recipe.training.word, recipe.size or config.size
+    return train_inversion(
+        replace(pipe, config=config),
+        pictures,
+        recipe.training,
+        Path(recipe.folder),
+        Path(recipe.out),
+        size=recipe.size or None,
+        mirror=recipe.mirror,
+        prompts=prompts_of_sheet(recipe.prompts or with_word((), word)[:4], None, side, 0),
     )

@@ -65,7 +65,8 @@ SIZES = {
 
 def model_config(recipe: Recipe) -> ModelConfig:
     """Returns the sizes that the recipe names, with the recipe's way of adding noise."""
-    start = recipe.start or ("mini" if recipe.train == "lora" else "")  # a LoRA is for the mini unless told
+    # A LoRA or a word is for the mini unless told.
+    start = recipe.start or ("mini" if recipe.train in ("lora", "inversion") else "")
     if start and not is_vae(start):
         base = find_config(start)
     elif recipe.model in SIZES:

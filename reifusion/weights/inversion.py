@@ -1,0 +1,99 @@
+"""Textual inversion: a new word, as vectors that were learned from pictures.
+
+The model stays as it is; a few vectors join those of the words that its text encoder knows. `load_embedding`
+reads the small file, `teach` gives the word to a model, and `train/inversion.py` learns one.
+Source: Gal et al. 2022, "An Image is Worth One Word", arXiv:2208.01618.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..files import whole
+from ..model.clip import CLIP
+from ..model.tensors import ModelError, TensorFile, _unpickle
+
+if TYPE_CHECKING:
+    from ..model.pipeline import StableDiffusion
+
+# The names of the vectors in files that do not name the word, by the programs that write them.
+NAMELESS = ("emb_params", "*", "clip_l", "string_to_param.*")
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A word that was learned."""
+
+    word: str
+    vectors: Tensor  # (n, width of the text encoder)
+    path: str = "the embedding"  # for messages
+
+
+def load_embedding(source: str | Path, word: str = "") -> Embedding:
+    """Reads a `.safetensors`, or a `.pt` or `.bin`, as AUTOMATIC1111 or diffusers writes it.
+
+    word: what it is called in prompts; "": as the file says, or else the file's own name. No code in the file
+    is run. Raises ModelError, in one sentence, for a file that is no embedding.
+    """
+    path = Path(source)
+    tensors, called = _read(path)
+    found = {name: x for name, x in tensors.items() if x.ndim in (1, 2) and x.is_floating_point()}
+    if "clip_g" in found:
+        raise ModelError(f"{path} is an embedding for the two text encoders of Stable Diffusion XL")
+    if len(found) != 1 or len(found) != len(tensors):
+        raise ModelError(f"{path} is not an embedding: it holds {len(tensors)} tensors, and one has one")
+    ((name, vectors),) = found.items()
+    word = word or called or (path.stem if name in NAMELESS else name)
+    vectors = vectors.detach().float().reshape(-1, vectors.shape[-1])  # one vector is (width,) in some files
+    if not (vectors.numel() and vectors.isfinite().all()):
+        raise ModelError(f"{path} is damaged: its vectors are not finite numbers")
+    return Embedding(word, vectors, str(path))
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], str]:
+    """Returns the tensors of a file, and the word if it names one apart from them."""
+    opened = TensorFile(path)
+    if opened.shapes:
+        return {name: stored.read() for name, stored in opened.tensors().items()}, ""
+    content: Mapping[str, Any] = _unpickle(path)  # AUTOMATIC1111's has a dict in a dict
+    inner = content.get("string_to_param")
+    if not isinstance(inner, Mapping):
+        raise ModelError(f"{path} is not an embedding")
+    called = content.get("name")
+    tensors = {str(name): x for name, x in inner.items() if isinstance(x, Tensor)}
+    return tensors, called if isinstance(called, str) else ""
+
+
+def save_embedding(embedding: Embedding, path: str | Path) -> None:
+    """Writes a file that AUTOMATIC1111, ComfyUI and diffusers read: the vectors under the word."""
+    with whole(path) as temporary:
+        save_file({embedding.word: embedding.vectors.float().contiguous()}, temporary)
+
+
+def teach(pipe: StableDiffusion, embedding: Embedding) -> None:
+    """Gives a model the word. Raises ValueError if its vectors do not fit, or the model knows such a word."""
+    clip, vectors = cast(CLIP, pipe.models["clip"]), embedding.vectors
+    table = clip.embedding.token
+    many, width = table.weight.shape
+    if vectors.shape[1] != width:
+        raise ModelError(
+            f"{embedding.path} is for text encoders of {vectors.shape[1]} numbers a word, and that of"
+            f" {pipe.config.name} has {width}"
+        )
+    new = range(many, many + len(vectors))
+    try:
+        pipe.tokenizer = pipe.tokenizer.with_word(embedding.word, new)
+    except ValueError as error:
+        raise ValueError(f"{embedding.path}: {error}, as in {Path(embedding.path).name}:name") from None
+    with torch.no_grad():
+        weight = torch.cat([table.weight, vectors.to(table.weight)])
+    clip.embedding.token = nn.Embedding.from_pretrained(weight, freeze=not table.weight.requires_grad)
+    clip.config = replace(clip.config, vocab_size=len(weight))
+    pipe.config = replace(pipe.config, clip=clip.config)
