@@ -21,9 +21,10 @@ from ..model.config import ModelConfig
 from ..model.diffusion import UNet
 from ..model.family import Family
 from ..model.pipeline import StableDiffusion
-from .flow_solver import FlowDPMPP2MSampler as FlowDPMPP2MSampler
 from .lcm import LatentConsistency, LCMUNet
 from .pix2pix import InstructPix2Pix
+from .sd3_files import SD3
+from .sdxl import SDXL
 
 
 def _networks(config: ModelConfig) -> dict[str, nn.Module]:
@@ -38,7 +39,7 @@ def _pipeline(config: ModelConfig) -> type[StableDiffusion]:
 
 STABLE_DIFFUSION = replace(family.STABLE_DIFFUSION, build=_networks, pipeline=_pipeline)
 # The first that recognises a file is the file's family; the last recognises whatever is left.
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+FAMILIES: tuple[Family, ...] = (SD3, SDXL, STABLE_DIFFUSION)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,15 @@ _SHARD = re.compile(r"-of-(\d+)")
 
 
 def read_configs(folder: Path, parts: Collection[str] = PARTS) -> dict[str, dict[str, Any]]:
-    """Reads the `config.json` of each part and that of the scheduler, by subfolder; "" is the index."""
+    """Reads the `config.json` of each part and that of the scheduler, by subfolder.
+
+    Also "model_index" and, for models with two, "tokenizer_config": that of the second tokenizer.
+    """
     jsons = {part: _read_json(folder / part / "config.json") for part in parts}
     jsons["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
-    jsons[""] = _read_json(folder / "model_index.json")
+    for file in (folder / name for name in ("model_index.json", "tokenizer_2/tokenizer_config.json")):
+        if file.is_file():
+            jsons[file.stem] = _read_json(file)
     return jsons
 
 
@@ -189,18 +194,7 @@ def config_from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str = "d
 def fields_from_diffusers(jsons: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Translates the contents of the four `config.json`s into the fields of our config."""
     flow = jsons["scheduler"].get("_class_name") == FLOW_SCHEDULER
-    ours: dict[str, dict[str, Any]] = {}
-    for part, table in _tables(flow).items():
-        ours[part], theirs = {}, jsons[part]
-        for field, key, *absent in FIELDS[table]:
-            if key not in theirs and not absent:
-                raise ModelError(f"the config of its {part} lacks {key}")
-            ours[part][field] = _one(theirs.get(key, *absent), field in LISTS)
-            if isinstance(ours[part][field], tuple) and field not in LISTS:
-                raise ModelError(f"its {part} has {key} = {short(theirs[key])}, where one value is built in")
-        for key, fixed in FIXED[table].items():
-            if _one(theirs.get(key, fixed)) != fixed:
-                raise ModelError(f"its {part} has {key} = {short(theirs[key])}, which is not built in")
+    ours = {part: translated(jsons[part], table, part) for part, table in _tables(flow).items()}
     unet, blocks = ours["unet"], jsons["unet"].get("down_block_types")
     if not isinstance(blocks, list):
         raise ModelError("the config of its unet lacks down_block_types")
@@ -242,6 +236,28 @@ def fields_from_diffusers(jsons: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     }
 
 
+def translated(theirs: Mapping[str, Any], table: str, part: str) -> dict[str, Any]:
+    """Translates one config by a table of `FIELDS` and `FIXED`. part: its subfolder, for messages."""
+    return by_fields(theirs, FIELDS[table], FIXED[table], part)
+
+
+def by_fields(
+    theirs: Mapping[str, Any], fields: Iterable[tuple[Any, ...]], fixed: Mapping[str, Any], part: str
+) -> dict[str, Any]:
+    """The same by fields, and by keys of which one value is built in."""
+    ours = {}
+    for field, key, *absent in fields:
+        if key not in theirs and not absent:
+            raise ModelError(f"the config of its {part} lacks {key}")
+        ours[field] = _one(theirs.get(key, *absent), field in LISTS)
+        if isinstance(ours[field], tuple) and field not in LISTS:
+            raise ModelError(f"its {part} has {key} = {short(theirs[key])}, where one value is built in")
+    for key, value in fixed.items():
+        if _one(theirs.get(key, value)) != value:
+            raise ModelError(f"its {part} has {key} = {short(theirs[key])}, which is not built in")
+    return ours
+
+
 def _are_betas(value: Any, steps: int) -> bool:
     """True for one number between 0 and 1 for each training step."""
     are_numbers = isinstance(value, tuple) and all(isinstance(beta, int | float) for beta in value)
@@ -271,14 +287,7 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         part: {key: getattr(ours[part], field) for field, key, *_ in FIELDS[table]} | FIXED[table]
         for part, table in _tables(flow).items()
     }
-    jsons["text_encoder"] |= {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "intermediate_size": 4 * config.clip.width,
-        "bos_token_id": config.clip.vocab_size - 2,
-        "eos_token_id": config.clip.vocab_size - 1,
-        "pad_token_id": config.clip.vocab_size - 1,
-    }
+    jsons["text_encoder"] = clip_to_diffusers(config.clip)
     levels = len(config.vae.channels)
     jsons["vae"] |= {
         "_class_name": "AutoencoderKL",
@@ -304,6 +313,20 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         if config.schedule.zero_terminal_snr or config.schedule.timestep_spacing:
             jsons["scheduler"]["timestep_spacing"] = "trailing"
     return jsons
+
+
+def clip_to_diffusers(config: CLIPConfig) -> dict[str, Any]:
+    """Translates the config of a text encoder into the contents of its `config.json`."""
+    return {
+        **{key: getattr(config, field) for field, key, *_ in FIELDS["text_encoder"]},
+        **FIXED["text_encoder"],
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "intermediate_size": 4 * config.width,
+        "bos_token_id": config.vocab_size - 2,
+        "eos_token_id": config.vocab_size - 1,
+        "pad_token_id": config.vocab_size - 1,
+    }
 
 
 def model_index(config: ModelConfig) -> dict[str, Any]:

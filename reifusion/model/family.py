@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .clip import CLIP
-from .config import MINI, SD15, SD21, ModelConfig
+from .config import MINI, SD15, SD21, CLIPConfig, ModelConfig
 from .decoder import Decoder
 from .diffusers_folder import PARTS, config_from_diffusers, config_to_diffusers, model_index
 from .diffusion import UNet
@@ -25,7 +25,7 @@ from .encoder import Encoder
 from .model_converter import LAYOUT, Layout, structure
 from .pipeline import StableDiffusion
 from .prediction import Prediction
-from .tensors import ModelError
+from .tensors import ModelError, Stored
 from .tokenizer import END, Tokenizer
 from .tokenizer_folder import read_tokenizer, write_tokenizer
 
@@ -54,9 +54,12 @@ class Family:
     index: Callable[[Any], dict[str, Any]]  # of a config: what model_index.json says beside the parts
     build: Callable[[Any], dict[str, nn.Module]]  # of a config: its networks on "meta", shapes without memory
     read_tokenizer: Callable[[Path, Mapping[str, str], Any], Any]  # of a path, a file's header, and a config
-    write_tokenizer: Callable[[Any, Path], None]  # into a folder of diffusers
+    write_tokenizer: Callable[[Any, Path, Any], None]  # into a folder of diffusers, for a config
     suited: Callable[[Any], ModelConfig]  # of a config: the same, with the settings that its pictures need
     pipeline: Callable[[Any], type[StableDiffusion]]  # of a config: what draws with it
+    # of a path and its tensors: all tensors of the model, under their usual names, in files beside it too
+    completed: Callable[[Path, dict[str, Stored]], dict[str, Stored]] = lambda path, tensors: tensors
+    header: Callable[[Any], dict[str, str]] = lambda tokenizer: {}  # of a tokenizer: more for a file's header
 
 
 # What is built
@@ -123,19 +126,13 @@ def like(preset: ModelConfig, shapes: Shapes, kind: ModelConfig | None = None) -
     kind = kind or structure(shapes, "native")
     vae_levels, unet_levels = range(len(kind.vae.channels)), range(len(kind.unet.channels))
     rows = [1 + level * (kind.unet.layers + 1) for level in unet_levels]
-    clip: dict[str, Any] = {
-        "vocab_size": size("clip.embedding.token.weight", 0),
-        "context_length": size("clip.embedding.position", 0),
-        "width": size("clip.embedding.position", 1),
-        "layers": kind.clip.layers,
-    }
     vae: dict[str, Any] = {
         "in_channels": size("encoder.conv_in.weight", 1),
         "latent_channels": size("decoder.post_quant.weight", 0),
         "channels": tuple(size(f"encoder.down.{i}.0.conv_1.weight", 0) for i in vae_levels),
         "layers": kind.vae.layers,
     }
-    words = "diffusion.middle.1.layers.0.cross_attention.kv.weight"
+    words = next((name for name in shapes if name.endswith(".cross_attention.kv.weight")), "")
     unet: dict[str, Any] = {
         "in_channels": size("diffusion.down.0.0.weight", 1) // preset.unet.patch**2,
         "out_channels": size("diffusion.conv_out.weight", 0) // preset.unet.patch**2,
@@ -148,10 +145,17 @@ def like(preset: ModelConfig, shapes: Shapes, kind: ModelConfig | None = None) -
     }
     return replace(
         preset,
-        clip=replace(preset.clip, **clip),
+        clip=clip_like(preset.clip, shapes, "clip", kind.clip.layers),
         vae=replace(preset.vae, **vae),
         unet=replace(preset.unet, **unet),
     )
+
+
+def clip_like(preset: CLIPConfig, shapes: Shapes, name: str, layers: int) -> CLIPConfig:
+    """Returns a text encoder's preset with the sizes of these shapes, and with that many layers."""
+    vocabulary = size_of(shapes, f"{name}.embedding.token.weight", 0)
+    length, width = (size_of(shapes, f"{name}.embedding.position", axis) for axis in (0, 1))
+    return replace(preset, vocab_size=vocabulary, context_length=length, width=width, layers=layers)
 
 
 _GUIDANCE = "diffusion.time_embedding.guidance.weight"
@@ -206,7 +210,7 @@ STABLE_DIFFUSION = Family(
     index=model_index,
     build=build,
     read_tokenizer=tokenizer_of,
-    write_tokenizer=lambda tokenizer, folder: write_tokenizer(tokenizer, folder / "tokenizer"),
+    write_tokenizer=lambda tokenizer, folder, config: write_tokenizer(tokenizer, folder / "tokenizer"),
     suited=suited,
     pipeline=lambda config: StableDiffusion,
 )

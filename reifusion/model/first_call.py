@@ -52,7 +52,7 @@ def generate(
         idle_device=idle_device or pipe.idle_device,
     ).generate(
         prompt,
-        uncond_prompt="" if uncond_prompt is None else uncond_prompt,
+        uncond_prompt=uncond_prompt,
         input_image=input_image,
         strength=strength,
         do_cfg=do_cfg,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, UNetConfig, VAEConfig
+from .config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from .diffusers_folder import open_folder
 from .diffusion import Layer, plan
 from .tensors import ModelError, TensorFile
@@ -32,8 +32,8 @@ NETWORKS = ("clip", "encoder", "decoder", "diffusion")  # without one of these, 
 # One section for each kind of block, one row for each of its layers. How a row is read:
 #   {q,k,v}    three of their layers, stacked in this order, are one of ours
 #   -          the block itself is the layer
-#   ….weight   the row is this one tensor, as is ….bias; every other row is a layer, which has a .weight and
-#              perhaps a .bias
+#   ….weight   the row is this one tensor, as is ….bias, and a row that ends with "tensor"; every other row is
+#              a layer, which has a .weight and perhaps a .bias
 #   …ᵀ         their tensor is ours transposed
 #   …⇅         of their tensor's rows, the second half is our first
 TABLE = """
@@ -136,18 +136,21 @@ Block = tuple[str, str, str, str]
 
 def blocks(config: ModelConfig, open_clip: bool) -> Iterator[Block]:
     """Yields every block of a model. open_clip: CompVis's names of the text encoder are those of SD 2.x."""
-    kind, cv, cv_layers = "clip", "cond_stage_model.transformer.text_model", "encoder.layers"
-    if open_clip:
-        kind, cv, cv_layers = "open clip", "cond_stage_model.model", "transformer.resblocks"
-    df = "text_encoder.text_model"
-    yield kind, "clip", cv, df
-    for i in range(config.clip.layers):
-        yield f"{kind} layer", f"clip.layers.{i}", f"{cv}.{cv_layers}.{i}", f"{df}.encoder.layers.{i}"
-    yield from _vae_blocks(config.vae)
-    yield from _unet_blocks(config.unet)
+    cv = "cond_stage_model.model" if open_clip else "cond_stage_model.transformer.text_model"
+    yield from clip_blocks(config.clip, open_clip, "clip", cv, "text_encoder.text_model")
+    yield from vae_blocks(config.vae)
+    yield from unet_blocks(config.unet)
 
 
-def _vae_blocks(config: VAEConfig) -> Iterator[Block]:
+def clip_blocks(config: CLIPConfig, open_clip: bool, ours: str, cv: str, df: str) -> Iterator[Block]:
+    """Yields the blocks of a text encoder, whose names begin so. open_clip: CompVis's are OpenCLIP's."""
+    kind, layers = ("open clip", "transformer.resblocks") if open_clip else ("clip", "encoder.layers")
+    yield kind, ours, cv, df
+    for i in range(config.layers):
+        yield f"{kind} layer", f"{ours}.layers.{i}", f"{cv}.{layers}.{i}", f"{df}.encoder.layers.{i}"
+
+
+def vae_blocks(config: VAEConfig) -> Iterator[Block]:
     levels = len(config.channels)
     for half, side, layers in ("encoder", "down", config.layers), ("decoder", "up", config.layers + 1):
         cv, df = f"first_stage_model.{half}", f"vae.{half}"
@@ -168,7 +171,7 @@ def _vae_blocks(config: VAEConfig) -> Iterator[Block]:
     yield "conv", "decoder.post_quant", "first_stage_model.post_quant_conv", "vae.post_quant_conv"
 
 
-def _unet_blocks(config: UNetConfig) -> Iterator[Block]:
+def unet_blocks(config: UNetConfig) -> Iterator[Block]:
     cv = "model.diffusion_model"
     yield "unet", "diffusion", cv, "unet"
     if config.guidance_width is not None:
@@ -255,7 +258,10 @@ ALIASES = (
         r"\1.layers.0.",
     ),
     # transformers 5 saves a CLIPTextModel without `text_model.`
-    (r"(cond_stage_model\.transformer|text_encoder)\.(?=embeddings|encoder|final_layer)", r"\1.text_model."),
+    (
+        r"((?:cond_stage_model|conditioner\.embedders\.0)\.transformer|text_encoder)\.(?=embeddings|encoder|final_layer)",
+        r"\1.text_model.",
+    ),
     # diffusers before 0.15 named the layers of the VAE's attention differently
     (r"(vae\.\w+\.mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
     (r"(vae\.\w+\.mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
@@ -327,7 +333,7 @@ def structure(names: Collection[str], format: str) -> ModelConfig:
         numbers[what] = {m.groups() for name in names if (m := pattern.match(name))}
     levels, vae_levels = len(numbers["halvings"]) + 1, len(numbers["vae_levels"])
     layers = len(numbers["unet_layers"]) // levels
-    # diffusers's names have the number of the level; the others have that of the row, as in `_unet_blocks`.
+    # diffusers's names have the number of the level; the others have that of the row, as in `unet_blocks`.
     per_row = 1 if format == "diffusers" else layers + 1
     transformers = {((int(i) - (format != "diffusers")) // per_row, d) for i, d in numbers["transformers"]}
     depths = Counter(level for level, _ in transformers)
@@ -377,7 +383,7 @@ def rules(
         kind, rows = section.split("]")
         sections[kind] = [row.split() for row in rows.splitlines() if row]
     # The blocks with pointwise layers (all except the norm), and the formats that have convolutions there.
-    linear = config.unet.linear_projection
+    linear = not isinstance(config.unet, UNetConfig) or config.unet.linear_projection
     convolutions = {"vae attention": ("compvis",), "attention": () if linear else ("compvis", "diffusers")}
     found, column = [], FORMATS.index(format)
     for kind, *names in layout.blocks(config, open_clip):
@@ -387,7 +393,8 @@ def rules(
             theirs = theirs.removesuffix(turn)
             stack = re.search(r"\{(.*)\}", theirs)
             parts = [theirs.replace(stack[0], x) for x in stack[1].split(",")] if stack else [theirs]
-            for suffix in ("",) if row[2].endswith((".weight", ".bias")) else (".weight", ".bias"):
+            alone = row[-1].endswith((".weight", ".bias", "tensor"))
+            for suffix in ("",) if alone else (".weight", ".bias"):
                 pointwise = kind in convolutions and row[0] != "norm" and suffix == ".weight"
                 convolution = pointwise and format in convolutions[kind]
                 theirs_with = tuple(part + suffix for part in parts)

@@ -151,7 +151,7 @@ class StableDiffusion:
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
         noise = self._noise(request, generators)
         latents, step, extra = begin(self.config, request, sampler, noise, self.encode_image)
-        with self._borrow("diffusion") as unet:
+        with self.borrow("diffusion") as unet:
             denoiser = as_gradients_are(self.denoiser(self.around(unet), request))
             network, watch = beside(denoiser, extra), Watch(unet)
             # 3. Denoising loop
@@ -190,22 +190,27 @@ class StableDiffusion:
 
         grad: the vectors have derivatives towards the text encoder's weights.
         """
-        if clip_skip >= self.config.clip.layers:
-            raise ValueError(f"clip_skip must be less than {self.config.clip.layers}, not {clip_skip}")
         distinct = list(dict.fromkeys(prompts))
         warn_of_syntax(distinct)
-        tokens = torch.tensor([self.tokenizer.encode(prompt) for prompt in distinct])  # (D, 77)
-        with self._borrow("clip") as clip, torch.set_grad_enabled(grad):
-            encode = as_gradients_are(partial(clip, skip=clip_skip))
-            context = finite(encode(tokens.to(self.device)), "the text encoder", clip)  # (D, 77, 768)
+        with torch.set_grad_enabled(grad):
+            context = self.vectors(distinct, clip_skip)  # (D, 77, 768)
             return context[[distinct.index(prompt) for prompt in prompts]].to(self.dtype)
+
+    def vectors(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
+        """B prompts -> (B, 77, 768), in the dtype of the text encoder."""
+        if clip_skip >= self.config.clip.layers:
+            raise ValueError(f"clip_skip must be less than {self.config.clip.layers}, not {clip_skip}")
+        tokens = torch.tensor([self.tokenizer.encode(prompt) for prompt in prompts])  # (B, 77)
+        with self.borrow("clip") as clip:
+            encode = as_gradients_are(partial(clip, skip=clip_skip))
+            return finite(encode(tokens.to(self.device)), "the text encoder", clip)
 
     def encode_image(self, pixels: Tensor, *, grad: bool = False) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), float32: the mean; its noise is far below ours.
 
         grad: the latents have derivatives towards pixels and weights.
         """
-        with self._borrow("encoder") as encoder, torch.set_grad_enabled(grad):
+        with self.borrow("encoder") as encoder, torch.set_grad_enabled(grad):
             encode = as_gradients_are(encoder)
             latents = exact(encode(pixels.to(self.device, _dtype(encoder))))
             return finite(latents, "the VAE's encoder", encoder)
@@ -215,7 +220,7 @@ class StableDiffusion:
 
         grad: the pixels have derivatives towards latents and weights.
         """
-        with self._borrow("decoder") as decoder, torch.set_grad_enabled(grad):
+        with self.borrow("decoder") as decoder, torch.set_grad_enabled(grad):
             return torch.cat([_decoded(decoder, z) for z in latents.to(self.device).split(1)])
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -249,7 +254,7 @@ class StableDiffusion:
         return noise if request.noise is None else as_large(request.noise, noise, "noise")
 
     @contextmanager
-    def _borrow(self, name: str) -> Generator[nn.Module, None, None]:
+    def borrow(self, name: str) -> Generator[nn.Module, None, None]:
         """A network, on the device while in use and on idle_device afterwards."""
         try:
             yield self.models[name].to(self.device)

@@ -29,7 +29,7 @@ class Request:
     """
 
     prompt: Prompt  # one picture for each; may be empty
-    negative: Prompt = ""  # what to keep away from: one for all prompts, or one for each
+    negative: Prompt | None = None  # what to keep away from: one for all prompts, or one for each
     _: KW_ONLY
     init_image: Picture | None = None  # img2img: begin with this picture, not with noise alone
     mask: Picture | None = None  # inpainting: white is redrawn; black and transparent parts are kept
@@ -193,7 +193,7 @@ def in_each_turn(
     return list(zip(words, others))
 
 
-def _for_turns(given: Prompt, encoded: Tensor, turns: int, num: int) -> list[Tensor]:
+def _for_turns(given: Prompt | None, encoded: Tensor, turns: int, num: int) -> list[Tensor]:
     """The words of one side for each turn, (B, 77, 768): those that were given, if they are vectors."""
     if not isinstance(given, Tensor):
         return [encoded] * turns

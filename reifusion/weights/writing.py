@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import families
 from ..files import whole
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, UNetConfig
 from ..model.family import Family
 from ..model.model_converter import convert
 from ..model.model_loader import state_dict
@@ -42,7 +42,7 @@ def save(
     for what a format cannot hold.
     """
     path = Path(path)
-    if to != "native" and config.unet.patch > 1:
+    if to != "native" and isinstance(config.unet, UNetConfig) and config.unet.patch > 1:
         raise ModelError(f"the format {to} knows no U-Net that sees latents in patches; native does")
     if to != "native" and dtype == torch.int8:
         raise ModelError(f"the format {to} knows no numbers of 8 bits; native does")
@@ -64,7 +64,7 @@ def save(
     tensors = {key: x.detach().cpu().contiguous() for key, x in converted.items()}
     tensors = eight_bits(tensors) if dtype == torch.int8 else {k: x.to(dtype) for k, x in tensors.items()}
     header = {**(metadata or {}), "format": "reifusion" if to == "native" else "pt"}
-    header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer)}
+    header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer), **family.header(tokenizer)}
     if config.__class__ is not ModelConfig:
         header["family"] = family.name
     with whole(path) as temporary:
@@ -148,7 +148,7 @@ def _write_folder(
         if own := {key.removeprefix(start): x for key, x in tensors.items() if key.startswith(start)}:
             name = "model" if theirs else "diffusion_pytorch_model"
             write_tensors(own, folder / part / f"{name}.safetensors", {"format": "pt"})
-    family.write_tokenizer(tokenizer, folder)
+    family.write_tokenizer(tokenizer, folder, config)
     for path in folder.glob("tokenizer*"):
         kind = json.loads((path / "tokenizer_config.json").read_text("utf-8"))["tokenizer_class"]
         index[path.name] = ["transformers", kind]
