@@ -26,7 +26,6 @@ class T5Config:
     """The sizes of the encoder. The defaults are those of T5 1.1 XXL, which Stable Diffusion 3 uses."""
 
     vocab_size: int = 32128
-    length: int = 256  # tokens that a text is padded to
     width: int = 4096
     layers: int = 24
     heads: int = 64

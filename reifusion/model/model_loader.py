@@ -34,7 +34,7 @@ FAMILIES = (STABLE_DIFFUSION,)
 MINI_PATH = Path(__file__).parent.parent / "data" / "mini.safetensors"
 
 # The keys in a header that belong to the model. All others are the user's.
-OWN_KEYS = ("format", "family", "config", "tokenizer", "pad", "vocabulary", "exact")
+OWN_KEYS = ("format", "family", "config", "tokenizer", "pad", "vocabulary", "exact", "t5")
 
 # Relatives that are recognised by the name of a tensor, to say what they are.
 RELATIVES = (
@@ -206,6 +206,7 @@ def _open(
         file = TensorFile(path)
         tensors, header = file.tensors(), file.metadata
         family, names = family_of(tensors, header, families), list(tensors)
+    tensors = family.completed(path, tensors)
     for pattern, what in RELATIVES + (STRANGERS if family is families[-1] else ()):
         if any(re.match(pattern, name) for name in names):
             raise ModelError(f"{path} is {what}")
@@ -332,7 +333,8 @@ def _networks(checkpoint: _Checkpoint) -> tuple[dict[str, nn.Module], list[str]]
 def _config_from_header(header: Mapping[str, str], kind: type[ModelConfig]) -> ModelConfig | None:
     """Reads the config that `save` wrote. Returns None for another program's config."""
     try:
-        given = _up_to_date(json.loads(header["config"]))
+        given = json.loads(header["config"])
+        given = _up_to_date(given) if kind is ModelConfig else given
         for name, hint in get_type_hints(kind).items():
             kinds = get_args(hint) or (hint,)  # of `X | None`, both
             if is_dataclass(kinds[0]) and not (given[name] is None and type(None) in kinds):

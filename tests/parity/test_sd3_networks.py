@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from reifusion.families.mmdit import MMDiT, MMDiTConfig
-from reifusion.families.sd3_names import expand, mmdit_blocks, t5_blocks
+from reifusion.families.sd3_names import TABLE, mmdit_blocks, t5_blocks
 from reifusion.families.t5 import T5, T5Config, bucket
+from reifusion.model.config import ModelConfig
+from reifusion.model.model_converter import Block, Layout, rules, structure
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -48,10 +50,11 @@ def randomize(network: nn.Module) -> nn.Module:
     return network
 
 
-def translated(network: nn.Module, blocks: list, prefix: str) -> dict[str, Tensor]:
+def translated(network: nn.Module, blocks: list[Block], prefix: str) -> dict[str, Tensor]:
     """A network's tensors in diffusers's names; every tensor is used once."""
     ours, theirs = dict(network.state_dict()), {}
-    for rule in expand(iter(blocks), 2):
+    layout = Layout(lambda config, open_clip: iter(blocks), structure, TABLE)
+    for rule in rules(ModelConfig(), "diffusers", layout=layout):
         if (x := ours.pop(rule.ours.split(".", 1)[1], None)) is not None:
             for name, part in zip(rule.theirs, rule.split(x), strict=True):
                 assert name not in theirs

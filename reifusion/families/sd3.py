@@ -1,0 +1,159 @@
+"""Stable Diffusion 3 and 3.5: three text encoders, a transformer in place of the U-Net, and rectified flow.
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+arXiv:2403.03206. The transformer is in `mmdit.py`, the third encoder in `t5.py`, and what its files are like
+in `sd3_files.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..model import family
+from ..model.config import CLIPConfig, ModelConfig, ScheduleConfig, VAEConfig
+from ..model.decoder import Decoder
+from ..model.encoder import Encoder
+from ..model.finite import finite
+from ..model.guidance import Denoiser
+from ..model.pipeline import StableDiffusion, as_gradients_are
+from ..model.request import Request
+from ..model.tokenizer import Tokenizer
+from .flow_solver import FlowDPMPP2MSampler as FlowDPMPP2MSampler
+from .mmdit import MMDiT, MMDiTConfig
+from .sdxl import BIG_G, TextEncoder, padding_with
+from .t5 import T5, T5Config
+from .unigram import Unigram
+
+SD3_VAE = VAEConfig(latent_channels=16, scale_factor=1.5305, shift=0.0609, quant=False)
+
+
+@dataclass(frozen=True)
+class SD3Config(ModelConfig):
+    """A model of this family. The defaults are the first's, of 2 billion parameters ("medium")."""
+
+    name: str = "sd3-medium"
+    size: int = 1024
+    vae: VAEConfig = SD3_VAE
+    unet: MMDiTConfig = field(default_factory=MMDiTConfig)  # type: ignore[assignment]  # in its place
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(prediction_type="flow", shift=3.0)
+    )
+    sampler: str = "flow"
+    steps: int = 28
+    cfg: float = 5.0
+    clip_2: CLIPConfig = BIG_G
+    pooled: tuple[int, int] = (768, 1280)  # the widths of the vectors for the whole text, one from each CLIP
+    t5: T5Config | None = field(default_factory=T5Config)  # None: its vectors are zeros
+    t5_length: int = 256  # tokens
+    pad_2: str = "!"  # the token that fills up the second encoder's texts
+
+    @property
+    def rows(self) -> int:
+        """How many rows behind the words hold the vector for the whole text."""
+        return -(-sum(self.pooled) // self.unet.context_width)
+
+
+MEDIUM = SD3Config()
+MEDIUM_35 = SD3Config(
+    name="sd3.5-medium",
+    unet=MMDiTConfig(positions=384, qk_norm=True, dual_attention=tuple(range(13))),
+    steps=40,
+)
+LARGE_35 = SD3Config(
+    name="sd3.5-large", unet=MMDiTConfig(layers=38, heads=38, width=2432, qk_norm=True), steps=40, cfg=4.5
+)
+PRESETS = (MEDIUM, MEDIUM_35, LARGE_35)
+
+
+def build(config: SD3Config) -> dict[str, nn.Module]:
+    """The networks of a config on PyTorch's "meta" device: shapes without memory."""
+
+    def make() -> dict[str, nn.Module]:
+        networks: dict[str, nn.Module] = {
+            "clip": TextEncoder(config.clip, config.pooled[0]),
+            "clip_2": TextEncoder(config.clip_2, config.pooled[1]),
+            "encoder": Encoder(config.vae),
+            "decoder": Decoder(config.vae),
+            "diffusion": MMDiT(config.unet),
+        }
+        return networks if config.t5 is None else {**networks, "t5": T5(config.t5)}
+
+    return family.without_memory(make)
+
+
+class Tokenizers(Tokenizer):
+    """CLIP's tokenizer, and beside it T5's."""
+
+    t5: Unigram | None = None  # None: T5 is not used, and its vectors are zeros
+
+
+@dataclass(repr=False)
+class StableDiffusion3(StableDiffusion):
+    """Draws with models of this family.
+
+    Behind the words of all three encoders, as more rows of the same tensor, rides the vector for the whole
+    text, filled up with zeros.
+    """
+
+    def vectors(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
+        """B prompts -> (B, 77 + 256 + 1, 4096), in the dtype of the text encoders"""
+        config = self._config
+        padded = padding_with(self.tokenizer, config.pad_2)
+        words, whole = self._clip("clip", prompts, self.tokenizer, clip_skip)
+        more, whole_2 = self._clip("clip_2", prompts, padded, clip_skip)
+        width = config.unet.context_width
+        # §4, Esser et al. 2024: both CLIPs' words side by side, then zeros; and behind them T5's
+        clips = torch.cat([words, more], dim=-1)  # (B, 77, 768), (B, 77, 1280) -> (B, 77, 2048)
+        clips = F.pad(clips, (0, width - clips.shape[-1]))  # -> (B, 77, 4096)
+        pooled = torch.cat([whole, whole_2], dim=-1)  # (B, 768), (B, 1280) -> (B, 2048)
+        pooled = F.pad(pooled, (0, config.rows * width - pooled.shape[-1])).unflatten(1, (config.rows, width))
+        return torch.cat([clips, self._t5(prompts).to(clips), pooled], dim=1)
+
+    @property
+    def _config(self) -> SD3Config:
+        return cast(SD3Config, self.config)
+
+    def _clip(
+        self, name: str, prompts: Sequence[str], tokenizer: Tokenizer, clip_skip: int
+    ) -> tuple[Tensor, Tensor]:
+        """B prompts -> words of the last layer but one, (B, 77, width), and whole texts, (B, pooled)"""
+        texts = [tokenizer.encode(prompt) for prompt in prompts]
+        tokens, ends = torch.tensor(texts), torch.tensor([text.index(tokenizer.end) for text in texts])
+        with self.borrow(name) as clip:
+            encoder = cast(TextEncoder, clip)
+
+            def both(tokens: Tensor, ends: Tensor) -> Tensor:
+                words, whole = encoder.both(tokens, ends, clip_skip)
+                return torch.cat([words.flatten(1), cast(Tensor, whole)], dim=1)  # in one tensor
+
+            made = as_gradients_are(both)(tokens.to(self.device), ends.to(self.device))
+            finite(made, "the text encoder", clip)
+        shape = tokens.shape[1], encoder.config.width
+        words, whole = made.split([shape[0] * shape[1], made.shape[1] - shape[0] * shape[1]], dim=1)
+        return words.unflatten(1, shape), whole
+
+    def _t5(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> T5's words, (B, 256, 4096); zeros without T5"""
+        config, tokenizer = self._config, getattr(self.tokenizer, "t5", None)
+        if config.t5 is None or tokenizer is None:
+            shape = len(prompts), config.t5_length, config.unet.context_width
+            return torch.zeros(shape, device=self.device)
+        tokens = torch.tensor([tokenizer.encode(prompt) for prompt in prompts])  # (B, 256)
+        with self.borrow("t5") as t5:
+            return finite(as_gradients_are(t5)(tokens.to(self.device)), "T5", t5)
+
+    def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
+        """The transformer, as the loop calls it: with the words, and with the vector for the whole text."""
+        config, dtype = self._config, self.dtype
+
+        def denoise(x: Tensor, context: Tensor, t: Tensor) -> Tensor:
+            words, rows = context[:, : -config.rows], context[:, -config.rows :]
+            return unet(x.to(dtype), words, t, rows.flatten(1)[:, : config.unet.pooled_width])
+
+        return denoise
