@@ -6,9 +6,9 @@ GroupNorm and for the result, which takes the place of the block's input. That i
 again, in a quarter of the memory. On a CPU, where arithmetic is dear, `bands.py` stores more.
 
 Memory is all that PyTorch allocates beside weights and latents, including the room that cuDNN asks for. At
-1024² in half precision, the layers as they are took 1,879 MB of an H200. By rows, the map of 128 channels (268
-MB) and the one that it is made of (134 MB) are stored, bands take 32 MB, and cuDNN's room comes on top. A first
-version, which made the last layer from 171 MB at a time, took 645 MB there; counting had foretold 644.
+1024² in half precision, the layers as they are took 1,879 MB of an H200. By rows, the map of 128 channels and
+the one that it is made of are stored (268 and 134 MB), bands take 32 MB, and cuDNN's room comes on top. A
+first version made the last layer from 171 MB at a time and took 645 MB there; counting had foretold 644.
 """
 
 from __future__ import annotations
