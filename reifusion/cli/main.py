@@ -29,6 +29,7 @@ from .lora import app as lora
 from .models import convert, info
 from .studio import studio
 from .train import train
+from .vae import app as vae
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Stable Diffusion from scratch.")
 app.command()(generate)
@@ -36,6 +37,7 @@ app.command()(info)
 app.command()(convert)
 app.command()(evaluate)
 app.add_typer(lora, name="lora")
+app.add_typer(vae, name="vae")
 
 # These two read their arguments themselves.
 whole_line: dict[str, Any] = {

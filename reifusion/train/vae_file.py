@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,17 +14,17 @@ from ..files import whole
 from ..model.config import ModelConfig
 from ..model.tensors import ModelError
 from ..weights import load
+from ..weights.vae import FORMAT
 from ..weights.writing import write_tensors
 from .vae import VAE
-
-FORMAT = "reifusion-vae"  # the header's "format", which tells such a file from a whole model
 
 
 def save_vae(vae: VAE, path: Path) -> None:
     """Writes both halves, whole or not at all."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in vae.state_dict().items()}
+    config = json.dumps(asdict(vae.encoder.config))
     with whole(path) as temporary:
-        write_tensors(tensors, temporary, {"format": FORMAT})
+        write_tensors(tensors, temporary, {"format": FORMAT, "config": config})
 
 
 def is_vae(source: str) -> bool:

@@ -1,0 +1,65 @@
+"""`reifusion vae …`: a VAE by itself, whatever the file it is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..files import free, named, writable
+
+app = typer.Typer(help="A VAE by itself: a picture drawn through it, and its file in another format.")
+File = Annotated[str, typer.Argument(metavar="FILE", help="A VAE, or a model with one.")]
+
+
+@app.command()
+def show(
+    file: File,
+    picture: Annotated[str, typer.Argument(metavar="PICTURE", help="Any picture.")] = "",
+    out: Annotated[str, typer.Option(help="The folder to write to.")] = "explain",
+) -> None:
+    """Draws a picture, or a test card, through a VAE: what comes back, the error, and the latents."""
+    from ..model.pictures import read_picture
+
+    given = read_picture(picture) if picture else None
+    with writable(Path(out)):
+        pipe = _load(file)
+        from ..explain.latents import round_trip
+
+        exhibit = round_trip(pipe, given)
+        path = free(Path(out) / f"vae-{pipe.config.name}-{Path(picture).stem or 'test-card'}.png")
+        exhibit.save(path)
+    print(exhibit.alt)
+    print(path)
+
+
+@app.command()
+def convert(
+    file: File,
+    target: Annotated[str, typer.Argument(metavar="DST", help="What to write.")],
+    to: Annotated[str, typer.Option(help="native, compvis (one file) or diffusers (a folder).")],
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.", show_default="as it is")] = "",
+) -> None:
+    """Writes a VAE alone, bit for bit unless --dtype says otherwise."""
+    from ..api import DTYPES
+    from ..model.model_converter import FORMATS
+    from ..weights.vae import save_vae
+
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"there is no dtype {dtype!r} to write; there are {', '.join(DTYPES)}")
+    if to not in FORMATS:
+        raise ValueError(f"there is no format {to!r}; there are {', '.join(FORMATS)}")
+    if to != "diffusers" and not target.endswith(".safetensors"):
+        raise ValueError(f"the format {to} is a .safetensors file, not {target}")
+    if named(target).exists():
+        raise ValueError(f"{target} is there already, and nothing is overwritten")
+    with writable(Path(target).parent):
+        save_vae(_load(file), target, to, DTYPES.get(dtype))
+    print(target)
+
+
+def _load(file: str) -> Any:
+    from ..weights.vae import load_vae
+
+    return load_vae(file)
