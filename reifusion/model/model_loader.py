@@ -340,7 +340,7 @@ def _config_from_header(header: Mapping[str, str], kind: type[ModelConfig]) -> M
             if is_dataclass(kinds[0]) and not (given[name] is None and type(None) in kinds):
                 fields = {key: tuple(x) if isinstance(x, list) else x for key, x in given[name].items()}
                 given[name] = cast(Any, kinds[0])(**fields)
-        return kind(**given)
+        return kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in given.items()})
     except (ValueError, TypeError, KeyError, AttributeError):
         if header.get("format") != "reifusion":
             return None

@@ -1,0 +1,346 @@
+"""Compares Stable Diffusion 3 with diffusers's pipeline: text stage, files and pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import reifusion
+from reifusion import weights
+from reifusion.families.mmdit import MMDiTConfig
+from reifusion.families.sd3 import SD3Config, StableDiffusion3, Tokenizers
+from reifusion.families.t5 import T5Config
+from reifusion.families.unigram import Unigram
+from reifusion.model.config import CLIPConfig, VAEConfig
+from reifusion.model.ddpm import randn
+from reifusion.model.tensors import ModelError
+from reifusion.model.tokenizer import Tokenizer
+from tests.tiny import assert_same_networks, random_networks
+
+diffusers = pytest.importorskip("diffusers")
+
+# Heads are 64 wide, as in all published models, so that shapes alone tell their number.
+TINY = SD3Config(
+    name="tiny-sd3",
+    size=64,
+    clip=CLIPConfig(context_length=16, width=64, layers=3, heads=1),
+    clip_2=CLIPConfig(
+        context_length=16, width=128, layers=2, heads=2, activation="gelu"
+    ),
+    pooled=(64, 96),
+    t5=T5Config(vocab_size=113, width=200, layers=2, heads=4, head_width=20, hidden=60),
+    vae=VAEConfig(
+        latent_channels=16, channels=(32, 64), layers=1, scale_factor=1.5305, shift=0.0609,
+        quant=False,
+    ),
+    unet=MMDiTConfig(
+        layers=3, heads=2, width=128, context_width=200, pooled_width=160, positions=40, qk_norm=True,
+        dual_attention=(0,),
+    ),
+    steps=4,
+)  # fmt: skip
+PIECES = ["<pad>", "</s>", "<unk>", "▁", "▁cat", "▁dog", "c", "a", "t", "d", "o", "g", "▁a"]
+PROMPTS, NEGATIVES = ["a cat", "dog dog cat"], ["cog", ""]
+
+
+def tokenizers() -> Tokenizers:
+    made = Tokenizers(context_length=16)
+    made.t5 = Unigram([(piece, -1.5 * i) for i, piece in enumerate(PIECES)])
+    return made
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    models = random_networks(TINY)
+    models["diffusion"].get_parameter("position").data.normal_(0, 0.3)
+    return models
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sd3") / "tiny"
+    weights.save(TINY, models, path, "diffusers", tokenizers())
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> StableDiffusion3:
+    pipe = reifusion.load(folder, "cpu", "fp32")
+    assert isinstance(pipe, StableDiffusion3)
+    return pipe
+
+
+def theirs_encode(pipe: Any, prompts: list[str], **settings: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        words, _, pooled, _ = pipe.encode_prompt(
+            prompts, prompts, prompts, do_classifier_free_guidance=False, **settings
+        )
+    return words, pooled
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_words_and_pooled_vector_are_the_reference_s(ours, theirs, skip):
+    words, pooled = theirs_encode(theirs, PROMPTS, clip_skip=skip)
+    made = ours.encode_text(PROMPTS, clip_skip=skip)
+    assert made.shape == (2, 16 + 256 + 1, 200)
+    torch.testing.assert_close(made[:, :-1], words, rtol=0, atol=1e-4 * words.abs().max().item())
+    torch.testing.assert_close(made[:, -1, :160], pooled, rtol=0, atol=1e-4 * pooled.abs().max().item())
+    assert made[:, -1, 160:].eq(0).all()
+
+
+def pictures_of(theirs: Any, noise: Tensor, **settings: Any) -> np.ndarray:
+    drawn = theirs(
+        PROMPTS, negative_prompt=NEGATIVES, latents=noise, output_type="np", **settings
+    )  # fmt: skip
+    return (drawn.images * 255).round()
+
+
+def same_share(ours: list[Image.Image], theirs: np.ndarray) -> float:
+    """The share of the pixels' numbers that are within 1 of 255."""
+    return float((np.abs(np.stack([np.asarray(one, float) for one in ours]) - theirs) <= 1).mean())
+
+
+@pytest.mark.parametrize("width, height, cfg, steps", [(48, 32, 4.5, 6), (20, 44, 7.0, 3), (32, 32, 1.0, 4)])
+def test_pictures_are_the_reference_s(ours, theirs, width, height, cfg, steps):
+    noise = randn((2, 16, height // 2, width // 2), [torch.Generator().manual_seed(k) for k in (7, 8)])
+    expected = pictures_of(
+        theirs, noise, width=width, height=height, guidance_scale=cfg, num_inference_steps=steps
+    )
+    assert expected.std() > 5, "the picture says nothing"
+    drawn = ours.generate(
+        PROMPTS, NEGATIVES, seed=7, size=(width, height), cfg=cfg, steps=steps, progress=False
+    )
+    assert same_share(drawn, expected) >= 0.999
+
+
+def test_without_t5_its_words_are_zeros_as_in_the_reference(models, tmp_path):
+    config = replace(TINY, t5=None)
+    without = {name: network for name, network in models.items() if name != "t5"}
+    weights.save(config, without, tmp_path / "tiny", "diffusers", Tokenizer(context_length=16))
+    index = json.loads((tmp_path / "tiny" / "model_index.json").read_text())
+    assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
+    pipe = reifusion.load(tmp_path / "tiny", "cpu", "fp32")
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        tmp_path / "tiny", text_encoder_3=None, tokenizer_3=None
+    )
+    theirs.set_progress_bar_config(disable=True)
+    words, _ = theirs_encode(theirs, PROMPTS)
+    made = pipe.encode_text(PROMPTS)
+    assert made[:, 16:272].eq(0).all() and words[:, 16:].eq(0).all()
+    noise = randn((2, 16, 16, 16), [torch.Generator().manual_seed(k) for k in (3, 4)])
+    expected = pictures_of(theirs, noise, width=32, height=32, guidance_scale=5, num_inference_steps=3)
+    drawn = pipe.generate(PROMPTS, NEGATIVES, seed=3, size=(32, 32), cfg=5, steps=3, progress=False)
+    assert same_share(drawn, expected) >= 0.999
+
+
+# Files
+
+
+def test_a_folder_that_diffusers_wrote_gives_the_same_networks_and_is_used_up(theirs, models, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config, loaded, tokenizer = weights.load(tmp_path / "theirs")
+    assert weights.info(tmp_path / "theirs").unused == ()
+    assert config == replace(TINY, name="theirs", steps=28)
+    assert_same_networks(models, loaded)
+    assert isinstance(tokenizer, Tokenizers) and tokenizer.t5 is not None
+    assert tokenizer.t5.encode("a cat")[:4] == tokenizers().t5.encode("a cat")[:4]
+
+
+@pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
+def test_every_format_gives_everything_back_to_the_bit(models, to, tmp_path):
+    path = tmp_path / ("sd3" if to == "diffusers" else "sd3.safetensors")
+    weights.save(TINY, models, path, to, tokenizers())
+    config, loaded, tokenizer = weights.load(path)
+    assert_same_networks(models, loaded)
+    if to != "diffusers":
+        assert config == TINY and tokenizer.t5.pieces == tokenizers().t5.pieces
+    assert weights.info(path).format == to and weights.info(path).unused == ()
+
+
+@pytest.fixture
+def single(models, tmp_path) -> Path:
+    """A single file as Stability writes it: without a header, and without T5's tokenizer."""
+    path = tmp_path / "sd3.safetensors"
+    weights.save(TINY, models, path, "compvis", tokenizers())
+    save_file(load_file(path), path)
+    return path
+
+
+def test_the_names_in_a_single_file_are_those_that_diffusers_reads(models, single, theirs):
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    names = load_file(single)
+    start = "model.diffusion_model."
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(
+        {name: x for name, x in names.items() if name.startswith(start)}
+    )
+    expected = theirs.transformer.state_dict()
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], x) for name, x in expected.items())
+    t5 = {name: x for name, x in names.items() if name.startswith("text_encoders.t5xxl.transformer.")}
+    whole = theirs.text_encoder_3.state_dict()
+    assert {name.removeprefix("text_encoders.t5xxl.transformer.") for name in t5} == {
+        name for name in whole if "embed_tokens" not in name
+    }
+    clip = "text_encoders.clip_g.transformer."
+    assert all(torch.equal(names[clip + name], x) for name, x in theirs.text_encoder_2.state_dict().items())
+
+
+def test_a_single_file_is_known_by_its_shapes(models, single):
+    (single.parent / "spiece.model").write_bytes(spiece())
+    config, loaded, tokenizer = weights.load(single)
+    assert_same_networks(models, loaded)
+    assert config.unet == TINY.unet and config.t5 == TINY.t5 and config.vae == TINY.vae
+    assert (config.clip, config.clip_2, config.pooled) == (TINY.clip, TINY.clip_2, TINY.pooled)
+    assert config.schedule == TINY.schedule
+    assert tokenizer.t5 is not None and tokenizer.t5.pieces[: len(PIECES)] == tokenizers().t5.pieces
+
+
+def spiece() -> bytes:
+    """A `spiece.model` with PIECES."""
+    from sentencepiece import sentencepiece_model_pb2 as pb2
+
+    model = pb2.ModelProto()
+    for i, piece in enumerate(PIECES):
+        model.pieces.add(piece=piece, score=-1.5 * i)
+    return model.SerializeToString()
+
+
+def test_without_t5_s_tokenizer_t5_is_left_out_with_a_warning(single):
+    with pytest.warns(UserWarning, match=r"T5 is left out, until its spiece\.model lies beside"):
+        _, _, tokenizer = weights.load(single)
+    assert tokenizer.t5 is None
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("place", [".", "text_encoders"])
+def test_text_encoders_beside_the_file_are_found(models, single, place, bare):
+    tensors, rest = load_file(single), {}
+    for part in "clip_l", "clip_g", "t5xxl":
+        start = f"text_encoders.{part}.transformer."
+        own = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+        (single.parent / place).mkdir(exist_ok=True)
+        save_file(own, single.parent / place / f"{part}.safetensors")
+    for name, x in tensors.items():
+        if not name.startswith("text_encoders."):
+            rest[name.removeprefix("model.diffusion_model.") if bare else name] = x
+    save_file(rest, single)
+    with pytest.warns(UserWarning, match="T5 is left out"):
+        _, loaded, _ = weights.load(single)
+    assert_same_networks(models, loaded)
+    shutil.rmtree(single.parent / "text_encoders", ignore_errors=True)
+
+
+def test_a_clip_l_without_a_projection_has_the_identity(models, single):
+    tensors = load_file(single)
+    del tensors["text_encoders.clip_l.transformer.text_projection.weight"]
+    tensors["text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"] = tensors[
+        "text_encoders.t5xxl.transformer.shared.weight"
+    ].clone()
+    save_file(tensors, single)
+    with pytest.warns(UserWarning, match="T5 is left out"):
+        _, loaded, _ = weights.load(single)
+    assert torch.equal(loaded["clip"].get_parameter("projection.weight"), torch.eye(64))
+    assert weights.info(single).unused == ()
+
+
+def test_a_file_without_text_encoders_gets_one_sentence(single):
+    tensors = {name: x for name, x in load_file(single).items() if not name.startswith("text_encoders.")}
+    save_file(tensors, single)
+    with pytest.raises(ModelError, match="there are no tensors for the clip"):
+        weights.load(single)
+
+
+@pytest.mark.parametrize(
+    "part, key, value, says",
+    [
+        ("scheduler", "use_dynamic_shifting", True, "use_dynamic_shifting = True, which is not built in"),
+        ("scheduler", "_class_name", "DDIMScheduler", "its scheduler is 'DDIMScheduler'"),
+        ("transformer", "qk_norm", "layer_norm", "qk_norm = 'layer_norm', which does not fit"),
+        ("transformer", "pooled_projection_dim", 1, "pooled_projection_dim = 1, which does not fit"),
+        ("text_encoder_3", "feed_forward_proj", "relu", "feed_forward_proj = 'relu', which is not built in"),
+        ("vae", "use_post_quant_conv", True, "at one of its two ends alone"),
+    ],
+)
+def test_what_is_not_built_in_is_refused_in_one_sentence(folder, tmp_path, part, key, value, says):
+    shutil.copytree(folder, tmp_path / "copy")
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    file = tmp_path / "copy" / part / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ModelError, match=says):
+        weights.load(tmp_path / "copy")
+
+
+# Drawing from a picture
+
+
+def test_a_picture_drawn_from_a_picture_is_the_reference_s(ours, theirs):
+    other = diffusers.StableDiffusion3Img2ImgPipeline(
+        **{x: y for x, y in theirs.components.items() if x not in ("image_encoder", "feature_extractor")}
+    )
+    other.set_progress_bar_config(disable=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8))
+    noise = randn((1, 16, 16, 24), [torch.Generator().manual_seed(5)])
+    pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        z = theirs.vae.encode(pixels).latent_dist.mean
+    start = (z - TINY.vae.shift) * TINY.vae.scale_factor
+    other.scheduler.set_timesteps(6)
+    timesteps, _ = other.get_timesteps(6, 0.55, "cpu")
+    noisy = other.scheduler.scale_noise(start, timesteps[:1], noise)
+    other.prepare_latents = lambda *args, **kwargs: noisy  # it would draw its own noise
+    expected = other(
+        "a cat", image=picture, negative_prompt="dog", strength=0.55, num_inference_steps=6,
+        guidance_scale=4.0, output_type="np", width=48, height=32,
+    ).images  # fmt: skip
+    drawn = ours.generate(
+        "a cat",
+        "dog",
+        init_image=picture,
+        size=(48, 32),
+        strength=0.55,
+        steps=6,
+        cfg=4.0,
+        seed=5,
+        progress=False,
+    )
+    assert same_share([drawn], (expected * 255).round()) >= 0.999
+
+
+def test_inpainting_keeps_what_is_black_in_the_mask_and_draws_the_rest(ours):
+    picture = Image.new("RGB", (32, 32), (200, 40, 90))
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))
+    drawn = np.asarray(
+        ours.generate(
+            "a cat",
+            init_image=picture,
+            mask=mask,
+            size=(32, 32),
+            strength=1.0,
+            steps=3,
+            seed=1,
+            progress=False,
+        )
+    )
+    assert (drawn[:, :16] == (200, 40, 90)).all() and (drawn[:, 20:] != (200, 40, 90)).any()
