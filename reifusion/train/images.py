@@ -13,6 +13,7 @@ import math
 import os
 import re
 import tarfile
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ class Pictures:
         # When the file was written, and the picture in it; the last to be used at the end.
         self._decoded: OrderedDict[int, tuple[int, Image.Image]] = OrderedDict()
         self._room = ROOM
+        self._lock = threading.Lock()  # of these two
 
     def __len__(self) -> int:
         return len(self.items)
@@ -82,18 +84,30 @@ class Pictures:
         try:
             encoded = self._encoded(item.row)
             stamp = encoded.stat().st_mtime_ns if isinstance(encoded, Path) else 0
-            then, known = self._decoded.pop(i, (None, None))
+            then, known = self._forget(i)
             if known is None or then != stamp:
-                self._room += 0 if known is None else _bytes(known)
                 with _open(encoded) as picture:
                     known = to_rgb(picture)
-                self._room -= _bytes(known)
         except Exception as error:  # for a broken file, Pillow raises errors of nearly any type
             raise DataError(f"the picture {item.name} cannot be read: {error}") from error
-        while self._room < 0 and self._decoded:
-            self._room += _bytes(self._decoded.popitem(last=False)[1][1])
-        self._decoded[i] = stamp, known
+        self._keep(i, stamp, known)
         return known.copy(), item.captions[0]
+
+    def _forget(self, i: int) -> tuple[int, Image.Image | None]:
+        """Takes a picture out of those that are kept; returns when its file was written, and the picture."""
+        with self._lock:
+            stamp, known = self._decoded.pop(i, (0, None))
+            self._room += 0 if known is None else _bytes(known)
+        return stamp, known
+
+    def _keep(self, i: int, stamp: int, picture: Image.Image) -> None:
+        """Keeps a picture, and lets others go that were used longest ago."""
+        self._forget(i)  # another thread may have kept it meanwhile
+        with self._lock:
+            self._room -= _bytes(picture)
+            while self._room < 0 and self._decoded:
+                self._room += _bytes(self._decoded.popitem(last=False)[1][1])
+            self._decoded[i] = stamp, picture
 
     def __iter__(self) -> Iterator[tuple[Image.Image, str]]:
         return (self[i] for i in range(len(self)))

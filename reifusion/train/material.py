@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..files import whole
 from ..model.config import SD15, ModelConfig
 from ..model.tokenizer import Tokenizer
+from .ahead import Ahead
 from .bpe import train_bpe
 from .images import Pictures, open_pictures
 from .latents import cache_latents
@@ -47,7 +48,7 @@ def random_pixels(recipe: Recipe, pictures: Pictures | None = None) -> PixelBatc
 
         return material.random_pixels(processes().device)
     pictures = pictures or own_pictures(recipe)
-    return lambda generator, count, size: pictures.pixel_batch(generator, count, size, recipe.mirror)
+    return Ahead(lambda generator, count, size: pictures.pixel_batch(generator, count, size, recipe.mirror))
 
 
 def captioned_pictures(recipe: Recipe) -> Pictures | Bank:
