@@ -49,11 +49,18 @@ def _of_model(file: str) -> dict[str, Any]:
         **{f"  {name}": f"{number:,}" for name, number in numbers.items()},
         "text": f"{config.clip.layers} layers of {config.clip.width}, {config.clip.vocab_size:,} tokens",
         "vae": f"1/{config.vae.factor} of each side, {config.vae.latent_channels} channels",
-        "unet": f"channels {' '.join(map(str, config.unet.channels))}",
+        **_denoiser(config.unet),
         "schedule": _schedule(schedule, found.prediction_known_from),
         **({"not used": _named(found.unused)} if found.unused else {}),
         **found.metadata,
     }
+
+
+def _denoiser(sizes: Any) -> dict[str, str]:
+    """What there is to say of a U-Net, or of the transformer in its place."""
+    if hasattr(sizes, "channels"):
+        return {"unet": f"channels {' '.join(map(str, sizes.channels))}"}
+    return {"transformer": f"{sizes.layers} blocks of {sizes.width}, patches of {sizes.patch}x{sizes.patch}"}
 
 
 def _of_part(file: str) -> dict[str, Any]:
@@ -89,6 +96,7 @@ def _schedule(schedule: ScheduleConfig, known_from: str) -> str:
     own = "βs of its own" if schedule.trained_betas else schedule.beta_schedule
     words = [] if schedule.prediction_type == "flow" else [own]
     words += [schedule.prediction_type, *(["zero terminal SNR"] if schedule.zero_terminal_snr else [])]
+    words += [] if schedule.shift is None else [f"shift {schedule.shift:g}"]
     return f"{', '.join(words)} ({known_from})"
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..families import lcm
+from ..families import lcm, mmdit
 from ..model import attention, decoder, diffusion
 from ..swap import swap
 from . import bands, compiled, fast, graphs, halves, native
@@ -30,6 +30,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     lcm.LCMUNet: graphs.LCMUNet,
     decoder.Decoder: bands.Decoder,
 }
+# What has a slot for a kernel
+ATTENTION = (attention.SelfAttention, attention.CrossAttention, mmdit.JointAttention)
 PLAIN = {kernel: plain for plain, kernel in FAST.items()}
 
 
@@ -43,7 +45,7 @@ def install(models: Mapping[str, nn.Module], compile: bool = False) -> None:
         for module in network.modules():
             if type(module) in forms:
                 swap(module, forms[type(module)])
-            elif isinstance(module, attention.SelfAttention | attention.CrossAttention):
+            elif isinstance(module, ATTENTION):
                 module.kernel = native.attention
 
 
@@ -66,7 +68,7 @@ def uninstall(models: Mapping[str, nn.Module]) -> None:
     for module in _modules(models):
         if type(module) in PLAIN:
             swap(module, PLAIN[type(module)])
-        elif isinstance(module, attention.SelfAttention | attention.CrossAttention):
+        elif isinstance(module, ATTENTION):
             module.kernel = attention.attention
 
 

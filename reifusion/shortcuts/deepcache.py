@@ -65,8 +65,13 @@ class DeepCache(nn.Module):
 
 
 def deepcached(pipe: StableDiffusion, every: int) -> StableDiffusion:
-    """The same model, whose U-Net works whole in every N-th step only. Raises ValueError for N < 1."""
+    """The same model, whose U-Net works whole in every N-th step only.
+
+    Raises ValueError for N < 1, and for a model without a U-Net.
+    """
     every = whole_number(every, "deepcache", 1)
     if every == 1:
         return pipe
+    if not isinstance(pipe.models["diffusion"], UNet):
+        raise ValueError(f"deepcache is for models with a U-Net, which {pipe.config.name} does not have")
     return replace(pipe, around=lambda unet: DeepCache(cast(UNet, pipe.around(unet)), every))

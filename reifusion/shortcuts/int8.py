@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..families import mmdit
 from ..kernels.fast import inferring
 from ..model.diffusion import AttentionBlock, ResidualBlock
 from ..swap import swap
@@ -26,13 +27,13 @@ ROWS = 256  # at a time, so that their sums of 32 bits stay in the cache
 
 
 def quantize(pipe: StableDiffusion | Mapping[str, nn.Module]) -> None:
-    """Gives the U-Net's large weights 8 bits each, in place and for good.
+    """Gives the large weights of the U-Net, or of the transformer, 8 bits each, in place and for good.
 
     pipe: a model, or a dict with its "diffusion". LoRAs are to be added before: later they find no weights.
     """
     models = pipe if isinstance(pipe, Mapping) else pipe.models
     for block in models["diffusion"].modules():
-        if isinstance(block, ResidualBlock | AttentionBlock):
+        if isinstance(block, ResidualBlock | AttentionBlock | mmdit.Block):
             for layer in block.modules():
                 if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight[0].numel() >= LEAST:
                     quantize_layer(layer)

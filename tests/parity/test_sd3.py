@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import reifusion
-from reifusion import weights
+from reifusion import kernels, weights
 from reifusion.families.mmdit import MMDiTConfig
 from reifusion.families.sd3 import SD3Config, StableDiffusion3, Tokenizers
 from reifusion.families.t5 import T5Config
@@ -26,6 +26,8 @@ from reifusion.model.config import CLIPConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.tensors import ModelError
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.shortcuts.deepcache import deepcached
+from reifusion.shortcuts.int8 import quantize
 from tests.tiny import assert_same_networks, random_networks
 
 diffusers = pytest.importorskip("diffusers")
@@ -58,6 +60,11 @@ def tokenizers() -> Tokenizers:
     made = Tokenizers(context_length=16)
     made.t5 = Unigram([(piece, -1.5 * i) for i, piece in enumerate(PIECES)])
     return made
+
+
+def t5_of(tokenizer: Tokenizer) -> Unigram:
+    assert isinstance(tokenizer, Tokenizers) and tokenizer.t5 is not None
+    return tokenizer.t5
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +169,7 @@ def test_a_folder_that_diffusers_wrote_gives_the_same_networks_and_is_used_up(th
     assert weights.info(tmp_path / "theirs").unused == ()
     assert config == replace(TINY, name="theirs", steps=28)
     assert_same_networks(models, loaded)
-    assert isinstance(tokenizer, Tokenizers) and tokenizer.t5 is not None
-    assert tokenizer.t5.encode("a cat")[:4] == tokenizers().t5.encode("a cat")[:4]
+    assert t5_of(tokenizer).encode("a cat") == t5_of(tokenizers()).encode("a cat")
 
 
 @pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
@@ -173,7 +179,7 @@ def test_every_format_gives_everything_back_to_the_bit(models, to, tmp_path):
     config, loaded, tokenizer = weights.load(path)
     assert_same_networks(models, loaded)
     if to != "diffusers":
-        assert config == TINY and tokenizer.t5.pieces == tokenizers().t5.pieces
+        assert config == TINY and t5_of(tokenizer).pieces == t5_of(tokenizers()).pieces
     assert weights.info(path).format == to and weights.info(path).unused == ()
 
 
@@ -210,16 +216,16 @@ def test_a_single_file_is_known_by_its_shapes(models, single):
     (single.parent / "spiece.model").write_bytes(spiece())
     config, loaded, tokenizer = weights.load(single)
     assert_same_networks(models, loaded)
+    assert isinstance(config, SD3Config)
     assert config.unet == TINY.unet and config.t5 == TINY.t5 and config.vae == TINY.vae
     assert (config.clip, config.clip_2, config.pooled) == (TINY.clip, TINY.clip_2, TINY.pooled)
     assert config.schedule == TINY.schedule
-    assert tokenizer.t5 is not None and tokenizer.t5.pieces[: len(PIECES)] == tokenizers().t5.pieces
+    assert t5_of(tokenizer).pieces[: len(PIECES)] == t5_of(tokenizers()).pieces
 
 
 def spiece() -> bytes:
     """A `spiece.model` with PIECES."""
-    from sentencepiece import sentencepiece_model_pb2 as pb2
-
+    pb2: Any = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     model = pb2.ModelProto()
     for i, piece in enumerate(PIECES):
         model.pieces.add(piece=piece, score=-1.5 * i)
@@ -229,7 +235,7 @@ def spiece() -> bytes:
 def test_without_t5_s_tokenizer_t5_is_left_out_with_a_warning(single):
     with pytest.warns(UserWarning, match=r"T5 is left out, until its spiece\.model lies beside"):
         _, _, tokenizer = weights.load(single)
-    assert tokenizer.t5 is None
+    assert isinstance(tokenizer, Tokenizers) and tokenizer.t5 is None
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -344,3 +350,29 @@ def test_inpainting_keeps_what_is_black_in_the_mask_and_draws_the_rest(ours):
         )
     )
     assert (drawn[:, :16] == (200, 40, 90)).all() and (drawn[:, 20:] != (200, 40, 90)).any()
+
+
+# Speed
+
+
+def test_fast_forms_change_nothing_but_rounding_and_are_taken_out(models):
+    config = replace(TINY.unet, width=1024, heads=16, layers=2)  # wide enough for weights of 8 bits
+    network = random_networks(replace(TINY, unet=config))["diffusion"]
+    inputs = (
+        torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0)),
+        torch.randn(2, 9, 200, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([500.0]),
+        torch.randn(2, 160, generator=torch.Generator().manual_seed(2)),
+    )
+    with torch.inference_mode():
+        expected = network(*inputs)
+        for change, within in (kernels.install, 1e-5), (kernels.uninstall, 0.0), (quantize, 0.05):
+            change({"diffusion": network})
+            made = network(*inputs)
+            torch.testing.assert_close(made, expected, rtol=0, atol=within * expected.abs().max().item())
+    assert not torch.equal(made, expected), "nothing was given 8 bits"
+
+
+def test_deepcache_is_refused_in_one_sentence(ours):
+    with pytest.raises(ValueError, match="deepcache is for models with a U-Net"):
+        deepcached(ours, 2)
