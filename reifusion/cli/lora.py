@@ -52,8 +52,9 @@ def extract(
     from ..weights import lora_tools
 
     with _new(out):
-        old, new = (weights.load(source, dtype=torch.float32)[1] for source in (before, after))
-        lora_tools.write(lora_tools.extract(old, new, rank), out)
+        config, old, _ = weights.load(before, dtype=torch.float32)
+        new = weights.load(after, dtype=torch.float32)[1]
+        lora_tools.write(lora_tools.extract(old, new, rank, config=config), out)
     print(out)
 
 
@@ -70,7 +71,7 @@ def fuse(
     with _new(out):
         config, models, tokenizer = weights.load(model)
         for lora, weight in _read(loras):
-            apply(models, lora, weight)
+            apply(models, lora, weight, config)
         weights.save(config, models, out, "native", tokenizer, weights.info(model).metadata)
     print(out)
 

@@ -252,9 +252,9 @@ class StableDiffusionXL(StableDiffusion):
 
         def denoise(x: Tensor, context: Tensor, t: Tensor) -> Tensor:
             words, more = context[:, : -config.rows], context[:, -config.rows :]
-            numbers = torch.tensor(sizes, dtype=torch.float32, device=x.device).expand(len(x), -1)
+            numbers = torch.tensor(sizes, dtype=t.dtype, device=x.device).expand(len(x), -1)
             if config.rows == 2:  # a score in place of the target's size
-                numbers = torch.cat([numbers[:, :4], more[:, 1, :1].float()], dim=1)
+                numbers = torch.cat([numbers[:, :4], more[:, 1, :1].to(t.dtype)], dim=1)
             told = tell(more[:, 0, : config.pooled], numbers, config.waves)
             return unet(x.to(dtype), words, t, told=told)
 
@@ -289,7 +289,7 @@ def refine(
     first = int((timesteps >= round((1 - share) * base.config.schedule.num_training_steps)).sum())
     if not 0 < first < len(timesteps):
         raise ValueError(
-            f"of {len(timesteps)} steps, a share of {share} leaves none to the base or the refiner"
+            f"of {len(timesteps)} steps, a share of {share} leaves one of them none"
         )
     with closing(base.denoise(request)) as steps:
         for step in tqdm(islice(steps, first), total=first, disable=not progress, unit="step"):
@@ -416,7 +416,7 @@ def from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str) -> SDXLCon
         pooled=pooled,
         numbers=(told - pooled) // waves,
         waves=waves,
-        pad_2=pad["content"] if isinstance(pad, Mapping) else pad,
+        pad_2=(pad["content"] if isinstance(pad, Mapping) else pad) if "text_encoder" in jsons else "!",
         zeros=bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 

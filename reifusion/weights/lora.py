@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import families
 from ..model.config import ModelConfig
 from ..model.model_converter import rules
 from ..model.tensors import ModelError, TensorFile
@@ -52,16 +53,18 @@ OTHERS = {
 
 # These replacements, in this order, make the spellings of a layer's name the same, except for . and _.
 SPELLINGS = (
-    (r"^(unet\.|text_encoder\.)?base_model\.model\.", r"\1"),  # PEFT's
+    (r"^(unet\.|text_encoder\.|text_encoder_2\.)?base_model\.model\.", r"\1"),  # PEFT's
     (r"^(model\.)?diffusion_model\.", "unet."),  # CompVis's, and ComfyUI's
     (r"^(cond_stage_model|clip_l|text_encoders\.clip_[lh])\.transformer\.", "text_encoder."),
+    (r"^(clip_g|text_encoders\.clip_g)\.transformer\.", "text_encoder_2."),
     (r"\.processor\.", "."),  # diffusers before 0.22, as are the next two
     (r"\.to_out$", ".to_out.0"),
-    (r"^text_encoder\.(.*self_attn)\.to_(q|k|v|out)(\.0)?$", r"text_encoder.\1.\2_proj"),
+    (r"^(text_encoder(?:_2)?\..*self_attn)\.to_(q|k|v|out)(\.0)?$", r"\1.\2_proj"),
     (r"^(?!unet\.|text_encoder|lora_)", "unet."),  # a LoRA of the U-Net alone
-    (r"^lora_te_", "text_encoder."),  # kohya's
+    (r"^lora_te1?_", "text_encoder."),  # kohya's, as are the next two
+    (r"^lora_te2_", "text_encoder_2."),
     (r"^lora_unet_", "unet."),
-    (r"^text_encoder\.(?=encoder)", "text_encoder.text_model."),  # transformers 5
+    (r"^(text_encoder(_2)?)\.(?=encoder)", r"\1.text_model."),  # transformers 5
 )
 
 
@@ -102,7 +105,7 @@ class LoRA:
 class Place:
     """A layer that a LoRA can change, or one projection of a layer that stacks q, k and v in one matrix."""
 
-    network: str  # "clip" or "diffusion"
+    network: str  # "diffusion" or a text encoder, "clip"
     layer: str  # our name in that network, "middle.1.layers.0.self_attention.qkv"
     part: int  # the projection's number among the `parts` equal slices of the rows
     parts: int
@@ -126,7 +129,7 @@ class Place:
 NAMES = (
     ("pytorch_lora_weights",),
     ("adapter_model",),
-    ("unet/adapter_model", "text_encoder/adapter_model"),
+    ("unet/adapter_model", "text_encoder/adapter_model", "text_encoder_2/adapter_model"),
 )
 
 
@@ -235,7 +238,7 @@ def _peft_alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) ->
     """Returns α by the config of PEFT, or r where there is none."""
     try:
         network, _, inner = layer.partition(".")
-        if network not in ("unet", "text_encoder"):
+        if network not in ("unet", "text_encoder", "text_encoder_2"):
             network, inner = "", layer
         given = {key.removeprefix(f"{network}."): value for key, value in config.items()}
         alpha = float(given.get("lora_alpha", rank))
@@ -252,11 +255,12 @@ def _peft_alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) ->
 
 
 def places(config: ModelConfig) -> list[Place]:
-    """Returns the places of all weights in a model's U-Net and text encoder."""
-    found = []
-    for one, other in zip(rules(config, "diffusers"), rules(config, "compvis")):
+    """Returns the places of all weights in a model's U-Net and text encoders."""
+    found, layout = [], families.family_of(config).layout
+    formats = (rules(config, format, layout=layout) for format in ("diffusers", "compvis"))
+    for one, other in zip(*formats):
         network, _, inner = one.ours.partition(".")
-        if network in ("clip", "diffusion") and inner.endswith(".weight"):
+        if network not in ("encoder", "decoder") and inner.endswith(".weight"):
             # OpenCLIP has q, k and v in one tensor, which no LoRA names.
             others = other.theirs if len(other.theirs) == len(one.theirs) else one.theirs
             for part, names in enumerate(zip(one.theirs, others)):
@@ -268,19 +272,25 @@ def places(config: ModelConfig) -> list[Place]:
     return found
 
 
-def apply(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA, weight: float = 1.0) -> None:
-    """Adds weight · ΔW to the weights of a model, or of a dict with its "clip" and its "diffusion".
+def apply(
+    pipe: StableDiffusion | Mapping[str, nn.Module],
+    lora: LoRA,
+    weight: float = 1.0,
+    config: ModelConfig | None = None,
+) -> None:
+    """Adds weight · ΔW to the weights of a model, or of a dict of its networks, "clip" and "diffusion".
 
     weight: 1 for the LoRA as it was made, less for a weaker effect, below 0 for the opposite. LoRAs add up,
     and so does the same LoRA twice. The sum is computed in float32, whatever the model's dtype, and rounded
-    once. Raises ModelError for a LoRA that does not fit the model, and ValueError for a weight that is not
-    finite; then the model is left as it was.
+    once. config: of the networks in a dict, which all but Stable Diffusion 1.x and 2.x need. Raises
+    ModelError for a LoRA that does not fit the model, and ValueError for a weight that is not finite; then
+    the model is left as it was.
     """
     if not math.isfinite(weight):
         raise ValueError(f"the weight of a LoRA must be a finite number, not {weight}")
     models = _models(pipe)
-    changes = _find(lora, models)
-    for name in ("clip", "diffusion"):
+    changes = _find(lora, models, config or getattr(pipe, "config", None))
+    for name in models:
         own = {place: update for place, update in changes.items() if place.network == name}
         if own:
             merged = _merged(models[name])
@@ -293,7 +303,7 @@ def remove(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA | None = 
 
     Raises ValueError, and changes nothing, if that LoRA is not in the model.
     """
-    networks = [_models(pipe)[name] for name in ("clip", "diffusion")]
+    networks = list(_models(pipe).values())
     if lora is not None and not any(one is lora for x in networks for one, _, _ in _merged(x).added):
         raise ValueError(f"{lora.path} is not in this model")
     for network in networks:
@@ -343,9 +353,9 @@ def _models(pipe: StableDiffusion | Mapping[str, nn.Module]) -> Mapping[str, nn.
 FIRST = "down.0.0"  # the U-Net's first layer
 
 
-def _find(lora: LoRA, models: Mapping[str, Any]) -> dict[Place, Update]:
+def _find(lora: LoRA, models: Mapping[str, Any], config: ModelConfig | None) -> dict[Place, Update]:
     """Returns the place of each update. Raises ModelError for an update that has no place or does not fit."""
-    config = ModelConfig(clip=models["clip"].config, unet=models["diffusion"].config)
+    config = config or ModelConfig(clip=models["clip"].config, unet=models["diffusion"].config)
     known = {_flat(name): place for place in places(config) for name in (place.diffusers, place.compvis)}
     found: dict[Place, Update] = {}
     for layer, update in lora.updates.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..files import whole
 from ..model.config import ModelConfig
+from ..model.model_loader import state_dict
 from ..model.tensors import ModelError
 from .lora import LoRA, Update, _flat, places
 from .writing import write_tensors
@@ -65,20 +66,25 @@ def resize(lora: LoRA, rank: int) -> LoRA:
 
 
 def extract(
-    before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], rank: int, least: float = 1e-6
+    before: Mapping[str, nn.Module],
+    after: Mapping[str, nn.Module],
+    rank: int,
+    least: float = 1e-6,
+    config: ModelConfig | None = None,
 ) -> LoRA:
     """Returns the LoRA of at most this rank that is nearest to the way from one model to another.
 
     before, after: models of the same sizes, by name ("clip", "diffusion"). least: layers whose weights have
-    changed by a smaller share than this are left out. Raises ModelError for models of different sizes, and
-    for models that do not differ, and ValueError for a rank below 1.
+    changed by a smaller share than this are left out. config: as for `lora.apply`. Raises ModelError for
+    models of different sizes, and for models that do not differ, and ValueError for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA must be at least 1, not {rank}")
-    config = ModelConfig(clip=before["clip"].config, unet=before["diffusion"].config)  # type: ignore[arg-type]
-    other = ModelConfig(clip=after["clip"].config, unet=after["diffusion"].config)  # type: ignore[arg-type]
-    if config != other:
+    sizes = [{key: x.shape for key, x in state_dict(models).items()} for models in (before, after)]
+    if sizes[0] != sizes[1]:
         raise ModelError("the two models have different sizes, so no LoRA leads from one to the other")
+    if config is None:
+        config = ModelConfig(clip=before["clip"].config, unet=before["diffusion"].config)  # type: ignore[arg-type]
     updates = {}
     for place in places(config):
         one, two = (models[place.network].get_submodule(place.layer) for models in (before, after))
@@ -101,7 +107,7 @@ def extract(
 
 def kohya(layer: str) -> str:
     """Returns a layer's name as kohya spells it, from any spelling: "lora_unet_mid_block_…"."""
-    return "lora_" + re.sub("^text_encoder_", "te_", _flat(layer))
+    return "lora_" + re.sub("^text_encoder_", "te_", re.sub("^text_encoder_2_", "te2_", _flat(layer)))
 
 
 def _cut(u: Tensor, s: Tensor, v: Tensor, rank: int, shape: torch.Size) -> Update:
@@ -120,8 +126,10 @@ def _update(up: Tensor, down: Tensor) -> Update:
 def write(lora: LoRA, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a LoRA to a `.safetensors` in kohya's layout, whole or not at all."""
     tensors: dict[str, Tensor] = {}
-    for layer, one in lora.updates.items():
-        name = kohya(layer)
+    names = [kohya(layer) for layer in lora.updates]
+    two = any(name.startswith("lora_te2_") for name in names)
+    for name, one in zip(names, lora.updates.values()):
+        name = name.replace("lora_te_", "lora_te1_") if two else name  # of two text encoders, the first
         tensors |= {
             f"{name}.lora_down.weight": one.down.float().contiguous(),
             f"{name}.lora_up.weight": one.up.float().contiguous(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from PIL import Image
 
 from reifusion.api import load as load_pipe
-from reifusion.families.sdxl import BASE, REFINER, SDXLConfig, StableDiffusionXL, refine, tell
-from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.families.sdxl import SDXLConfig, refine, tell
+from reifusion.model.config import CLIPConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.weights import load, save
@@ -185,3 +186,184 @@ def test_no_negative_prompt_is_not_an_empty_one(base):
     pipe = load_pipe(base, "cpu", "fp32")
     without, empty = draw(pipe, steps=3), draw(pipe, steps=3, negative="")
     assert np.abs(without - empty).max() > 5
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (40, 72)])
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_the_refiner_draws_over_a_picture_as_in_diffusers(refiner, width, height, strength):
+    ours, theirs = load_pipe(refiner, "cpu", "fp32"), read(refiner, "StableDiffusionXLImg2ImgPipeline")
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (height, width, 3), "uint8"))
+    drawn = draw(ours, init_image=picture, strength=strength, steps=7, width=width, height=height)
+    give(theirs, noise(width, height))
+    told = {"negative_prompt": [""] * 2, "strength": strength, "num_inference_steps": 7}
+    expected = draw_theirs(theirs, image=[picture] * 2, guidance_scale=5.0, **told)
+    assert_same(drawn, expected)
+
+
+def give(pipe: Any, noise: torch.Tensor) -> None:
+    """Makes an image-to-image pipeline of diffusers begin with this noise and with the VAE's mean."""
+    pipe.prepare_latents = lambda image, t, *_, **__: pipe.scheduler.add_noise(
+        pipe.vae.encode(image).latent_dist.mean * pipe.vae.config.scaling_factor, noise, t
+    )
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_base_and_refiner_together_draw_as_in_diffusers(base, refiner, share):
+    one, other = load_pipe(base, "cpu", "fp32"), load_pipe(refiner, "cpu", "fp32")
+    pictures = refine(one, other, PROMPTS, share=share, seed=SEED, steps=10, progress=False)
+    assert isinstance(pictures, list)
+    told = {"num_inference_steps": 10, "guidance_scale": 5.0}
+    first, second = read(base), read(refiner, "StableDiffusionXLImg2ImgPipeline")
+    latents = first(PROMPTS, latents=noise(64, 64), denoising_end=share, output_type="latent", **told).images
+    expected = draw_theirs(second, image=latents, denoising_start=share, **told)
+    assert_same(np.stack([np.array(picture) for picture in pictures]).astype(int), expected)
+    with pytest.raises(ValueError, match=r"of 3 steps, a share of 0\.01 leaves one of them none"):
+        refine(one, other, PROMPTS, share=0.01, steps=3)
+
+
+class Exact(diffusers.EulerDiscreteScheduler):
+    """Theirs computes in float32. This one is given σ in float64, and takes Euler's step in it."""
+
+    given: torch.Tensor
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas = self.given
+
+    def step(self, output: torch.Tensor, t: Any, x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        i = self.timesteps.tolist().index(t)
+        self._step_index = i + 1
+        return (x + (self.sigmas[i + 1] - self.sigmas[i]) * output,)
+
+
+def exact_waves(numbers: torch.Tensor, half: int) -> torch.Tensor:
+    """Numbers as waves in float64, where diffusers has float32."""
+    angles = np.outer(numbers.double().numpy(), 10_000 ** (-np.arange(half) / half))
+    return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+
+
+def test_the_loop_agrees_to_the_ninth_digit_in_float64(base):
+    ours, theirs = load_pipe(base, "cpu", "fp64"), read(base, dtype=torch.float64)
+    theirs.unet.time_proj.forward = partial(exact_waves, half=16)
+    theirs.unet.add_time_proj.forward = partial(exact_waves, half=4)
+    steps = list(ours.denoise(PROMPTS, seed=SEED, steps=4, width=72, height=40))
+    theirs.scheduler = Exact.from_config(theirs.scheduler.config)
+    theirs.scheduler.given = torch.tensor([*(step.sigma for step in steps), 0.0], dtype=torch.float64)
+    told = {"latents": noise(72, 40).double(), "width": 72, "height": 40, "guidance_scale": 5.0}
+    expected = theirs(PROMPTS, num_inference_steps=4, output_type="latent", **told).images
+    assert close(steps[-1].latents, expected, 1e-9)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting_is_that_of_diffusers(channels, tmp_path):
+    config = replace(TINY, unet=replace(TINY.unet, in_channels=channels))
+    folder = write(config, tmp_path / "model")
+    theirs = read(folder, "StableDiffusionXLInpaintPipeline")
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 72, 3), "uint8"))
+    mask = Image.new("L", (72, 40))
+    mask.paste(255, (16, 8, 56, 32))
+    size = {"width": 72, "height": 40}
+    ours = load_pipe(folder, "cpu", "fp32")
+    steps = ours.denoise(PROMPTS, seed=SEED, init_image=picture, mask=mask, strength=1.0, steps=5, **size)
+    *_, last = steps
+    use_the_mean(theirs)
+    told: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 5.0, "strength": 1.0, **size}
+    told["latents"] = noise(72, 40)
+    expected = theirs(PROMPTS, image=picture, mask_image=mask, output_type="latent", **told).images
+    assert close(last.latents, expected, 1e-4)
+
+
+def use_the_mean(pipe: Any) -> None:
+    """Makes an inpainting pipeline of diffusers use the VAE's mean, and no noise on it."""
+    pipe._encode_vae_image = lambda image, generator: (
+        pipe.vae.encode(image).latent_dist.mean * pipe.vae.config.scaling_factor
+    )
+
+
+# Files
+
+
+@pytest.fixture(scope="module", params=["base", "refiner"])
+def written(request, base, refiner) -> tuple[SDXLConfig, Path]:
+    return (TINY, base) if request.param == "base" else (TINY_REFINER, refiner)
+
+
+def test_diffusers_misses_nothing_and_finds_nothing_superfluous(written):
+    _, folder = written
+    classes = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+        "text_encoder_2": transformers.CLIPTextModelWithProjection,
+    }
+    parts = [part for part in classes if (folder / part).exists()]
+    assert len(parts) == (4 if written[0] is TINY else 3)
+    for part in parts:
+        _, report = classes[part].from_pretrained(folder / part, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), part
+
+
+@pytest.mark.parametrize("how", [{}, {"variant": "fp16"}, {"max_shard_size": "100KB"}], ids=str)
+def test_each_tensor_that_diffusers_wrote_is_used_once_and_written_back(written, how, tmp_path):
+    config, folder = written
+    kind = "StableDiffusionXLPipeline" if config.clip_2 else "StableDiffusionXLImg2ImgPipeline"
+    pipe = read(folder, kind)
+    pipe.save_pretrained(tmp_path / config.name, **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a tensor that is not used
+        found, models, tokenizer = load(tmp_path / config.name)
+    assert found == config
+    save(found, models, tmp_path / "again", "diffusers", tokenizer)
+    again = read(tmp_path / "again", kind)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if one := getattr(pipe, part, None):
+            before, after = one.state_dict(), getattr(again, part).state_dict()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(x, after[key]) for key, x in before.items()), part
+
+
+def test_diffusers_converters_understand_our_single_file(written, tmp_path):
+    """diffusers's own converters, an independent description of Stability's names."""
+    from diffusers.loaders import single_file_utils as theirs
+    from safetensors.torch import load_file
+
+    config, folder = written
+    path = tmp_path / "x.safetensors"
+    save(config, random_networks(config), path, "compvis", WORDS)
+    state = load_file(path)
+    unet = theirs.convert_ldm_unet_checkpoint(
+        dict(state), diffusers.UNet2DConditionModel.load_config(folder / "unet")
+    )
+    vae = theirs.convert_ldm_vae_checkpoint(dict(state), diffusers.AutoencoderKL.load_config(folder / "vae"))
+    converted = {"unet": unet, "vae": vae}
+    begin = "conditioner.embedders.0.model." if config.clip_2 is None else "conditioner.embedders.1.model."
+    last = transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
+    converted["text_encoder_2"] = theirs.convert_open_clip_checkpoint(last, dict(state), prefix=begin)
+    if config.clip_2:
+        first = "conditioner.embedders.0.transformer."
+        own = theirs.convert_ldm_clip_checkpoint(dict(state), remove_prefix=first)
+        converted["text_encoder"] = own
+    count = 0
+    for part, theirs_state in converted.items():
+        name = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
+        ours = load_file(folder / part / f"{name}.safetensors")
+        assert {key for key in theirs_state if not key.endswith("position_ids")} == ours.keys(), part
+        for key, x in ours.items():
+            assert torch.equal(x, theirs_state[key].reshape(x.shape)), (part, key)
+        count += len(ours)
+    assert count > len(state) / 2
+
+
+@pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
+def test_every_format_is_written_and_read_bit_for_bit(written, to, tmp_path):
+    config, folder = written
+    _, models, tokenizer = load(folder)
+    path = tmp_path / (config.name if to == "diffusers" else "x.safetensors")
+    save(config, models, path, to, tokenizer)
+    found, again, _ = load(path)
+    assert found == config
+    assert again.keys() == models.keys()
+    for name, network in models.items():
+        state = again[name].state_dict()
+        assert network.state_dict().keys() == state.keys()
+        assert all(torch.equal(x, state[key]) for key, x in network.state_dict().items())

@@ -362,7 +362,7 @@ def test_a_network_stays_in_the_order_of_memory_it_was_in():
     ("layer", "update", "says"),
     [
         ("lora_unet_down_blocks_9_attentions_0_proj_in", ((R, 16), (16, R)), "no layer for lora_unet_down"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", ((R, 24), (96, R)), "no layer for lora_te1_"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", ((R, 24), (96, R)), "no layer for lora_te2_"),
         ("unet.conv_norm_out", ((R, 1), (16, R)), "no layer for unet.conv_norm_out"),
         (OUT, ((R, 48), (32, R)), r"to_out.0 changes .* shape \(32, 48, 1, 1\), .* \(32, 32, 1, 1\)"),
         (OUT, ((R, 32, 3, 3), (32, R, 1, 1)), r"\(32, 32, 3, 3\), and the model's is \(32, 32, 1, 1\)"),
