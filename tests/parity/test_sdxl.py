@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -13,13 +15,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from reifusion.api import load as load_pipe
-from reifusion.families.sdxl import SDXLConfig, refine, tell
+from reifusion.families.sdxl import BASE, REFINER, SDXL, SDXLConfig, build, refine, tell
 from reifusion.model.config import CLIPConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
+from reifusion.model.model_converter import convert, match
+from reifusion.model.model_loader import state_dict
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.weights import load, save
+from reifusion.weights.lora import apply, load_lora, places, remove
+from reifusion.weights.lora_tools import extract
+from reifusion.weights.lora_tools import write as write_lora
 from tests.tiny import WORDS, random_networks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -367,3 +375,106 @@ def test_every_format_is_written_and_read_bit_for_bit(written, to, tmp_path):
         state = again[name].state_dict()
         assert network.state_dict().keys() == state.keys()
         assert all(torch.equal(x, state[key]) for key, x in network.state_dict().items())
+
+
+INPAINTING = replace(BASE, unet=replace(BASE.unet, in_channels=9))
+
+
+@pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
+@pytest.mark.parametrize("config", [BASE, REFINER, INPAINTING], ids=["base", "refiner", "inpainting"])
+def test_a_published_model_is_recognised_by_its_shapes(config, to):
+    """Names and shapes of the full size, without memory."""
+    native = state_dict(build(config))
+    theirs = convert(native, to, config, SDXL.layout)
+    format, rules, unknown = match(theirs, None, SDXL.layout)
+    assert (format, unknown) == (to, []) and SDXL.recognises(theirs)
+    assert sorted(name for rule in rules for name in rule.theirs) == sorted(theirs)
+    shapes = {rule.ours: rule.merge([theirs[name] for name in rule.theirs]).shape for rule in rules}
+    assert shapes == {name: x.shape for name, x in native.items()}
+    assert SDXL.from_shapes(shapes, None).config == config
+
+
+def test_the_networks_have_as_many_parameters_as_those_published():
+    counts = {name: sum(x.numel() for x in one.parameters()) for name, one in build(BASE).items()}
+    assert counts["clip"] == 123_060_480
+    assert counts["clip_2"] == 694_659_840
+    assert counts["diffusion"] == 2_567_463_684
+
+
+# LoRAs
+
+
+def places_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Some layers of each network of diffusers's pipeline, by their names there."""
+    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    wanted = r"(to_q|to_k|to_v|to_out\.0|proj_in|ff\.net\.2|q_proj|v_proj|out_proj|fc1)$"
+    found = {}
+    for part, network in networks.items():
+        for name, module in network.named_modules():
+            if re.search(wanted, name):
+                found[f"{part}.{name}"] = module
+    return found
+
+
+@pytest.mark.parametrize("layout", ["kohya", "kohya's names of CompVis", "peft"])
+def test_a_lora_changes_what_it_changes_in_diffusers(base, layout, tmp_path):
+    pytest.importorskip("peft")
+    theirs = read(base)
+    generator, tensors, marks = (
+        torch.Generator().manual_seed(4),
+        {},
+        {"unet": 0, "encoder": 0, "encoder_2": 0},
+    )
+    compvis = {place.diffusers: place.compvis for place in places(TINY)}
+    for name, module in places_of(theirs).items():
+        down, up = (
+            torch.randn(shape, generator=generator) * 0.2
+            for shape in ((3, module.in_features), (module.out_features, 3))
+        )
+        part, _, inner = name.partition(".")
+        marks[part.removeprefix("text_")] += 1
+        if layout == "peft":
+            whole = name if part == "unet" or "text_model" in name else f"{part}.text_model.{inner}"
+            tensors |= {f"{whole}.lora_A.weight": down, f"{whole}.lora_B.weight": up}
+            continue
+        if part == "unet" and "CompVis" in layout:
+            inner = compvis[name].removeprefix("model.diffusion_model.")
+        elif part != "unet" and not inner.startswith("text_model."):
+            inner = f"text_model.{inner}"
+        start = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
+        key = f"{start}_{inner.replace('.', '_')}"
+        tensors |= {
+            f"{key}.lora_down.weight": down,
+            f"{key}.lora_up.weight": up,
+            f"{key}.alpha": torch.tensor(2.0),
+        }
+    assert all(marks.values())
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    ours = load_pipe(base, "cpu", "fp32")
+    before = draw(ours, steps=3)
+    apply(ours, load_lora(path), 0.7)
+    after = draw(ours, steps=3)
+    theirs.load_lora_weights(path, local_files_only=True)
+    theirs.set_adapters(theirs.get_active_adapters(), 0.7)
+    expected = draw_theirs(theirs, latents=noise(64, 64), num_inference_steps=3, guidance_scale=5.0)
+    assert_same(after, expected)
+    assert np.abs(after - before).max() > 5
+    remove(ours)
+    assert np.array_equal(draw(ours, steps=3), before)
+
+
+def test_a_lora_of_sdxl_is_written_as_kohya_writes_it(base, tmp_path):
+    pipe = load_pipe(base, "cpu", "fp32")
+    old = {name: copy.deepcopy(network) for name, network in pipe.models.items()}
+    for name in ("clip", "clip_2", "diffusion"):
+        weight = next(x for key, x in pipe.models[name].named_parameters() if key.endswith("qkv.weight"))
+        weight.data += 0.1 * torch.outer(torch.ones(len(weight)), weight.data[0])
+    found = extract(old, pipe.models, 2, config=pipe.config)
+    write_lora(found, tmp_path / "x.safetensors")
+    names = load_lora(tmp_path / "x.safetensors").updates
+    assert {name.split("_")[1] for name in names} == {"te1", "te2", "unet"}
+    apply(old, load_lora(tmp_path / "x.safetensors"), config=pipe.config)
+    for name in ("clip", "clip_2", "diffusion"):
+        for one, other in zip(old[name].parameters(), pipe.models[name].parameters()):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
