@@ -243,6 +243,7 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
     side = 2 ** len(config.unet.channels)  # two pixels at the bottom of the U
     latents = blots(generator, 2, side, config.unet.in_channels).double()
     noise = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
+    noise = noise[:, : config.vae.latent_channels]  # an inpainting model is given more than latents
     tokens = torch.randint(config.clip.vocab_size, (2, config.clip.context_length), generator=generator)
     t, weights = torch.tensor([100, 700]), torch.tensor([1.0, 0.5], dtype=torch.float64)
 
@@ -364,7 +365,8 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
     latents = blots(generator, 64, pixels // config.vae.factor, config.unet.in_channels)
     tokens = torch.randint(config.clip.vocab_size, (64, config.clip.context_length), generator=generator)
     sampler = forward_process(config.schedule)
-    return model, text2image.denoising_objective(Latents(latents, tokens), tokens[0], sampler, training)
+    data = Latents(latents, tokens, beside=config.unet.in_channels - config.vae.latent_channels)
+    return model, text2image.denoising_objective(data, tokens[0], sampler, training)
 
 
 def blots(generator: torch.Generator, count: int, size: int, channels: int = 3) -> Tensor:

@@ -20,7 +20,7 @@ from ..weights.inversion import Embedding, save_embedding, teach
 from .checkpoint import digest, unchanged
 from .images import Pictures
 from .keys import RecipeError, key
-from .latents import cache_latents
+from .latents import HOLES, cache_latents
 from .loop import LoopConfig, normal, processes, rng
 from .progress import Seen
 from .text2image import TextToImage, TextToImageTraining, forward_process, optimise
@@ -111,6 +111,7 @@ def train_inversion(
             tokenizer=pipe.tokenizer,
             mirror=mirror,
             patch=pipe.config.unet.patch,
+            holes=HOLES if pipe.config.inpaints else 0,
         )
     with torch.device("meta"):  # an empty shell, without memory, for the networks of `pipe`
         model = TextToImage(pipe.config)

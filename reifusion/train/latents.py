@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from ..files import whole
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, sample, scale_latents
+from ..model.inpaint import latent_mask
 from ..model.pictures import to_tensor
 from ..model.tokenizer import Tokenizer
 from ..weights.writing import write_tensors
@@ -39,6 +40,8 @@ from .images import DataError, Item, Pictures, some
 
 Size = tuple[int, int]  # width and height in pixels
 PER_FILE = 64  # pictures in a file: no more than these are encoded again after a kill
+HOLES = 4  # ways in which a part of a picture is hidden, where a model learns to inpaint
+HOLE = "-hole-"  # and a number come last, for a picture of which a part is hidden
 CROP = "-part-"  # and a number follow the fingerprint of a picture of which a random part was encoded
 MIRRORED = "-mirrored"  # follows the fingerprint of a picture that was mirrored before it was encoded
 
@@ -79,6 +82,7 @@ class StoredLatents(NamedTuple):
     std: Tensor  # σ of the same pictures
     number: int  # of the picture in the file
     file: Path
+    hidden: tuple[tuple[StoredLatents, Tensor], ...] = ()  # with a part hidden, and which, (1, h, w)
 
 
 def cache_latents(
@@ -93,12 +97,14 @@ def cache_latents(
     batch: int = 8,
     patch: int = 1,
     crops: int = 1,
+    holes: int = 0,
 ) -> LatentData:
     """Returns the latents of all pictures; encodes those that `folder` lacks, and resumes after a kill.
 
     A picture is scaled to cover its bucket, and cropped evenly on both sides. size: side in pixels of a
     square with the buckets' area. mirror: adds every picture mirrored. crops: if more than 1, so many parts
-    of each picture are taken at random in place of its middle. step: see `buckets`; None means an
+    of each picture are taken at random in place of its middle. holes: for models that inpaint, in how many
+    ways a random part of each is hidden. step: see `buckets`; None means an
     eighth of `size`. batch: pictures to encode at a time. patch: that of the U-Net.
 
     One warning names the pictures that cannot be read, those that are enlarged, and those whose captions are
@@ -111,6 +117,7 @@ def cache_latents(
     sizes = buckets(size, step)
     home = folder / weights_hash(encoder)
     wanted: dict[Size, list[tuple[str, int]]] = {shape: [] for shape in sizes}  # fingerprint, number
+    hidden: dict[Size, dict[str, int]] = {shape: {} for shape in sizes}
     broken: set[int] = set()
     small, long = [], []
     for i, item in enumerate(pictures.items):
@@ -123,13 +130,17 @@ def cache_latents(
             key = pictures.fingerprint(i)
             parts = [f"{key}{CROP}{k}" for k in range(crops)] if crops > 1 else [key]
             parts += [part + MIRRORED for part in parts] if mirror else []
+            hidden[shape] |= {f"{part}{HOLE}{k}": i for part in parts for k in range(holes)}
             wanted[shape] += [(part, i) for part in parts] * item.repeats
         except DataError:
             broken.add(i)
 
     stored = {shape: _stored(_folder(home, shape)) for shape in sizes}
     # As a dict, so that two copies of a picture are encoded once.
-    missing = {shape: {k: i for k, i in wanted[shape] if k not in stored[shape]} for shape in sizes}
+    missing = {
+        shape: {k: i for k, i in [*wanted[shape], *hidden[shape].items()] if k not in stored[shape]}
+        for shape in sizes
+    }
     count = sum(map(len, missing.values()))
     with tqdm(total=count, desc="encoding", unit="picture", disable=not count) as bar:
         for shape in sizes:
@@ -141,7 +152,13 @@ def cache_latents(
             stored[shape] = _stored(_folder(home, shape))
         broken |= {i for key, i in wanted[shape] if key not in stored[shape]}
 
-    found = {s: [(stored[s][key], i) for key, i in wanted[s] if i not in broken] for s in sizes}
+    def entry(shape: Size, key: str, i: int) -> tuple[StoredLatents, int]:
+        names = [f"{key}{HOLE}{k}" for k in range(holes)]
+        factor = encoder.config.factor
+        around = [(stored[shape][name], latent_mask(hole(name, shape), factor)[0]) for name in names]
+        return stored[shape][key]._replace(hidden=tuple(around)), i
+
+    found = {s: [entry(s, key, i) for key, i in wanted[s] if i not in broken] for s in sizes}
     if not any(found.values()):
         raise DataError(f"none of the {len(pictures)} pictures can be read")
     data = LatentData(found, pictures.items, tokenizer, encoder.config)
@@ -205,7 +222,9 @@ def _encode(
                 )
             except DataError:
                 continue
-            pixels.append(to_tensor(ImageOps.mirror(picture) if key.endswith(MIRRORED) else picture))
+            mirrored = key.split(HOLE)[0].endswith(MIRRORED)
+            seen = to_tensor(ImageOps.mirror(picture) if mirrored else picture)  # (1, 3, H, W)
+            pixels.append(seen * (1 - hole(key, shape)) if HOLE in key else seen)
             keys.append(key)
         if pixels:
             with torch.inference_mode():
@@ -229,11 +248,31 @@ def _encode(
 
 def _middle(key: str) -> tuple[float, float]:
     """Returns where the part to be encoded lies in a picture: 0 at the left or top, 1 at the other side."""
-    part = key.removesuffix(MIRRORED)
+    part = key.split(HOLE)[0].removesuffix(MIRRORED)
     if CROP not in part:
         return 0.5, 0.5
     number = random.Random(part)
     return number.random(), number.random()
+
+
+def hole(key: str, size: Size) -> Tensor:
+    """What is to be drawn anew of a picture, (1, 1, H, W): 1 where it is hidden. The key alone decides it.
+
+    A quarter are hidden as a whole, as for text to image; the others behind boxes and strokes.
+    """
+    (width, height), number = size, random.Random(key)
+    if number.random() < 0.25:
+        return torch.ones(1, 1, height, width)
+    mask = Image.new("L", size)
+    draw = ImageDraw.Draw(mask)
+    for _ in range(number.randint(1, 3)):
+        (x, y), (a, b) = ([number.uniform(0, side) for side in size] for _ in range(2))
+        if number.random() < 0.5:
+            draw.rectangle((min(x, a), min(y, b), max(x, a), max(y, b)), 255)
+        else:
+            points = [(x, y), (a, b), (number.uniform(0, width), number.uniform(0, height))]
+            draw.line(points, 255, round(min(size) * number.uniform(0.1, 0.3)), "curve")
+    return (to_tensor(mask) > 0).float()
 
 
 def _stored(folder: Path) -> dict[str, StoredLatents]:
@@ -271,6 +310,8 @@ class LatentData:
         self._buckets = [entries for entries in found.values() if entries]
         self._config, self._items = config, items
         self.device = torch.device("cpu")
+        # Behind the latents' own channels: the mask, and what is left of the picture.
+        self.beside = config.latent_channels + 1 if any(x.hidden for x, _ in self._all()) else 0
         self.sizes = {shape: len(entries) for shape, entries in found.items() if entries}
         self.files = {latents.file for latents, _ in self._all()}
         used = sorted({i for _, i in self._all()})
@@ -325,7 +366,16 @@ class LatentData:
         which = torch.rand(count, generator=generator).tolist()
         captions = [self._tokens[i] for _, i in chosen]  # each (captions, L)
         tokens = torch.stack([each[int(u * len(each))] for each, u in zip(captions, which)])
+        if self.beside:
+            latents = torch.cat([latents, self._hidden([x for x, _ in chosen], generator)], dim=1)
         return latents, tokens
+
+    def _hidden(self, chosen: Sequence[StoredLatents], generator: torch.Generator) -> Tensor:
+        """For each picture, one of its masks, and what is left of it: (count, 5, h, w)."""
+        which = torch.rand(len(chosen), generator=generator).tolist()
+        both = [x.hidden[int(u * len(x.hidden))] for x, u in zip(chosen, which)]
+        left = torch.stack([x.mean[x.number] for x, _ in both]).float()  # (count, 4, h, w)
+        return torch.cat([torch.stack([mask for _, mask in both]), scale_latents(left, self._config)], dim=1)
 
     def describe(self, generator: torch.Generator, count: int) -> str:
         """Names the pictures of the batch that `latent_batch` would return, for an error message."""
@@ -348,7 +398,7 @@ class Mixed:
 
     def __init__(self, own: LatentData, others: LatentData):
         self.own, self.others, self.device = own, others, own.device
-        self.captions = own.captions
+        self.captions, self.beside = own.captions, own.beside
 
     def __len__(self) -> int:
         return len(self.own) + len(self.others)

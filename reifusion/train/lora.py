@@ -30,7 +30,7 @@ from ..weights.writing import write_tensors
 from .checkpoint import digest, unchanged
 from .images import Pictures, open_pictures
 from .keys import RecipeError, key
-from .latents import LatentData, Mixed, cache_latents
+from .latents import HOLES, LatentData, Mixed, cache_latents
 from .loop import LoopConfig, processes
 from .progress import Seen
 from .text2image import Data, TextToImage, TextToImageTraining, forward_process, optimise
@@ -130,6 +130,7 @@ def train_lora(
                     mirror=mirror,
                     patch=pipe.config.unet.patch,
                     crops=crops,
+                    holes=HOLES if pipe.config.inpaints else 0,
                 )
 
             data = latents(data)

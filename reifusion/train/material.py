@@ -12,7 +12,7 @@ from ..model.tokenizer import Tokenizer
 from .ahead import Ahead
 from .bpe import train_bpe
 from .images import Pictures, open_pictures
-from .latents import cache_latents
+from .latents import HOLES, cache_latents
 from .loop import processes
 from .recipe import Recipe
 from .text2image import Data
@@ -98,6 +98,7 @@ def captioned_latents(
             mirror=recipe.mirror,
             patch=config.unet.patch,
             crops=recipe.crops,
+            holes=HOLES if config.inpaints else 0,
         )
     return data, tokenizer
 

@@ -116,10 +116,10 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
     if 0 < recipe.size < config.multiple:
         raise RecipeError(f"size must be {config.multiple} or more for this VAE, not {recipe.size}")
     channels, latents = config.unet.in_channels, config.vae.latent_channels
-    if channels != latents:
+    if channels != latents and (recipe.data == "emoji" or not config.inpaints):
         raise RecipeError(
-            f"the U-Net of {recipe.start} has {channels} input channels, for a mask or a picture beside the"
-            f" latents; only models with {latents} channels can be trained"
+            f"the U-Net of {recipe.start} has {channels} input channels, and is shown more than {latents}"
+            " channels of latents; of such models, those for inpainting can be trained, on your own pictures"
         )
     if config.unet.guidance_width is not None:
         raise RecipeError(

@@ -66,7 +66,8 @@ class Data(Protocol):
     """Captioned latents, as `train_text2image` takes them.
 
     `device` is where its latents lie and its random numbers are drawn.
-    An optional method `describe(generator, count)` names the samples of the batch that `latent_batch` would
+    Optional are `beside`, the number of channels behind the latents' own that the U-Net is shown as they are,
+    and a method `describe(generator, count)`, which names the samples of the batch that `latent_batch` would
     return, for an error message.
     """
 
@@ -90,6 +91,7 @@ class Latents:
     means: Tensor  # (N, 4, h, w)
     tokens: Tensor  # of the captions, (N, L)
     stds: Tensor | None = None  # (N, 4, h, w); if given, a latent is sampled anew each time it is used
+    beside: int = 0  # of the channels, those behind the latents' own
 
     def __len__(self) -> int:
         return len(self.means)
@@ -117,9 +119,11 @@ class TextToImage(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         given, latents = config.unet.in_channels, config.vae.latent_channels
-        if given != latents:
-            text = f"is given {given} channels, as for inpainting or editing, and training has {latents}"
-            raise ValueError(f"the U-Net of {config.name} {text}; start from a plain model")
+        if given != latents and not config.inpaints:
+            text = (
+                f"is given {given} channels, as for editing, and training has {latents}, or a mask's as well"
+            )
+            raise ValueError(f"the U-Net of {config.name} {text}; start from another model")
         self.clip = CLIP(config.clip)
         self.diffusion = UNet(config.unet)
         self.diffusion.apply(_begin_as_identity)
@@ -190,10 +194,14 @@ def denoising_loss(
     noise: Tensor,
     weights: Tensor,
 ) -> Loss:
-    """Latents (B, 4, h, w), tokens (B, L), t (B,), ε (B, 4, h, w), weights (B,) -> loss, figures to log."""
+    """Latents (B, 4, h, w), tokens (B, L), t (B,), ε (B, 4, h, w), weights (B,) -> loss, figures to log.
+
+    The latents may have more channels than ε: what the network sees beside x_t.
+    """
     # Algorithm 1, Ho et al. 2020: x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε
-    x_t = sampler.add_noise(latents, t, noise)
-    error = (network(x_t, tokens, t) - sampler.target(latents, t, noise)).pow(2).mean(dim=(1, 2, 3))  # (B,)
+    x0, beside = latents.tensor_split([noise.shape[1]], dim=1)  # without or, for inpainting, with channels
+    x_t = torch.cat([sampler.add_noise(x0, t, noise), beside], dim=1)
+    error = (network(x_t, tokens, t) - sampler.target(x0, t, noise)).pow(2).mean(dim=(1, 2, 3))  # (B,)
     early, errors = (t < sampler.num_training_steps / 2).float(), error.detach().float()
     # NaN if there is none
     figures = {
@@ -206,7 +214,7 @@ def denoising_loss(
 
 def denoising_objective(data: Data, empty: Tensor, sampler: Sampler, training: TextToImageTraining) -> Drawn:
     """Returns the objective for `train`: random samples at random timesteps, some captions dropped."""
-    none = empty.to(data.device)
+    none, beside = empty.to(data.device), getattr(data, "beside", 0)
 
     def draw(done: float, generator: torch.Generator, part: BatchPart) -> tuple[Tensor, ...]:
         latents, tokens = data.latent_batch(generator, training.batch)
@@ -215,7 +223,7 @@ def denoising_objective(data: Data, empty: Tensor, sampler: Sampler, training: T
         tokens = torch.where(dropped[:, None], none, tokens)
         power = training.timestep_power if done < training.even_from else 1.0
         t = spread_timesteps(training.batch, sampler, generator, power)
-        noise = normal(latents.shape, generator)
+        noise = normal(latents[:, : latents.shape[1] - beside].shape, generator)
         if training.offset_noise:
             noise = add_offset(noise, training.offset_noise, generator)
         weights = loss_weights(sampler, t, training.max_snr)

@@ -66,9 +66,10 @@ def measured_loss(
         generator = rng(seed, i, data.device)
         latents, tokens = data.latent_batch(generator, batch)
         t = spread_timesteps(batch, sampler, generator)
-        noise = normal(latents.shape, generator)
-        output = network(sampler.add_noise(latents, t, noise), tokens, t)
-        error = (output - sampler.target(latents, t, noise)).pow(2).mean(dim=(1, 2, 3)).double().cpu()
+        x0, beside = latents.tensor_split([latents.shape[1] - getattr(data, "beside", 0)], dim=1)
+        noise = normal(x0.shape, generator)
+        output = network(torch.cat([sampler.add_noise(x0, t, noise), beside], dim=1), tokens, t)
+        error = (output - sampler.target(x0, t, noise)).pow(2).mean(dim=(1, 2, 3)).double().cpu()
         early = (t < sampler.num_training_steps / 2).cpu()
         for k, half in enumerate((early, ~early)):
             sums[k] += torch.stack([error[half].sum(), half.sum().double()])
