@@ -4,6 +4,9 @@ In a cross-attention layer every place of the picture spreads its attention, 1 i
 tokens. `watch` keeps the attention of every layer, head and step while a picture is drawn, without changing
 a bit of the picture. An `Attention` then tells and shows where a word was looked at (`heat`). Source: Tang
 et al. 2022, "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", arXiv:2210.04885.
+
+In the joint attention of Stable Diffusion 3 a place spreads it over all other places too, and over the same
+prompt in two sets of tokens, CLIP's and T5's.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..families.mmdit import JointAttention
+from ..families.unigram import SPACE, Unigram
 from ..files import whole, write_json
 from ..model.attention import CrossAttention, Hook, SelfAttention
 from ..model.config import UNetConfig
@@ -33,6 +38,7 @@ from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
 from .guide import GUIDE, one_line
 from .trajectory import describe
 
+Layer = CrossAttention | SelfAttention | JointAttention
 # Self-attention has L × L weights for every head: beyond this grid, recording them takes too much memory.
 LARGEST_SELF_GRID = 32 * 32
 
@@ -49,11 +55,12 @@ class Attention:
 
     request: Request
     size: tuple[int, int]  # the picture's width and height
-    tokens: list[str]  # as text: start, the prompt's, end, and all padding as one
+    tokens: list[str]  # as text: start, the prompt's, end, and all padding as one; then T5's, if there is one
     words: list[Word]  # of the prompt
     special: list[Word]  # start, end and padding
     pixel: tuple[int, int] | None = None  # the place that `looks` belongs to
-    maps: dict[str, Tensor] = field(default_factory=dict)  # layer -> (N, heads, T, h, w), sums to 1 over T
+    # layer -> (N, heads, T, h, w); over T it sums to 1, or to what joint attention leaves for words
+    maps: dict[str, Tensor] = field(default_factory=dict)
     looks: dict[str, Tensor] = field(default_factory=dict)  # layer -> (N, heads, h, w), sums to 1 over h, w
 
     def heat(
@@ -263,45 +270,34 @@ def watch(
     width, height = cast("tuple[int, int]", request.size)
     if pixel is not None and not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
         raise ValueError(f"the pixel {pixel[0]},{pixel[1]} is outside the picture of {width}x{height}")
-    attention = _expect(pipe, request, pixel)
-    grids = row_grids(pipe.config.unet, height // pipe.config.vae.factor, width // pipe.config.vae.factor)
+    attention, columns = _expect(pipe, request, pixel)
+    factor = pipe.config.vae.factor
     maps: dict[str, list[Tensor]] = {}
     looks: dict[str, list[Tensor]] = {}
-    before: list[tuple[CrossAttention | SelfAttention, Hook | None]] = []
+    before: list[tuple[Layer, Hook | None]] = []
 
-    def words_hook(name: str, h: int, w: int) -> Hook:
-        last = len(attention.tokens) - 1  # from here on there is only padding
+    def watched(name: str, h: int, w: int, places: bool, words: bool) -> Hook:
+        """A hook for a layer in which places see places, or words, or places and words behind them."""
 
-        def hook(weights: Tensor) -> None:  # (B, heads, h·w, S)
-            mine = weights[0].float()  # with guidance, the prompt's half of the batch comes first
-            mine = torch.cat(
-                [mine[..., :last], mine[..., last:].sum(-1, keepdim=True)], -1
-            )  # (heads, h·w, T)
-            maps.setdefault(name, []).append(_kept(mine.transpose(1, 2), h, w))
-
-        return hook
-
-    def pixel_hook(name: str, h: int, w: int, x: int, y: int) -> Hook:
-        place = y * h // height * w + x * w // width
-
-        def hook(weights: Tensor) -> None:  # (B, heads, h·w, h·w)
-            looks.setdefault(name, []).append(_kept(weights[0, :, place], h, w))
+        def hook(weights: Tensor) -> None:  # (B, heads, h·w or more, h·w or S or both)
+            mine = weights[0, :, : h * w]  # with guidance, the prompt's half of the batch comes first
+            if words:
+                seen = (mine[..., h * w :] if places else mine).float()  # (heads, h·w, S)
+                seen = torch.stack([seen[..., column].sum(-1) for column in columns], 1)  # (heads, T, h·w)
+                maps.setdefault(name, []).append(_kept(seen, h, w))
+            if places and pixel is not None and h * w <= LARGEST_SELF_GRID:
+                place = pixel[1] * h // height * w + pixel[0] * w // width
+                looks.setdefault(name, []).append(_kept(mine[:, place, : h * w], h, w))
 
         return hook
 
     try:
-        for name, layer in pipe.models["diffusion"].named_modules():
-            if not isinstance(layer, CrossAttention | SelfAttention):
-                continue
-            h, w = grids[_row(name)]
-            if isinstance(layer, CrossAttention):
-                hook = words_hook(name, h, w)
-            elif pixel is not None and h * w <= LARGEST_SELF_GRID:
-                hook = pixel_hook(name, h, w, *pixel)
-            else:
-                continue
+        for name, layer, h, w in _layers(pipe, height // factor, width // factor):
+            places, words = not isinstance(layer, CrossAttention), not isinstance(layer, SelfAttention)
+            if name.endswith("second_attention"):
+                words = False  # pixels alone
             before.append((layer, layer.hook))
-            layer.hook = hook
+            layer.hook = watched(name, h, w, places, words)
         yield attention
     finally:
         for layer, earlier in before:
@@ -317,13 +313,62 @@ def prompt_words(pipe: StableDiffusion, request: Request) -> list[Word]:
     return [Word(text, tuple(place for place, _ in group)) for (_, text), group in numbered]
 
 
-def _expect(pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None) -> Attention:
-    """Returns an Attention without maps, which says what the columns of the weights stand for."""
-    pieces = pipe.tokenizer.pieces(request.prompts[0])[: pipe.config.clip.context_length - 2]
+def _layers(pipe: StableDiffusion, height: int, width: int) -> Iterator[tuple[str, Layer, int, int]]:
+    """Yields the attention layers for latents of that size, with the height and width at which each works."""
+    sizes = pipe.config.unet
+    grids = row_grids(sizes, height, width) if isinstance(sizes, UNetConfig) else {}
+    one = height // sizes.patch, width // sizes.patch
+    for name, layer in pipe.models["diffusion"].named_modules():
+        if isinstance(layer, Layer):
+            yield name, layer, *(grids[_row(name)] if grids else one)
+
+
+def _expect(
+    pipe: StableDiffusion, request: Request, pixel: tuple[int, int] | None
+) -> tuple[Attention, list[slice]]:
+    """Returns an Attention without maps, and the columns of the weights that are each of its tokens."""
+    length = pipe.config.clip.context_length
+    pieces = pipe.tokenizer.pieces(request.prompts[0])[: length - 2]
     tokens = ["start", *(piece.text for piece in pieces), "end", "padding"]
     special = [Word(tokens[k], (k,)) for k in (0, len(tokens) - 2, len(tokens) - 1)]
     words = prompt_words(pipe, request)
-    return Attention(request, request.size, tokens, words, special, pixel)  # type: ignore[arg-type]
+    columns = [*(slice(k, k + 1) for k in range(len(tokens) - 1)), slice(len(tokens) - 1, length)]
+    t5: Unigram | None = getattr(pipe.tokenizer, "t5", None)
+    if t5 is not None:
+        texts, also = _t5_tokens(pipe, request.prompts[0], t5)
+        first, words = (
+            len(tokens),
+            [
+                Word(word.text, (*word.tokens, *(len(tokens) + k for k in also.get(i, ()))))
+                for i, word in enumerate(words)
+            ],
+        )
+        tokens += [*texts, "end", "padding"]
+        special += [Word("T5's end", (len(tokens) - 2,)), Word("T5's padding", (len(tokens) - 1,))]
+        columns += [slice(length + k, length + k + 1) for k in range(len(tokens) - 1 - first)]
+        columns.append(slice(length + len(tokens) - 1 - first, length + t5.length))
+    return Attention(request, request.size, tokens, words, special, pixel), columns  # type: ignore[arg-type]
+
+
+def _t5_tokens(pipe: StableDiffusion, prompt: str, t5: Unigram) -> tuple[list[str], dict[int, list[int]]]:
+    """Returns T5's pieces of the prompt, and which of them belong to each of CLIP's words, by its number."""
+    texts: list[str] = []
+    also: dict[int, list[int]] = {}
+    number = 0
+    for part in prompt.split():  # no word and no piece crosses a space
+        own = list(dict.fromkeys((piece.word_index, piece.word) for piece in pipe.tokenizer.pieces(part)))
+        ends = np.cumsum([len(word) for _, word in own])
+        place = 0
+        for token in t5.tokenize(part):
+            text = t5.pieces[token][0].removeprefix(SPACE)
+            # The piece belongs to the word in which it begins. Both spell the part alike, but for rare signs.
+            word = min(int(np.searchsorted(ends, place, side="right")), len(own) - 1)
+            if own and len(texts) < t5.length - 1:
+                also.setdefault(number + word, []).append(len(texts))
+            texts.append(text or "▁")
+            place += len(text)
+        number += len(own)
+    return texts[: t5.length - 1], also
 
 
 def row_grids(config: UNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:

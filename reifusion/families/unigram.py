@@ -60,11 +60,15 @@ class Unigram:
 
     def encode(self, text: str) -> list[int]:
         """text -> its tokens and the end, cut or padded to `length`"""
+        ids = [*self.tokenize(text)[: self.length - 1], self.end]
+        return ids + [self.pad] * (self.length - len(ids))
+
+    def tokenize(self, text: str) -> list[int]:
+        """text -> its tokens: no end, no padding, not cut"""
         ids: list[int] = []
         for part in self._marks.split(text):
             ids += [self.special[part]] if part in self.special else self._plain(part)
-        ids = [*ids[: self.length - 1], self.end]
-        return ids + [self.pad] * (self.length - len(ids))
+        return ids
 
     def _plain(self, text: str) -> Iterator[int]:
         for word in filter(None, _WHITE.split(self._alike(text))):

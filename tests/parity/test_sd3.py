@@ -18,48 +18,19 @@ from torch import Tensor, nn
 
 import reifusion
 from reifusion import kernels, weights
-from reifusion.families.mmdit import MMDiTConfig
 from reifusion.families.sd3 import SD3Config, StableDiffusion3, Tokenizers
-from reifusion.families.t5 import T5Config
 from reifusion.families.unigram import Unigram
-from reifusion.model.config import CLIPConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.tensors import ModelError
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.shortcuts.deepcache import deepcached
 from reifusion.shortcuts.int8 import quantize
 from tests.tiny import assert_same_networks, random_networks
+from tests.tiny_sd3 import PIECES, TINY, networks, tokenizers
 
 diffusers = pytest.importorskip("diffusers")
 
-# Heads are 64 wide, as in all published models, so that shapes alone tell their number.
-TINY = SD3Config(
-    name="tiny-sd3",
-    size=64,
-    clip=CLIPConfig(context_length=16, width=64, layers=3, heads=1),
-    clip_2=CLIPConfig(
-        context_length=16, width=128, layers=2, heads=2, activation="gelu"
-    ),
-    pooled=(64, 96),
-    t5=T5Config(vocab_size=113, width=200, layers=2, heads=4, head_width=20, hidden=60),
-    vae=VAEConfig(
-        latent_channels=16, channels=(32, 64), layers=1, scale_factor=1.5305, shift=0.0609,
-        quant=False,
-    ),
-    unet=MMDiTConfig(
-        layers=3, heads=2, width=128, context_width=200, pooled_width=160, positions=40, qk_norm=True,
-        dual_attention=(0,),
-    ),
-    steps=4,
-)  # fmt: skip
-PIECES = ["<pad>", "</s>", "<unk>", "▁", "▁cat", "▁dog", "c", "a", "t", "d", "o", "g", "▁a"]
 PROMPTS, NEGATIVES = ["a cat", "dog dog cat"], ["cog", ""]
-
-
-def tokenizers() -> Tokenizers:
-    made = Tokenizers(context_length=16)
-    made.t5 = Unigram([(piece, -1.5 * i) for i, piece in enumerate(PIECES)])
-    return made
 
 
 def t5_of(tokenizer: Tokenizer) -> Unigram:
@@ -69,9 +40,7 @@ def t5_of(tokenizer: Tokenizer) -> Unigram:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, nn.Module]:
-    models = random_networks(TINY)
-    models["diffusion"].get_parameter("position").data.normal_(0, 0.3)
-    return models
+    return networks()
 
 
 @pytest.fixture(scope="module")
