@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..families.sd3 import StableDiffusion3
 from ..kernels import graphs
 from ..model import attention, clip, ddpm, decoder, diffusion, encoder, pipeline, samplers
 from ..model.pictures import to_tensor
@@ -70,18 +71,35 @@ class Bug:
 BUGS: dict[str, Bug] = {}
 
 
-def _bug(
-    title: str, effect: str, number: str, measure: Callable[[StableDiffusion], float], test: str, **more: Any
+def mistake(
+    title: str,
+    effect: str,
+    number: str,
+    measure: Callable[[StableDiffusion], float],
+    test: str,
+    into: dict[str, Bug] = BUGS,
+    **more: Any,
 ) -> Any:
+    """Makes a `Bug` of the function below it, whose name it has."""
+
     def register(switch: Callable[[StableDiffusion], Patches]) -> Callable[[StableDiffusion], Patches]:
         name = switch.__name__.replace("_", "-")
-        BUGS[name] = Bug(name, title, effect, number, test, switch, measure, **more)
+        into[name] = Bug(name, title, effect, number, test, switch, measure, **more)
         return switch
 
     return register
 
 
-def _with(network: nn.Module, kind: type[nn.Module], **methods: Callable[..., Any]) -> Patches:
+def bugs_of(pipe: StableDiffusion) -> dict[str, Bug]:
+    """Returns the bugs that a model of this family can have."""
+    if not isinstance(pipe, StableDiffusion3):
+        return BUGS
+    from .bugs_sd3 import SD3_BUGS
+
+    return SD3_BUGS
+
+
+def with_methods(network: nn.Module, kind: type[nn.Module], **methods: Callable[..., Any]) -> Patches:
     """Gives the modules of a kind other methods."""
     for module in network.modules():
         if isinstance(module, kind):
@@ -92,14 +110,15 @@ def gallery(
     pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None, across: int = 3
 ) -> Exhibit:
     """Each named bug's picture beside the right one, with the number that gives it away; None: all bugs."""
-    names = names or list(BUGS)
+    bugs = bugs_of(pipe)
+    names = names or list(bugs)
     for name in names:
-        if name not in BUGS:
-            raise ValueError(f"there is no bug {name!r}; there are {', '.join(BUGS)}")
+        if name not in bugs:
+            raise ValueError(f"there is no bug {name!r}; there are {', '.join(bugs)}")
     request = request.for_model(pipe.config)
     pairs, captions, numbers = [], [], {}
     for name in names:
-        bug = BUGS[name]
+        bug = bugs[name]
         prompt, seed = request.prompts[0], request.seeds[0]
         pairs.append(bug.draw(pipe, prompt, seed, cfg=request.cfg, steps=request.steps))
         right = bug.measure(pipe)
@@ -291,7 +310,7 @@ def _group_norm_gain(pipe: StableDiffusion) -> float:
 # ---- the bugs ---------------------------------------------------------------------------------------------
 
 
-@_bug(
+@mistake(
     "GroupNorm's ε in the VAE is PyTorch's 10⁻⁵ and not 10⁻⁶",
     "Colours drift a little, most in flat areas. Only a comparison shows it. Most tutorials have this bug.",
     "size of a nearly flat input after the norm",
@@ -305,7 +324,7 @@ def wrong_eps(pipe: StableDiffusion) -> Patches:
                 yield patch.object(module, "eps", 1e-5)
 
 
-@_bug(
+@mistake(
     "The encoder pads all four sides before halving",
     "Everything moves by half a pixel at each level, so image-to-image shifts and softens its picture.",
     "PSNR of the VAE's round trip, dB",
@@ -317,10 +336,10 @@ def symmetric_padding(pipe: StableDiffusion) -> Patches:
     def forward(self: encoder.Downsample, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (1, 1, 1, 1)))
 
-    yield from _with(pipe.models["encoder"], encoder.Downsample, forward=forward)
+    yield from with_methods(pipe.models["encoder"], encoder.Downsample, forward=forward)
 
 
-@_bug(
+@mistake(
     "The latents are divided by the scale factor of another model (0.18215)",
     "The numbers have the wrong size, so colours are burnt, or washed out if the factor is forgotten.",
     "standard deviation of the decoder's input",
@@ -333,10 +352,10 @@ def wrong_scale(pipe: StableDiffusion) -> Patches:
     def forward(self: decoder.Decoder, latents: Tensor) -> Tensor:
         return right(self, latents * self.config.scale_factor / 0.18215)
 
-    yield from _with(pipe.models["decoder"], decoder.Decoder, forward=forward)
+    yield from with_methods(pipe.models["decoder"], decoder.Decoder, forward=forward)
 
 
-@_bug(
+@mistake(
     "Timesteps are counted from 0: the offset of 1 is forgotten",
     "All noise levels are a little too low. Pictures differ from every reference, yet look fine.",
     "the last timestep",
@@ -350,7 +369,7 @@ def no_offset(pipe: StableDiffusion) -> Patches:
     yield patch.object(ddpm, "leading", leading)
 
 
-@_bug(
+@mistake(
     "DDIM takes ᾱ of the timestep before, whatever the stride",
     "Only right with 1,000 steps. With 25, each step removes a fortieth of the noise that it should remove.",
     "noise left by a perfect network",
@@ -364,7 +383,7 @@ def ddim_without_stride(pipe: StableDiffusion) -> Patches:
     yield patch.object(samplers.DDIMSampler, "_alpha_bar_after", alpha_bar_after)
 
 
-@_bug(
+@mistake(
     "Sine and cosine are swapped in the time embedding",
     "The network is told a time that does not exist. All pictures are noise or shapeless colours.",
     "first component of the embedding of t = 0",
@@ -380,7 +399,7 @@ def sines_first(pipe: StableDiffusion) -> Patches:
     yield patch.object(diffusion, "sinusoids", sinusoids)
 
 
-@_bug(
+@mistake(
     "The halves of the guidance batch are swapped",
     "The picture runs away from the prompt, to anything except what was asked for.",
     "how far a step goes towards the prompt, at scale 4",
@@ -394,10 +413,10 @@ def guidance_swapped(pipe: StableDiffusion) -> Patches:
         output = right(self, latents, context, t, **more)
         return output.roll(len(output) // 2, dims=0) if len(output) % 2 == 0 else output
 
-    yield from _with(pipe.models["diffusion"], diffusion.UNet, forward=forward)
+    yield from with_methods(pipe.models["diffusion"], diffusion.UNet, forward=forward)
 
 
-@_bug(
+@mistake(
     "The text encoder has the exact GELU and not CLIP's quick one",
     "Words lose a little of their meaning: pictures change, and follow the prompt less closely.",
     "the activation at −1",
@@ -410,7 +429,7 @@ def wrong_gelu(pipe: StableDiffusion) -> Patches:
             yield patch.object(module, "activation", F.gelu)
 
 
-@_bug(
+@mistake(
     "The text encoder's causal mask is missing",
     "Each word's vector is blurred with those of the words after it, and with those of the padding.",
     "change of the first word's vector when the last word changes",
@@ -423,10 +442,10 @@ def no_causal_mask(pipe: StableDiffusion) -> Patches:
     def forward(self: attention.SelfAttention, x: Tensor, causal: bool = False) -> Tensor:
         return right(self, x, causal=False)
 
-    yield from _with(pipe.models["clip"], attention.SelfAttention, forward=forward)
+    yield from with_methods(pipe.models["clip"], attention.SelfAttention, forward=forward)
 
 
-@_bug(
+@mistake(
     "The betas grow in a straight line, but in Stable Diffusion their square roots do",
     "The sampler assumes wrong amounts of noise: pictures have grain and the wrong contrast.",
     "ᾱ at t = 500",
@@ -442,7 +461,7 @@ def linear_betas(pipe: StableDiffusion) -> Patches:
     yield patch.object(ddpm.Sampler, "__init__", init)
 
 
-@_bug(
+@mistake(
     "The log-variance is not clamped",
     "Nothing happens until the first odd picture: then exp() overflows, and the result is NaN.",
     "σ of the latents when the encoder's last layer is wrong",
@@ -456,10 +475,10 @@ def unclamped_variance(pipe: StableDiffusion) -> Patches:
         with patch.object(torch.Tensor, "clamp", lambda x, *limits: x):
             return right(self, image)
 
-    yield from _with(pipe.models["encoder"], encoder.Encoder, moments=moments)
+    yield from with_methods(pipe.models["encoder"], encoder.Encoder, moments=moments)
 
 
-@_bug(
+@mistake(
     "Pixels are cut off to whole numbers, not rounded",
     "Everything is half a level darker. Nobody sees that, but every comparison shows it.",
     "levels by which a grey ramp is darker",
@@ -474,7 +493,7 @@ def truncated_pixels(pipe: StableDiffusion) -> Patches:
     yield patch.object(pipeline, "to_picture", to_picture)
 
 
-@_bug(
+@mistake(
     "The same noise is added in every step",
     "A generator is seeded inside the loop. The noise's own pattern adds up and stays in the picture.",
     "correlation of the noise of two steps",
@@ -489,7 +508,7 @@ def noise_reused(pipe: StableDiffusion) -> Patches:
     yield patch.object(ddpm.Sampler, "_noise", noise)
 
 
-@_bug(
+@mistake(
     "A network that predicts the velocity is read as predicting the noise",
     "Steps of the right size in the wrong direction make brown soup, as when SD 2.1 is loaded as SD 1.5.",
     "error of x₀ with a perfect network",
@@ -506,7 +525,7 @@ def wrong_prediction_type(pipe: StableDiffusion) -> Patches:
     yield patch.object(ddpm.Sampler, "__init__", init)
 
 
-@_bug(
+@mistake(
     "Noise is added after the last step too",
     "Fine grain covers the finished picture.",
     "spread of the last step's result",
@@ -527,7 +546,7 @@ def noise_at_the_end(pipe: StableDiffusion) -> Patches:
     yield patch.object(ddpm.DDPMSampler, "_step", step)
 
 
-@_bug(
+@mistake(
     "An Euler sampler starts from noise of variance 1",
     "Its latents are x₀ + σε with σ near 14; noise of size 1 looks like an almost finished, empty picture.",
     "size of the first latents, in σ",
@@ -539,7 +558,7 @@ def unscaled_start(pipe: StableDiffusion) -> Patches:
     yield patch.object(samplers.EulerSampler, "init_noise_sigma", 1.0)
 
 
-@_bug(
+@mistake(
     "The VAE is run in half precision although its activations are too large for that",
     "The picture is black. Here one layer's weights are 10⁶ times larger, which the norm after it undoes: in "
     "float32 the picture is unchanged. The published VAE of SDXL has such layers.",
