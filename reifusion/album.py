@@ -30,7 +30,7 @@ from .model.sentences import shown
 from .settings import Settings, from_carried
 
 # The settings that name files.
-FILES = ("model", "lora", "embedding", "vae", "unet", "code", "init_image", "mask")
+FILES = ("model", "lora", "embedding", "vae", "unet", "refiner", "code", "init_image", "mask")
 SEVERAL = ("lora", "embedding")  # of which there can be more than one
 
 
@@ -127,6 +127,8 @@ def _hashes(settings: Settings) -> dict[str, Any]:
     for part in ("vae", "unet"):
         if source := getattr(settings, part):
             found[part] = file_hash(weights.find(source, part))
+    if settings.refiner:
+        found["refiner"] = file_hash(weights.find(settings.refiner))
     for name in ("code", "init_image", "mask"):
         if path := getattr(settings, name):
             found[name] = file_hash(path)

@@ -208,6 +208,9 @@ class Settings:
     unet: str | None = _setting(
         "U-Net", "A U-Net for the model: a file, a folder, or owner/name.", shown=_MODEL
     )
+    refiner: str | None = _setting(
+        "Refiner", "SDXL's refiner, for the last fifth of the way: a file, a folder, or owner/name."
+    )
     prediction_type: str | None = _setting(
         "Prediction type", "What the U-Net predicts: epsilon, v_prediction or flow.", shown=_MODEL,
         read=read_prediction,
@@ -231,6 +234,7 @@ class Settings:
     def pipe(self, device: torch.device | str | None = None, compile: bool = False) -> StableDiffusion:
         """Loads the model, with LoRAs and shortcuts. Raises ValueError, in one sentence, for a wrong file."""
         from .api import load
+        from .families.sdxl import with_refiner
         from .shortcuts.deepcache import deepcached
         from .shortcuts.int8 import quantize
         from .weights import find
@@ -245,15 +249,26 @@ class Settings:
             teach(pipe, word)
         for lora, weight in loras:
             apply(pipe, lora, weight)
+        pipe = replace(pipe, config=self._as_loras_ask(pipe.config))
         if self.int8:
             quantize(pipe)
+        if self.refiner:
+            pipe = with_refiner(pipe, load(self.refiner, device, self.dtype))
         return deepcached(pipe, self.deepcache)
 
     def config(self) -> ModelConfig:
         """Finds the model's config, with what these settings change in it, long before it is loaded."""
         from .weights import Changes, find_config
 
-        return find_config(self.model, Changes(**self._changed()))
+        return self._as_loras_ask(find_config(self.model, Changes(**self._changed())))
+
+    def _as_loras_ask(self, config: ModelConfig) -> ModelConfig:
+        """Returns the config with the few steps that a LoRA may have been made for."""
+        from .families.few_steps import by_name
+
+        for file, _ in self.lora:
+            config = by_name(config, Path(file).stem)
+        return config
 
     def _changed(self) -> dict[str, Any]:
         """Returns the settings that change what the model's file says, by name."""
@@ -301,6 +316,9 @@ class Settings:
         if self.int8:
             imports.append("from reifusion.shortcuts.int8 import quantize")
             pipe.append("quantize(pipe)")
+        if self.refiner:
+            imports.append("from reifusion.families.sdxl import with_refiner")
+            pipe.append(f"pipe = with_refiner(pipe, reifusion.load({self.refiner!r}, dtype={self.dtype!r}))")
         if self.code:
             imports.append("from reifusion.own import run_file")
             pipe.insert(0, f"run_file({self.code!r})")

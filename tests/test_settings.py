@@ -25,9 +25,9 @@ SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64),
 OTHERS = Settings(
     "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)),
     (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
-    (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "v_prediction", "late.py",
+    (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
 )  # fmt: skip
-NOT_BY_NAME = ("prompt", "model", "lora", "embedding", "code", "deepcache", "int8")
+NOT_BY_NAME = ("prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner")
 
 
 @given(st.text(string.printable + "é“💡", max_size=30), st.floats(-1e6, 1e6))
@@ -56,6 +56,7 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
         assert name in carried
         assert f"{name}=" in python or name in NOT_BY_NAME
     assert "teach(pipe, load_embedding('blob.pt', 'blob'))" in python
+    assert "with_refiner(pipe, reifusion.load('r.pt', dtype='float32'))" in python
     assert "deepcached(pipe, 2)" in python and "load_lora(find('zork.safetensors', \"lora\")), 0.5" in python
 
 

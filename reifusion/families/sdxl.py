@@ -7,19 +7,16 @@ arXiv:2307.01952. Base and refiner are one family: the refiner has the second te
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..model import diffusers_folder, family, model_converter
 from ..model.asked import Prompt
@@ -35,6 +32,7 @@ from ..model.model_converter import Block, Layout
 from ..model.pipeline import StableDiffusion, as_gradients_are
 from ..model.prediction import Prediction
 from ..model.request import Request, ask
+from ..model.step import Step
 from ..model.tensors import ModelError, short
 from ..model.tokenizer import END, Tokenizer
 from ..model.tokenizer_folder import read_tokenizer, write_tokenizer
@@ -192,12 +190,47 @@ class StableDiffusionXL(StableDiffusion):
     filled up with zeros. The refiner has one row more, with its score.
     """
 
+    refiner: StableDiffusion | None = None  # takes over the noisy latents, and draws the last steps
+    share: float = 0.8  # the part of the way that is gone before, in (0, 1)
     original: tuple[int, int] | None = None  # width and height that the picture is to look as if it had had
     corner: tuple[int, int] = (0, 0)  # left and top: where in it the picture is to look as if cut from
     scores: tuple[float, float] = (
         6.0,
         2.5,
     )  # the refiner: how beautiful, with the prompt and the negative one
+
+    def denoise(
+        self,
+        prompt: Prompt | Request,
+        negative: Prompt | None = None,
+        *,
+        grad: bool = False,
+        **settings: Any,
+    ) -> Generator[Step, Tensor | None, None]:
+        """The loop of `generate`, as `StableDiffusion.denoise` says; its last steps are the refiner's.
+
+        Raises ValueError for a share that leaves the base or the refiner no step.
+        """
+        request = ask(prompt, negative, **settings).for_model(self.config)
+        steps = super().denoise(request, grad=grad)
+        if self.refiner is None:
+            yield from steps
+            return
+        timesteps = self.sampler(request).timesteps
+        # §2.5, Podell et al. 2023: the refiner learned the least noisy fifth of the timesteps alone
+        least = round((1 - self.share) * self.config.schedule.num_training_steps)
+        first = int((timesteps >= least).sum())
+        if not 0 < first < len(timesteps):
+            left = f"of {len(timesteps)} steps, a share of {self.share} leaves one of them none"
+            raise ValueError(f"base and refiner: {left}")
+        latents = None
+        with closing(steps):
+            for _ in range(first):
+                step = steps.send(latents)
+                latents = yield step
+        latents = step.latents if latents is None else latents
+        start = cast(int, request.steps) - len(timesteps) + first
+        yield from self.refiner.denoise(replace(request, latents=latents, start=start), grad=grad)
 
     def vectors(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
         """B prompts -> (B, 78, 2048), in the dtype of the text encoders"""
@@ -261,40 +294,23 @@ class StableDiffusionXL(StableDiffusion):
         return denoise
 
 
+def with_refiner(base: StableDiffusion, refiner: StableDiffusion, share: float = 0.8) -> StableDiffusion:
+    """The base, whose last steps the refiner draws: after that share of the way, in (0, 1).
+
+    Raises ValueError for models that are no base and refiner of SDXL.
+    """
+    for pipe, is_refiner in (base, False), (refiner, True):
+        config = pipe.config
+        if not isinstance(config, SDXLConfig) or (config.clip_2 is None) != is_refiner:
+            raise ValueError(f"{config.name} is no {'refiner' if is_refiner else 'base model'} of SDXL")
+    return replace(cast(StableDiffusionXL, base), refiner=refiner, share=share)
+
+
 @lru_cache(maxsize=4)
 def padding_with(tokenizer: Tokenizer, pad: str) -> Tokenizer:
     """Returns a tokenizer that fills up with another token."""
     merges, length = tokenizer.merges_text, tokenizer.context_length
     return Tokenizer(merges, length, vocabulary=tokenizer._ids, pad=pad, exact=tokenizer.exact)
-
-
-def refine(
-    base: StableDiffusion,
-    refiner: StableDiffusion,
-    prompt: Prompt | Request,
-    negative: Prompt | None = None,
-    *,
-    share: float = 0.8,
-    progress: bool = True,
-    **settings: Any,
-) -> Image.Image | list[Image.Image]:
-    """Draws with the base, and hands the noisy latents to the refiner, which draws the last steps.
-
-    share: the part of the way, in (0, 1), that the base goes. The settings are those of `generate`, and count
-    for both. Returns what `generate` returns. Raises ValueError for a share that leaves one of them no step.
-    """
-    request = ask(prompt, negative, **settings).for_model(base.config)
-    timesteps = base.sampler(request).timesteps
-    # §2.5, Podell et al. 2023: the refiner learned the least noisy fifth of the timesteps alone
-    first = int((timesteps >= round((1 - share) * base.config.schedule.num_training_steps)).sum())
-    if not 0 < first < len(timesteps):
-        raise ValueError(
-            f"of {len(timesteps)} steps, a share of {share} leaves one of them none"
-        )
-    with closing(base.denoise(request)) as steps:
-        for step in tqdm(islice(steps, first), total=first, disable=not progress, unit="step"):
-            latents = step.latents
-    return refiner.generate(replace(request, latents=latents, start=first), progress=progress)
 
 
 # The names in files

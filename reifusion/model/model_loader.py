@@ -340,7 +340,8 @@ def _config_from_header(header: Mapping[str, str], kind: type[ModelConfig]) -> M
             if is_dataclass(kinds[0]) and not (given[name] is None and type(None) in kinds):
                 fields = {key: tuple(x) if isinstance(x, list) else x for key, x in given[name].items()}
                 given[name] = cast(Any, kinds[0])(**fields)
-        return kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in given.items()})
+        values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
+        return kind(**values)
     except (ValueError, TypeError, KeyError, AttributeError):
         if header.get("format") != "reifusion":
             return None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import families
+from ..families.few_steps import by_name
 from ..model import model_loader
 from ..model.config import ModelConfig
 from ..model.model_loader import Changes, Info
@@ -27,17 +28,22 @@ def load(
     changes: Changes | None = None,
 ) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
     """Loads a model of any family as `model_loader.load` does. source may also be a hub id."""
-    return model_loader.load(find(source), device, dtype, config, families.FAMILIES, _found(changes))
+    path = find(source)
+    found = model_loader.load(path, device, dtype, config, families.FAMILIES, _found(changes))
+    return (by_name(found[0], path.stem) if config is None else found[0], *found[1:])
 
 
 def find_config(source: str | Path, changes: Changes | None = None) -> ModelConfig:
     """Returns a model's config as `model_loader.find_config` does. source may also be a hub id."""
-    return model_loader.find_config(find(source), families.FAMILIES, _found(changes))
+    path = find(source)
+    return by_name(model_loader.find_config(path, families.FAMILIES, _found(changes)), path.stem)
 
 
 def info(source: str | Path, changes: Changes | None = None) -> Info:
     """Reads the facts about a model as `model_loader.info` does. source may also be a hub id."""
-    return model_loader.info(find(source), families.FAMILIES, _found(changes))
+    path = find(source)
+    found = model_loader.info(path, families.FAMILIES, _found(changes))
+    return replace(found, config=by_name(found.config, path.stem))
 
 
 def _found(changes: Changes | None) -> Changes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -17,8 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from reifusion import cli
 from reifusion.api import load as load_pipe
-from reifusion.families.sdxl import BASE, REFINER, SDXL, SDXLConfig, build, refine, tell
+from reifusion.families.sdxl import BASE, REFINER, SDXL, SDXLConfig, StableDiffusionXL, build, tell
 from reifusion.model.config import CLIPConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.model_converter import convert, match
@@ -217,19 +219,45 @@ def give(pipe: Any, noise: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_base_and_refiner_together_draw_as_in_diffusers(base, refiner, share):
-    one, other = load_pipe(base, "cpu", "fp32"), load_pipe(refiner, "cpu", "fp32")
-    pictures = refine(one, other, PROMPTS, share=share, seed=SEED, steps=10, progress=False)
-    assert isinstance(pictures, list)
+    other = load_pipe(refiner, "cpu", "fp32")
+    ours = replace(xl(base), refiner=other, share=share)
+    drawn = draw(ours, steps=10)
     told = {"num_inference_steps": 10, "guidance_scale": 5.0}
     first, second = read(base), read(refiner, "StableDiffusionXLImg2ImgPipeline")
+    second.vae = first.vae
     latents = first(PROMPTS, latents=noise(64, 64), denoising_end=share, output_type="latent", **told).images
     expected = draw_theirs(second, image=latents, denoising_start=share, **told)
-    assert_same(np.stack([np.array(picture) for picture in pictures]).astype(int), expected)
+    assert_same(drawn, expected)
     with pytest.raises(ValueError, match=r"of 3 steps, a share of 0\.01 leaves one of them none"):
-        refine(one, other, PROMPTS, share=0.01, steps=3)
+        draw(replace(ours, share=0.01), steps=3)
 
 
-class Exact(diffusers.EulerDiscreteScheduler):
+def xl(folder: Path) -> StableDiffusionXL:
+    pipe = load_pipe(folder, "cpu", "fp32")
+    assert isinstance(pipe, StableDiffusionXL)
+    return pipe
+
+
+def test_what_is_sent_into_the_loop_counts_for_the_refiner_too(base, refiner):
+    pipe = replace(xl(base), refiner=load_pipe(refiner, "cpu", "fp32"))
+    steps = pipe.denoise("a cat", seed=SEED, steps=10)
+    seen = [next(steps)]
+    with contextlib.suppress(StopIteration):
+        while True:
+            seen.append(steps.send(torch.zeros_like(seen[-1].latents)))
+    assert len(seen) == 10
+    assert all(not step.x_t.any() for step in seen[1:])
+    assert seen[-1].words.shape[-1] == 32  # the refiner's
+
+
+def test_a_picture_is_drawn_over_by_base_and_refiner(base, refiner):
+    pipe = replace(xl(base), refiner=load_pipe(refiner, "cpu", "fp32"))
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), "uint8"))
+    ts = [step.t for step in pipe.denoise("a cat", seed=SEED, steps=10, init_image=picture, strength=0.5)]
+    assert ts == [step.t for step in xl(base).denoise("a cat", steps=10, init_image=picture, strength=0.5)]
+
+
+class Exact(diffusers.EulerDiscreteScheduler):  # type: ignore[name-defined]
     """Theirs computes in float32. This one is given σ in float64, and takes Euler's step in it."""
 
     given: torch.Tensor
@@ -270,7 +298,7 @@ def test_inpainting_is_that_of_diffusers(channels, tmp_path):
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 72, 3), "uint8"))
     mask = Image.new("L", (72, 40))
     mask.paste(255, (16, 8, 56, 32))
-    size = {"width": 72, "height": 40}
+    size: dict[str, Any] = {"width": 72, "height": 40}
     ours = load_pipe(folder, "cpu", "fp32")
     steps = ours.denoise(PROMPTS, seed=SEED, init_image=picture, mask=mask, strength=1.0, steps=5, **size)
     *_, last = steps
@@ -404,7 +432,7 @@ def test_the_networks_have_as_many_parameters_as_those_published():
 # LoRAs
 
 
-def places_of(pipe: Any) -> dict[str, torch.nn.Module]:
+def places_of(pipe: Any) -> dict[str, Any]:
     """Some layers of each network of diffusers's pipeline, by their names there."""
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
     wanted = r"(to_q|to_k|to_v|to_out\.0|proj_in|ff\.net\.2|q_proj|v_proj|out_proj|fc1)$"
@@ -420,11 +448,8 @@ def places_of(pipe: Any) -> dict[str, torch.nn.Module]:
 def test_a_lora_changes_what_it_changes_in_diffusers(base, layout, tmp_path):
     pytest.importorskip("peft")
     theirs = read(base)
-    generator, tensors, marks = (
-        torch.Generator().manual_seed(4),
-        {},
-        {"unet": 0, "encoder": 0, "encoder_2": 0},
-    )
+    generator, marks = torch.Generator().manual_seed(4), {"unet": 0, "encoder": 0, "encoder_2": 0}
+    tensors: dict[str, torch.Tensor] = {}
     compvis = {place.diffusers: place.compvis for place in places(TINY)}
     for name, module in places_of(theirs).items():
         down, up = (
@@ -478,3 +503,81 @@ def test_a_lora_of_sdxl_is_written_as_kohya_writes_it(base, tmp_path):
     for name in ("clip", "clip_2", "diffusion"):
         for one, other in zip(old[name].parameters(), pipe.models[name].parameters()):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+# Few steps
+
+
+@pytest.fixture(scope="module")
+def turbo(tmp_path_factory) -> Path:
+    config = replace(TINY, schedule=replace(TINY.schedule, timestep_spacing="trailing"))
+    return write(config, tmp_path_factory.mktemp("model") / "one")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_turbo_model_draws_as_in_diffusers(turbo, steps):
+    ours, theirs = load_pipe(turbo, "cpu", "fp32"), read(turbo)
+    assert (ours.config.sampler, ours.config.steps, ours.config.cfg) == ("euler_a", 4, 1.0)
+    assert type(theirs.scheduler) is diffusers.EulerAncestralDiscreteScheduler
+    generators = [torch.Generator().manual_seed(SEED + k) for k in range(2)]
+    told = {"num_inference_steps": steps, "guidance_scale": 0.0, "generator": generators}
+    assert_same(draw(ours, steps=steps), draw_theirs(theirs, width=64, height=64, **told))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "steps", "cfg"),
+    [
+        ("sd_xl_turbo_1.0_fp16", "euler_a", 4, 1.0),
+        ("sdxl_lightning_2step", "euler", 2, 1.0),
+        ("Hyper-SDXL-8steps-CFG", "ddim", 8, 5.0),
+        ("sd_xl_base_1.0", "euler", 30, 5.0),
+    ],
+)
+def test_the_name_of_a_file_tells_of_few_steps(base, name, sampler, steps, cfg, tmp_path):
+    save(*load(base)[:2], tmp_path / f"{name}.safetensors", "compvis", WORDS)
+    pipe = load_pipe(tmp_path / f"{name}.safetensors", "cpu", "fp32")
+    found = pipe.config
+    assert (found.sampler, found.steps, found.cfg) == (sampler, steps, cfg)
+    few = name != "sd_xl_base_1.0"
+    drawn = next(pipe.denoise("a cat", steps=steps))
+    assert (drawn.t == 999) == few
+
+
+# The command line
+
+
+def test_the_command_line_draws_with_base_refiner_and_a_lightning_lora(base, refiner, tmp_path, capsys):
+    flags = ["--model", base, "--refiner", refiner, "--seed", SEED, "--steps", 10, "--cfg", 5]
+    flags += ["--dtype", "fp32", "--device", "cpu", "--out", tmp_path / "one.png", "--size", "64x64"]
+    assert cli.main(["generate", PROMPTS[0], *map(str, flags)]) == 0
+    pipe = replace(xl(base), refiner=load_pipe(refiner, "cpu", "fp32"))
+    expected = pipe.generate(PROMPTS[0], seed=SEED, steps=10, progress=False)
+    assert np.array_equal(np.array(Image.open(tmp_path / "one.png")), np.array(expected))
+    key = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{key}.lora_down.weight": torch.ones(1, 32), f"{key}.lora_up.weight": torch.ones(128, 1)}
+    save_file(tensors, tmp_path / "lightning_2step.safetensors")
+    lora = ["--lora", str(tmp_path / "lightning_2step.safetensors"), "--out", str(tmp_path / "two.png")]
+    assert cli.main(["generate", "a cat", "--model", str(base), "--seed", "1", *lora]) == 0
+    assert cli.main(["info", str(tmp_path / "two.png")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"steps +2\n", said) and re.search(r"cfg +1\.0\n", said)
+
+
+def test_a_refiner_that_is_none_is_refused_in_one_sentence(base, tmp_path, capsys):
+    flags = ["--model", base, "--refiner", base, "--device", "cpu", "--out", tmp_path]
+    assert cli.main(["generate", "a cat", *map(str, flags)]) == 2
+    assert "is no refiner of SDXL" in capsys.readouterr().err
+
+
+def test_convert_and_info(written, tmp_path, capsys):
+    config, folder = written
+    one, two = tmp_path / "one.safetensors", tmp_path / config.name
+    assert cli.main(["convert", str(folder), str(one), "--to", "compvis"]) == 0
+    assert cli.main(["convert", str(one), str(two), "--to", "diffusers"]) == 0
+    for part in ("unet", "vae", "text_encoder_2"):
+        file = next((folder / part).glob("*.safetensors")).relative_to(folder)
+        assert (two / file).read_bytes() == (folder / file).read_bytes()
+    assert cli.main(["info", str(one)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"model +{config.name}, for pictures of 64x64", said)
+    assert ("clip_2" in said) == (config.clip_2 is not None)
