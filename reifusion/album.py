@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,16 @@ def _hashes(settings: Settings) -> dict[str, Any]:
 
 def file_hash(source: str | Path) -> str:
     """Returns ten digits of the SHA-256 of a file, or of a folder's weights, as other programs show it."""
-    path, digest = Path(source), hashlib.sha256()
-    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+    path = Path(source)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return _hash(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@lru_cache(maxsize=64)
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The hash of files as they are now, by the times they were written: large ones take seconds."""
+    digest = hashlib.sha256()
+    for file, _, _ in files:
         with file.open("rb") as stream:
             while block := stream.read(2**22):
                 digest.update(block)

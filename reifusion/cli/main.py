@@ -22,6 +22,7 @@ import typer
 from .. import __version__
 from ..errors import cut, sentence
 from ..threads import wait_briefly
+from .batch import batch
 from .check import check
 from .draw import generate
 from .evaluate import evaluate
@@ -33,6 +34,7 @@ from .vae import app as vae
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Stable Diffusion from scratch.")
 app.command()(generate)
+app.command()(batch)
 app.command()(info)
 app.command()(convert)
 app.command()(evaluate)
