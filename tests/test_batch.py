@@ -19,6 +19,7 @@ from reifusion import album
 from reifusion.batch.rows import read_rows
 from reifusion.cli.main import main
 from reifusion.settings import Settings
+from reifusion.train.images import open_pictures
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, networks
 
@@ -210,3 +211,17 @@ def command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+def test_a_folder_of_drawn_pictures_is_data_with_their_prompts(model, tmp_path):
+    table, out = written(tmp_path / "t.txt", "a cat\ndog\n"), tmp_path / "out"
+    assert main(["batch", str(table), f"--model={model}", "--steps=1", f"--out={out}"]) == 0
+    assert (out / "manifest.parquet").exists()
+    with pytest.warns(UserWarning, match="2 of 2 pictures have no caption and get the prompt"):
+        pictures = open_pictures(out)
+    assert [item.captions for item in pictures.items] == [("a cat",), ("dog",)]
+    (out / pictures.items[0].name).with_suffix(".txt").write_text("something else")
+    with pytest.warns(UserWarning, match="1 of 2 pictures have no caption and get the prompt"):
+        assert open_pictures(out).items[0].captions == ("something else",)
+    with pytest.warns(UserWarning, match="no caption of their own and get 'a zork'"):
+        assert open_pictures(out, caption="a zork").items[1].captions == ("a zork",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -196,9 +197,10 @@ def open_pictures(
     - `owner/name` of the Hugging Face hub, or `owner/name:configuration`.
 
     Columns are recognised by name and type unless they are given. caption: of pictures without one of their
-    own. cache: the folder in which `datasets` keeps the data that it has read. One warning counts and names
-    the pictures that cannot be read, which are left out, those without a caption, and captions that are not
-    UTF-8. Raises DataError if there are no pictures, or if there are several candidates for a column.
+    own; without that either, it is the prompt that a picture was drawn by here. cache: the folder in which
+    `datasets` keeps the data that it has read. One warning counts and names the pictures that cannot be
+    read, which are left out, those without a caption, and captions that are not UTF-8. Raises DataError if
+    there are no pictures, or if there are several candidates for a column.
     """
     try:
         import datasets
@@ -230,6 +232,7 @@ def open_pictures(
     listed: set[Path] = set()
     strange: list[str] = []  # names of those whose captions are in an encoding that was guessed
     silent: list[Item] = []
+    from_prompts: list[str] = []
     for number, row in enumerate(tqdm(rows, desc="looking at pictures", leave=False, delay=3)):
         where = row[image] or {}
         name = row.get("__key__") or where.get("path") or f"row {number}"
@@ -248,11 +251,14 @@ def open_pictures(
         captions = _captions(row.get(texts), texts == "txt") or others or _captions(beside, True)
         try:
             with _open(_encoded(row[image])) as picture:
-                items.append(Item(number, name, *upright_size(picture), captions or (instead,), repeats))
+                drawn = () if captions or instead else _prompt(picture)
+                itself = captions or drawn or (instead,)
+                items.append(Item(number, name, *upright_size(picture), itself, repeats))
+                from_prompts += [name] * len(drawn)
         except Exception:
             unreadable.append(name)
         else:
-            if not captions:
+            if not (captions or drawn):
                 silent.append(items[-1])
     divisor = math.gcd(*(item.repeats for item in items))  # only their ratios count
     items = [replace(item, repeats=item.repeats // divisor) for item in items]
@@ -263,10 +269,20 @@ def open_pictures(
         f"have no caption of their own and get {some(given)}": [
             i.name for i in silent if i.captions != ("",)
         ],
+        "have no caption and get the prompt that they were drawn by": from_prompts,
         "have captions that are not UTF-8 and were read as Windows-1252": strange,
     }
     _report(source, items, wrong, sorted(os.path.relpath(f, root) for f in files - listed if root))
     return Pictures(encoded, items)
+
+
+def _prompt(picture: Image.Image) -> tuple[str, ...]:
+    """Returns the prompt of a picture that was drawn here, or nothing."""
+    try:
+        found = json.loads(picture.info["reifusion"])["prompt"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ()
+    return (found,) if isinstance(found, str) and found.strip() else ()
 
 
 def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None, set[Path]]:
@@ -369,7 +385,7 @@ def _kind(file: Path) -> str:
     """Returns the name of the `datasets` loader that reads the file, or "" if none does."""
     if file.suffix.lower() in SUFFIXES:
         return "imagefolder"
-    if file.name == "metadata.parquet":
+    if file.name in ("metadata.parquet", "manifest.parquet"):  # the second is that of `reifusion batch`
         return ""
     return {".parquet": "parquet", ".tar": "webdataset"}.get(file.suffix.lower(), "")
 

@@ -22,23 +22,29 @@ if TYPE_CHECKING:
     from .mini.material import Bank
 
 
-def own_pictures(recipe: Recipe) -> Pictures:
-    """Opens the pictures that a recipe names, with their captions as it wants them."""
+def own_pictures(recipe: Recipe, caption: str | None = None) -> Pictures:
+    """Opens the pictures that a recipe names, with their captions as it wants them.
+
+    caption: of pictures without one of their own; None: the recipe's.
+    """
     pictures = open_pictures(
         recipe.data,
         split=recipe.split,
         image_column=recipe.image_column or None,
         caption_column=recipe.caption_column or None,
-        caption=getattr(recipe.training, "caption", ""),
+        caption=getattr(recipe.training, "caption", "") if caption is None else caption,
     )
     if not (recipe.trigger or recipe.shuffle_tags):
         return pictures
     return pictures.dressed(recipe.trigger, recipe.shuffle_tags, recipe.keep_tags, recipe.training.loop.seed)
 
 
-def other_pictures(recipe: Recipe, data: str) -> Pictures:
-    """Opens pictures beside those that a recipe learns: held out, or of what must not change."""
-    return own_pictures(replace(recipe, data=data, trigger=""))
+def other_pictures(recipe: Recipe, data: str, caption: str | None = None) -> Pictures:
+    """Opens pictures beside those that a recipe learns: held out, or of what must not change.
+
+    caption: see `own_pictures`.
+    """
+    return own_pictures(replace(recipe, data=data, trigger=""), caption)
 
 
 def random_pixels(recipe: Recipe, pictures: Pictures | None = None) -> PixelBatch:

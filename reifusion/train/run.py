@@ -179,7 +179,7 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
     data, held_out = validation(recipe, data, config, vae, tokenizer)
     own = data.captions if isinstance(data, LatentData) else None
     if recipe.regularisation and isinstance(data, LatentData):
-        pictures = other_pictures(recipe, recipe.regularisation)
+        pictures = other_pictures(recipe, recipe.regularisation, "")
         data = Mixed(data, cast(LatentData, captioned_latents(recipe, pictures, config, vae, tokenizer)[0]))
 
     def pipeline(model: TextToImage) -> StableDiffusion:
@@ -248,7 +248,7 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
         held_out: float | Pictures = recipe.validation
         if recipe.validation_data:
             held_out = other_pictures(recipe, recipe.validation_data)
-        others = other_pictures(recipe, recipe.regularisation) if recipe.regularisation else None
+        others = other_pictures(recipe, recipe.regularisation, "") if recipe.regularisation else None
     captions = [caption for item in pictures.items for caption in item.captions]
     side, seed = recipe.size or config.size, recipe.training.loop.seed
     return train_lora(

@@ -15,6 +15,8 @@ OURS = (
     "my-pictures",
     "my-vae",
     "my-finetune",
+    "my-word",
+    "my-dreambooth",
     "mini-sharpen",
     "mini-flow",
     "mini-lora",
