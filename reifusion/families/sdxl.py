@@ -238,7 +238,7 @@ class StableDiffusionXL(StableDiffusion):
         words, whole = self._read("clip", prompts, tokenizer, clip_skip)
         if config.clip_2 is not None:
             more, whole = self._read("clip_2", prompts, padding_with(tokenizer, config.pad_2), clip_skip)
-            # [two-encoders] §2.1, Podell et al. 2023: both encoders' words side by side, 768 + 1280 channels
+            # §2.1, Podell et al. 2023: both encoders' words side by side, 768 + 1280 channels
             words = torch.cat([words, more], dim=-1)  # (B, 77, 2048)
         rows = [whole] if config.rows == 1 else [whole, torch.full_like(whole, self.scores[0])]
         width = words.shape[-1]
