@@ -47,7 +47,7 @@ def blocks(config: SD3Config, open_clip: bool) -> Iterator[Block]:
     if config.t5 is not None:
         yield from t5_blocks(config.t5.layers, "t5", f"{SINGLE}t5xxl.transformer", "text_encoder_3")
     yield from model_converter.vae_blocks(config.vae)
-    yield from mmdit_blocks(config.unet.layers)
+    yield from mmdit_blocks(config.unet)
 
 
 # The layers of each network, by format
@@ -72,16 +72,23 @@ LAYERS = {
         r"model\.diffusion_model\.joint_blocks\.(\d+)",
         r"transformer\.transformer_blocks\.(\d+)",
     ),
+    "second": (
+        r"diffusion\.blocks\.(\d+)\.pixels\.second\.",
+        r"model\.diffusion_model\.joint_blocks\.(\d+)\.x_block\.attn2\.",
+        r"transformer\.transformer_blocks\.(\d+)\.attn2\.",
+    ),
 }
+QK_NORM = re.compile(r"(diffusion|model\.diffusion_model|transformer)\..*\.(norm_q|ln_q)\.weight$")
 
 
 def structure(names: Collection[str], format: str) -> SD3Config:
     """Counts a model's blocks by its names. Returns a config with these counts, whose sizes mean nothing."""
     column = model_converter.FORMATS.index(format)
-    counts = {
-        name: len({found[1] for x in names if (found := re.match(patterns[column], x))})
+    numbers = {
+        name: {int(found[1]) for x in names if (found := re.match(patterns[column], x))}
         for name, patterns in LAYERS.items()
     }
+    counts = {name: len(found) for name, found in numbers.items()}
     known, kind = model_converter.structure(names, format), MEDIUM
     return replace(
         kind,
@@ -89,7 +96,12 @@ def structure(names: Collection[str], format: str) -> SD3Config:
         clip_2=replace(kind.clip_2, layers=counts["clip_2"]),
         t5=T5Config(layers=counts["t5"]) if counts["t5"] else None,
         vae=replace(known.vae, quant=False),
-        unet=replace(kind.unet, layers=counts["mmdit"]),
+        unet=replace(
+            kind.unet,
+            layers=counts["mmdit"],
+            qk_norm=any(map(QK_NORM.match, names)),
+            dual_attention=tuple(sorted(numbers["second"])),
+        ),
     )
 
 
@@ -165,7 +177,6 @@ def from_shapes(shapes: Shapes, told: Prediction | None = None) -> FromShapes:
         return replace(found, heads=heads(found.width))
 
     kind = structure(shapes, "native")
-    attention = "diffusion.blocks.{}.pixels.{}.qkv.weight"
     patch, width = size("diffusion.patches.weight", 2), size("diffusion.patches.weight", 0)
     mmdit = MMDiTConfig(
         in_channels=size("diffusion.patches.weight", 1),
@@ -177,8 +188,8 @@ def from_shapes(shapes: Shapes, told: Prediction | None = None) -> FromShapes:
         context_width=size("diffusion.words.weight", 1),
         pooled_width=size("diffusion.pooled.0.weight", 1),
         positions=round(size("diffusion.position", 1) ** 0.5),
-        qk_norm="diffusion.blocks.0.pixels.queries.norm_q.weight" in shapes,
-        dual_attention=tuple(i for i in range(kind.unet.layers) if attention.format(i, "second") in shapes),
+        qk_norm=kind.unet.qk_norm,
+        dual_attention=kind.unet.dual_attention,
     )
     preset = next((preset for preset in PRESETS if preset.unet == mmdit), None)
     vae_levels = range(len(kind.vae.channels))

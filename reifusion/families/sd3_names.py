@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ..model import model_converter
 from ..model.model_converter import Block
+from .mmdit import MMDiTConfig
 
 # Read as the table that it goes on from. At a ⇅, diffusers keeps the two halves of a tensor, shift and scale,
 # in another order than we and Stability.
@@ -26,21 +27,13 @@ position                pos_embed                           pos_embed.pos_embed 
 [pixels]
 modulation              x_block.adaLN_modulation.1          norm1.linear
 queries.qkv             x_block.attn.qkv                    attn.to_{q,k,v}
-queries.norm_q          x_block.attn.ln_q                   attn.norm_q
-queries.norm_k          x_block.attn.ln_k                   attn.norm_k
 queries.out             x_block.attn.proj                   attn.to_out.0
-second.qkv              x_block.attn2.qkv                   attn2.to_{q,k,v}
-second.norm_q           x_block.attn2.ln_q                  attn2.norm_q
-second.norm_k           x_block.attn2.ln_k                  attn2.norm_k
-second.out              x_block.attn2.proj                  attn2.to_out.0
 linear_1                x_block.mlp.fc1                     ff.net.0.proj
 linear_2                x_block.mlp.fc2                     ff.net.2
 
 [words]
 modulation              context_block.adaLN_modulation.1    norm1_context.linear
 queries.qkv             context_block.attn.qkv              attn.add_{q,k,v}_proj
-queries.norm_q          context_block.attn.ln_q             attn.norm_added_q
-queries.norm_k          context_block.attn.ln_k             attn.norm_added_k
 queries.out             context_block.attn.proj             attn.to_add_out
 linear_1                context_block.mlp.fc1               ff_context.net.0.proj
 linear_2                context_block.mlp.fc2               ff_context.net.2
@@ -48,8 +41,20 @@ linear_2                context_block.mlp.fc2               ff_context.net.2
 [last words]
 modulation              context_block.adaLN_modulation.1    norm1_context.linear⇅
 queries.qkv             context_block.attn.qkv              attn.add_{q,k,v}_proj
-queries.norm_q          context_block.attn.ln_q             attn.norm_added_q
-queries.norm_k          context_block.attn.ln_k             attn.norm_added_k
+
+[norms]
+pixels.queries.norm_q   x_block.attn.ln_q                   attn.norm_q
+pixels.queries.norm_k   x_block.attn.ln_k                   attn.norm_k
+words.queries.norm_q    context_block.attn.ln_q             attn.norm_added_q
+words.queries.norm_k    context_block.attn.ln_k             attn.norm_added_k
+
+[second]
+qkv                     x_block.attn2.qkv                   attn2.to_{q,k,v}
+out                     x_block.attn2.proj                  attn2.to_out.0
+
+[second norms]
+norm_q                  x_block.attn2.ln_q                  attn2.norm_q
+norm_k                  x_block.attn2.ln_k                  attn2.norm_k
 
 [t5]
 embedding               shared                              shared
@@ -73,14 +78,20 @@ projection              text_projection                     text_projection
 )
 
 
-def mmdit_blocks(layers: int) -> Iterator[Block]:
+def mmdit_blocks(config: MMDiTConfig) -> Iterator[Block]:
     """Yields the blocks of the transformer."""
-    ours, single, folder = "diffusion", "model.diffusion_model", "transformer"
-    yield "mmdit", ours, single, folder
-    for i in range(layers):
-        theirs = f"{single}.joint_blocks.{i}", f"{folder}.transformer_blocks.{i}"
-        yield "pixels", f"{ours}.blocks.{i}.pixels", *theirs
-        yield "last words" if i == layers - 1 else "words", f"{ours}.blocks.{i}.words", *theirs
+    yield "mmdit", "diffusion", "model.diffusion_model", "transformer"
+    for i in range(config.layers):
+        ours = f"diffusion.blocks.{i}"
+        theirs = f"model.diffusion_model.joint_blocks.{i}", f"transformer.transformer_blocks.{i}"
+        yield "pixels", f"{ours}.pixels", *theirs
+        yield "last words" if i == config.layers - 1 else "words", f"{ours}.words", *theirs
+        if config.qk_norm:
+            yield "norms", ours, *theirs
+        if i in config.dual_attention:
+            yield "second", f"{ours}.pixels.second", *theirs
+            if config.qk_norm:
+                yield "second norms", f"{ours}.pixels.second", *theirs
 
 
 def t5_blocks(layers: int, ours: str, single: str, folder: str) -> Iterator[Block]:

@@ -53,7 +53,8 @@ OTHERS = {
 
 # These replacements, in this order, make the spellings of a layer's name the same, except for . and _.
 SPELLINGS = (
-    (r"^(unet\.|text_encoder\.|text_encoder_2\.)?base_model\.model\.", r"\1"),  # PEFT's
+    (r"^(unet\.|transformer\.|text_encoder\.|text_encoder_2\.)?base_model\.model\.", r"\1"),  # PEFT's
+    (r"^(transformer\.|lora_transformer_)", "unet."),  # the network of Stable Diffusion 3
     (r"^(model\.)?diffusion_model\.", "unet."),  # CompVis's, and ComfyUI's
     (r"^(cond_stage_model|clip_l|text_encoders\.clip_[lh])\.transformer\.", "text_encoder."),
     (r"^(clip_g|text_encoders\.clip_g)\.transformer\.", "text_encoder_2."),
@@ -63,6 +64,7 @@ SPELLINGS = (
     (r"^(?!unet\.|text_encoder|lora_)", "unet."),  # a LoRA of the U-Net alone
     (r"^lora_te1?_", "text_encoder."),  # kohya's, as are the next two
     (r"^lora_te2_", "text_encoder_2."),
+    (r"^lora_te3_", "text_encoder_3."),
     (r"^lora_unet_", "unet."),
     (r"^(text_encoder(_2)?)\.(?=encoder)", r"\1.text_model."),  # transformers 5
 )
@@ -238,7 +240,7 @@ def _peft_alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) ->
     """Returns α by the config of PEFT, or r where there is none."""
     try:
         network, _, inner = layer.partition(".")
-        if network not in ("unet", "text_encoder", "text_encoder_2"):
+        if network not in ("unet", "transformer", "text_encoder", "text_encoder_2"):
             network, inner = "", layer
         given = {key.removeprefix(f"{network}."): value for key, value in config.items()}
         alpha = float(given.get("lora_alpha", rank))
@@ -254,21 +256,28 @@ def _peft_alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) ->
         ) from None
 
 
-def places(config: ModelConfig) -> list[Place]:
-    """Returns the places of all weights in a model's U-Net and text encoders."""
+def places(config: ModelConfig, whole: bool = False) -> list[Place]:
+    """Returns the places of all weights in a model's U-Net and text encoders.
+
+    whole: those of q, k and v together too, for models whose files have them in one layer.
+    """
     found, layout = [], families.family_of(config).layout
     formats = (rules(config, format, layout=layout) for format in ("diffusers", "compvis"))
     for one, other in zip(*formats):
         network, _, inner = one.ours.partition(".")
         if network not in ("encoder", "decoder") and inner.endswith(".weight"):
-            # OpenCLIP has q, k and v in one tensor, which no LoRA names.
-            others = other.theirs if len(other.theirs) == len(one.theirs) else one.theirs
-            for part, names in enumerate(zip(one.theirs, others)):
+            layer, parts = inner.removesuffix(".weight"), len(one.theirs)
+            # A layer that a format turns around is known by its name in the other alone.
+            ones = other.theirs if one.turn else one.theirs
+            others = one.theirs if other.turn else other.theirs
+            if len(others) < parts:
+                if whole:  # as in Stable Diffusion 3
+                    name = others[0].removesuffix(".weight")
+                    found.append(Place(network, layer, 0, 1, name, name, one.convolution))
+                others = ones
+            for part, names in enumerate(zip(ones, others)):
                 diffusers, compvis = (name.removesuffix(".weight") for name in names)
-                layer = inner.removesuffix(".weight")
-                found.append(
-                    Place(network, layer, part, len(one.theirs), diffusers, compvis, one.convolution)
-                )
+                found.append(Place(network, layer, part, parts, diffusers, compvis, one.convolution))
     return found
 
 
@@ -356,7 +365,11 @@ FIRST = "down.0.0"  # the U-Net's first layer
 def _find(lora: LoRA, models: Mapping[str, Any], config: ModelConfig | None) -> dict[Place, Update]:
     """Returns the place of each update. Raises ModelError for an update that has no place or does not fit."""
     config = config or ModelConfig(clip=models["clip"].config, unet=models["diffusion"].config)
-    known = {_flat(name): place for place in places(config) for name in (place.diffusers, place.compvis)}
+    known = {
+        _flat(name): place
+        for place in places(config, whole=True)
+        for name in (place.diffusers, place.compvis)
+    }
     found: dict[Place, Update] = {}
     for layer, update in lora.updates.items():
         place = known.get(_flat(layer))

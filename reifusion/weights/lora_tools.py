@@ -107,7 +107,7 @@ def extract(
 
 def kohya(layer: str) -> str:
     """Returns a layer's name as kohya spells it, from any spelling: "lora_unet_mid_block_…"."""
-    return "lora_" + re.sub("^text_encoder_", "te_", re.sub("^text_encoder_2_", "te2_", _flat(layer)))
+    return "lora_" + re.sub("^text_encoder_", "te_", re.sub(r"^text_encoder_(\d)_", r"te\1_", _flat(layer)))
 
 
 def _cut(u: Tensor, s: Tensor, v: Tensor, rank: int, shape: torch.Size) -> Update:

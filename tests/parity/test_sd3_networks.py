@@ -83,7 +83,7 @@ def mmdit_pair(config: MMDiTConfig) -> tuple[nn.Module, nn.Module]:
         dual_attention_layers=config.dual_attention,
         qk_norm="rms_norm" if config.qk_norm else None,
     )
-    theirs.load_state_dict(translated(ours, list(mmdit_blocks(config.layers)), "transformer."))
+    theirs.load_state_dict(translated(ours, list(mmdit_blocks(config)), "transformer."))
     return ours, theirs.requires_grad_(False).eval()
 
 
