@@ -67,6 +67,11 @@ LATER = {
     "weights/lora.py": "what a LoRA adds, and takes away again",
     "families/lcm.py": "latent consistency models",
     "families/pix2pix.py": "models that edit a picture by words",
+    "families/sd3.py": "Stable Diffusion 3: three text encoders, and the pipeline",
+    "families/mmdit.py": "its transformer: words and pixels at one table",
+    "families/t5.py": "the encoder of long texts",
+    "families/unigram.py": "SentencePiece's tokens, by Viterbi's algorithm",
+    "families/flow_solver.py": "DPM-Solver++ for rectified flow",
     "shortcuts/deepcache.py": "some steps skip the deep rows of the U",
     "shortcuts/int8.py": "weights in eight bits",
 }
