@@ -48,14 +48,14 @@ class Drawn:
 def missing(rows: Sequence[Row], out: Path) -> list[Row]:
     """Returns the rows whose picture is not there yet, those of one model together."""
     left = [row for row in rows if not (out / row.file).exists()]
-    return sorted(left, key=lambda row: (_of_model(row.settings), row.number))
+    return sorted(left, key=lambda row: (of_model(row.settings), row.number))
 
 
 def check(rows: Sequence[Row]) -> None:
     """Raises ValueError, with the row's number, for what its model cannot draw: before anything is loaded."""
     configs: dict[str, Any] = {}
     for row in rows:
-        model = _of_model(row.settings)
+        model = of_model(row.settings)
         try:
             if model not in configs:
                 configs[model] = row.settings.config()
@@ -76,10 +76,10 @@ def draw(rows: Sequence[Row], out: Path, device: str | None = None, compile: boo
     for row in rows:
         begun = time.monotonic()
         try:
-            if _of_model(row.settings) != loaded or pipe is None:
+            if of_model(row.settings) != loaded or pipe is None:
                 pipe, loaded = None, ""  # the memory of the last one, before the next needs it
                 pipe = row.settings.pipe(device, compile)
-                loaded = _of_model(row.settings)
+                loaded = of_model(row.settings)
             request = row.settings.request().for_model(pipe.config)
             entry = album.entry(row.settings, request, pipe)
             picture: Any = pipe.generate(request, progress=False)
@@ -187,7 +187,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _of_model(settings: Settings) -> str:
+def of_model(settings: Settings) -> str:
     """Tells settings apart that need another model in memory."""
     asked = {*requested(), "code"}
     own = {name: x for name, x in settings.carried().items() if name not in asked}

@@ -26,6 +26,7 @@ from .batch import batch
 from .check import check
 from .draw import generate
 from .evaluate import evaluate
+from .grid import grid
 from .lora import app as lora
 from .models import convert, info
 from .studio import studio
@@ -35,6 +36,7 @@ from .vae import app as vae
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Stable Diffusion from scratch.")
 app.command()(generate)
 app.command()(batch)
+app.command()(grid)
 app.command()(info)
 app.command()(convert)
 app.command()(evaluate)
