@@ -346,6 +346,9 @@ def blocks(config: SDXLConfig, open_clip: bool) -> Iterator[Block]:
     yield "told", "diffusion.time_embedding", "model.diffusion_model.label_emb", "unet.add_embedding"
 
 
+# Of these, only a folder tells how deep each block is, in words that are not read here.
+DISTILLED = "SSD-1B or Segmind Vega, an SDXL with blocks of uneven depth, which is not built in"
+
 # The layers of CLIP-L, of bigG beside it, and of bigG alone, in each format.
 LAYERS = {
     "native": (r"clip\.layers\.(\d+)", r"clip_2\.layers\.(\d+)", r"clip\.layers\.(\d+)"),
@@ -368,6 +371,8 @@ def structure(names: Collection[str], format: str) -> SDXLConfig:
         len({found[1] for name in names if (found := re.match(pattern, name))}) for pattern in LAYERS[format]
     )
     known = model_converter.structure(names, format)
+    if not known.unet.middle_attention:
+        raise ModelError(f"it is {DISTILLED}")
     both = first > 0 and second > 0
     return SDXLConfig(
         clip=replace(known.clip, layers=first if both else alone),
@@ -415,6 +420,8 @@ def from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str) -> SDXLCon
     unet = dict(jsons["unet"])
     if (kind := unet.pop("addition_embed_type", None)) != "text_time":
         raise ModelError(f"its unet has addition_embed_type = {short(kind)}, which is not built in")
+    if unet.get("reverse_transformer_layers_per_block") or unet.get("mid_block_type") == "UNetMidBlock2D":
+        raise ModelError(f"it is {DISTILLED}")
     fields = diffusers_folder.fields_from_diffusers(
         {**jsons, "unet": unet, "text_encoder": jsons.get("text_encoder", last)}
     )

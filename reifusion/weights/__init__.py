@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import families
+from ..families import taesd
 from ..families.few_steps import by_name
 from ..model import model_loader
 from ..model.config import ModelConfig
@@ -29,8 +30,12 @@ def load(
 ) -> tuple[ModelConfig, dict[str, nn.Module], Tokenizer]:
     """Loads a model of any family as `model_loader.load` does. source may also be a hub id."""
     path = find(source)
-    found = model_loader.load(path, device, dtype, config, families.FAMILIES, _found(changes))
-    return (by_name(found[0], path.stem) if config is None else found[0], *found[1:])
+    own, models, tokenizer = model_loader.load(
+        path, device, dtype, config, families.FAMILIES, _found(changes)
+    )
+    if tiny := _tiny_vae(changes):
+        models |= taesd.load(tiny, own.vae, device, dtype)
+    return (by_name(own, path.stem) if config is None else own), models, tokenizer
 
 
 def find_config(source: str | Path, changes: Changes | None = None) -> ModelConfig:
@@ -49,5 +54,11 @@ def info(source: str | Path, changes: Changes | None = None) -> Info:
 def _found(changes: Changes | None) -> Changes | None:
     if changes is None:
         return None
-    vae = None if changes.vae is None else find(changes.vae, "vae")
+    vae = None if changes.vae is None or _tiny_vae(changes) else find(changes.vae, "vae")
     return replace(changes, vae=vae, unet=None if changes.unet is None else find(changes.unet, "unet"))
+
+
+def _tiny_vae(changes: Changes | None) -> Path | None:
+    """Returns the path of the VAE that is asked for, if it is a tiny one, which is loaded by itself."""
+    path = None if changes is None or changes.vae is None else find(changes.vae, "vae")
+    return path if path is not None and taesd.recognises(path) else None

@@ -493,6 +493,7 @@ def test_unusual_shapes_need_a_config(tmp_path, native, models):
         ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "is a LoRA"),
         ("control_model.input_hint_block.0.weight", "is a ControlNet"),
         ("model.diffusion_model.label_emb.0.0.weight", "is told more than words"),
+        ("embedder.model.visual.class_embedding", "is unCLIP"),
         ("model.diffusion_model.out.2.scale_weight", "is in scaled float8"),
     ],
 )

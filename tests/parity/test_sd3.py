@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import reifusion
 from reifusion import kernels, weights
-from reifusion.families.sd3 import SD3Config, StableDiffusion3, Tokenizers
+from reifusion.families.sd3 import SD3Config, SkipLayers, StableDiffusion3, Tokenizers
 from reifusion.families.unigram import Unigram
 from reifusion.model.ddpm import randn
 from reifusion.model.tensors import ModelError
@@ -105,6 +105,20 @@ def test_pictures_are_the_reference_s(ours, theirs, width, height, cfg, steps):
         PROMPTS, NEGATIVES, seed=7, size=(width, height), cfg=cfg, steps=steps, progress=False
     )
     assert same_share(drawn, expected) >= 0.999
+
+
+def test_guidance_by_blocks_that_are_left_out_is_the_reference_s(ours, theirs):
+    noise = randn((2, 16, 16, 24), [torch.Generator().manual_seed(k) for k in (7, 8)])
+    asked = {"width": 48, "height": 32, "guidance_scale": 4.5, "num_inference_steps": 8}
+    expected = pictures_of(
+        theirs, noise, **asked, skip_guidance_layers=[0, 2], skip_layer_guidance_scale=2.0,
+        skip_layer_guidance_start=0.2, skip_layer_guidance_stop=0.8,
+    )  # fmt: skip
+    skip = SkipLayers(blocks=(0, 2), scale=2.0, start=0.2, stop=0.8)
+    settings = {"seed": 7, "size": (48, 32), "cfg": 4.5, "steps": 8, "progress": False}
+    drawn = replace(ours, skip=skip).generate(PROMPTS, NEGATIVES, **settings)
+    assert same_share(drawn, expected) >= 0.999
+    assert same_share(ours.generate(PROMPTS, NEGATIVES, **settings), expected) < 0.9
 
 
 def test_without_t5_its_words_are_zeros_as_in_the_reference(models, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from reifusion import cli
 from reifusion.api import load as load_pipe
@@ -26,6 +28,7 @@ from reifusion.model.ddpm import randn
 from reifusion.model.model_converter import convert, match
 from reifusion.model.model_loader import state_dict
 from reifusion.model.pipeline import StableDiffusion
+from reifusion.model.tensors import ModelError
 from reifusion.weights import load, save
 from reifusion.weights.lora import apply, load_lora, places, remove
 from reifusion.weights.lora_tools import extract
@@ -361,7 +364,6 @@ def test_each_tensor_that_diffusers_wrote_is_used_once_and_written_back(written,
 def test_diffusers_converters_understand_our_single_file(written, tmp_path):
     """diffusers's own converters, an independent description of Stability's names."""
     from diffusers.loaders import single_file_utils as theirs
-    from safetensors.torch import load_file
 
     config, folder = written
     path = tmp_path / "x.safetensors"
@@ -503,6 +505,32 @@ def test_a_lora_of_sdxl_is_written_as_kohya_writes_it(base, tmp_path):
     for name in ("clip", "clip_2", "diffusion"):
         for one, other in zip(old[name].parameters(), pipe.models[name].parameters()):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]},
+        {"mid_block_type": "UNetMidBlock2D"},
+    ],
+    ids=str,
+)
+def test_a_folder_of_ssd_1b_is_named_in_one_sentence(base, change, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "x")
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match="it is SSD-1B or Segmind Vega"):
+        load(folder)
+
+
+def test_a_file_of_ssd_1b_is_named_in_one_sentence(base, tmp_path):
+    save(*load(base)[:2], tmp_path / "x.safetensors", "compvis", WORDS)
+    state = load_file(tmp_path / "x.safetensors")
+    kept = {key: x.clone() for key, x in state.items() if ".middle_block.1." not in key}
+    assert len(kept) < len(state)
+    save_file(kept, tmp_path / "y.safetensors")
+    with pytest.raises(ModelError, match="it is SSD-1B or Segmind Vega"):
+        load(tmp_path / "y.safetensors")
 
 
 # Few steps
