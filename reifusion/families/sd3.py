@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from ..model import family
 from ..model.config import CLIPConfig, ModelConfig, ScheduleConfig, VAEConfig
+from ..model.ddpm import exact
 from ..model.decoder import Decoder
 from ..model.encoder import Encoder
 from ..model.finite import finite
-from ..model.guidance import Denoiser
+from ..model.guidance import Denoiser, Guidance
 from ..model.pipeline import StableDiffusion, as_gradients_are
 from ..model.request import Request
 from ..model.tokenizer import Tokenizer
@@ -87,6 +88,34 @@ def build(config: SD3Config) -> dict[str, nn.Module]:
     return family.without_memory(make)
 
 
+@dataclass(frozen=True)
+class SkipLayers:
+    """Guidance away from what the network says without some of its blocks; helps 3.5 medium with bodies."""
+
+    blocks: tuple[int, ...] = (7, 8, 9)
+    scale: float = 2.8
+    start: float = 0.01  # from this share of the steps …
+    stop: float = 0.2  # … to this one
+
+
+@dataclass
+class SkipLayerGuidance(Guidance):
+    """Classifier-free guidance, and in some steps `SkipLayers` too."""
+
+    skip: SkipLayers = field(kw_only=True)
+    timesteps: Tensor = field(kw_only=True)  # of all steps
+
+    def __call__(self, x: Tensor, t: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (B, 16, h, w), t (1,), σ -> the guided output, the conditional, the unconditional"""
+        output, cond, uncond = super().__call__(x, t, sigma)
+        step, steps = int((self.timesteps > t.item() * (1 + 1e-6)).sum()), len(self.timesteps)
+        if uncond is None or not self.skip.start * steps < step < self.skip.stop * steps:
+            return output, cond, uncond
+        # Stability's code: v + s (v_cond - v_cond without these blocks)
+        without = exact(cast(Any, self.denoiser)(x, self.positive, t, self.skip.blocks))
+        return output + self.skip.scale * (cond - without), cond, uncond
+
+
 class Tokenizers(Tokenizer):
     """CLIP's tokenizer, and beside it T5's."""
 
@@ -100,6 +129,8 @@ class StableDiffusion3(StableDiffusion):
     Behind the words of all three encoders, as more rows of the same tensor, rides the vector for the whole
     text, filled up with zeros.
     """
+
+    skip: SkipLayers | None = None
 
     def vectors(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
         """B prompts -> (B, 77 + 256 + 1, 4096), in the dtype of the text encoders"""
@@ -152,8 +183,20 @@ class StableDiffusion3(StableDiffusion):
         """The transformer, as the loop calls it: with the words, and with the vector for the whole text."""
         config, dtype = self._config, self.dtype
 
-        def denoise(x: Tensor, context: Tensor, t: Tensor) -> Tensor:
+        def denoise(x: Tensor, context: Tensor, t: Tensor, skip: tuple[int, ...] = ()) -> Tensor:
             words, rows = context[:, : -config.rows], context[:, -config.rows :]
-            return unet(x.to(dtype), words, t, rows.flatten(1)[:, : config.unet.pooled_width])
+            pooled = rows.flatten(1)[:, : config.unet.pooled_width]
+            return unet(x.to(dtype), words, t, pooled, skip) if skip else unet(x.to(dtype), words, t, pooled)
 
         return denoise
+
+    def guided(
+        self, denoiser: Denoiser, extra: Tensor | None, positive: Tensor, negative: Tensor | None,
+        request: Request,
+    ) -> Guidance:  # fmt: skip
+        """The denoiser with guidance, of two kinds if `skip` is set."""
+        plain = super().guided(denoiser, extra, positive, negative, request)
+        if self.skip is None:
+            return plain
+        timesteps = self.sampler(request).timesteps
+        return SkipLayerGuidance(**vars(plain), skip=self.skip, timesteps=timesteps)
