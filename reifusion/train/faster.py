@@ -11,7 +11,7 @@ and the share of its average are put where the graph reads them, and its figures
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ def compiled(plain: Step, step: int, done: float) -> Callable[..., Any]:
             _warn(f"the networks cannot be compiled here, so steps are slower: {_line(error)}")
             return network
         found.append([p.grad.clone() for p in plain.trained.values() if p.grad is not None])
-    off = distance(found[1], found[0]) / distance(found[0])
+    off = far_off(found[1], found[0])
     if not off < MOST_OFF:
         _warn(f"compiled, the networks give other gradients ({off:.0%} off), so they are not compiled")
         return network
@@ -166,8 +166,7 @@ class RecordedStep:
         recording = _Recording(its, *self.record(lambda: self._compute(its)))
         seed_layers(self.plain.config.seed, step, self._part())
         recording.play()
-        of = list(expected.values())
-        off = distance(self.grads.values(), of) / distance(of)
+        off = far_off(list(self.grads.values()), list(expected.values()))
         if not off < MOST_OFF:
             raise RuntimeError(f"played back, a step has other gradients ({off:.0%} off)")
         if self.play_update is None:
@@ -211,7 +210,7 @@ class RecordedStep:
             _restore(changing, before)
             self._set_rate(plain.numbers(step, done)[0], capturable=False)
         for x, y, was in zip(found, expected, before, strict=True):
-            if not distance([x], [y]) <= MOST_OFF * distance([y], [was]) + 1e-6 * distance([y]):
+            if not length([x - y]) <= MOST_OFF * length([y - was]) + 1e-6 * length([y]):
                 raise RuntimeError("played back, a step moves the weights to other places")
         return play
 
@@ -231,11 +230,15 @@ class RecordedStep:
                 group["capturable"] = capturable
 
 
-def distance(found: Iterable[Tensor], expected: Iterable[Tensor] | None = None) -> float:
-    """Returns the length of the difference of both, or of the one, as if all tensors were one vector."""
-    if expected is not None:
-        found = [a - b for a, b in zip(found, expected, strict=True)]
-    return nn.utils.get_total_norm(found).item()
+def far_off(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Returns the length of the difference of both, as a share of what is expected."""
+    off = length([a - b for a, b in zip(found, expected, strict=True)])
+    return off / length(expected) if off else 0.0
+
+
+def length(tensors: Sequence[Tensor]) -> float:
+    """Returns the length of all tensors, as if they were one vector."""
+    return nn.utils.get_total_norm(tensors).item()
 
 
 def _kind(x: Any) -> Hashable:

@@ -218,6 +218,15 @@ def test_an_update_that_goes_elsewhere_is_not_used(card, tmp_path, monkeypatch):
         train(Net(), drawn(), CONFIG, tmp_path)
 
 
+def test_steps_without_any_slope_are_no_reason_to_fail(card, tmp_path):
+    def flat(network, x):
+        value, figures = drawn().loss(network, x)
+        return 0 * value, figures
+
+    train(Net(), drawn(loss=flat), CONFIG, tmp_path)
+    assert len(card.outputs) == 2
+
+
 def test_an_average_follows_alike_by_a_number_and_by_a_tensor():
     torch.manual_seed(0)
     average, weights = ([torch.randn(5, 3), torch.randn(7)] for _ in range(2))
