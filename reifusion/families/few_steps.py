@@ -27,13 +27,15 @@ def by_name(config: Config, name: str) -> Config:
     """
     found = re.search("|".join(SAMPLERS), name, re.IGNORECASE)
     schedule = config.schedule
-    if found is None or schedule.prediction_type != "epsilon" or schedule.timestep_spacing is not None:
+    if found is None or schedule.timestep_spacing is not None or schedule.prediction_type == "v_prediction":
         return config
     steps = re.search(r"(\d+)[ _-]?step", name, re.IGNORECASE)
-    return replace(
+    config = replace(
         config,
-        schedule=replace(schedule, timestep_spacing="trailing"),
-        sampler=SAMPLERS[found[0].lower()],
         steps=int(steps[1]) if steps else 4,
         cfg=config.cfg if re.search("cfg", name, re.IGNORECASE) else 1.0,
     )
+    if schedule.prediction_type == "flow":  # which begins at all noise anyway
+        return config
+    sampler = SAMPLERS[found[0].lower()]
+    return replace(config, schedule=replace(schedule, timestep_spacing="trailing"), sampler=sampler)

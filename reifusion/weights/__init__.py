@@ -35,20 +35,20 @@ def load(
     )
     if tiny := _tiny_vae(changes):
         models |= taesd.load(tiny, own.vae, device, dtype)
-    return (by_name(own, path.stem) if config is None else own), models, tokenizer
+    return (by_name(own, Path(source).name) if config is None else own), models, tokenizer
 
 
 def find_config(source: str | Path, changes: Changes | None = None) -> ModelConfig:
     """Returns a model's config as `model_loader.find_config` does. source may also be a hub id."""
     path = find(source)
-    return by_name(model_loader.find_config(path, families.FAMILIES, _found(changes)), path.stem)
+    return by_name(model_loader.find_config(path, families.FAMILIES, _found(changes)), Path(source).name)
 
 
 def info(source: str | Path, changes: Changes | None = None) -> Info:
     """Reads the facts about a model as `model_loader.info` does. source may also be a hub id."""
     path = find(source)
     found = model_loader.info(path, families.FAMILIES, _found(changes))
-    return replace(found, config=by_name(found.config, path.stem))
+    return replace(found, config=by_name(found.config, Path(source).name))
 
 
 def _found(changes: Changes | None) -> Changes | None:

@@ -215,6 +215,14 @@ def spiece() -> bytes:
     return model.SerializeToString()
 
 
+@pytest.mark.parametrize("name", ["sd3.5-large-turbo", "sd3.5_large_turbo.safetensors"])
+def test_turbo_is_known_by_its_name(models, name, tmp_path):
+    to = "native" if name.endswith("safetensors") else "diffusers"
+    weights.save(TINY, models, tmp_path / name, to, tokenizers())
+    for config in weights.find_config(tmp_path / name), weights.load(tmp_path / name)[0]:
+        assert (config.steps, config.cfg, config.sampler) == (4, 1.0, "flow")
+
+
 def test_without_t5_s_tokenizer_t5_is_left_out_with_a_warning(single):
     with pytest.warns(UserWarning, match=r"T5 is left out, until its spiece\.model lies beside"):
         _, _, tokenizer = weights.load(single)
