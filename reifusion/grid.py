@@ -99,8 +99,7 @@ def draw(
             pipe = None  # its memory, before the next needs it
             pipe, loaded = settings.pipe(device), of_model(settings)
         assert pipe is not None
-        picture: Any = pipe.generate(settings.request(), progress=False)
-        yield y, x, picture
+        yield y, x, settings.draw(pipe, settings.request())
 
 
 def table(pictures: Sequence[Sequence[Image.Image]], x: Axis, y: Axis) -> Image.Image:

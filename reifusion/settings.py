@@ -15,12 +15,13 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .model.sentences import shown as _shown
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from .model.config import ModelConfig
     from .model.pipeline import StableDiffusion
@@ -216,6 +217,17 @@ class Settings:
         read=read_prediction,
     )  # fmt: skip
     code: str | None = _setting("Code", "A Python file with samplers of your own; it is run.")
+    hires: float = _setting(
+        "Hires upscale", "Draw it once more so many times as large, 1 to 4.", 1.0, kind=float, shown="1",
+        carried=_carried_number,
+    )  # fmt: skip
+    hires_strength: float = _setting(
+        "Hires strength", "How much of it the larger drawing may change, to 1.", 0.5, kind=float,
+        carried=_carried_number,
+    )  # fmt: skip
+    hires_by: str = _setting(
+        "Hires upscaler", "What is enlarged: lanczos (the picture) or latent.", "lanczos"
+    )
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
@@ -229,6 +241,10 @@ class Settings:
         for name in ("init_image", "mask"):
             path = getattr(self, name)
             settings[name] = None if path is None else read_picture(path)
+        if self.hires != 1:
+            from .steer import hires
+
+            hires.check(self.hires, self.hires_strength, self.hires_by)
         return Request(**settings, num=num)
 
     def pipe(self, device: torch.device | str | None = None, compile: bool = False) -> StableDiffusion:
@@ -255,6 +271,15 @@ class Settings:
         if self.refiner:
             pipe = with_refiner(pipe, load(self.refiner, device, self.dtype))
         return deepcached(pipe, self.deepcache)
+
+    def draw(self, pipe: StableDiffusion, request: Request, progress: bool = False) -> Image:
+        """Draws the one picture of a request, in one pass or in two."""
+        if self.hires == 1:
+            return cast("Image", pipe.generate(request, progress=progress))
+        from .steer import hires
+
+        more = self.hires, self.hires_strength, self.hires_by
+        return hires.generate(pipe, request, *more, progress=progress)[0]
 
     def config(self) -> ModelConfig:
         """Finds the model's config, with what these settings change in it, long before it is loaded."""
@@ -330,6 +355,10 @@ class Settings:
         }
         settings = [f"    {name}={value!r}," for name, value in said.items()]
         call = ["picture = pipe.generate(", f"    {self.prompt!r},", *settings, ")"]
+        if self.hires != 1:
+            imports.append("from reifusion.steer import hires")
+            own = [f"    {name}={value!r}," for name, value in said_of_hires(self)]
+            call = ["picture = hires.generate(", f"    pipe, {self.prompt!r},", *own, *settings, ")[0]"]
         return "\n".join([*imports, "", *pipe, *call, 'picture.save("picture.png")'])
 
     def _said(self) -> dict[str, Any]:
@@ -338,10 +367,17 @@ class Settings:
         def counts(name: str, value: Any) -> bool:
             if name == "strength":
                 return self.init_image is not None
+            if name.startswith("hires_"):
+                return self.hires != 1 and value != ABOUT[name].default
             return name == "model" or value != ABOUT[name].default
 
         values = {name: getattr(self, name) for name in ABOUT}
         return {name: value for name, value in values.items() if counts(name, value)}
+
+
+def said_of_hires(settings: Settings) -> list[tuple[str, Any]]:
+    """Returns the settings of the second pass, with their values."""
+    return [(name, getattr(settings, name)) for name in ("hires", "hires_strength", "hires_by")]
 
 
 ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Settings)}

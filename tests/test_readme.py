@@ -49,7 +49,7 @@ def test_flags_of_the_readme_exist():
     flags = {
         flag
         for line in README.splitlines()
-        if line.startswith("reifusion g")
+        if line.startswith("reifusion generate")
         for flag in re.findall(r" (--[a-z0-9-]+)", line)
     }
     assert flags and flags <= known

@@ -82,7 +82,7 @@ def draw(rows: Sequence[Row], out: Path, device: str | None = None, compile: boo
                 loaded = of_model(row.settings)
             request = row.settings.request().for_model(pipe.config)
             entry = album.entry(row.settings, request, pipe)
-            picture: Any = pipe.generate(request, progress=False)
+            picture = row.settings.draw(pipe, request)
             album.save(picture, entry, out / row.file)
             yield Drawn(row, round(time.monotonic() - begun, 3), entry.carried())
         except Exception as error:  # one row that cannot be drawn does not end the others

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from ..settings import ABOUT, Settings, parsed, sampler_names
 from .options import setting, takes
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 
 @takes(*map(setting, ABOUT))
@@ -64,9 +64,9 @@ def generate(
             one = replace(request, seed=seed, num=1)
             entry = replace(entry, settings=replace(entry.settings, seed=seed))
             with _profiled(pipe) if profile else contextlib.nullcontext() as times:
-                picture = pipe.generate(one, progress=not quiet and sys.stderr.isatty())
+                picture = settings.draw(pipe, one, progress=not quiet and sys.stderr.isatty())
             path = file or Path(out) / album.file_name(entry.settings)
-            path = album.save(cast("Image.Image", picture), entry, path)
+            path = album.save(picture, entry, path)
             print(path, flush=True)
             if times is not None:
                 print(times.text(), file=sys.stderr)

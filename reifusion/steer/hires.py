@@ -1,0 +1,106 @@
+"""A second pass at a larger size ("hires fix"): the picture is enlarged, noised, and drawn to its end again.
+
+A model that was trained on 512×512 pixels composes well at that size, and at 1024×1024 draws everything
+twice. So the first pass decides what is where, and the second adds what the larger size has room for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.asked import Prompt
+from ..model.ddpm import randn
+from ..model.pipeline import StableDiffusion
+from ..model.request import Request, ask
+
+WAYS = ("lanczos", "latent")
+MOST = 4.0  # times as large
+
+
+def generate(
+    pipe: StableDiffusion,
+    prompt: Prompt | Request,
+    hires: float = 2.0,
+    hires_strength: float = 0.5,
+    hires_by: str = "lanczos",
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Draws each picture of a request, and each once more `hires` times as large; returns the large ones.
+
+    hires: in [1, 4]; 1 is without a second pass. hires_strength: the share of the steps that the second pass
+    does, in (0, 1]. hires_by: what is enlarged, the picture ("lanczos") or its latents ("latent"; softer, and
+    less like the first). settings: as for `pipe.generate`. Raises ValueError for values outside these, and
+    what `pipe.generate` raises.
+    """
+    check(hires, hires_strength, hires_by)
+    request = ask(prompt, **settings).for_model(pipe.config)
+    pictures = []
+    for text, negative, seed in zip(request.prompts, request.negatives, request.seeds, strict=True):
+        one = replace(request, prompt=text, negative=negative, seed=seed, num=1)
+        if hires == 1:
+            again = one
+        elif hires_by == "latent":
+            again = with_latents(pipe, one, hires, hires_strength)
+        else:
+            first = cast(Image.Image, pipe.generate(one, progress=progress))
+            again = with_picture(pipe, one, first, hires, hires_strength)
+        pictures.append(cast(Image.Image, pipe.generate(again, progress=progress)))
+    return pictures
+
+
+def check(hires: float, strength: float, by: str) -> None:
+    """Raises ValueError for what cannot be done."""
+    if not 1 <= hires <= MOST:
+        raise ValueError(f"hires must be between 1 and {MOST:g} times the size, not {hires:g}")
+    if not 0 < strength <= 1:
+        raise ValueError(f"hires_strength must be above 0 and at most 1, not {strength:g}")
+    if by not in WAYS:
+        raise ValueError(f"hires_by must be {' or '.join(WAYS)}, not {by!r}")
+
+
+def larger(pipe: StableDiffusion, request: Request, hires: float) -> tuple[int, int]:
+    """Width and height that many times as large, in steps that the model allows."""
+    step = pipe.config.multiple
+    width, height = (round(hires * side / step) * step for side in cast("tuple[int, int]", request.size))
+    return width, height
+
+
+def with_picture(
+    pipe: StableDiffusion, request: Request, first: Image.Image, hires: float, strength: float
+) -> Request:
+    """The second pass, which begins with the enlarged picture."""
+    size = larger(pipe, request, hires)
+    enlarged = first.resize(size, Image.Resampling.LANCZOS)
+    return replace(_plain(request), size=size, init_image=enlarged, strength=strength)
+
+
+def with_latents(pipe: StableDiffusion, request: Request, hires: float, strength: float) -> Request:
+    """The second pass, which begins with the enlarged latents."""
+    latents: Tensor | None = None
+    for step in pipe.denoise(request):
+        latents = step.latents
+    assert latents is not None
+    factor = pipe.config.vae.factor
+    size = larger(pipe, request, hires)
+    shape = size[1] // factor, size[0] // factor
+    enlarged = F.interpolate(latents, shape, mode="bicubic", antialias=True)  # (1, 4, h, w) -> (1, 4, h', w')
+    again = replace(_plain(request), size=size)
+    sampler = pipe.sampler(again)
+    start = sampler.num_inference_steps - max(1, int(sampler.num_inference_steps * strength))
+    sampler.skip(start)
+    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+    noise = randn(enlarged.shape, generators).to(enlarged)
+    return replace(again, latents=sampler.add_noise(enlarged, sampler.timesteps[0], noise), start=start)
+
+
+def _plain(request: Request) -> Request:
+    """The request without what it begins with, which the first pass has used."""
+    return replace(request, init_image=None, mask=None, noise=None, latents=None, start=0)
