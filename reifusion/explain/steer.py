@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,22 +15,20 @@ from ..model.pipeline import StableDiffusion
 from ..swap import swap
 
 
-@dataclass(repr=False)
-class Rewritten(StableDiffusion):
-    """A model whose U-Net reads edited vectors, not those that the text encoder wrote."""
-
-    edit: Callable[[Tensor], Tensor] = lambda context: context
-
-    def encode_text(self, prompts: Sequence[str], clip_skip: int = 0, *, grad: bool = False) -> Tensor:
-        return self.edit(super().encode_text(prompts, clip_skip, grad=grad))
-
-
 def rewritten(pipe: StableDiffusion, edit: Callable[[Tensor], Tensor]) -> StableDiffusion:
     """Returns the same networks with `edit` between text encoder and U-Net: (B, S, width) -> the same shape.
 
     With guidance, the prompt comes first in the batch and the negative prompt second.
     """
-    return Rewritten(**{part.name: getattr(pipe, part.name) for part in fields(pipe) if part.init}, edit=edit)
+    kind: type[Any] = type(pipe)  # of whatever family
+
+    class Rewritten(kind):
+        """A model whose U-Net reads edited vectors, not those that the text encoder wrote."""
+
+        def encode_text(self, prompts: Sequence[str], clip_skip: int = 0, *, grad: bool = False) -> Tensor:
+            return edit(super().encode_text(prompts, clip_skip, grad=grad))
+
+    return Rewritten(**{part.name: getattr(pipe, part.name) for part in fields(pipe) if part.init})
 
 
 class Silent(CrossAttention):
