@@ -64,7 +64,8 @@ def save(
     tensors = {key: x.detach().cpu().contiguous() for key, x in converted.items()}
     tensors = eight_bits(tensors) if dtype == torch.int8 else {k: x.to(dtype) for k, x in tensors.items()}
     header = {**(metadata or {}), "format": "reifusion" if to == "native" else "pt"}
-    header |= {"config": json.dumps(asdict(config)), **_tokenizer_header(tokenizer), **family.header(tokenizer)}
+    header |= {"config": json.dumps(asdict(config))}
+    header |= _tokenizer_header(tokenizer) | family.header(tokenizer)
     if config.__class__ is not ModelConfig:
         header["family"] = family.name
     with whole(path) as temporary:
@@ -82,7 +83,7 @@ def eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name, x in tensors.items():
-        if x.ndim > 1 and name.startswith(("clip.", "diffusion.")):
+        if x.ndim > 1 and name.startswith(("clip.", "clip_2.", "t5.", "diffusion.")):
             found[name], scale = whole_numbers(x, tuple(range(1, x.ndim)))
             found[name + SCALE] = scale.flatten()
         else:

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 import reifusion
 from reifusion import kernels, weights
-from reifusion.families.sd3 import SD3Config, SkipLayers, StableDiffusion3, Tokenizers
+from reifusion.families.sd3 import PRESETS, SD3Config, SkipLayers, StableDiffusion3, Tokenizers, build
+from reifusion.families.sd3_files import from_shapes
 from reifusion.families.unigram import Unigram
 from reifusion.model.ddpm import randn
+from reifusion.model.model_loader import state_dict
 from reifusion.model.tensors import ModelError
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.shortcuts.deepcache import deepcached
 from reifusion.shortcuts.int8 import quantize
-from tests.tiny import assert_same_networks, random_networks
+from tests.tiny import assert_same_networks, native_state, random_networks
 from tests.tiny_sd3 import PIECES, TINY, networks, tokenizers
 
 diffusers = pytest.importorskip("diffusers")
@@ -204,6 +206,23 @@ def test_a_single_file_is_known_by_its_shapes(models, single):
     assert (config.clip, config.clip_2, config.pooled) == (TINY.clip, TINY.clip_2, TINY.pooled)
     assert config.schedule == TINY.schedule
     assert t5_of(tokenizer).pieces[: len(PIECES)] == t5_of(tokenizers()).pieces
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_published_models_are_known_by_their_shapes(preset):
+    shapes = {name: x.shape for name, x in state_dict(build(preset)).items()}
+    assert from_shapes(shapes).config == preset
+    without = {name: shape for name, shape in shapes.items() if not name.startswith("t5.")}
+    assert from_shapes(without).config == replace(preset, t5=None)
+
+
+def test_eight_bits_a_number_are_read_back_nearly_the_same(models, tmp_path):
+    path = tmp_path / "eight.safetensors"
+    weights.save(TINY, models, path, "native", tokenizers(), dtype=torch.int8)
+    _, loaded, _ = weights.load(path, dtype=torch.float32)
+    assert path.stat().st_size < 0.3 * sum(4 * x.numel() for x in native_state(models).values())
+    for (name, x), y in zip(native_state(models).items(), native_state(loaded).values(), strict=True):
+        assert (x - y).norm() <= 0.02 * x.norm(), name
 
 
 def spiece() -> bytes:
