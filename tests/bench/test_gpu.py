@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,32 @@ def test_a_part_that_fails_or_has_no_time_does_not_stop_the_next(tmp_path, capsy
     assert "were left" in facts["late"]["left out"] and facts["works"]["figure"] == 2
 
 
+def test_of_a_training_its_course_is_told(tmp_path, monkeypatch):
+    def trained(bench: Bench, found: dict[str, Any], module: list[str], folder: Path) -> None:
+        (folder / "runs" / "mini").mkdir(parents=True)
+        rows = [
+            {"step": k, "loss": 1.0, "smoothed": 1 / (k + 1), "samples_per_second": 6e3} for k in range(9)
+        ]
+        lines = [json.dumps(row) for row in (*rows, {"step": 9, "held_out": 0.3})]
+        (folder / "runs" / "mini" / "training.jsonl").write_text("\n".join(lines))
+
+    monkeypatch.setattr(gpu, "tell", trained)
+    found: dict[str, Any] = {}
+    gpu.training(Bench(tmp_path, "cuda", minutes=1, quick=False), found)
+    assert found["mini, step 3"] == {"smoothed": "0.25", "samples_per_second": "6e+03"} and len(found) == 9
+
+
+def test_what_a_program_says_of_its_own_is_kept_though_it_is_stopped(tmp_path):
+    (tmp_path / "says.py").write_text(
+        "import sys, time\nprint('reifusion: slower', file=sys.stderr, flush=True)\n"
+        "print(*range(40), sep='\\n', flush=True)\ntime.sleep(60)"
+    )
+    found: dict[str, Any] = {}
+    gpu.tell(Bench(tmp_path, "cpu", minutes=0.1, quick=True), found, ["says"], tmp_path)
+    assert found["exit code"] == "stopped after 5 s"
+    assert found["last lines"][0] == "reifusion: slower" and "39" in found["last lines"]
+
+
 def test_goals_are_judged_by_the_figures():
     step, picture = "ms a step of 1", "ms a picture"
     facts: dict[str, Any] = {
@@ -82,7 +109,7 @@ def test_the_page_in_the_repository_is_that_of_the_figures_in_it():
     facts = json.loads(figures.read_text()) if figures.exists() else {}
     text = (gpu.HERE / "GPU.md").read_text()
     assert text == report(facts)
-    assert ("has not been run on a GPU yet" in text) == (not facts)
+    assert ("has not been run to its end on a GPU yet" in text) == (not facts)
     assert not facts.get("about", {}).get("quick")
 
 
