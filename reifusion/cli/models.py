@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +47,7 @@ def _of_model(file: str) -> dict[str, Any]:
         "size": f"{found.size / 1e6:,.1f} MB, {found.dtype}",
         "parameters": f"{sum(numbers.values()):,}",
         **{f"  {name}": f"{number:,}" for name, number in numbers.items()},
+        "memory": _memory(numbers),
         "text": f"{config.clip.layers} layers of {config.clip.width}, {config.clip.vocab_size:,} tokens",
         "vae": f"1/{config.vae.factor} of each side, {config.vae.latent_channels} channels",
         **_denoiser(config.unet),
@@ -54,6 +55,13 @@ def _of_model(file: str) -> dict[str, Any]:
         **({"not used": _named(found.unused)} if found.unused else {}),
         **found.metadata,
     }
+
+
+def _memory(numbers: Mapping[str, int]) -> str:
+    """How much the weights take, and how much the largest network, where idle ones wait on another device."""
+    whole, most = sum(numbers.values()), max(numbers.values())
+    sizes = f"{2 * whole / 1e6:,.0f} MB of weights in 16 bits, {4 * whole / 1e6:,.0f} in 32"
+    return f"{sizes}; with an idle device, {most / whole:.0%} of that"
 
 
 def _denoiser(sizes: Any) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .asked import Prompt
 from .config import MINI, SD15
+from .model_converter import NETWORKS
 from .model_loader import load
 from .pictures import Picture
 from .pipeline import StableDiffusion
@@ -74,6 +75,8 @@ def of_networks(models: Mapping[str, Any] | None, tokenizer: Any = None) -> Stab
         config, networks, mini_tokenizer = load("mini")
         return StableDiffusion(config, tokenizer or mini_tokenizer, networks)
     clip, vae, unet = (models[name].config for name in ("clip", "decoder", "diffusion"))
+    if more := [name for name in models if name not in NETWORKS]:
+        raise ValueError(f"networks with a {more[0]} are drawn with by the model that `load` returned")
     preset = next((known for known in (SD15, MINI) if (known.clip, known.unet) == (clip, unet)), SD15)
     if tokenizer is None and clip.vocab_size != SD15.clip.vocab_size:
         raise ValueError("these networks do not speak CLIP's vocabulary, so they need their own tokenizer")

@@ -20,14 +20,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import reifusion
 from reifusion import cli
 from reifusion.api import load as load_pipe
+from reifusion.explain.steer import rewritten
+from reifusion.explain.words import watch
 from reifusion.families.sdxl import BASE, REFINER, SDXL, SDXLConfig, StableDiffusionXL, build, tell
 from reifusion.model.config import CLIPConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.model_converter import convert, match
 from reifusion.model.model_loader import state_dict
 from reifusion.model.pipeline import StableDiffusion
+from reifusion.model.request import ask
 from reifusion.model.tensors import ModelError
 from reifusion.weights import load, save
 from reifusion.weights.lora import apply, load_lora, places, remove
@@ -609,3 +613,27 @@ def test_convert_and_info(written, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(rf"model +{config.name}, for pictures of 64x64", said)
     assert ("clip_2" in said) == (config.clip_2 is not None)
+
+
+def test_words_of_sdxl_are_edited_and_looked_at(base):
+    pipe = xl(base)
+    request = ask("a cat & a dog", seed=SEED, steps=2)
+    unchanged = rewritten(pipe, lambda context: context).generate(request, progress=False)
+    changed = rewritten(pipe, torch.zeros_like).generate(request, progress=False)
+    assert np.array_equal(np.array(unchanged), np.array(pipe.generate(request, progress=False)))
+    assert not np.array_equal(np.array(unchanged), np.array(changed))
+    with watch(pipe, request) as attention:
+        list(pipe.denoise(request))
+    assert [word.text for word in attention.words] == ["a", "cat", "&", "a", "dog"]
+    assert len(attention.maps) == 2 * (1 + 1 + 2)  # down, middle and up, two transformer layers in each block
+    for maps in attention.maps.values():
+        torch.testing.assert_close(
+            maps.float().sum(2), torch.ones_like(maps[:, :, 0]).float(), rtol=0, atol=5e-3
+        )
+
+
+def test_networks_in_a_dict_are_refused_in_one_sentence(base):
+    with pytest.raises(
+        ValueError, match="networks with a clip_2 are drawn with by the model that `load` returned"
+    ):
+        reifusion.generate("a cat", models=load(base)[1])
