@@ -229,6 +229,11 @@ class Settings:
         "Hires upscaler", "What is enlarged: lanczos (the picture) or latent.", "lanczos"
     )
 
+    emphasis: str | None = _setting(
+        "Emphasis", "Reads (word:1.3), BREAK, [a:b:0.5], AND, by the rule of a1111, plain or comfyui.",
+        shown="brackets are text",
+    )  # fmt: skip
+
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
         from .model.pictures import read_picture
@@ -245,6 +250,10 @@ class Settings:
             from .steer import hires
 
             hires.check(self.hires, self.hires_strength, self.hires_by)
+        if self.emphasis is not None:
+            from .steer import emphasis
+
+            emphasis.check(self.emphasis, self.prompt, self.negative)
         return Request(**settings, num=num)
 
     def pipe(self, device: torch.device | str | None = None, compile: bool = False) -> StableDiffusion:
@@ -273,13 +282,16 @@ class Settings:
         return deepcached(pipe, self.deepcache)
 
     def draw(self, pipe: StableDiffusion, request: Request, progress: bool = False) -> Image:
-        """Draws the one picture of a request, in one pass or in two."""
-        if self.hires == 1:
+        """Draws the one picture of a request, in one pass or in two, with weights or without."""
+        if self.hires == 1 and self.emphasis is None:
             return cast("Image", pipe.generate(request, progress=progress))
-        from .steer import hires
+        from .steer import emphasis, hires
+
+        def words(one: Request) -> Request:
+            return one if self.emphasis is None else emphasis.request(pipe, one, self.emphasis)
 
         more = self.hires, self.hires_strength, self.hires_by
-        return hires.generate(pipe, request, *more, progress=progress)[0]
+        return hires.generate(pipe, request, *more, progress=progress, words=words)[0]
 
     def config(self) -> ModelConfig:
         """Finds the model's config, with what these settings change in it, long before it is loaded."""
@@ -355,9 +367,12 @@ class Settings:
         }
         settings = [f"    {name}={value!r}," for name, value in said.items()]
         call = ["picture = pipe.generate(", f"    {self.prompt!r},", *settings, ")"]
-        if self.hires != 1:
+        if self.hires != 1 or self.emphasis is not None:
             imports.append("from reifusion.steer import hires")
             own = [f"    {name}={value!r}," for name, value in said_of_hires(self)]
+            if self.emphasis is not None:
+                imports.append("from reifusion.steer import emphasis")
+                own.append(f"    words=lambda one: emphasis.request(pipe, one, {self.emphasis!r}),")
             call = ["picture = hires.generate(", f"    pipe, {self.prompt!r},", *own, *settings, ")[0]"]
         return "\n".join([*imports, "", *pipe, *call, 'picture.save("picture.png")'])
 

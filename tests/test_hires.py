@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from reifusion.steer import hires
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, networks
 
-ASKED = {"steps": 4, "cfg": 2.0, "seed": 5, "progress": False}
+ASKED: dict[str, Any] = {"steps": 4, "cfg": 2.0, "seed": 5, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_the_second_pass_is_image_to_image_of_the_enlarged_picture(pipe):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_latents_are_enlarged_and_noised_to_where_the_second_pass_begins(pipe, sampler):
-    seen = []
+    seen: list[Any] = []
 
     def look(self, *given, **more):
         for step in real(self, *given, **more):

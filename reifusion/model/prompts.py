@@ -18,4 +18,6 @@ def warn_of_syntax(prompts: Iterable[str]) -> None:
     if found:
         said = cut(", ".join(" ".join(one.split()) for one in found), 120)
         loras = "; a LoRA has a setting of its own" if any(one.startswith("<lora:") for one in found) else ""
-        warnings.warn(f"in the prompt, {said} counts as plain words{loras}", stacklevel=2)
+        more = any(not one.startswith("<") for one in found)
+        read = "; emphasis, as in --emphasis a1111, reads weights and breaks" if more else ""
+        warnings.warn(f"in the prompt, {said} counts as plain words{loras}{read}", stacklevel=2)

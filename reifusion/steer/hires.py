@@ -6,6 +6,7 @@ twice. So the first pass decides what is where, and the second adds what the lar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ def generate(
     hires_by: str = "lanczos",
     *,
     progress: bool = True,
+    words: Callable[[Request], Request] = lambda request: request,
     **settings: Any,
 ) -> list[Image.Image]:
     """Draws each picture of a request, and each once more `hires` times as large; returns the large ones.
@@ -38,7 +40,7 @@ def generate(
     hires: in [1, 4]; 1 is without a second pass. hires_strength: the share of the steps that the second pass
     does, in (0, 1]. hires_by: what is enlarged, the picture ("lanczos") or its latents ("latent"; softer, and
     less like the first). settings: as for `pipe.generate`. Raises ValueError for values outside these, and
-    what `pipe.generate` raises.
+    what `pipe.generate` raises. words: applied to the request of each pass, to put vectors in place of texts.
     """
     check(hires, hires_strength, hires_by)
     request = ask(prompt, **settings).for_model(pipe.config)
@@ -48,11 +50,11 @@ def generate(
         if hires == 1:
             again = one
         elif hires_by == "latent":
-            again = with_latents(pipe, one, hires, hires_strength)
+            again = with_latents(pipe, one, hires, hires_strength, words)
         else:
-            first = cast(Image.Image, pipe.generate(one, progress=progress))
+            first = _one(pipe.generate(words(one), progress=progress))
             again = with_picture(pipe, one, first, hires, hires_strength)
-        pictures.append(cast(Image.Image, pipe.generate(again, progress=progress)))
+        pictures.append(_one(pipe.generate(words(again), progress=progress)))
     return pictures
 
 
@@ -82,10 +84,16 @@ def with_picture(
     return replace(_plain(request), size=size, init_image=enlarged, strength=strength)
 
 
-def with_latents(pipe: StableDiffusion, request: Request, hires: float, strength: float) -> Request:
+def with_latents(
+    pipe: StableDiffusion,
+    request: Request,
+    hires: float,
+    strength: float,
+    words: Callable[[Request], Request] = lambda request: request,
+) -> Request:
     """The second pass, which begins with the enlarged latents."""
     latents: Tensor | None = None
-    for step in pipe.denoise(request):
+    for step in pipe.denoise(words(request)):
         latents = step.latents
     assert latents is not None
     factor = pipe.config.vae.factor
@@ -99,6 +107,10 @@ def with_latents(pipe: StableDiffusion, request: Request, hires: float, strength
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     noise = randn(enlarged.shape, generators).to(enlarged)
     return replace(again, latents=sampler.add_noise(enlarged, sampler.timesteps[0], noise), start=start)
+
+
+def _one(pictures: Image.Image | list[Image.Image]) -> Image.Image:
+    return pictures[0] if isinstance(pictures, list) else pictures
 
 
 def _plain(request: Request) -> Request:
