@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..model.config import VAEConfig
 from ..model.decoder import Decoder
 from ..model.encoder import Encoder, sample, scale_latents
-from .keys import check, key
+from .keys import RecipeError, check, key
 from .loop import LoopConfig, train
 from .objective import BatchPart, Drawn, Loss, normal, rng
 from .progress import Seen
@@ -144,13 +144,18 @@ def train_vae(
     From nothing, its latents have unit variance; otherwise they stay as near to those of before as training
     lets them. size: the side of a whole picture, in pixels. start_from: weights to begin with, instead of
     random ones. made_of, spent: see `train`. draws_on: the device of `pixel_batch`. Raises what `train`
-    raises.
+    raises, and RecipeError for latents that cannot be normalised.
     """
+    normalise = start_from is None if training.normalise is None else training.normalise
+    if normalise and not config.quant:
+        raise RecipeError("latents are normalised in convolutions that this VAE lacks; set normalise=false")
     torch.manual_seed(training.loop.seed)
     vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if start_from is None:
+        last = vae.encoder.quant if isinstance(vae.encoder.quant, nn.Conv2d) else vae.encoder.conv_out
+        assert last.bias is not None
         with torch.no_grad():  # a log-variance of −6 at first: little noise
-            vae.encoder.quant.bias.copy_(torch.tensor([0.0, -6.0]).repeat_interleave(config.latent_channels))
+            last.bias.copy_(torch.tensor([0.0, -6.0]).repeat_interleave(config.latent_channels))
     else:
         vae.load_state_dict(start_from)
     shown, pictures = VAE(config), pixel_batch(rng(training.loop.seed, 0, draws_on), 8, size).cpu()
@@ -164,7 +169,7 @@ def train_vae(
         vae, objective, training.loop, folder, compare, made_of=made_of, draws_on=draws_on, spent=spent
     )
     vae.load_state_dict(average)
-    if start_from is None if training.normalise is None else training.normalise:
+    if normalise:
         normalise_latents(vae, pixel_batch, size, draws_on)
     return vae
 
@@ -183,16 +188,17 @@ def normalise_latents(
 ) -> None:
     """Gives each channel of the scaled latents mean 0 and variance 1, by changing two 1×1 convolutions."""
     generator = torch.Generator(draws_on).manual_seed(0)
-    quant, post = vae.encoder.quant, vae.decoder.post_quant
+    quant, post, config = vae.encoder.quant, vae.decoder.post_quant, vae.encoder.config
+    assert isinstance(quant, nn.Conv2d) and isinstance(post, nn.Conv2d)
     means = []
     for _ in range(16):
         means.append(vae.encoder.moments(pixel_batch(generator, 32, size).to(quant.weight.device))[0])
     z = torch.cat(means).transpose(0, 1).flatten(1)  # (4, B·h·w)
-    centre, spread, n = z.mean(1), z.std(1) * vae.encoder.config.scale_factor, len(z)
+    centre, spread, n = z.mean(1), z.std(1) * config.scale_factor, len(z)
     assert quant.bias is not None and post.bias is not None
-    # Encoder: μ' = (μ − centre) / spread and σ' = σ / spread. Decoder: the inverse, before its first layer.
+    # Encoder: μ′ = (μ − centre) / spread + shift, σ′ = σ / spread. Decoder: the inverse, before its first.
     quant.weight[:n] /= spread[:, None, None, None]
-    quant.bias[:n] = (quant.bias[:n] - centre) / spread
+    quant.bias[:n] = (quant.bias[:n] - centre) / spread + config.shift
     quant.bias[n:] -= 2 * spread.log()
-    post.bias += post.weight[:, :, 0, 0] @ centre
+    post.bias += post.weight[:, :, 0, 0] @ (centre - spread * config.shift)
     post.weight *= spread[None, :, None, None]

@@ -1,6 +1,7 @@
 """The VAE's training: its pictures, the terms of its loss, and that it learns."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reifusion.model.config import VAEConfig
+from reifusion.train.keys import RecipeError
 from reifusion.train.loop import BatchPart, LoopConfig, rng
 from reifusion.train.vae import (
     VAE,
@@ -33,9 +35,9 @@ def draw():
     return partial(random_sprites, sprites)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.18215])
-def test_vae_learns_and_its_scaled_latents_have_unit_variance(draw, tmp_path, scale):
-    config = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=scale)
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (0.18215, 0.0), (1.5305, 0.0609)])
+def test_vae_learns_and_its_scaled_latents_have_unit_variance(draw, tmp_path, scale, shift):
+    config = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=scale, shift=shift)
     training = VAETraining(loop=LoopConfig(steps=120, lr=3e-3, warmup=10), batch=8, crop=16)
     vae = train_vae(draw, 16, config, training, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
@@ -58,14 +60,26 @@ def test_a_trained_vae_can_be_trained_on(draw, tmp_path):
     assert torch.allclose(vae.encoder.conv_in.weight, before["encoder.conv_in.weight"], atol=1e-6)
 
 
-def test_normalising_latents_leaves_the_round_trip_as_it_was(draw):
+def test_a_vae_without_quant_convolutions_learns_unless_its_latents_are_to_be_normalised(draw, tmp_path):
+    config = replace(TINY, quant=False)
+    training = VAETraining(loop=LoopConfig(steps=20, lr=3e-3, warmup=2, log_every=1), batch=8, crop=16)
+    with pytest.raises(RecipeError, match="convolutions that this VAE lacks; set normalise=false"):
+        train_vae(draw, 16, config, training, tmp_path)
+    vae = train_vae(draw, 16, config, replace(training, normalise=False), tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert vae.encoder.moments(draw(rng(0, 0), 4, 16))[1].mean() < -3  # little noise
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.0609])
+def test_normalising_latents_leaves_the_round_trip_as_it_was(draw, shift):
     torch.manual_seed(0)
-    vae = VAE(TINY)
+    vae = VAE(replace(TINY, shift=shift))
     x = draw(torch.Generator().manual_seed(1), 4, 16)
     with torch.no_grad():
-        before = vae.decoder(vae.encoder.moments(x)[0])
+        before = vae.decoder(vae.encoder(x))
         normalise_latents(vae, draw, 16)
-        after = vae.decoder(vae.encoder.moments(x)[0])
+        after = vae.decoder(vae.encoder(x))
     assert (before - after).abs().max() < 1e-4 * before.abs().max()
 
 
