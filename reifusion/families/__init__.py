@@ -22,6 +22,7 @@ from ..model.diffusion import UNet
 from ..model.family import Family
 from ..model.pipeline import StableDiffusion
 from .lcm import LatentConsistency, LCMUNet
+from .mini_mm import MINI_MM_FAMILY
 from .pix2pix import InstructPix2Pix
 from .sd3_files import SD3
 from .sdxl import SDXL
@@ -39,7 +40,7 @@ def _pipeline(config: ModelConfig) -> type[StableDiffusion]:
 
 STABLE_DIFFUSION = replace(family.STABLE_DIFFUSION, build=_networks, pipeline=_pipeline)
 # The first that recognises a file is the file's family; the last recognises whatever is left.
-FAMILIES: tuple[Family, ...] = (SD3, SDXL, STABLE_DIFFUSION)
+FAMILIES: tuple[Family, ...] = (SD3, MINI_MM_FAMILY, SDXL, STABLE_DIFFUSION)
 
 
 def family_of(config: ModelConfig) -> Family:

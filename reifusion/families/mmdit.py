@@ -40,6 +40,15 @@ class MMDiTConfig:
     dual_attention: tuple[int, ...] = ()
 
 
+class RMSNorm(nn.RMSNorm):
+    """LayerNorm without the mean, in the dtype of its input: under autocast, its weight has another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) -> (…, width)"""
+        # [rms-norm] Eq. 4, Zhang & Sennrich 2019: x / √(E[x²] + ε) · γ
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Queries(nn.Module):
     """What a token brings to attention, query, key and value, and what it takes from there."""
 
@@ -48,9 +57,8 @@ class Queries(nn.Module):
         self.heads = config.heads
         width, head = config.width, config.width // config.heads
         self.qkv = nn.Linear(width, 3 * width)
-        # [rms-norm] Eq. 4, Zhang & Sennrich 2019: x / √(E[x²] + ε) · γ; LayerNorm without the mean
-        self.norm_q = nn.RMSNorm(head, eps=EPS) if config.qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(head, eps=EPS) if config.qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(head, eps=EPS) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(head, eps=EPS) if config.qk_norm else nn.Identity()
         self.out = nn.Linear(width, width) if takes else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,6 +201,25 @@ class MMDiT(nn.Module):
         shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
         x = self.out(modulated(self.norm(x), shift, scale))  # (B, h/2·w/2, width) -> (B, h/2·w/2, 2·2·16)
         return self.picture(x, *latents.shape[-2:])
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Random weights to train from: blocks that change nothing yet, and waves for the table of positions.
+
+        Source: Peebles & Xie 2023, §3.2 and their code.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for module in self.modules():
+            if isinstance(module, Stream | MMDiT):
+                nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.out.weight)
+        side, half = self.config.positions, self.config.width // 2
+        waves = sinusoids(torch.arange(side) - side / 2, half)  # (side, width/2)
+        rows, columns = waves[:, None].expand(-1, side, -1), waves.expand(side, -1, -1)
+        self.position.copy_(torch.cat([rows, columns], dim=-1).flatten(0, 1))
 
     def places(self, height: int, width: int) -> Tensor:
         """The vectors of the places of h × w latents: the middle of the table, (h/2·w/2, width)."""

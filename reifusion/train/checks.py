@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model.config import ModelConfig, ScheduleConfig
+from ..families.mini_mm import MiniMMDiT
+from ..model.config import ModelConfig, ScheduleConfig, UNetConfig
 from ..model.diffusion import UNet
 from ..weights import load
 from . import critic as critics
@@ -41,7 +42,7 @@ from .lora import attach
 from .recipe import Recipe, RecipeError
 from .sharpen import WithCritic, sharpening_objective
 from .sizes import model_config
-from .text2image import Latents, TextToImage, forward_process, recomputed
+from .text2image import Latents, TextToImage, forward_process, recomputed, rows_of
 from .vae import VAE
 
 # ---- cost -------------------------------------------------------------------------------------------------
@@ -84,7 +85,11 @@ class Cost:
 
 
 def cost(
-    model: nn.Module, objective: Objective, config: LoopConfig, unet: UNet | None = None, steps: int = 2
+    model: nn.Module,
+    objective: Objective,
+    config: LoopConfig,
+    unet: UNet | MiniMMDiT | None = None,
+    steps: int = 2,
 ) -> Cost:
     """Does one step to warm up and measures `steps` more; the model's weights do not change.
 
@@ -118,7 +123,7 @@ def cost(
     # Nothing is recomputed while `kept` measures, so a whole part may not fit into memory; one sample will.
     some = 1.0 if unet is not None else share
     part = BatchPart(0, round(samples / some), accelerator.device)
-    rows = [] if unet is None else [*unet.down, unet.middle, *unet.up]
+    rows = [] if unet is None else rows_of(unet)
     activations = kept(model, lambda: objective(alone, 0.0, rng(config.seed, 0), part)[0], rows)
     memory = {
         "weights": in_bytes(model.parameters()),
@@ -240,7 +245,8 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
             name: lambda vae, name=name: vaes.terms(x, *vae(x, noise))[name]  # type: ignore[misc]
             for name in ("l1", "mse", "edges", "kl")
         }
-    side = 2 ** len(config.unet.channels)  # two pixels at the bottom of the U
+    # two pixels at the bottom of the U, or two patches
+    side = 2 ** len(config.unet.channels) if isinstance(config.unet, UNetConfig) else 2 * config.unet.patch
     latents = blots(generator, 2, side, config.unet.in_channels).double()
     noise = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
     noise = noise[:, : config.vae.latent_channels]  # an inpainting model is given more than latents
@@ -278,15 +284,17 @@ def sharpening_terms(
 def narrow(config: ModelConfig) -> ModelConfig:
     """Returns the config of the same layers with few channels: many passes in float64 take their time."""
     unet, vae = config.unet, config.vae
+    if isinstance(unet, UNetConfig):
+        few: dict[str, Any] = {
+            "channels": (unet.groups,) * len(unet.channels),
+            "heads": (2,) * len(unet.channels),
+        }
+    else:
+        few = {"width": 16, "heads": 2, "layers": 2, "pooled_width": 16, "positions": 4}
     return replace(
         config,
         clip=replace(config.clip, vocab_size=64, width=16, layers=2, heads=2),
-        unet=replace(
-            unet,
-            channels=(unet.groups,) * len(unet.channels),
-            heads=(2,) * len(unet.channels),
-            context_width=16,
-        ),
+        unet=replace(unet, **few, context_width=16),
         vae=replace(vae, channels=(vae.groups,) * len(vae.channels)),
     )
 

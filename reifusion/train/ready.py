@@ -121,7 +121,7 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
             f"the U-Net of {recipe.start} has {channels} input channels, and is shown more than {latents}"
             " channels of latents; of such models, those for inpainting can be trained, on your own pictures"
         )
-    if config.unet.guidance_width is not None:
+    if getattr(config.unet, "guidance_width", None) is not None:
         raise RecipeError(
             f"{recipe.start} is a distilled model (LCM), and this training would undo the distillation; start"
             " from the model that it was distilled from"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..families.mini_mm import MINI_MM, MiniMMConfig
 from ..model.config import MINI, SD15, ModelConfig
 from ..weights import find_config
 from .keys import RecipeError
@@ -58,6 +59,7 @@ SIZES = {
     "7m": _small("7m", (32, 64, 96), 64, 2),
     "16m": _small("16m", (64, 128, 192), 128, 3),
     "mini": MINI,
+    "mini-mm": MINI_MM,
     "75m": _small("75m", (192, 320, 448), 256, 6),
     "sd15": SD15,
 }
@@ -72,6 +74,10 @@ def model_config(recipe: Recipe) -> ModelConfig:
     elif recipe.model in SIZES:
         base = SIZES[recipe.model]
         own = recipe.channels, recipe.vae_channels, recipe.text_width, recipe.patch
+        if any(own) and isinstance(base, MiniMMConfig):
+            raise RecipeError(
+                "mini-mm has sizes that a recipe cannot change; leave channels and the like out"
+            )
         if any(own):
             base = replace(with_sizes(base, *own), name=recipe.model + "-own")
     else:

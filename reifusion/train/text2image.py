@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..families.mini_mm import MiniMMDiT
+from ..families.mmdit import MMDiTConfig
 from ..model.clip import CLIP
 from ..model.config import ModelConfig, ScheduleConfig
 from ..model.ddpm import Sampler
@@ -114,7 +116,7 @@ class Latents:
 
 
 class TextToImage(nn.Module):
-    """The two networks that are trained: the text encoder and the U-Net."""
+    """The two networks that are trained: the text encoder, and the U-Net or the transformer in its place."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -125,9 +127,12 @@ class TextToImage(nn.Module):
             )
             raise ValueError(f"the U-Net of {config.name} {text}; start from another model")
         self.clip = CLIP(config.clip)
-        self.diffusion = UNet(config.unet)
-        self.diffusion.apply(_begin_as_identity)
-        nn.init.zeros_(self.diffusion.conv_out.weight)
+        if isinstance(config.unet, MMDiTConfig):
+            self.diffusion: UNet | MiniMMDiT = MiniMMDiT(config.unet)
+        else:
+            self.diffusion = UNet(config.unet)
+            self.diffusion.apply(_begin_as_identity)
+            nn.init.zeros_(self.diffusion.conv_out.weight)
 
     def forward(self, x_t: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
         """Noisy latents (B, 4, h, w), tokens (B, L), timesteps (B,) -> the network's output, like x_t."""
@@ -232,13 +237,18 @@ def denoising_objective(data: Data, empty: Tensor, sampler: Sampler, training: T
     return Drawn(draw, lambda network, *batch: denoising_loss(network, sampler, *batch))
 
 
+def rows_of(network: UNet | MiniMMDiT) -> list[nn.Module]:
+    """The rows of a U-Net, or the blocks of a transformer."""
+    return [*network.down, network.middle, *network.up] if isinstance(network, UNet) else [*network.blocks]
+
+
 @contextmanager
-def recomputed(unet: UNet) -> Iterator[None]:
+def recomputed(unet: UNet | MiniMMDiT) -> Iterator[None]:
     """Makes each row of the U-Net keep only its input and recompute the rest in the backward pass.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
-    rows = [*unet.down, unet.middle, *unet.up]
+    rows = rows_of(unet)
     for row in rows:
         # Only dropout's generator has a state to remember. While a GPU's work is recorded, none may be asked.
         row.forward = partial(

@@ -19,6 +19,7 @@ OURS = (
     "my-dreambooth",
     "mini-sharpen",
     "mini-flow",
+    "mini-mm",
     "mini-lora",
     "sd15-finetune",
     "sd15-lora",
