@@ -49,6 +49,7 @@ LATER = {
     "model/words.py": "how a prompt is cut into words",
     "model/tokenizer_folder.py": "a tokenizer in the files of transformers",
     "model/asked.py": "the types of settings, for type checkers",
+    "model/turns.py": "vectors in place of words, in each turn of the loop",
     "model/limits.py": "single values, checked",
     "model/sentences.py": "values in messages",
     "model/prompts.py": "syntax of other programs in prompts",

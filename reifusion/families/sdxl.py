@@ -270,6 +270,11 @@ class StableDiffusionXL(StableDiffusion):
     def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Encodes the prompts and, for guidance, the negative prompts: each (B, 78, 2048)."""
         config = cast(SDXLConfig, self.config)
+        length = config.clip.context_length
+        for given in (request.prompt, request.negative):
+            if isinstance(given, Tensor) and given.shape[-2] <= length:
+                need = f"{length + config.rows} rows, those for the whole text included"
+                raise ValueError(f"a prompt of vectors for {config.name} has {need}, not {given.shape[-2]}")
         positive, negative = super().encode_words(request)
         if negative is not None and request.negative is None and config.zeros:
             return positive, torch.zeros_like(negative)

@@ -29,10 +29,11 @@ from .guidance import Denoiser, Guidance
 from .inpaint import as_large, begin, beside
 from .pictures import fit, to_picture
 from .prompts import warn_of_syntax
-from .request import Request, ask, in_each_turn
+from .request import Request, ask
 from .samplers import SAMPLERS
 from .step import Step as Step
 from .step import Turn as Turn
+from .turns import in_each_turn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

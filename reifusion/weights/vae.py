@@ -96,7 +96,8 @@ def _config(
         if "config" in header:
             own = json.loads(header["config"])
             own = own.get("vae", own)  # that of a whole model
-            return VAEConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in own.items()})
+            sizes: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items()}
+            return VAEConfig(**sizes)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ModelError(f"the config of the VAE in {path} cannot be read") from None
     shapes = {rule.ours: tensors[rule.theirs[0]].shape for rule in found}

@@ -25,10 +25,19 @@ from reifusion import cli
 from reifusion.api import load as load_pipe
 from reifusion.explain.steer import rewritten
 from reifusion.explain.words import watch
-from reifusion.families.sdxl import BASE, REFINER, SDXL, SDXLConfig, StableDiffusionXL, build, tell
+from reifusion.families.sdxl import (
+    BASE,
+    REFINER,
+    SDXL,
+    SDXLConfig,
+    StableDiffusionXL,
+    build,
+    tell,
+    to_diffusers,
+)
 from reifusion.model.config import CLIPConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
-from reifusion.model.model_converter import convert, match
+from reifusion.model.model_converter import convert, match, rules
 from reifusion.model.model_loader import state_dict
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import ask
@@ -637,3 +646,43 @@ def test_networks_in_a_dict_are_refused_in_one_sentence(base):
         ValueError, match="networks with a clip_2 are drawn with by the model that `load` returned"
     ):
         reifusion.generate("a cat", models=load(base)[1])
+
+
+def test_vectors_stand_for_a_prompt_with_what_is_said_of_the_whole_text(base):
+    pipe = xl(base)
+    vectors = pipe.encode_text(PROMPTS)
+    assert vectors.shape == (2, 16 + 1, 56)
+    drawn = pipe.generate(vectors, seed=SEED, steps=2, progress=False)
+    assert np.array_equal(np.stack([np.array(x) for x in drawn]).astype(int), draw(pipe, steps=2))
+    with pytest.raises(ValueError, match=r"a prompt of vectors for tiny-xl has 17 rows, .* not 16"):
+        pipe.generate(vectors[:, :16], steps=2)
+
+
+# At full width, 2.6 billion weights: half a minute and 11 GB, so only where it is asked for
+
+
+@torch.inference_mode()
+@pytest.mark.skipif("REIFUSION_MANY" not in os.environ, reason="takes 11 GB; REIFUSION_MANY=1 runs it")
+@pytest.mark.parametrize(("width", "height"), [(24, 16)])
+def test_the_u_net_of_the_base_at_full_width_is_that_of_diffusers(width, height):
+    unet = build(BASE)["diffusion"].to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, x in unet.named_parameters():
+        norm = "norm" in name and name.endswith("weight") and x.ndim == 1
+        x.normal_(float(norm), (x[0].numel() if x.ndim > 1 else 25) ** -0.5, generator=generator)
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**to_diffusers(BASE)["unet"])
+    state: dict[str, torch.Tensor] = {}  # of views, so that both share one memory
+    ours = state_dict({"diffusion": unet})
+    for rule in rules(BASE, "diffusers", layout=SDXL.layout):
+        if rule.ours in ours:
+            names = (name.removeprefix("unet.") for name in rule.theirs)
+            state |= zip(names, ours[rule.ours].chunk(len(rule.theirs)))
+    theirs.load_state_dict(state, assign=True)
+    latents = torch.randn(2, 4, height, width, generator=generator)
+    words = torch.randn(2, 77, 2048, generator=generator)
+    pooled, t = torch.randn(2, 1280, generator=generator), torch.tensor([21, 801])
+    numbers = torch.tensor([[1024.0, 768, 0, 64, 512, 640], [96, 1000, 8, 0, 88, 2056]])
+    told = {"text_embeds": pooled, "time_ids": numbers}
+    expected = theirs.eval()(latents, t, words, added_cond_kwargs=told).sample
+    assert close(unet(latents, words, t, tell(pooled, numbers, 256)), expected, 1e-4)
