@@ -182,3 +182,22 @@ def test_from_compvis_to_diffusers_and_back_to_the_same_file(written_here, tmp_p
     with safe_open(one, "pt") as a, safe_open(two, "pt") as b:
         assert a.metadata() == b.metadata() and a.keys() == b.keys()
         assert all(torch.equal(a.get_tensor(name), b.get_tensor(name)) for name in a.keys())  # noqa: SIM118
+
+
+def test_the_text_encoder_of_sd_2_in_one_file_is_read_by_diffusers_key_conversion(tmp_path):
+    """OpenCLIP's names, with q, k and v in one tensor."""
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+    from safetensors.torch import load_file
+
+    models = random_networks(TINY_2)
+    save(TINY_2, models, tmp_path / "x.safetensors", "compvis", WORDS)
+    save(TINY_2, models, tmp_path / "folder", "diffusers", WORDS)
+    theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / "folder" / "text_encoder")
+    theirs.config.projection_dim = TINY_2.clip.width  # by which the converter splits q, k and v
+    state = load_file(tmp_path / "x.safetensors")
+    converted = convert_open_clip_checkpoint(theirs, state, prefix="cond_stage_model.model.")
+    ours = load_file(tmp_path / "folder" / "text_encoder" / "model.safetensors")
+    found = {name.removeprefix("text_model."): x for name, x in converted.items()}
+    for name, x in ours.items():
+        assert torch.equal(found.pop(name.removeprefix("text_model.")), x), name
+    assert not [name for name in found if not name.endswith("position_ids")]
