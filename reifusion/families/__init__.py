@@ -6,7 +6,7 @@ LoRAs are handed it. It needs
 - a config: a subclass of `ModelConfig`, if its sizes do not fit in there;
 - its networks: `build` returns them by name. "clip", "encoder", "decoder" and "diffusion" are always there;
 - the names in its files: a `Layout`, whose table has the rows of `TABLE` and those of its own kinds of block;
-- a pipeline: a subclass of `StableDiffusion` that says how words become vectors (`encode_words`) and how the
+- a pipeline: a subclass of `StableDiffusion` that says how words become vectors (`vectors`) and how the
   network is called (`denoiser`). What a network is told besides words rides as more rows behind the words.
 """
 

@@ -104,3 +104,27 @@ def test_the_loader_itself_does_not_ask_the_hub(monkeypatch):
     monkeypatch.setattr(hub_module, "_download", lambda *name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(ModelError, match="there is no file or folder someone/small"):
         load_path("someone/small")
+
+
+@pytest.mark.parametrize(
+    "parts", [("text_encoder", "text_encoder_2"), ("text_encoder_2",)], ids=["base", "refiner"]
+)
+def test_of_sdxl_every_part_is_fetched_once(parts):
+    """As published: beside the folders whole files and halves of them, which are left alone."""
+    folders = {part: "model" for part in parts} | {
+        "unet": "diffusion_pytorch_model",
+        "vae": "diffusion_pytorch_model",
+    }
+    names = {
+        part: [f"{part}/{stem}{variant}.safetensors" for variant in ("", ".fp16")]
+        for part, stem in folders.items()
+    }
+    files = [
+        "model_index.json",
+        "sd_xl_base_1.0.safetensors",
+        "tokenizer_2/vocab.json",
+        "vae_1_0/config.json",
+    ]
+    files += [name for own in names.values() for name in own]
+    wanted = hub_module._wanted(files, "")
+    assert sorted(wanted) == sorted(own[0] for own in names.values())
