@@ -12,7 +12,7 @@ import typer
 from ..files import named, writable
 
 if TYPE_CHECKING:
-    from ..model.config import ScheduleConfig
+    from ..model.config import CLIPConfig, ScheduleConfig
 
 
 def info(
@@ -48,13 +48,17 @@ def _of_model(file: str) -> dict[str, Any]:
         "parameters": f"{sum(numbers.values()):,}",
         **{f"  {name}": f"{number:,}" for name, number in numbers.items()},
         "memory": _memory(numbers),
-        "text": f"{config.clip.layers} layers of {config.clip.width}, {config.clip.vocab_size:,} tokens",
+        "text": "; and ".join(_text(clip) for clip in (config.clip, getattr(config, "clip_2", None)) if clip),
         "vae": f"1/{config.vae.factor} of each side, {config.vae.latent_channels} channels",
         **_denoiser(config.unet),
         "schedule": _schedule(schedule, found.prediction_known_from),
         **({"not used": _named(found.unused)} if found.unused else {}),
         **found.metadata,
     }
+
+
+def _text(clip: CLIPConfig) -> str:
+    return f"{clip.layers} layers of {clip.width}, {clip.vocab_size:,} tokens"
 
 
 def _memory(numbers: Mapping[str, int]) -> str:
