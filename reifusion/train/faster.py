@@ -178,7 +178,7 @@ class RecordedStep:
         assert isinstance(self.plain.objective, Drawn)
         grads = list(self.grads.values())
         torch._foreach_zero_(grads)
-        loss, figures = self.plain.objective.loss(self.plain.network, *batch)
+        loss, figures = self.plain.objective.loss(self.plain.in_precision(), *batch)
         loss.backward()
         norm = nn.utils.get_total_norm(grads)
         self.norm.copy_(norm)

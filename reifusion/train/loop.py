@@ -207,7 +207,7 @@ def train(
             stacklevel=2,
         )
     plain = Step(
-        in_mixed_precision(wrapped, config, accelerator.device),
+        wrapped,
         wrapped,
         objective,
         config,
@@ -307,7 +307,7 @@ class Step:
     def accumulate(self, step: int, done: float) -> dict[str, Tensor]:
         """`accumulate_gradients`, of this step."""
         return accumulate_gradients(
-            self.network,
+            self.in_precision(),
             self.wrapped,
             self.objective,
             step,
@@ -317,6 +317,11 @@ class Step:
             self.scaler,
             self.draws_on,
         )
+
+    def in_precision(self) -> Callable[..., Any]:
+        """Returns the network with its products in half precision."""
+        # Not within what is compiled: PyTorch's compiler then finds less in its cache.
+        return in_mixed_precision(self.network, self.config, self.accelerator.device)
 
     def update(self, step: int, done: float) -> None:
         """Moves the weights along the gradients, and their average after them."""
@@ -437,7 +442,9 @@ class _Unread:
         return found
 
 
-def in_mixed_precision(network: nn.Module, config: LoopConfig, device: torch.device) -> Callable[..., Any]:
+def in_mixed_precision(
+    network: Callable[..., Any], config: LoopConfig, device: torch.device
+) -> Callable[..., Any]:
     """Returns the network with its products in the config's half precision."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[config.mixed_precision]
 
