@@ -178,10 +178,10 @@ def _which_sd2(config: ModelConfig, told: Prediction | None) -> FromShapes:
 
 def suited(config: ModelConfig) -> ModelConfig:
     """Returns a config with the settings that its pictures need."""
-    if config.schedule.timestep_spacing == "trailing" and config.schedule.prediction_type == "epsilon":
-        return replace(config, sampler="euler", steps=4, cfg=1.0)  # SD-Turbo (Sauer et al. 2023)
     if config.unet.guidance_width is not None:  # as Luo et al. 2023 draw with their LCMs
         return replace(config, sampler="lcm", steps=4, cfg=8.0)
+    if config.schedule.timestep_spacing == "trailing" and config.schedule.prediction_type == "epsilon":
+        return replace(config, sampler="euler", steps=4, cfg=1.0)  # SD-Turbo (Sauer et al. 2023)
     return config
 
 

@@ -237,3 +237,23 @@ def test_a_file_without_metadata_is_recognised_by_its_shapes(to, tmp_path):
 
 def test_an_ordinary_model_is_not_an_lcm():
     assert "original_inference_steps" not in config_to_diffusers(SMALL)["scheduler"]
+
+
+# SD-Turbo: an ordinary model that was distilled to few steps without guidance
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_sd_turbo_draws_as_in_diffusers(steps, tmp_path):
+    config = replace(SMALL, schedule=replace(SMALL.schedule, timestep_spacing="trailing"))
+    folder = write(config, tmp_path / "turbo")
+    pipe = load_pipe(folder, "cpu", "fp32")
+    assert (pipe.config.sampler, pipe.config.steps, pipe.config.cfg) == ("euler", 4, 1.0)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    theirs.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        theirs.scheduler.config, timestep_spacing="trailing"
+    )
+    theirs.set_progress_bar_config(disable=True)
+    drawn = pipe.generate(PROMPTS, seed=SEED, steps=steps, progress=False)
+    assert isinstance(drawn, list)
+    expected = draw_theirs(theirs, steps, 0.0)
+    assert_same(np.stack([np.array(picture) for picture in drawn]).astype(int), expected)
