@@ -2,6 +2,7 @@
 # make bug      draws it wrong, on purpose    make equation  says what a line computes
 # make studio   all of it in a page           make quality   measures the mini
 # make test     runs the tests                make check     ruff and mypy
+# make slow     runs those that take long
 # make docs     builds the book               make equations ties each equation to its line and its test
 # make demo     executes the notebooks        make bench     measures the speed, beside others
 PYTHON ?= python3
@@ -12,7 +13,7 @@ LINE ?= $(shell sed -n 's/^make equation LINE=\([^ ]*\).*/\1/p' README.md)
 # On Linux without a GPU, TORCH_INDEX=<PyTorch's CPU index, see pytorch.org> spares gigabytes of CUDA.
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: run explain bug equation studio test check demo docs equations quality bench clean
+.PHONY: run explain bug equation studio test slow check demo docs equations quality bench clean
 
 run: .venv/ready
 	@.venv/bin/reifusion generate "$(PROMPT)"
@@ -30,7 +31,10 @@ studio: .venv/ready-studio
 	@.venv/bin/reifusion studio
 
 test: .venv/ready-dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not slow"
+
+slow: .venv/ready-dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m slow
 
 check: .venv/ready-dev
 	.venv/bin/ruff check .

@@ -178,6 +178,7 @@ def test_rows_of_one_model_are_drawn_together(model, tmp_path, monkeypatch):
     assert len(set(pixels(tmp_path / "out").values())) == 4
 
 
+@pytest.mark.slow
 def test_several_processes_draw_the_same_and_a_killed_one_loses_nothing(model, tmp_path):
     table = written(tmp_path / "t.txt", "a cat\ndog\ncat\n" * 4)
     line = ["batch", str(table), f"--model={model}", "--steps=3", "--dtype=fp32"]

@@ -37,6 +37,7 @@ from tests.pretended import DEVICE, Card, Processes, gpu, possible
 from tests.sprites import random_sprites
 from tests.tiny import SMALL, TINY, WORDS, Bytes, networks
 
+pytestmark = pytest.mark.slow
 EMPTY = torch.tensor(WORDS.encode(""))
 
 

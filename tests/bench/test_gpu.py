@@ -21,6 +21,7 @@ def without_diffusers(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_whole_script_runs_in_a_small_way(without_diffusers, tmp_path):
     assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     facts = json.loads((tmp_path / "gpu.json").read_text())

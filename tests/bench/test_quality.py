@@ -446,6 +446,7 @@ def test_pictures_that_the_vae_changes_by_one_level_have_48_db(
 # ---- the judge
 
 
+@pytest.mark.slow
 def test_a_judge_learns_once_and_then_comes_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def test_second_derivatives_forward_and_backward_agree_with_differences_of_first
 # Compilers
 
 
+@pytest.mark.slow
 @forms
 def test_a_compiled_unet_draws_and_learns_the_same(installed):
     torch._dynamo.reset()
@@ -128,6 +129,7 @@ def test_a_traced_unet_is_the_unet(installed, mode):
         assert error(traced(X + 1, 2 * WORDS_, T), unet(installed)(X + 1, 2 * WORDS_, T)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
 @pytest.mark.parametrize("name", INPUTS)
 def test_onnx_computes_the_same_for_any_batch(name, dynamo):

@@ -59,6 +59,7 @@ def test_compiled_networks_are_the_networks_and_are_put_back_to_the_bit():
     assert [type(module) for network in its.values() for module in network.modules()] == kinds
 
 
+@pytest.mark.slow
 def test_every_block_of_a_u_net_is_compiled_though_their_shapes_are_many():
     levels = 10
     config = replace(UNET, channels=tuple(8 * i for i in range(1, levels + 1)))

@@ -96,6 +96,7 @@ def peak(work: Callable[[], Tensor]) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_a_decoder_shaped_like_stable_diffusions_needs_a_quarter_of_the_memory(gpu, monkeypatch):
     channels = tuple(c // 8 for c in SD15.vae.channels)
     decoder = randomized(Decoder(VAEConfig(channels=channels, layers=2, groups=4)))

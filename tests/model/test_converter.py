@@ -84,6 +84,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(config=configs())
 def test_any_structure_survives_all_formats_bit_for_bit(config):

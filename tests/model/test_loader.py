@@ -272,6 +272,7 @@ def sparse_sd1(path: Path, dtype: str, in_channels: int = 4) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's measure of memory")
 @pytest.mark.parametrize("stored", ["F16", "F32"])
 def test_loading_sd1_needs_little_more_memory_than_its_weights(tmp_path, stored):
@@ -279,6 +280,7 @@ def test_loading_sd1_needs_little_more_memory_than_its_weights(tmp_path, stored)
     assert peak_memory(path, "torch.float16") < 1.3 * 2 * 1_066_235_307
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's measure of memory")
 def test_loading_a_pickle_needs_little_more_memory_than_its_weights(tmp_path):
     path = tmp_path / "sd.ckpt"

@@ -150,6 +150,7 @@ def test_unet_agrees_in_bfloat16(name):
     assert_close(result.float(), exact, TOLERANCE_BF16)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_unet_of_sd15_agrees():
     ours, theirs = unet_pair(SD15.unet)

@@ -174,6 +174,7 @@ def test_padding_and_cutting_are_the_reference_s(ours: Tokenizer, theirs, text: 
     assert ours.encode(text) == expected
 
 
+@pytest.mark.slow
 def test_words_are_the_reference_s_for_every_code_point(theirs):
     """Each between letters, digits, signs and accents; of planes 4 to 16, which have no letters, a sample."""
     normalizer, splitter = theirs.backend_tokenizer.normalizer, theirs.backend_tokenizer.pre_tokenizer

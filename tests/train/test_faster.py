@@ -312,7 +312,7 @@ def test_a_whole_training_can_be_recorded(card, tmp_path, training, recordings):
     loop = replace(CONFIG, steps=steps, lr=1e-3, warmup=3)
     fast = training(tmp_path / "fast", loop).state_dict()
     assert len(card.outputs) == recordings and played(card) == recordings + 2 * (steps + 1 - recordings)
-    compare(fast, training(tmp_path / "plain", replace(loop, compile=False)).state_dict(), 2e-5)
+    compare(fast, training(tmp_path / "plain", replace(loop, compile=False)).state_dict(), 1e-4)
     assert [row["loss"] for row in log(tmp_path / "fast")] == pytest.approx(
         [row["loss"] for row in log(tmp_path / "plain")], rel=1e-4
     )

@@ -127,6 +127,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_a_run_ends_in_the_same_state_bit_for_bit(tmp_path):
     """A real process is killed with SIGKILL at random moments, some of them during a write."""
     done = subprocess.run(

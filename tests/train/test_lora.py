@@ -364,6 +364,7 @@ def test_a_folder_of_pictures_is_enough(tmp_path):
 # A zork
 
 
+@pytest.mark.slow
 def test_the_mini_learns_a_zork_from_twenty_pictures(tmp_path):
     """Forty steps are enough to lower the loss on pictures that it has not seen."""
     draw_zorks(tmp_path / "zorks")

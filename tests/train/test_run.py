@@ -70,6 +70,7 @@ def draw(pipe, prompt):
     return picture
 
 
+@pytest.mark.slow
 def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     # A narrow mini and sheets of two prompts: only the steps from recipe to file are tested here.
     monkeypatch.setitem(sizes.SIZES, "mini", SMALL_MINI)
@@ -100,6 +101,7 @@ def test_mini_from_the_vae_to_a_picture(tmp_path, pictures, monkeypatch):
     assert draw(reifusion.load(flow), "a ball").size == (256, 256)
 
 
+@pytest.mark.slow
 def test_train_mini_from_the_drawings_in_the_minutes_that_it_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sizes.SIZES, "mini", SMALL_MINI)
     monkeypatch.setattr(watch, "MANY", {float("inf"): 2})

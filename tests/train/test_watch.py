@@ -131,6 +131,7 @@ def test_what_is_held_out_is_a_share_by_the_seed_and_in_no_batch(pictures, tmp_p
         data.split(0.001, 0)[1].split(0.5, 0)
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_run_are_those_of_the_model_that_it_writes(pictures, model, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "contact_sheet", lambda *_, **__: Image.new("RGB", (8, 8)))
     others = tmp_path / "others"
