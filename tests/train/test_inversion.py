@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,7 +196,8 @@ def test_learning_goes_downhill(pipe):
     model = TextToImage(pipe.config)
     model.clip.load_state_dict(pipe.models["clip"].state_dict())
     model.diffusion.load_state_dict(pipe.models["diffusion"].state_dict())
-    model.requires_grad_(False).clip.embedding.token = Learned(model.clip.embedding.token, 2)
+    learned: Any = Learned(model.clip.embedding.token, 2)
+    model.requires_grad_(False).clip.embedding.token = learned
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 4, 4, 16, 16, generator=generator).unbind()
     tokens = torch.tensor(

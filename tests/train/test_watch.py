@@ -6,7 +6,7 @@ import json
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -227,7 +227,7 @@ def test_what_could_not_be_held_out_is_refused(keys, says, model, tmp_path, caps
 
 def test_a_run_is_told_to_weights_and_biases(pictures, tmp_path, monkeypatch):
     """Its own reader of TensorBoard's files does the rest; here it is a stand-in."""
-    happened: list[object] = []
+    happened: list[Any] = []
 
     class Run:
         def __enter__(self):
@@ -238,7 +238,12 @@ def test_a_run_is_told_to_weights_and_biases(pictures, tmp_path, monkeypatch):
 
     module = ModuleType("wandb")
     module.__spec__ = ModuleSpec("wandb", None)
-    module.init = lambda **given: (happened.append(given), Run())[1]  # type: ignore[attr-defined]
+
+    def init(**given: Any) -> Run:
+        happened.append(given)
+        return Run()
+
+    module.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     line = [
         "vae",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from reifusion.api import load
 from reifusion.cli.main import main
 from reifusion.model.config import SD15
+from reifusion.model.decoder import Decoder
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tensors import ModelError
 from reifusion.train.vae import VAE
@@ -69,7 +71,7 @@ def test_diffusers_decodes_what_was_written_to_the_same_picture(pipe, tmp_path):
 
 def test_what_diffusers_writes_is_read(tmp_path):
     torch.manual_seed(0)
-    theirs = AutoencoderKL(
+    theirs: Any = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
         block_out_channels=(16, 32),
@@ -93,7 +95,7 @@ def test_the_vae_of_a_whole_model_and_of_a_training_is_taken(pipe, tmp_path):
     save_trained(vae, tmp_path / "trained.safetensors")
     trained = load_vae(tmp_path / "trained.safetensors")
     assert trained.config.vae == SMALL.vae
-    assert torch.equal(trained.models["decoder"].conv_in.weight, vae.decoder.conv_in.weight)
+    assert torch.equal(cast(Decoder, trained.models["decoder"]).conv_in.weight, vae.decoder.conv_in.weight)
     mini = load_vae("mini")
     assert same(mini, load("mini", "cpu", next(mini.models["encoder"].parameters()).dtype))
 
