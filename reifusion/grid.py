@@ -38,6 +38,8 @@ class Axis:
             raise ValueError(f"an axis is a setting and its values, like cfg=3,5,7, not {shown(text)}")
         if name not in ABOUT:
             raise ValueError(f"the axis {shown(name)} is no setting; there are {', '.join(ABOUT)}")
+        if name == "code":
+            raise ValueError("code is run once, before anything is drawn, and cannot change in a table")
         about = ABOUT[name]
         texts = [part.strip() for part in rest.split("|" if "|" in rest else ",")]
         values = []

@@ -79,6 +79,7 @@ def test_the_same_rows_are_read_from_every_kind_of_table(tmp_path, monkeypatch):
         ("t.csv", "prompt,steps\na cat,2\ndog,many\n", "row 2 of .*: its steps is 'many'"),
         ("t.csv", "prompt,steps\na cat,0\n", "row 1 of .*steps"),
         ("t.csv", "prompt\na cat,2\n", "more cells"),
+        ("t.csv", "prompt,code\na cat,evil.py\n", "row 1 of .*: a table cannot name code"),
         ("t.csv", "steps\n2\n", "there is no prompt"),
         ("t.csv", "prompt,int8\na cat,maybe\n", "its int8 is 'maybe'"),
         ("t.jsonl", '{"prompt": "a cat"}\n[1]\n', "line 2 of .* is not an object"),

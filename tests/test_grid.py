@@ -72,6 +72,7 @@ def test_pictures_of_several_sizes_and_long_values_have_room():
         (["--x=cfg=1,2", "--y=cfg=3"], "both axes are cfg"),
         (["--x=steps=1,0"], "with steps=0: "),
         (["--x=size=32x33"], "with size="),
+        (["--x=code=a.py,b.py"], "cannot change in a table"),
         (["--x=int8=perhaps"], "int8 is true or false"),
         (["--x=seed=" + ",".join(map(str, range(50))), "--y=cfg=1,2,3,4,5,6,7,8,9"], "too large"),
     ],

@@ -116,6 +116,8 @@ def _known(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the settings of a row, without those that it leaves open."""
     for column, value in values.items():
         name = str(column).strip().lower().replace("-", "_").replace(" ", "_")
+        if name == "code":
+            raise ValueError("a table cannot name code to run; give it with --code")
         if name not in ABOUT:
             raise ValueError(f"the column {shown(column)} is no setting; there are {', '.join(ABOUT)}")
         if value is not None and value != "" and not (isinstance(value, float) and math.isnan(value)):

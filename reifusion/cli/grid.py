@@ -40,6 +40,10 @@ def grid(
     usual = replace(Settings(), **parsed(given))
     if usual.prompt is None and "prompt" in (across.name, down.name):
         usual = replace(usual, prompt="")
+    if usual.code is not None:
+        from ..own import run_file
+
+        run_file(usual.code)
     rows = grids.cells(usual, across, down)
     file = album.png_path(out)
     folder = file.parent if file else Path(out)

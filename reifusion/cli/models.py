@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,20 +133,25 @@ def convert(
 
     from .. import weights
     from ..api import DTYPES
-    from ..model.model_converter import FORMATS
 
     dtypes = DTYPES | {"int8": torch.int8}
+    check_target(target, to, dtype, dtypes)
+    with writable(Path(target).parent):
+        metadata = weights.info(source).metadata
+        config, models, tokenizer = weights.load(source, changes=weights.Changes(ema=ema))
+        weights.save(config, models, target, to, tokenizer, metadata, dtypes.get(dtype))
+    print(target)
+
+
+def check_target(target: str, to: str, dtype: str, dtypes: Collection[str]) -> None:
+    """Raises ValueError for a file, a format or a number format that cannot be written."""
+    from ..model.model_converter import FORMATS
+
     if dtype and dtype not in dtypes:
         raise ValueError(f"there is no dtype {dtype!r} to write; there are {', '.join(dtypes)}")
-
     if to not in FORMATS:
         raise ValueError(f"there is no format {to!r}; there are {', '.join(FORMATS)}")
     if to != "diffusers" and not target.endswith(".safetensors"):
         raise ValueError(f"the format {to} is a .safetensors file, not {target}")
     if named(target).exists():
         raise ValueError(f"{target} is there already, and nothing is overwritten")
-    with writable(Path(target).parent):
-        metadata = weights.info(source).metadata
-        config, models, tokenizer = weights.load(source, changes=weights.Changes(ema=ema))
-        weights.save(config, models, target, to, tokenizer, metadata, dtypes.get(dtype))
-    print(target)

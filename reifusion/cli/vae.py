@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..files import free, named, writable
+from ..files import free, writable
+from .models import check_target
 
 app = typer.Typer(help="A VAE by itself: a picture drawn through it, and its file in another format.")
 File = Annotated[str, typer.Argument(metavar="FILE", help="A VAE, or a model with one.")]
@@ -43,17 +44,9 @@ def convert(
 ) -> None:
     """Writes a VAE alone, bit for bit unless --dtype says otherwise."""
     from ..api import DTYPES
-    from ..model.model_converter import FORMATS
     from ..weights.vae import save_vae
 
-    if dtype and dtype not in DTYPES:
-        raise ValueError(f"there is no dtype {dtype!r} to write; there are {', '.join(DTYPES)}")
-    if to not in FORMATS:
-        raise ValueError(f"there is no format {to!r}; there are {', '.join(FORMATS)}")
-    if to != "diffusers" and not target.endswith(".safetensors"):
-        raise ValueError(f"the format {to} is a .safetensors file, not {target}")
-    if named(target).exists():
-        raise ValueError(f"{target} is there already, and nothing is overwritten")
+    check_target(target, to, dtype, DTYPES)
     with writable(Path(target).parent):
         save_vae(_load(file), target, to, DTYPES.get(dtype))
     print(target)

@@ -46,9 +46,15 @@ KID_TIMES = 1000  # as it is usually printed
 
 
 class Features:
-    """Pictures -> points: what the middle of a U-Net makes of each, whatever its place in the picture."""
+    """Pictures -> points: what the middle of a U-Net makes of each, whatever its place in the picture.
+
+    Raises ValueError for a model that is no Stable Diffusion 1.x or 2.x, or is given more than latents.
+    """
 
     def __init__(self, pipe: StableDiffusion):
+        plain = type(pipe).denoiser is StableDiffusion.denoiser and not pipe.config.edits
+        if not plain or pipe.config.inpaints or not pipe.config.unet.middle:
+            raise ValueError(f"{pipe.config.name} has no plain U-Net with a middle; take other --features")
         self.pipe, self.sampler = pipe, forward_process(pipe.config.schedule)
         self.words = pipe.encode_text([""])
         self.name = f"{pipe.config.name} {digest(pipe.models['diffusion'].state_dict())[:9]}"

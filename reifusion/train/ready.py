@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import families
 from ..files import writable
 from ..model.config import ModelConfig
 from .keys import RecipeError
@@ -112,6 +113,11 @@ def _sides(recipe: Recipe, config: ModelConfig) -> None:
 
 def _network(recipe: Recipe, config: ModelConfig) -> None:
     """Checks what only matters for a U-Net and its text encoder."""
+    if (kind := families.family_of(config).name) in ("sdxl", "sd3"):
+        raise RecipeError(
+            f"{recipe.start} is of the family {kind}, whose training is not built in; what can be trained is"
+            " Stable Diffusion 1.x and 2.x"
+        )
     forward_process(config.schedule)
     if 0 < recipe.size < config.multiple:
         raise RecipeError(f"size must be {config.multiple} or more for this VAE, not {recipe.size}")

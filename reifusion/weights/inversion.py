@@ -78,7 +78,14 @@ def save_embedding(embedding: Embedding, path: str | Path) -> None:
 
 
 def teach(pipe: StableDiffusion, embedding: Embedding) -> None:
-    """Gives a model the word. Raises ValueError if its vectors do not fit, or the model knows such a word."""
+    """Gives a model the word.
+
+    Raises ValueError if its vectors do not fit, the model knows such a word, or has several text encoders.
+    """
+    if "clip_2" in pipe.models or "t5" in pipe.models:
+        raise ModelError(
+            f"{embedding.path} has vectors for one text encoder, and {pipe.config.name} has more"
+        )
     clip, vectors = cast(CLIP, pipe.models["clip"]), embedding.vectors
     table = clip.embedding.token
     many, width = table.weight.shape

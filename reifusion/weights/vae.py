@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..files import whole
 from ..model.config import MINI, SD15, ModelConfig, VAEConfig
 from ..model.decoder import Decoder
-from ..model.diffusers_folder import FIELDS, config_to_diffusers
+from ..model.diffusers_folder import config_to_diffusers, translated
 from ..model.encoder import Encoder
 from ..model.model_converter import FORMATS, Rule, rules
 from ..model.part import open_part
@@ -92,12 +92,14 @@ def _config(
     try:
         if (folder / "config.json").is_file():
             theirs = json.loads((folder / "config.json").read_text("utf-8"))
-            return VAEConfig(**_of_diffusers(theirs))
+            return VAEConfig(**translated(theirs, "vae", "vae"))
         if "config" in header:
             own = json.loads(header["config"])
             own = own.get("vae", own)  # that of a whole model
             sizes: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items()}
             return VAEConfig(**sizes)
+    except ModelError as error:
+        raise ModelError(f"the VAE of {path} cannot be built: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ModelError(f"the config of the VAE in {path} cannot be read") from None
     shapes = {rule.ours: tensors[rule.theirs[0]].shape for rule in found}
@@ -118,11 +120,3 @@ def _config(
             return preset
     known = "it says nothing of its groups, and has the shapes of no VAE that is known here"
     raise ModelError(f"the VAE of {path} cannot be built: {known}")
-
-
-def _of_diffusers(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    own = {}
-    for field, key, *absent in FIELDS["vae"]:
-        value = theirs[key] if not absent else theirs.get(key, absent[0])
-        own[field] = tuple(value) if isinstance(value, list) else value
-    return own

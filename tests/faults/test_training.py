@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from reifusion.families.sdxl import SDXLConfig
 from reifusion.model.config import MINI, CLIPConfig, UNetConfig, VAEConfig
 from reifusion.train import recipe, run, sizes, watch
 from reifusion.train.__main__ import main
@@ -492,3 +493,17 @@ def test_train_mini_gives_each_stage_a_folder_and_the_file_to_the_last(device):
     assert stage(0, "steps=7").training.loop.steps == stage(1, "steps=7").training.loop.steps == 7
     with pytest.raises(RecipeError, match="cropz"):
         stage(1, "cropz=24")
+
+
+def test_a_model_of_another_family_is_refused_in_one_sentence(here, tmp_path, capsys):
+    sizes = SDXLConfig(
+        name="xl", size=TOY.size, clip=TOY.clip, clip_2=TOY.clip, vae=TOY.vae, pooled=8, waves=8
+    )
+    config = replace(sizes, unet=replace(TOY.unet, context_width=2 * TOY.clip.width, linear_projection=True))
+    save(config, random_networks(config), tmp_path / "xl.safetensors", tokenizer=WORDS)
+    keys = [f"start={tmp_path}/xl.safetensors", f"data={here}/data", f"folder={tmp_path}/run"]
+    for what in ("lora", "text2image"):
+        assert main([what, *QUICK, *keys]) == 2
+        error = capsys.readouterr().err
+        assert "of the family sdxl, whose training is not built in" in error and "Traceback" not in error
+        assert nothing_encoded(tmp_path / "run")

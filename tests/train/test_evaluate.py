@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +18,7 @@ from reifusion.model.pipeline import StableDiffusion
 from reifusion.train.estimates import kid
 from reifusion.train.evaluate import Evaluation, Features, evaluate
 from reifusion.train.images import Pictures, open_pictures
+from tests.tiny import SMALL, WORDS, networks
 
 COLOURS = ("red", "green", "blue", "black")
 KINDS = ("ellipse", "rectangle", "arc")
@@ -118,6 +120,13 @@ def test_the_nearest_sheet_shows_a_copy_above_its_original(pictures, features):
 def test_the_same_pictures_are_the_same_points_in_any_company(pictures, features):
     some = [pictures[i][0] for i in range(11)]
     assert torch.allclose(features(some)[3], features(some[3:4])[0], atol=1e-4)
+
+
+def test_only_a_plain_model_can_look_at_pictures():
+    edits = replace(SMALL, unet=replace(SMALL.unet, in_channels=8))
+    for config in (edits, replace(SMALL, unet=replace(SMALL.unet, middle=False))):
+        with pytest.raises(ValueError, match="take other --features"):
+            Features(StableDiffusion(config, WORDS, networks(config)))
 
 
 def test_the_command_measures_the_mini_and_keeps_what_it_found(folder, tmp_path, capsys):

@@ -151,6 +151,12 @@ def test_words_that_do_not_fit_are_refused(pipe, tmp_path):
     assert pipe.config.clip.vocab_size == SMALL.clip.vocab_size + 3
 
 
+def test_a_model_with_several_text_encoders_is_refused(pipe):
+    pipe.models["clip_2"] = pipe.models["clip"]
+    with pytest.raises(ModelError, match="for one text encoder, and small has more"):
+        teach(pipe, Embedding("zork", vectors()))
+
+
 # Pictures
 
 
