@@ -72,7 +72,13 @@ LOAD, IMPORT, SHELL = (
     "import, beyond torch itself",
     f"shell to PNG, the mini, {STEPS} steps",
 )
-PROCESSES = [LOAD, IMPORT, SHELL]  # rows that need a fresh process each time
+BUSY = f"{SHELL}, with a busy program on each core"
+PROCESSES = [LOAD, IMPORT, SHELL, BUSY]  # rows that need a fresh process each time
+# OpenMP's threads look out for one another in a loop before they sleep: briefly, as reifusion's programs have
+# it, or 300,000 turns of the loop, as GNU's OpenMP has it where nobody says otherwise.
+BRIEFLY, LONG = "reifusion", "reifusion, threads that wait long"
+THREADS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+WAITING: dict[str, dict[str, str]] = {BRIEFLY: {}, LONG: {"GOMP_SPINCOUNT": "300000"}}
 
 
 @dataclass

@@ -32,6 +32,7 @@ from bench.rows import (
     ALLOCATORS,
     AS_IS,
     BEST,
+    BUSY,
     IMPORT,
     KEPT,
     LOAD,
@@ -44,6 +45,8 @@ from bench.rows import (
     SCALING,
     SHELL,
     STEP,
+    THREADS,
+    WAITING,
     Result,
     Row,
 )
@@ -286,23 +289,32 @@ def measure_imports(bench: Bench) -> None:
     bench.keep(*results.values())
 
 
-def measure_shell(bench: Bench) -> None:
-    """Measures the time from the shell to the PNG, with the mini, as for a user."""
-    if not bench.lacks(SHELL, ["reifusion"], KEPT):
+def measure_shell(bench: Bench, row: str) -> None:
+    """Measures the time from the shell to the PNG, with the mini, as for a user, on a quiet or a busy machine."""
+    if not bench.lacks(row, list(WAITING), KEPT):
         return
-    result = Result(SHELL, "reifusion", KEPT)  # the command line keeps its blocks itself
+    results = {name: Result(row, name, KEPT) for name in WAITING}  # the command line keeps its blocks itself
     out = CACHE / "shell"
     command = [sys.executable, "-m", "reifusion", "generate", "a red apple", "--seed", "1", "--quiet"]
     command += ["--steps", str(STEPS), "--out", str(out)]
-    for _ in range(bench.rounds):
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            result.note = done.stderr.strip().splitlines()[-1]
-        else:
-            result.seconds.append(time.perf_counter() - start)
-            Path(done.stdout.strip()).unlink()
-    bench.keep(result)
+    outside = {name: value for name, value in os.environ.items() if name not in THREADS}
+    busy = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(busy) for _ in range(os.cpu_count() or 1) if row == BUSY]
+    try:
+        for _ in range(bench.rounds):
+            for name, result in results.items():
+                start = time.perf_counter()
+                done = subprocess.run(command, capture_output=True, text=True, env=outside | WAITING[name])
+                if done.returncode:
+                    result.note = done.stderr.strip().splitlines()[-1]
+                else:
+                    result.seconds.append(time.perf_counter() - start)
+                    Path(done.stdout.strip()).unlink()
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    bench.keep(*results.values())
 
 
 def plain(name: str) -> str:
@@ -379,7 +391,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if same and (options.resume or len(wanted) < len(all_rows) or len(chosen) < len(CONTENDERS)):
         for kept in (Result(**result) for result in old["results"]):
-            if options.resume or kept.row not in wanted or kept.contender not in (*names, *_IMPORTS):
+            if (
+                options.resume
+                or kept.row not in wanted
+                or kept.contender not in (*names, *_IMPORTS, *WAITING)
+            ):
                 bench.results[kept.row, kept.contender, kept.allocator] = kept
     try:
         for together, allocator, rows in PHASES[:2]:
@@ -392,8 +408,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure_load(bench, [name for name in loaded if name in names])
         if IMPORT in wanted and not bench.late():
             measure_imports(bench)
-        if SHELL in wanted and not bench.late():
-            measure_shell(bench)
+        for shell in (SHELL, BUSY):
+            if shell in wanted and not bench.late():
+                measure_shell(bench, shell)
         for together, allocator, rows in PHASES[2:]:
             measure(bench, those(rows), [name for name in together if name in names], allocator)
     except KeyboardInterrupt:

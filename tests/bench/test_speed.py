@@ -17,6 +17,7 @@ from bench import contenders, report, speed, weights
 from bench.contenders import CONTENDERS
 from bench.rows import (
     AS_IS,
+    BUSY,
     DECODE,
     IMPORT,
     KEPT,
@@ -216,6 +217,8 @@ def test_aims_are_met_not_met_or_not_measured():
             for name, s in (("torch", 2.0), ("diffusers", 4.0), ("reifusion", 2.0))
         ),
         Result(SHELL, "reifusion", KEPT, [5.0]),
+        Result(SHELL, "reifusion, threads that wait long", KEPT, [4.0]),
+        Result(BUSY, "reifusion", KEPT, [10.0]),
         Result(MEMORY[0].name, "reifusion bf16", AS_IS, [1.0], peak=6, added=2),
         Result(MEMORY[0].name, "diffusers bf16 channels-last", AS_IS, [1.0], peak=10, added=8),
     ]
@@ -229,6 +232,8 @@ def test_aims_are_met_not_met_or_not_measured():
         ("0.25", "met"),
         ("0.50", "**not met**"),
         ("3.00", "met"),
+        ("2.00", "met"),
+        ("1.25", "**not met**"),
     ]
 
 
