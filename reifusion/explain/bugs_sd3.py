@@ -8,8 +8,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..families import sdxl, t5
+from ..families import t5
 from ..families.mmdit import MMDiT
+from ..families.pooled_text import TextEncoder
 from ..families.sd3 import SD3Config
 from ..model import decoder, flow
 from ..model.pipeline import StableDiffusion
@@ -96,14 +97,14 @@ def scale_shift_swapped(pipe: StableDiffusion) -> Patches:
     into=SD3_BUGS,
 )
 def last_layer(pipe: StableDiffusion) -> Patches:
-    def both(self: sdxl.TextEncoder, tokens: Tensor, ends: Tensor, skip: int = 0) -> tuple:
+    def both(self: TextEncoder, tokens: Tensor, ends: Tensor, skip: int = 0) -> tuple:
         words = self.embedding(tokens)
         for layer in self.layers:
             words = layer(words)
-        return words, sdxl.TextEncoder.both(self, tokens, ends, skip)[1]
+        return words, TextEncoder.both(self, tokens, ends, skip)[1]
 
     for name in ("clip", "clip_2"):
-        yield from with_methods(pipe.models[name], sdxl.TextEncoder, both=both)
+        yield from with_methods(pipe.models[name], TextEncoder, both=both)
 
 
 @mistake(

@@ -25,7 +25,7 @@ from .lcm import LatentConsistency, LCMUNet
 from .mini_mm import MINI_MM_FAMILY
 from .pix2pix import InstructPix2Pix
 from .sd3_files import SD3
-from .sdxl import SDXL
+from .sdxl_files import SDXL
 
 
 def _networks(config: ModelConfig) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from ..model.request import Request
 from ..model.tokenizer import Tokenizer
 from .flow_solver import FlowDPMPP2MSampler as FlowDPMPP2MSampler
 from .mmdit import MMDiT, MMDiTConfig
-from .sdxl import BIG_G, TextEncoder, padding_with
+from .pooled_text import BIG_G, TextEncoder, padding_with, read_prompts
 from .t5 import T5, T5Config
 from .unigram import Unigram
 
@@ -136,8 +136,9 @@ class StableDiffusion3(StableDiffusion):
         """B prompts -> (B, 77 + 256 + 1, 4096), in the dtype of the text encoders"""
         config = self._config
         padded = padding_with(self.tokenizer, config.pad_2)
-        words, whole = self._clip("clip", prompts, self.tokenizer, clip_skip)
-        more, whole_2 = self._clip("clip_2", prompts, padded, clip_skip)
+        words, whole = read_prompts(self, "clip", prompts, self.tokenizer, clip_skip)
+        more, whole_2 = read_prompts(self, "clip_2", prompts, padded, clip_skip)
+        assert whole is not None and whole_2 is not None  # both encoders have a projection
         width = config.unet.context_width
         # §4, Esser et al. 2024: both CLIPs' words side by side, then zeros; and behind them T5's
         clips = torch.cat([words, more], dim=-1)  # (B, 77, 768), (B, 77, 1280) -> (B, 77, 2048)
@@ -149,25 +150,6 @@ class StableDiffusion3(StableDiffusion):
     @property
     def _config(self) -> SD3Config:
         return cast(SD3Config, self.config)
-
-    def _clip(
-        self, name: str, prompts: Sequence[str], tokenizer: Tokenizer, clip_skip: int
-    ) -> tuple[Tensor, Tensor]:
-        """B prompts -> words of the last layer but one, (B, 77, width), and whole texts, (B, pooled)"""
-        texts = [tokenizer.encode(prompt) for prompt in prompts]
-        tokens, ends = torch.tensor(texts), torch.tensor([text.index(tokenizer.end) for text in texts])
-        with self.borrow(name) as clip:
-            encoder = cast(TextEncoder, clip)
-
-            def both(tokens: Tensor, ends: Tensor) -> Tensor:
-                words, whole = encoder.both(tokens, ends, clip_skip)
-                return torch.cat([words.flatten(1), cast(Tensor, whole)], dim=1)  # in one tensor
-
-            made = as_gradients_are(both)(tokens.to(self.device), ends.to(self.device))
-            finite(made, "the text encoder", clip)
-        shape = tokens.shape[1], encoder.config.width
-        words, whole = made.split([shape[0] * shape[1], made.shape[1] - shape[0] * shape[1]], dim=1)
-        return words.unflatten(1, shape), whole
 
     def _t5(self, prompts: Sequence[str]) -> Tensor:
         """B prompts -> T5's words, (B, 256, 4096); zeros without T5"""

@@ -23,9 +23,9 @@ from ..model.tensors import ModelError, Stored, TensorFile, short
 from ..model.tokenizer import Tokenizer
 from ..model.tokenizer_folder import write_tokenizer
 from .mmdit import MMDiTConfig
+from .pooled_text import padding_with
 from .sd3 import MEDIUM, PRESETS, SD3Config, StableDiffusion3, Tokenizers, build
 from .sd3_names import TABLE, mmdit_blocks, t5_blocks
-from .sdxl import padding_with
 from .t5 import T5Config
 from .unigram import Unigram, from_json, read_unigram, to_json, write_unigram
 

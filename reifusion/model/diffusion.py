@@ -7,6 +7,7 @@ Source: Ronneberger et al. 2015 (the U), Ho et al. 2020 (time), Rombach et al. 2
 from __future__ import annotations
 
 import math
+from functools import singledispatch
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Layer(NamedTuple):
     heads: int = 0  # attention heads of an "attention"
 
 
+@singledispatch  # a family may register another plan for its own config
 def plan(config: UNetConfig) -> tuple[list[list[Layer]], list[Layer], list[list[Layer]]]:
     """The U as data: the way down, the bottom, the way up. For SD 1.x, at 64×64 latents:
 

@@ -139,6 +139,7 @@ def like(preset: ModelConfig, shapes: Shapes, kind: ModelConfig | None = None) -
         "channels": tuple(size(f"diffusion.down.{row}.0.conv_1.weight", 0) for row in rows),
         "attention": kind.unet.attention,
         "middle_attention": kind.unet.middle_attention,
+        "middle": kind.unet.middle,
         "layers": kind.unet.layers,
         "context_width": size(words, 1),
         "guidance_width": None if kind.unet.guidance_width is None else size(_GUIDANCE, 1),

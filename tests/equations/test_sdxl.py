@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from reifusion.families.sdxl import TextEncoder, ToldTimeEmbedding, tell
+from reifusion.families.pooled_text import TextEncoder
+from reifusion.families.sdxl_unet import ToldTimeEmbedding, tell
 from reifusion.model.config import CLIPConfig
 from tests.equations.check import SINGLE, Pair, checks, normal
 

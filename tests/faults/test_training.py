@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reifusion.families.sdxl import SDXLConfig
+from reifusion.families.sdxl_unet import SDXLUNetConfig
 from reifusion.model.config import MINI, CLIPConfig, UNetConfig, VAEConfig
 from reifusion.train import recipe, run, sizes, watch
 from reifusion.train.__main__ import main
@@ -499,7 +500,8 @@ def test_a_model_of_another_family_is_refused_in_one_sentence(here, tmp_path, ca
     sizes = SDXLConfig(
         name="xl", size=TOY.size, clip=TOY.clip, clip_2=TOY.clip, vae=TOY.vae, pooled=8, waves=8
     )
-    config = replace(sizes, unet=replace(TOY.unet, context_width=2 * TOY.clip.width, linear_projection=True))
+    unet = replace(TOY.unet, context_width=2 * TOY.clip.width, linear_projection=True)
+    config = replace(sizes, unet=SDXLUNetConfig(**vars(unet)))
     save(config, random_networks(config), tmp_path / "xl.safetensors", tokenizer=WORDS)
     keys = [f"start={tmp_path}/xl.safetensors", f"data={here}/data", f"folder={tmp_path}/run"]
     for what in ("lora", "text2image"):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import re
-import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -25,17 +23,10 @@ from reifusion import cli
 from reifusion.api import load as load_pipe
 from reifusion.explain.steer import rewritten
 from reifusion.explain.words import watch
-from reifusion.families.sdxl import (
-    BASE,
-    REFINER,
-    SDXL,
-    SDXLConfig,
-    StableDiffusionXL,
-    build,
-    tell,
-    to_diffusers,
-)
-from reifusion.model.config import CLIPConfig, UNetConfig, VAEConfig
+from reifusion.families.sdxl import BASE, REFINER, SSD_1B, VEGA, SDXLConfig, StableDiffusionXL, build
+from reifusion.families.sdxl_files import SDXL, to_diffusers
+from reifusion.families.sdxl_unet import SDXLUNetConfig, tell
+from reifusion.model.config import CLIPConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.model_converter import convert, match, rules
 from reifusion.model.model_loader import state_dict
@@ -60,7 +51,7 @@ TINY = SDXLConfig(
     clip=FIRST,
     clip_2=SECOND,
     vae=VAEConfig(channels=(16, 32, 32), layers=1, groups=8, scale_factor=0.13025),
-    unet=UNetConfig(
+    unet=SDXLUNetConfig(
         channels=(32, 64),
         attention=(0, 2),
         middle_attention=2,
@@ -68,7 +59,6 @@ TINY = SDXLConfig(
         heads=(2, 4),
         context_width=56,
         groups=16,
-        linear_projection=True,
     ),
     pooled=20,
     waves=8,
@@ -82,6 +72,9 @@ TINY_REFINER = replace(
     numbers=5,
     zeros=False,
 )
+# As SSD-1B, with uneven depths on the way up; and as Segmind Vega. Neither has attention in the middle.
+TINY_SSD = replace(TINY, name="tiny-ssd", unet=replace(TINY.unet, middle_attention=0, up=(1, 3, 0, 0)))
+TINY_VEGA = replace(TINY, name="tiny-vega", unet=replace(TINY.unet, middle_attention=0, attention=(0, 1)))
 PROMPTS, SEED = ["a cat!", "a dog & a cat"], 3
 
 
@@ -107,6 +100,11 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def refiner(tmp_path_factory) -> Path:
     return write(TINY_REFINER, tmp_path_factory.mktemp("model") / "tiny-refiner")
+
+
+@pytest.fixture(scope="module")
+def ssd(tmp_path_factory) -> Path:
+    return write(TINY_SSD, tmp_path_factory.mktemp("model") / "tiny-ssd")
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, limit: float) -> bool:
@@ -143,7 +141,7 @@ def test_the_refiner_reads_as_in_diffusers(refiner, dtype, limit):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("config", [TINY, TINY_REFINER], ids=["base", "refiner"])
+@pytest.mark.parametrize("config", [TINY, TINY_REFINER, TINY_SSD, TINY_VEGA], ids=lambda config: config.name)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 def test_the_u_net_is_that_of_diffusers(config, dtype, limit, tmp_path):
     folder = write(config, tmp_path / "model")
@@ -335,9 +333,9 @@ def use_the_mean(pipe: Any) -> None:
 # Files
 
 
-@pytest.fixture(scope="module", params=["base", "refiner"])
-def written(request, base, refiner) -> tuple[SDXLConfig, Path]:
-    return (TINY, base) if request.param == "base" else (TINY_REFINER, refiner)
+@pytest.fixture(scope="module", params=["base", "refiner", "ssd"])
+def written(request, base, refiner, ssd) -> tuple[SDXLConfig, Path]:
+    return {"base": (TINY, base), "refiner": (TINY_REFINER, refiner), "ssd": (TINY_SSD, ssd)}[request.param]
 
 
 def test_diffusers_misses_nothing_and_finds_nothing_superfluous(written):
@@ -349,7 +347,7 @@ def test_diffusers_misses_nothing_and_finds_nothing_superfluous(written):
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
     }
     parts = [part for part in classes if (folder / part).exists()]
-    assert len(parts) == (4 if written[0] is TINY else 3)
+    assert len(parts) == (3 if written[0] is TINY_REFINER else 4)
     for part in parts:
         _, report = classes[part].from_pretrained(folder / part, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), part
@@ -424,7 +422,11 @@ INPAINTING = replace(BASE, unet=replace(BASE.unet, in_channels=9))
 
 
 @pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
-@pytest.mark.parametrize("config", [BASE, REFINER, INPAINTING], ids=["base", "refiner", "inpainting"])
+@pytest.mark.parametrize(
+    "config",
+    [BASE, REFINER, INPAINTING, SSD_1B, VEGA],
+    ids=["base", "refiner", "inpainting", "ssd-1b", "vega"],
+)
 def test_a_published_model_is_recognised_by_its_shapes(config, to):
     """Names and shapes of the full size, without memory."""
     native = state_dict(build(config))
@@ -434,7 +436,7 @@ def test_a_published_model_is_recognised_by_its_shapes(config, to):
     assert sorted(name for rule in rules for name in rule.theirs) == sorted(theirs)
     shapes = {rule.ours: rule.merge([theirs[name] for name in rule.theirs]).shape for rule in rules}
     assert shapes == {name: x.shape for name, x in native.items()}
-    assert SDXL.from_shapes(shapes, None).config == config
+    assert SDXL.suited(SDXL.from_shapes(shapes, None).config) == config
 
 
 def test_the_networks_have_as_many_parameters_as_those_published():
@@ -520,30 +522,59 @@ def test_a_lora_of_sdxl_is_written_as_kohya_writes_it(base, tmp_path):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]},
-        {"mid_block_type": "UNetMidBlock2D"},
-    ],
-    ids=str,
-)
-def test_a_folder_of_ssd_1b_is_named_in_one_sentence(base, change, tmp_path):
-    folder = shutil.copytree(base, tmp_path / "x")
-    path = folder / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ModelError, match="it is SSD-1B or Segmind Vega"):
-        load(folder)
+# SSD-1B and Segmind Vega
 
 
-def test_a_file_of_ssd_1b_is_named_in_one_sentence(base, tmp_path):
-    save(*load(base)[:2], tmp_path / "x.safetensors", "compvis", WORDS)
-    state = load_file(tmp_path / "x.safetensors")
-    kept = {key: x.clone() for key, x in state.items() if ".middle_block.1." not in key}
-    assert len(kept) < len(state)
-    save_file(kept, tmp_path / "y.safetensors")
-    with pytest.raises(ModelError, match="it is SSD-1B or Segmind Vega"):
-        load(tmp_path / "y.safetensors")
+@pytest.mark.parametrize("config", [TINY_SSD, TINY_VEGA], ids=lambda config: config.name)
+def test_the_picture_of_a_model_that_has_lost_layers_is_that_of_diffusers(config, tmp_path):
+    folder = write(config, tmp_path / config.name)
+    drawn = draw(load_pipe(folder, "cpu", "fp32"), width=72, height=40, steps=3)
+    told = {"latents": noise(72, 40), "width": 72, "height": 40, "guidance_scale": 5.0}
+    assert_same(drawn, draw_theirs(read(folder), num_inference_steps=3, **told))
+
+
+# What the published folders say of their U-Nets; the sizes are a test's.
+SAID = {
+    "ssd-1b": (
+        {
+            "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+            "mid_block_type": "UNetMidBlock2D",
+        },
+        SSD_1B.unet,
+    ),
+    "vega": (
+        {
+            "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+            "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+            "mid_block_type": "UNetMidBlock2D",
+        },
+        VEGA.unet,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_the_config_of_a_published_folder_is_understood_and_says_the_same_again(name):
+    said, expected = SAID[name]
+    jsons = to_diffusers(BASE)
+    found = SDXL.from_diffusers({**jsons, "unet": jsons["unet"] | said}, name)
+    assert isinstance(found, SDXLConfig) and found.unet == expected
+    assert SDXL.from_diffusers(to_diffusers(found), name) == found
+    assert SDXL.suited(found).cfg == 9.0
+    unet = build(found)["diffusion"]
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**jsons["unet"] | said)
+    count, published = (sum(x.numel() for x in one.parameters()) for one in (unet, theirs))
+    assert count == published
+
+
+@pytest.mark.parametrize("wrong", [[[4, 4, 10], [2, 1, 1]], [[4, 4], [2, 1, 1], 1], "x"], ids=str)
+def test_depths_that_do_not_fit_are_refused_in_one_sentence(wrong):
+    jsons = to_diffusers(BASE)
+    unet = jsons["unet"] | {"reverse_transformer_layers_per_block": wrong}
+    with pytest.raises(ModelError, match=r"reverse_transformer_layers_per_block = .* does not fit"):
+        SDXL.from_diffusers({**jsons, "unet": unet}, "x")
 
 
 # Few steps
