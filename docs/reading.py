@@ -58,6 +58,8 @@ LATER = {
     "model/prediction.py": "how it is known what a U-Net predicts",
     "model/family.py": "how the files of a family of models are recognised",
     "model/part.py": "a VAE or a U-Net from a file of its own",
+    "model/modes.py": "a network with derivatives, or at full speed; and decoded once more in float32",
+    "model/about.py": "a model in three lines",
     "model/finite.py": "which part made numbers that are not finite, and why",
     "api.py": "<code>load</code> and <code>generate</code>, the way in",
     "kernels/fast.py": "faster forms of the layers, installed after loading",

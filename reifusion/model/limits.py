@@ -7,14 +7,48 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .sentences import cut, shown
 
 
-def texts(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
+def texts_of(prompt: Any) -> list[str]:
+    """The texts of a prompt; for vectors, an empty one for each picture. Raises ValueError for neither."""
+    if isinstance(prompt, Tensor):
+        if prompt.ndim not in (3, 4) or not prompt.is_floating_point() or prompt.shape[-3] == 0:
+            kind = _kind(prompt)
+            raise ValueError(f"a prompt of vectors is (B, 77, 768), or (turns, B, 77, 768), not {kind}")
+        return [""] * prompt.shape[-3]
+    texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a prompt is a text, or a list with at least one text, not {shown(value)}")
+        raise ValueError(f"a prompt is a text, or a list with at least one text, not {shown(prompt)}")
     return texts
+
+
+def latents_or_none(value: Any, name: str) -> None:
+    """Raises ValueError for anything that is neither None nor a tensor with the axes of latents."""
+    if value is not None and not (isinstance(value, Tensor) and value.ndim == 4):
+        raise ValueError(f"{name} must be a tensor (B, 4, H/8, W/8), not {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def side(name: str, asked: int | None, otherwise: float, factor: int) -> int:
+    """A width or height, in pixels: what was asked, or the multiple of factor nearest to `otherwise`."""
+    if asked is None:
+        return round(otherwise / factor) * factor
+    pixels = whole_number(asked, f"the {name}", factor)
+    if pixels % factor:
+        raise ValueError(f"the {name} must be a multiple of {factor}, not {pixels}")
+    return pixels
+
+
+def finite_number(value: Any, name: str) -> None:
+    """Raises ValueError for anything that is neither None nor a finite number."""
+    if value is not None and not math.isfinite(number(value, name)):
+        raise ValueError(f"{name} must be a finite number, not {value}")
 
 
 def number(value: Any, name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,41 @@ def open_picture(picture: Picture, under: str = "white") -> Image.Image:
 def open_mask(picture: Picture) -> Image.Image:
     """Reads a mask as 8-bit grey: white where the picture is opaque and light, black where nothing is."""
     return open_picture(picture, under="black").convert("L")
+
+
+def open_both(
+    init_image: Picture | None, mask: Picture | None
+) -> tuple[Image.Image | None, Image.Image | None]:
+    """Opens the picture to begin with and the mask of what is redrawn, fitted to it.
+
+    Warns of parts that are transparent, and of a mask of another shape or without white. Raises ValueError
+    for a mask without a picture.
+    """
+    if init_image is None:
+        if mask is not None:
+            raise ValueError("a mask needs an input image to keep the rest of")
+        return None, None
+    opened = open_picture(init_image)
+    if mask is None:
+        if is_transparent(init_image):
+            warnings.warn(
+                "the init image is transparent in places, which count as white; "
+                "to redraw only these, give a mask that is white there",
+                stacklevel=1,
+            )
+        return opened, None
+    grey = open_mask(mask)
+    if grey.size != opened.size:
+        sizes = [f"{width}×{height}" for width, height in (grey.size, opened.size)]
+        warnings.warn(f"the mask of {sizes[0]} was fitted to the init image of {sizes[1]}", stacklevel=1)
+        grey = fit(grey, *opened.size)
+    lightest = np.asarray(grey).max()
+    if lightest < 128:
+        warnings.warn(
+            f"the mask has no white, only levels up to {lightest} of 255, so next to nothing is redrawn",
+            stacklevel=1,
+        )
+    return opened, grey
 
 
 def is_transparent(picture: Picture) -> bool:

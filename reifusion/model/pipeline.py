@@ -8,8 +8,6 @@ Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffus
 from __future__ import annotations
 
 import copy
-import html
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,12 +19,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .about import about, about_html
 from .asked import Asked, Prompt, Several
 from .config import ModelConfig
 from .ddpm import Sampler, exact, randn
 from .finite import Watch, finite
 from .guidance import Denoiser, Guidance
 from .inpaint import as_large, begin, beside
+from .modes import as_gradients_are as as_gradients_are
+from .modes import decoded, dtype_of
 from .pictures import fit, to_picture
 from .prompts import warn_of_syntax
 from .request import Request, ask
@@ -56,25 +57,13 @@ class StableDiffusion:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _dtype(self.models["diffusion"])
+        return dtype_of(self.models["diffusion"])
 
     def __repr__(self) -> str:
-        return "\n".join(self._facts())
+        return about(self)
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
-        first, *more = map(html.escape, self._facts())
-        return f"<b>{first}</b><br>{'<br>'.join(more)}"
-
-    def _facts(self) -> tuple[str, str, str]:
-        config, size, dtype = self.config, self.config.size, str(self.dtype).removeprefix("torch.")
-        counts = {name: sum(p.numel() for p in one.parameters()) for name, one in self.models.items()}
-        networks = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in counts.items())
-        return (
-            f"{type(self).__name__} {config.name}: pictures of {size}×{size}, {dtype}, {self.device}",
-            f"{sum(counts.values()) / 1e6:.1f} million parameters: {networks}",
-            f"{config.sampler}, {config.steps} steps, cfg {config.cfg:g}; {config.schedule.prediction_type}",
-        )
+        return about_html(self)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
@@ -146,9 +135,8 @@ class StableDiffusion:
         request = ask(prompt, negative, **settings).for_model(self.config)
         generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         sampler = self.sampler(request, generators)
-        turns = len(sampler.timesteps)
         # 1. Text encoding: B prompts -> (B, 77, 768), and as many negative ones
-        words = in_each_turn(request, self.encode_words(request), turns)
+        words = in_each_turn(request, self.encode_words(request), len(sampler.timesteps))
         # 2. Latent initialisation: (B, 4, H/8, W/8), each picture's noise from its own seed
         noise = self._noise(request, generators)
         latents, step, extra = begin(self.config, request, sampler, noise, self.encode_image)
@@ -158,11 +146,10 @@ class StableDiffusion:
             # 3. Denoising loop
             for index, (t, (positive, negative)) in enumerate(zip(sampler.timesteps, words)):
                 x_t = latents if latents.requires_grad or not grad else latents.detach().requires_grad_()
-                turn = Turn(index, turns, t.item(), x_t, copy.copy(sampler), positive, network)
+                turn = Turn(index, len(words), t.item(), x_t, copy.copy(sampler), positive, network)
                 with torch.set_grad_enabled(grad):
                     guided = self.guided(denoiser, extra, positive, negative, request)
-                    time = torch.full((1,), t.item(), dtype=x_t.dtype, device=self.device)
-                    output, cond, uncond = guided(sampler.scale_model_input(x_t, t), time, sampler.sigma(t))
+                    output, cond, uncond = guided(turn.scaled, turn.time, turn.sigma)
                     if request.guide is not None:
                         output = as_large(request.guide(cond, uncond, turn), cond, "what guide returns")
                     latents = step(t, x_t, output)
@@ -213,7 +200,7 @@ class StableDiffusion:
         """
         with self.borrow("encoder") as encoder, torch.set_grad_enabled(grad):
             encode = as_gradients_are(encoder)
-            latents = exact(encode(pixels.to(self.device, _dtype(encoder))))
+            latents = exact(encode(pixels.to(self.device, dtype_of(encoder))))
             return finite(latents, "the VAE's encoder", encoder)
 
     def decode_image(self, latents: Tensor, *, grad: bool = False) -> Tensor:
@@ -222,7 +209,7 @@ class StableDiffusion:
         grad: the pixels have derivatives towards latents and weights.
         """
         with self.borrow("decoder") as decoder, torch.set_grad_enabled(grad):
-            return torch.cat([_decoded(decoder, z) for z in latents.to(self.device).split(1)])
+            return torch.cat([decoded(decoder, z) for z in latents.to(self.device).split(1)])
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """(B, 4, H/8, W/8) -> B pictures"""
@@ -230,7 +217,7 @@ class StableDiffusion:
 
     def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
         """The U-Net, as the loop calls it for a request."""
-        return lambda x, context, t: unet(x.to(_dtype(unet)), context, t)
+        return lambda x, context, t: unet(x.to(dtype_of(unet)), context, t)
 
     def guided(
         self, denoiser: Denoiser, extra: Tensor | None, positive: Tensor, negative: Tensor | None,
@@ -262,40 +249,6 @@ class StableDiffusion:
         finally:
             if self.idle_device is not None:
                 self.models[name].to(self.idle_device)
-
-
-def as_gradients_are(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The network: with derivatives where gradients are on, and otherwise at full speed, in inference mode.
-
-    Its output is always an ordinary tensor, fit for a graph.
-    """
-
-    def run(*inputs: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return network(*inputs)
-        with torch.inference_mode():
-            output = network(*inputs)
-        return output.clone()
-
-    return run
-
-
-def _decoded(decoder: nn.Module, z: Tensor) -> Tensor:
-    """(1, 4, H/8, W/8) -> (1, 3, H, W). In float32 if the decoder's own dtype is too small."""
-    decode, dtype = as_gradients_are(decoder), _dtype(decoder)
-    pixels = decode(z.to(dtype))
-    if not pixels.isfinite().all() and z.isfinite().all():  # half precision ends at 65504
-        warnings.warn(f"the VAE overflowed in {dtype}: decoded again in float32", stacklevel=1)
-        decoder.float()
-        pixels = decode(z.float())
-        decoder.to(dtype)
-    if not z.isfinite().all():
-        raise FloatingPointError("the latents overflowed; try float32, or less guidance")
-    return finite(pixels, "the VAE's decoder", decoder)
-
-
-def _dtype(network: nn.Module) -> torch.dtype:
-    return next(network.parameters()).dtype
 
 
 def generate(*args: Any, **settings: Any) -> Image.Image | list[Image.Image]:

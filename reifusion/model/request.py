@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 import secrets
-import warnings
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from .asked import Guide, Prompt
 from .config import ModelConfig
-from .limits import interval, is_pair, number, texts, whole_number
-from .pictures import Picture, fit, is_transparent, open_mask, open_picture
+from .limits import (
+    finite_number,
+    interval,
+    is_pair,
+    latents_or_none,
+    number,
+    side,
+    texts_of,
+    whole_number,
+)
+from .pictures import Picture, open_both
 from .samplers import SAMPLERS, samplers_for
 from .sentences import shown
 
@@ -55,9 +62,8 @@ class Request:
     seeds: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        prompts, negatives = _texts(self.prompt), _texts("" if self.negative is None else self.negative)
-        if len(negatives) == 1:
-            negatives = negatives * len(prompts)
+        prompts, negatives = texts_of(self.prompt), texts_of("" if self.negative is None else self.negative)
+        negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         if len(negatives) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts need as many negative ones, or one, not {len(negatives)}"
@@ -66,58 +72,28 @@ class Request:
             raise ValueError(f"there is no sampler {shown(self.sampler)}; there are {', '.join(SAMPLERS)}")
         if not 0 < number(self.strength, "strength") <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
-        for name in ("cfg", "image_guidance"):
-            scale = getattr(self, name)
-            if scale is not None and not math.isfinite(number(scale, name)):
-                raise ValueError(f"{name} must be a finite number, not {scale}")
         if not 0 <= number(self.guidance_rescale, "guidance_rescale") <= 1:
             raise ValueError(f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}")
+        finite_number(self.cfg, "cfg")
+        finite_number(self.image_guidance, "image_guidance")
         self.seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         self.seed = whole_number(self.seed, "the seed", 0, 2**63 - 1)
-        if self.steps is not None:
-            self.steps = whole_number(self.steps, "the number of steps", 1, 1000)
+        self.steps = None if self.steps is None else whole_number(self.steps, "the number of steps", 1, 1000)
         self.num = whole_number(self.num, "the number of images", 1)
         self.clip_skip = whole_number(self.clip_skip, "clip_skip", 0)
+        self.start = whole_number(self.start, "start", 0)
+        if self.start and self.latents is None:
+            raise ValueError("start needs the latents to start from")
         if self.guidance_interval is not None:
             self.guidance_interval = interval(self.guidance_interval)
         if self.size is not None and not is_pair(self.size):
             raise ValueError(f"a size is a width and a height, like (512, 768), not {shown(self.size)}")
-        for name in ("noise", "latents"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, Tensor) and value.ndim == 4):
-                raise ValueError(f"{name} must be a tensor (B, 4, H/8, W/8), not {_kind(value)}")
-        self.start = whole_number(self.start, "start", 0)
-        if self.start and self.latents is None:
-            raise ValueError("start needs the latents to start from")
-        if self.mask is not None and self.init_image is None:
-            raise ValueError("a mask needs an input image to keep the rest of")
-        if self.init_image is not None:
-            self._open_pictures(self.init_image)
+        latents_or_none(self.noise, "noise")
+        latents_or_none(self.latents, "latents")
+        self.init_image, self.mask = open_both(self.init_image, self.mask)
         self.prompts = [text for text in prompts for _ in range(self.num)]
         self.negatives = [text for text in negatives for _ in range(self.num)]
         self.seeds = [self.seed + k for k in range(len(self.prompts))]
-
-    def _open_pictures(self, init_image: Picture) -> None:
-        self.init_image = open_picture(init_image)
-        if self.mask is None:
-            if is_transparent(init_image):
-                warnings.warn(
-                    "the init image is transparent in places, which count as white; "
-                    "to redraw only these, give a mask that is white there",
-                    stacklevel=1,
-                )
-            return
-        self.mask = open_mask(self.mask)
-        if self.mask.size != self.init_image.size:
-            sizes = [f"{width}×{height}" for width, height in (self.mask.size, self.init_image.size)]
-            warnings.warn(f"the mask of {sizes[0]} was fitted to the init image of {sizes[1]}", stacklevel=1)
-            self.mask = fit(self.mask, *self.init_image.size)
-        lightest = np.asarray(self.mask).max()
-        if lightest < 128:
-            warnings.warn(
-                f"the mask has no white, only levels up to {lightest} of 255, so next to nothing is redrawn",
-                stacklevel=1,
-            )
 
     @property
     def guidance(self) -> tuple[float, float, tuple[float, float]]:
@@ -131,7 +107,8 @@ class Request:
         A size that was left open is that of the noise or latents that were given, or else the size that the
         model was trained on, or, for an input image, the image's shape with that as the shorter side, and at
         most twice as long as wide. A model that edits its input image begins with noise alone, which is a
-        strength of 1. Raises ValueError for a sampler, size or image_guidance that does not fit the model.
+        strength of 1, and follows that image as in Brooks et al. 2023. Raises ValueError for a sampler, size
+        or image_guidance that does not fit the model.
         """
         if self.image_guidance is not None and not config.edits:
             raise ValueError(f"image_guidance is for models that edit pictures, which {config.name} does not")
@@ -140,13 +117,13 @@ class Request:
         given = self.noise if self.latents is None else self.latents
         asked_width, asked_height = self.size or (None, None)
         if given is not None and self.size is None:
-            asked_height, asked_width = (side * config.vae.factor for side in given.shape[2:])
+            asked_height, asked_width = (places * config.vae.factor for places in given.shape[2:])
         steps = config.steps if self.steps is None else self.steps
         if self.start >= steps:
             raise ValueError(f"start must be below the number of steps, {steps}, and not {self.start}")
         size = (
-            _side("width", asked_width, min(width * scale, 2 * config.size), factor),
-            _side("height", asked_height, min(height * scale, 2 * config.size), factor),
+            side("width", asked_width, min(width * scale, 2 * config.size), factor),
+            side("height", asked_height, min(height * scale, 2 * config.size), factor),
         )
         return replace(
             self,
@@ -155,13 +132,9 @@ class Request:
             cfg=config.cfg if self.cfg is None else self.cfg,
             size=size,
             strength=1.0 if config.edits else self.strength,
-            image_guidance=IMAGE_GUIDANCE
-            if config.edits and self.image_guidance is None
-            else self.image_guidance,
+            image_guidance=1.5 if config.edits and self.image_guidance is None else self.image_guidance,
         )
 
-
-IMAGE_GUIDANCE = 1.5  # of models that edit, where a request leaves it open (Brooks et al. 2023)
 
 # The words of the project's first call, and the names that the same settings have here.
 FIRST_WORDS = {
@@ -187,19 +160,6 @@ def ask(prompt: Prompt | Request, negative: Prompt | None = None, **settings: An
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 
-def _texts(prompt: Prompt) -> list[str]:
-    """The texts of a prompt; for vectors, an empty one for each picture. Raises ValueError for neither."""
-    if not isinstance(prompt, Tensor):
-        return texts(prompt)
-    if prompt.ndim not in (3, 4) or not prompt.is_floating_point() or prompt.shape[-3] == 0:
-        raise ValueError(f"a prompt of vectors is (B, 77, 768), or (turns, B, 77, 768), not {_kind(prompt)}")
-    return [""] * prompt.shape[-3]
-
-
-def _kind(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _sampler(asked: str | None, config: ModelConfig) -> str:
     kind = config.schedule.prediction_type
     names = samplers_for(kind)
@@ -210,12 +170,3 @@ def _sampler(asked: str | None, config: ModelConfig) -> str:
             f"the sampler {name} does not fit {config.name}, trained for {kind!r}; what fits: {fitting}"
         )
     return name
-
-
-def _side(name: str, asked: int | None, otherwise: float, factor: int) -> int:
-    if asked is None:
-        return round(otherwise / factor) * factor
-    side = whole_number(asked, f"the {name}", factor)
-    if side % factor:
-        raise ValueError(f"the {name} must be a multiple of {factor}, not {side}")
-    return side

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ class Turn:
         """The noise in x_t, beside one part of signal."""
         return self.sampler.sigma(self.t)
 
+    @property
+    def scaled(self) -> Tensor:
+        """x_t as the network was trained to see it."""
+        return self.sampler.scale_model_input(self.x_t, self.t)
+
+    @property
+    def time(self) -> Tensor:
+        """The timestep as the network takes it, (1,)."""
+        return torch.full((1,), self.t, dtype=self.x_t.dtype, device=self.x_t.device)
+
     def predict(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """(x₀, ε): the clean latents and the noise that the network, by its output, sees in x_t."""
         return self.sampler.predict(self.t, self.x_t, output)
@@ -37,10 +47,8 @@ class Turn:
 
         It has derivatives if gradients are on.
         """
-        x = self.x_t if x is None else x
-        words = self.words if words is None else words
-        time = torch.full((1,), self.t, dtype=x.dtype, device=x.device)
-        return exact(self.network(self.sampler.scale_model_input(x, self.t), words, time))
+        turn = self if x is None else replace(self, x_t=x)
+        return exact(self.network(turn.scaled, self.words if words is None else words, turn.time))
 
 
 @dataclass(frozen=True)
