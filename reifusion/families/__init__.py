@@ -13,6 +13,7 @@ LoRAs are handed it. It needs
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from ..model.config import ModelConfig
 from ..model.diffusion import UNet
 from ..model.family import Family
 from ..model.pipeline import StableDiffusion
+from . import bk_sdm
 from .lcm import LatentConsistency, LCMUNet
 from .mini_mm import MINI_MM_FAMILY
 from .pix2pix import InstructPix2Pix
@@ -38,7 +40,13 @@ def _pipeline(config: ModelConfig) -> type[StableDiffusion]:
     return InstructPix2Pix if config.edits else StableDiffusion
 
 
-STABLE_DIFFUSION = replace(family.STABLE_DIFFUSION, build=_networks, pipeline=_pipeline)
+STABLE_DIFFUSION = replace(
+    family.STABLE_DIFFUSION,
+    build=_networks,
+    pipeline=_pipeline,
+    from_shapes=partial(family.from_shapes, presets=(*family.PRESETS, *bk_sdm.PRESETS)),
+    completed=bk_sdm.completed,
+)
 # The first that recognises a file is the file's family; the last recognises whatever is left.
 FAMILIES: tuple[Family, ...] = (SD3, MINI_MM_FAMILY, SDXL, STABLE_DIFFUSION)
 

@@ -7,7 +7,7 @@ Loading and saving are the same for all families, and are handed one. `STABLE_DI
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,9 +98,11 @@ def build(config: ModelConfig, unet: type[UNet] = UNet) -> dict[str, nn.Module]:
 PRESETS = (SD15, SD21, MINI)  # the preset with the same shapes supplies what shapes cannot tell
 
 
-def from_shapes(shapes: Shapes, told: Prediction | None = None) -> FromShapes:
+def from_shapes(
+    shapes: Shapes, told: Prediction | None = None, presets: Sequence[ModelConfig] = PRESETS
+) -> FromShapes:
     """Finds the config of a file by its shapes. The preset with the same shapes supplies the rest."""
-    for preset in PRESETS:
+    for preset in presets:
         config = like(preset, shapes)
         # A vocabulary may have grown. A U-Net may be given more than latents (9 channels: inpainting, 8:
         # editing by words), or the guidance scale.
