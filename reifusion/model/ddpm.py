@@ -17,49 +17,21 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 from torch import Tensor
 
+from . import other_betas
 from .config import ScheduleConfig
 from .noise import Generators as Generators
 from .noise import bring
 from .noise import randn as randn
+from .spacing import SCHEDULES, leading, sigma_at, trailing
 
 
 def betas(schedule: ScheduleConfig) -> Tensor:
     """The variances βₜ of the noise that each training step adds: (num_training_steps,), float64."""
+    if schedule.beta_schedule != "scaled_linear" or schedule.trained_betas is not None:
+        return other_betas.other_betas(schedule)
     start, end, count = schedule.beta_start, schedule.beta_end, schedule.num_training_steps
-    if schedule.trained_betas is not None:
-        own = torch.tensor(schedule.trained_betas, dtype=torch.float64)
-        if own.shape != (count,) or not bool(((own > 0) & (own < 1)).all()):
-            raise ValueError(f"trained_betas must be {count} numbers between 0 and 1")
-        return own
-    if schedule.beta_schedule == "linear":  # Ho et al. 2020, §4
-        return torch.linspace(start, end, count, dtype=torch.float64)
-    if schedule.beta_schedule == "scaled_linear":
-        # [betas] Rombach et al. 2022's code: linear in √β
-        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    if schedule.beta_schedule == "squaredcos_cap_v2":
-        # Eq. 17, Nichol & Dhariwal 2021: ᾱₜ = f(t) / f(0), f(t) = cos²((t/T + s) / (1 + s) · π/2), s = 0.008
-        time = torch.linspace(0, 1, count + 1, dtype=torch.float64)
-        f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    known = "'scaled_linear', 'linear' or 'squaredcos_cap_v2'"
-    raise ValueError(f"beta_schedule must be {known}, not {schedule.beta_schedule!r}")
-
-
-def leading(n: int, total: int) -> Tensor:
-    """`leading` spacing with an offset of 1, Stable Diffusion's: 1, 1 + N/n, 1 + 2N/n, … reversed.
-
-    N/n is rounded down, so an n that does not divide N starts below N - 1, in the reference too. When n = N
-    the offset would lead to t = N, which was never trained (the reference crashes, CompVis #342): there is
-    no room for it, and the timesteps are N - 1 … 0.
-    """
-    offset = 1 if n < total else 0
-    return torch.arange(n).flip(0) * (total // n) + offset
-
-
-def trailing(n: int, total: int) -> Tensor:
-    """`trailing` spacing (Lin et al. 2023, Table 2): N, N - N/n, N - 2N/n, … rounded, and all less 1."""
-    back = torch.arange(n, dtype=torch.float64) * total / n
-    return (total - back).round().long() - 1
+    # [betas] Rombach et al. 2022's code: linear in √β
+    return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
 
 
 SAMPLERS: dict[str, type[Sampler]] = {}  # every sampler, by its name
@@ -80,6 +52,8 @@ class Sampler:
     name: ClassVar[str]  # how a request names it; a subclass that has its own is listed in SAMPLERS
     title: ClassVar[str]  # the name that people know from other programs; if there is none, the same
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")  # the networks that it fits
+    own_schedule: ClassVar[bool] = False  # True if its schedule is a part of it, and it takes no other
+    s_noise: float = 1.0  # the factor of the noise that it adds, if it adds any
     _least_alpha_bar: ClassVar[float] = 0.0
 
     def __init_subclass__(cls) -> None:
@@ -94,17 +68,7 @@ class Sampler:
             steps = ScheduleConfig.num_training_steps if schedule is None else schedule
             schedule = ScheduleConfig(steps, prediction_type=self.prediction_types[0])
         schedule = replace(schedule, **fields)
-        if schedule.prediction_type not in self.prediction_types:
-            known = " or ".join(map(repr, self.prediction_types))
-            raise ValueError(f"prediction_type must be {known}, not {schedule.prediction_type!r}")
-        if schedule.timestep_spacing not in (None, "trailing"):
-            spacing = schedule.timestep_spacing
-            raise ValueError(f"timestep_spacing must be 'trailing' or None, not {spacing!r}")
-        if schedule.zero_terminal_snr and schedule.prediction_type != "v_prediction":
-            raise ValueError(
-                "zero_terminal_snr is for prediction_type 'v_prediction': where all is noise, 'epsilon' says "
-                "nothing of the picture, and 'flow' begins there anyway"
-            )
+        other_betas.check(schedule, self.prediction_types)
         self.generator = generator
         self.schedule = schedule
         self._roots_beside: dict[Any, tuple[Tensor, ...]] = {}
@@ -131,16 +95,22 @@ class Sampler:
 
     # Which timesteps
 
-    def set_inference_timesteps(self, n: int) -> None:
-        """Spreads n steps over the training timesteps; `.timesteps` is then an int64 tensor, noisiest first.
+    def set_inference_timesteps(self, n: int, schedule: str | None = None) -> None:
+        """Spreads n steps over the training timesteps; `.timesteps` is then a tensor, noisiest first.
 
-        Any n from 1 to num_training_steps, else ValueError. (n,), but longer for samplers that call the
-        network more than once in a step (heun: 2n - 1, pndm: n + 1). Forgets any `set_strength`.
+        n: from 1 to num_training_steps, else ValueError. (n,), but longer for samplers that call the network
+        more than once in a step (heun: 2n - 1, pndm: n + 1). schedule: one of SCHEDULES, of which some make a
+        few steps more or less than n; None for the sampler's own, whose timesteps are int64. Those of others
+        may lie between the training's, in float64. Forgets any `set_strength`.
         """
         if not 1 <= n <= self.num_training_steps:
             raise ValueError(f"the number of steps must be between 1 and {self.num_training_steps}, not {n}")
-        self.num_inference_steps = n
-        self._begin(self._spaced(n))
+        if schedule is None:
+            self._every = self._spaced(n)
+        else:
+            self._every = self._at(SCHEDULES[schedule](self._training_sigmas(), n))
+        self.num_inference_steps = len(self._every)
+        self._begin(self._every)
 
     def set_strength(self, strength: float) -> None:
         """For image-to-image: keeps only the last strength·n of the n steps, rounded down, but at least one.
@@ -156,7 +126,7 @@ class Sampler:
         """Leaves out the first of the n steps. Always counts from all of them. ValueError if none is left."""
         if not 0 <= steps < self.num_inference_steps:
             raise ValueError(f"of {self.num_inference_steps} steps, {steps} cannot be left out")
-        self._begin(self._spaced(self.num_inference_steps)[steps:])
+        self._begin(self._every[steps:])
 
     def _spaced(self, n: int) -> Tensor:
         """n timesteps, noisiest first, as this sampler spreads them."""
@@ -164,6 +134,21 @@ class Sampler:
         if schedule.zero_terminal_snr or schedule.timestep_spacing == "trailing":
             return trailing(n, schedule.num_training_steps)
         return leading(n, schedule.num_training_steps)
+
+    def _training_sigmas(self) -> Tensor:
+        """σ of all training steps, (N,), float64, ascending. Where all is noise, it is 4096 and not ∞."""
+        alpha_bar = self.alphas_cumprod.clamp(min=2.0**-24)
+        return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+    def _at(self, places: Tensor) -> Tensor:
+        """The timesteps at places among the training's, which may lie between two: (n,) -> (n,)"""
+        return places.long() if torch.equal(places, places.round()) else places
+
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        """ᾱ at timesteps t (…,), float64. Between two whole timesteps, log σ is taken to be a line."""
+        if not t.is_floating_point():
+            return self.alphas_cumprod[t]
+        return 1 / (1 + sigma_at(t, self._training_sigmas()).square())
 
     def _begin(self, timesteps: Tensor) -> None:
         """Begins anew with these timesteps. Samplers that remember earlier steps forget them here."""
@@ -190,6 +175,9 @@ class Sampler:
 
     def _signal_and_noise(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱₜ and √(1 - ᾱₜ), shaped to broadcast over x (B, …), in x's dtype and on its device."""
+        if self.timesteps.is_floating_point():
+            alpha_bar = self.alpha_bar(torch.as_tensor(t, dtype=torch.float64, device="cpu"))
+            return beside(alpha_bar.sqrt(), x), beside((1 - alpha_bar).sqrt(), x)
         signal, noise = self._roots(x)
         at = t.to(x.device).long().reshape(-1, *[1] * (x.ndim - 1)) if is_there(t, x) else int(t)
         return signal[at], noise[at]
@@ -277,7 +265,8 @@ class Sampler:
         raise NotImplementedError
 
     def _noise(self, x: Tensor) -> Tensor:
-        return bring(randn(x.shape, self.generator).to(x.dtype), x.device)
+        noise = bring(randn(x.shape, self.generator).to(x.dtype), x.device)
+        return noise if self.s_noise == 1 else self.s_noise * noise
 
 
 class DDPMSampler(Sampler):
@@ -286,14 +275,13 @@ class DDPMSampler(Sampler):
     name, title = "ddpm", "DDPM"
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
-        t = int(self.timesteps[i])
         last = i == len(self.timesteps) - 1
-        alpha_bar = self.alphas_cumprod[t].item()
-        alpha_bar_prev = 1.0 if last else self.alphas_cumprod[self.timesteps[i + 1]].item()
+        alpha_bar = self.alpha_bar(self.timesteps[i]).item()
+        alpha_bar_prev = 1.0 if last else self.alpha_bar(self.timesteps[i + 1]).item()
         # All timesteps between t and the next one are crossed in one step, so α here is their product.
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
-        x0, _ = self.predict(t, x, model_output)
+        x0, _ = self.predict(self.timesteps[i], x, model_output)
         # [posterior-mean] Eq. 7, Ho et al. 2020: μ̃ₜ = √ᾱₜ₋₁ βₜ / (1 - ᾱₜ) x₀ + √αₜ (1 - ᾱₜ₋₁) / (1 - ᾱₜ) xₜ
         # With Eq. 15 for x₀ this is Eq. 11: μ = (xₜ - βₜ / √(1 - ᾱₜ) ε) / √αₜ, the form most often quoted.
         mean = (
@@ -311,6 +299,12 @@ class DDPMSampler(Sampler):
 def is_there(t: float | Tensor, x: Tensor) -> TypeGuard[Tensor]:
     """True if t is a batch, or lies where x does. Any other t is a number, which is known without a GPU."""
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device == x.device)
+
+
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """values (B,) or (), float64, shaped to broadcast over x (B, …), in x's dtype and on its device."""
+    shape = [-1, *[1] * (x.ndim - 1)] if values.ndim else []
+    return values.reshape(shape).to(x.dtype).to(x.device)
 
 
 def exact(x: Tensor) -> Tensor:

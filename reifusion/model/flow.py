@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ddpm import Sampler, exact, is_there
+from .ddpm import Sampler, beside, exact, is_there
+from .spacing import sigma_at
 
 
 class FlowSampler(Sampler):
@@ -29,6 +30,13 @@ class FlowSampler(Sampler):
         least = shifted(torch.tensor(1 / total, dtype=torch.float64), s)
         return total * shifted(torch.linspace(1, least.item(), n, dtype=torch.float64), s)
 
+    def _training_sigmas(self) -> Tensor:
+        sigmas = torch.arange(1, self.num_training_steps + 1, dtype=torch.float64) / self.num_training_steps
+        return shifted(sigmas, self.schedule.shift or 1.0)
+
+    def _at(self, places: Tensor) -> Tensor:
+        return self.num_training_steps * sigma_at(places, self._training_sigmas())
+
     def set_strength(self, strength: float) -> None:
         """As `Sampler.set_strength`, but the number of steps that are kept is rounded up."""
         super().set_strength(strength)
@@ -45,8 +53,8 @@ class FlowSampler(Sampler):
             sigma = float(t) / self.num_training_steps
             return x.new_full((), 1 - sigma), x.new_full((), sigma)
         t = (t.cpu() if t.device.type == "mps" else t).double()  # which a Mac's GPU does not have
-        sigmas = t.reshape(-1, *[1] * (x.ndim - 1)) / self.num_training_steps
-        return (1 - sigmas).to(x.dtype).to(x.device), sigmas.to(x.dtype).to(x.device)
+        sigmas = t.reshape(-1) / self.num_training_steps
+        return beside(1 - sigmas, x), beside(sigmas, x)
 
     def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
         """The target of a flow network: dx/dσ, the same at every t."""
