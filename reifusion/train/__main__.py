@@ -182,6 +182,7 @@ def _stage(recipe: Any, given: argparse.Namespace) -> Any:
         out = Path(recipe.folder) / "training.png"
         plot(Path(recipe.folder), recipe.expected, out)
         yield f"the curve is in {out}"
+        yield from _verdict(Path(recipe.folder))
         return
     from . import checks, run
 
@@ -192,7 +193,19 @@ def _stage(recipe: Any, given: argparse.Namespace) -> Any:
     elif given.check_gradients:
         yield checks.check_gradients(recipe)
     else:
-        yield f"done: {run.run(recipe)}"
+        out = run.run(recipe)
+        yield from _verdict(Path(recipe.folder))
+        yield f"done: {out}"
+
+
+def _verdict(folder: Path) -> list[str]:
+    """Says whether a run overfits, if pictures were held out."""
+    from .plot import losses, verdict
+
+    if not (folder / "training.jsonl").exists():
+        return []
+    _, why = verdict(*(losses(folder, name) for name in ("held_out", "seen")))
+    return [why] if why else []
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ class LoopConfig:
         "compiles the networks and, on a single GPU, records whole steps; that takes a minute or two and"
         " makes steps there at least twice as fast",
     )
-    checkpoint_minutes: float = key(5.0, "time between two checkpoints", least=0)
+    checkpoint_minutes: float = key(
+        5.0, "time between two checkpoints; the first comes after a fifth of it", least=0
+    )
     keep_every: int = key(
         0,
         "steps between two models that stay, each in a file with its step in its name; 0: only the last",
@@ -221,7 +223,7 @@ def train(
     work = faster(plain, start, clock.done(start)) if config.compile else plain
     look_every = config.log_every if waits(accelerator.device) else 1
     health, unread = _Health(config.explode), _Unread()
-    saved_at = time.monotonic()
+    saved_at = time.monotonic() - 48 * config.checkpoint_minutes  # so that something is to be seen soon
     step = start
 
     def checkpoint(step: int, show: bool = True) -> None:

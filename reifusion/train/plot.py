@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from ..files import whole
 from .checkpoint import TrainingError
+
+ACCIDENT = 0.02  # a measured loss that is higher by no more than this share is not called higher
 
 
 def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: Path) -> None:
@@ -60,20 +62,25 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
 
 
 def losses(run: Path, name: str = "loss") -> dict[int, float]:
-    """Reads step -> loss from a run's log; the later loss of a step that was done again after a kill.
+    """Reads step -> loss from a run's log.
 
+    Where a run went back, after a kill or to begin anew, what was logged of later steps does not count.
     name: "loss", which must be there, or that of a loss that is measured at checkpoints.
     """
     path = run if run.suffix == ".jsonl" else run / "training.jsonl"
     if not path.is_file():
         raise TrainingError(f"there is no {path}: nothing has been trained there yet")
-    curve = {}
+    curve: dict[int, float] = {}
+    before = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            step, loss = int(row["step"]), float(row[name])
-        except (ValueError, KeyError, TypeError):
+            step, loss = int(row["step"]), float(row.get(name, "nan"))
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue  # the run is writing this line, or was killed while it wrote it
+        if step < before:
+            curve = {known: value for known, value in curve.items() if known <= step}
+        before = step
         if math.isfinite(loss):
             curve[step] = loss
     if not curve and name == "loss":
@@ -88,3 +95,29 @@ def smoothed(values: Sequence[float], reach: int | None = None) -> list[float]:
     """
     reach = min(10, len(values) // 10) if reach is None else reach
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+
+def verdict(held_out: Mapping[int, float], seen: Mapping[int, float]) -> tuple[bool, str]:
+    """True if a run learns its pictures by heart, and a sentence; (False, "") while it is too early to tell.
+
+    It does if the loss on pictures that are held out, measured step -> loss, was above its lowest at the last
+    two checkpoints, and that on the pictures which it learns has fallen since. Both are measured with the
+    same noise each time, so a difference of a few percent is no accident.
+    """
+    steps = sorted(held_out.keys() & seen.keys())
+    if len(steps) < 2:
+        return False, ""
+    best, last = min(steps, key=lambda step: held_out[step]), steps[-1]
+    higher = all(held_out[step] > (1 + ACCIDENT) * held_out[best] for step in steps[-2:])
+    if higher and seen[last] < seen[best]:
+        return True, (
+            f"it overfits: since step {best:,} the loss on pictures held out has risen from"
+            f" {held_out[best]:.3g} to {held_out[last]:.3g}, while that on pictures it learns fell from"
+            f" {seen[best]:.3g} to {seen[last]:.3g}; take a model from before (keep_every), a smaller one, or"
+            " more pictures"
+        )
+    now = "" if best == last else f", and is {held_out[last]:.3g}"
+    return False, (
+        f"no sign of overfitting: the loss on pictures held out was lowest, {held_out[best]:.3g}, at step"
+        f" {best:,}{now}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import whole
+from .plot import losses, verdict
 
 
 class Seen(NamedTuple):
@@ -76,10 +78,16 @@ class Progress:
         self.bar.update()
 
     def show(self, step: int, seen: Seen) -> None:
-        """Writes a picture to `folder/sheet-….png` and to TensorBoard, and figures to the log and there."""
+        """Writes a picture to `folder/sheet-….png` and to TensorBoard, and figures to the log and there.
+
+        Says so, and whether the figures mean that the run overfits.
+        """
+        told = []
         if seen.picture is not None:
-            with whole(self.folder / f"sheet-{step:06d}.png") as temporary:
+            path = self.folder / f"sheet-{step:06d}.png"
+            with whole(path) as temporary:
                 seen.picture.save(temporary, "PNG")
+            told.append(f"the sheet is {path}")
             self.board.add_image("samples", np.asarray(seen.picture.convert("RGB")), step, dataformats="HWC")
         if seen.figures:
             shown = {"step": step, "time": time.time(), **seen.figures}
@@ -90,3 +98,10 @@ class Progress:
             )
             for name, value in seen.figures.items():
                 self.board.add_scalar(name, value, step)
+        if {"held_out", "seen"} <= seen.figures.keys():
+            held_out, learned = seen.figures["held_out"], seen.figures["seen"]
+            told.append(f"the loss is {held_out:.3g} on pictures held out and {learned:.3g} on those learned")
+            overfits, why = verdict(*(losses(self.folder, name) for name in ("held_out", "seen")))
+            told += [why] * overfits
+        if told:
+            self.bar.write(f"reifusion: step {step:,}: {'; '.join(told)}", file=sys.stderr)

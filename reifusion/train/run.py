@@ -176,8 +176,8 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
     unchanged(folder / "checkpoint.pt", made_of, recipe.training.loop.allow_changes)
     data, tokenizer = captioned_latents(recipe, source, config, vae, tokenizer)
     training, tokens = recipe.training, tokenizer
+    own = data.captions if isinstance(data, LatentData) else None  # of those held out as well
     data, held_out = validation(recipe, data, config, vae, tokenizer)
-    own = data.captions if isinstance(data, LatentData) else None
     if recipe.regularisation and isinstance(data, LatentData):
         pictures = other_pictures(recipe, recipe.regularisation, "")
         data = Mixed(data, cast(LatentData, captioned_latents(recipe, pictures, config, vae, tokenizer)[0]))

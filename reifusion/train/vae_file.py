@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from ..files import whole
 from ..model.config import ModelConfig
 from ..model.tensors import ModelError
-from ..weights import load
+from ..weights import vae as weights_vae
 from ..weights.vae import FORMAT
 from ..weights.writing import write_tensors
 from .vae import VAE
@@ -37,17 +36,11 @@ def is_vae(source: str) -> bool:
 
 
 def load_vae(source: str, config: ModelConfig) -> VAE:
-    """Reads a VAE from a file of `save_vae` or out of a whole model. Raises ModelError."""
-    vae = VAE(config.vae)
-    if is_vae(source):
-        tensors, sizes = load_file(source), config.vae
-    else:
-        found, models, _ = load(source, dtype=torch.float32)
-        halves = {half: models[half].state_dict() for half in ("encoder", "decoder")}
-        tensors = {f"{half}.{name}": x for half, state in halves.items() for name, x in state.items()}
-        sizes = found.vae
-    wanted = {name: x.shape for name, x in vae.state_dict().items()}
-    if sizes != config.vae or {name: x.shape for name, x in tensors.items()} != wanted:
+    """Reads a VAE from a file or a folder of its own, or out of a whole model. Raises ModelError."""
+    found = weights_vae.load_vae(source, torch.float32)
+    if found.config.vae != config.vae:
         raise ModelError(f"the VAE of {source} has other sizes than the VAE of {config.name}")
-    vae.load_state_dict(tensors)
+    vae = VAE(config.vae)
+    for half in ("encoder", "decoder"):
+        vae.get_submodule(half).load_state_dict(found.models[half].state_dict())
     return vae.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

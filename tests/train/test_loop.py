@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,20 @@ def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_p
     finally:
         signal.signal(signal.SIGINT, before)
     assert checkpoint(tmp_path)["step"] == 4
+
+
+def test_the_first_checkpoint_comes_soon_and_the_others_in_their_time(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def second(network, done, generator, part):
+        now[0] += 1
+        return pictures_objective(network, done, generator, part)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    shown: list[int] = []
+    config = LoopConfig(steps=100, mixed_precision="no", checkpoint_minutes=0.5)
+    train(Net(), second, config, tmp_path, lambda step, _: (shown.append(step), Seen())[1])
+    assert shown == [6, 37, 68, 99, 100]  # each after more than 30 seconds
 
 
 def test_models_are_kept_every_few_steps(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from reifusion.train.__main__ import main
 from reifusion.train.checkpoint import TrainingError
-from reifusion.train.plot import losses, plot, smoothed
+from reifusion.train.plot import losses, plot, smoothed, verdict
+from reifusion.train.progress import Progress, Seen
 
 BAND = [[0, 0.8, 1.2], [50, 0.5, 0.7], [100, 0.4, 0.6]]
 
@@ -49,7 +52,7 @@ def test_curves_and_band_are_in_the_picture(tmp_path):
 def test_log_of_a_run_that_was_killed_or_is_writing_is_read(tmp_path):
     rows = [(0, 3.0), (20, 2.0), (40, float("nan")), (40, 1.5), (20, 1.75)]
     run = write(tmp_path / "run", rows, tail='{"step": 60, "lo')
-    assert losses(run) == {0: 3.0, 20: 1.75, 40: 1.5}
+    assert losses(run) == {0: 3.0, 20: 1.75}  # that of 40 is of weights that are gone
     plot(run, BAND, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").exists()
 
@@ -94,3 +97,39 @@ def test_smoothed_course_is_the_mean_of_the_neighbours(values, reach):
     for i, mean in enumerate(course):
         near = [value for k, value in enumerate(values) if abs(k - i) <= reach]
         assert mean == pytest.approx(math.fsum(near) / len(near), abs=1e-9)
+
+
+# Does it overfit?
+
+
+@pytest.mark.parametrize(
+    ("held_out", "seen", "says"),
+    [
+        ([1.0, 0.8, 0.7, 0.6], [1.0, 0.7, 0.5, 0.3], "lowest, 0.6, at step 40$"),
+        ([1.0, 0.8, 0.81, 0.9], [1.0, 0.7, 0.5, 0.3], "lowest, 0.8, at step 20, and is 0.9$"),  # only once
+        ([1.0, 0.8, 0.9, 0.95], [1.0, 0.7, 0.8, 0.8], "no sign"),  # it learns nothing at all
+        ([1.0, 0.8, 0.9, 0.95], [1.0, 0.7, 0.5, 0.3], "since step 20 .* from 0.8 to 0.95, .* 0.7 to 0.3;"),
+        ([1.0], [1.0], "^$"),
+        ([], [], "^$"),
+    ],
+)
+def test_a_run_overfits_if_only_the_loss_on_what_it_learns_falls(held_out, seen, says):
+    overfits, sentence = verdict(*({10 * i + 10: x for i, x in enumerate(each)} for each in (held_out, seen)))
+    assert re.search(says, sentence) and overfits == sentence.startswith("it overfits")
+
+
+def test_a_run_that_overfits_says_so_while_it_trains_and_in_its_plot(tmp_path, capsys):
+    course = [(0.9, 0.9), (0.5, 0.4), (0.6, 0.3), (0.7, 0.2)]
+    with Progress(tmp_path, 0, 4, 1) as progress:
+        for step, (held_out, seen) in enumerate(course):
+            progress.step(step, 1, {"loss": seen})
+            progress.show(step, Seen(None, {"held_out": held_out, "seen": seen}))
+    said = capsys.readouterr().err
+    assert "step 1: the loss is 0.5 on pictures held out and 0.4 on those learned" in said
+    assert said.count("it overfits: since step 1 the loss") == 1
+    assert main(["text2image", f"folder={tmp_path}", "--plot"]) == 0
+    assert "it overfits: since step 1 the loss" in capsys.readouterr().out
+    with Progress(tmp_path, 0, 4, 1) as progress:  # begun anew, in the same folder
+        progress.step(0, 1, {"loss": 0.9})
+        progress.show(0, Seen(None, {"held_out": 0.9, "seen": 0.9}))
+    assert losses(tmp_path, "held_out") == {0: 0.9}

@@ -17,6 +17,7 @@ from reifusion.train.__main__ import main
 from reifusion.train.mini import material
 from reifusion.train.vae_file import load_vae, save_vae
 from reifusion.weights import info, save
+from reifusion.weights import vae as weights_vae
 from tests.sprites import prepared_library
 
 # It has SD 1.5's vocabulary and VAE factor, which its recipes rely on, and is small otherwise.
@@ -192,5 +193,8 @@ def test_a_vae_is_read_from_its_own_file_and_out_of_a_model(tmp_path):
     save_vae(vae, tmp_path / "vae.safetensors")
     again = load_vae(str(tmp_path / "vae.safetensors"), reifusion.load().config)
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
+    weights_vae.save_vae(weights_vae.load_vae("mini"), tmp_path / "folder", "diffusers")
+    theirs = load_vae(str(tmp_path / "folder"), reifusion.load().config)
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), theirs.parameters(), strict=True))
     with pytest.raises(ModelError, match="other sizes"):
         load_vae(str(tmp_path / "vae.safetensors"), SMALL_MINI)

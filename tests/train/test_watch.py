@@ -175,6 +175,9 @@ def test_a_lora_shows_own_captions_and_what_it_does_not_learn_from(pictures, mod
     keys = [f"start={model}", f"data={pictures}", f"folder={folder}", "batch=2", "mixed_precision=no"]
     assert main(["lora", *keys, "steps=3", "validation=0.3", "layout=peft", "keep_every=2", "rank=2"]) == 0
     assert len(drawn) == 1 and set(drawn[0]) == {f"a {colour} ball" for colour in COLOURS}
+    text2image = [f"folder={tmp_path}/whole" if key.startswith("folder=") else key for key in keys]
+    assert main(["text2image", *text2image, "steps=1", "validation=0.3"]) == 0
+    assert set(drawn[1]) == set(drawn[0])  # those held out are drawn too
     (shown,) = [row for row in map(json.loads, (folder / "training.jsonl").open()) if "held_out" in row]
     assert shown["step"] == 3 and shown["held_out"] > 0 and shown["seen"] > 0
     assert (folder / "sheet-000003.png").exists()
