@@ -38,7 +38,7 @@ PATH = (
     Stop((f"{M}encoder.py", f"{M}decoder.py"),
          "the reparameterisation; the scale factor, applied by one function and undone by another", ("vae",)),
     Stop((f"{M}samplers.py", f"{M}flow.py"),
-         "one step each: DDIM, Euler, DPM-Solver++, UniPC; and rectified flow",
+         "one step each: DDIM, Euler, Heun, DPM-Solver++; and rectified flow",
          ("samplers", "flow")),
     Stop((f"{M}model_converter.py", f"{M}model_loader.py", f"{M}tensors.py"),
          "the table of names; how a file of unknown format is read safely", ("checkpoints",), 30),
@@ -46,6 +46,9 @@ PATH = (
 LATER = {
     "model/pictures.py": "anything that holds a picture becomes a tensor, and back",
     "model/inpaint.py": "beginning with a picture: image-to-image, editing, inpainting",
+    "model/further_samplers.py": "more samplers: PLMS, LMS, UniPC, DPM++ 2M SDE, LCM",
+    "model/spacing.py": "which timesteps a sampler visits",
+    "model/other_betas.py": "forward processes other than Stable Diffusion's",
     "model/words.py": "how a prompt is cut into words",
     "model/tokenizer_folder.py": "a tokenizer in the files of transformers",
     "model/asked.py": "the types of settings, for type checkers",
