@@ -77,12 +77,20 @@ def _denoiser(sizes: Any) -> dict[str, str]:
 
 def _of_part(file: str) -> dict[str, Any]:
     """What there is to say of a VAE or a U-Net in a file of its own; {} for any other file."""
+    from ..families import taesd
     from ..model.part import PARTS, open_part
     from ..model.tensors import ModelError
 
     path = Path(os.path.expanduser(file))
     if not os.path.isfile(path):  # which, unlike Path's own, says no to a name that is too long
         return {}
+    if tiny := taesd.sizes(path):
+        return {
+            "file": path,
+            "format": "a tiny VAE (TAESD); to draw with it, name a model, and this file with --vae",
+            "vae": f"1/{taesd.FACTOR} of each side, {tiny.channels} channels: for {tiny.fits}",
+            "parameters": f"{tiny.parameters:,}",
+        }
     for part, name in ("vae", "VAE"), ("unet", "U-Net"):
         try:
             tensors, rules, unknown, header = open_part(path, part)

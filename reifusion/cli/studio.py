@@ -21,6 +21,10 @@ def studio(
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
     out: Annotated[str, typer.Option(help="The folder for the pictures.")] = "images",
+    preview_vae: Annotated[
+        str | None,
+        typer.Option(help="A tiny VAE (TAESD) to show the steps with.", show_default="the model's own"),
+    ] = None,
 ) -> None:
     """Opens a page, on this machine only: draw, watch the picture form, look inside."""
     if importlib.util.find_spec("gradio") is None:
@@ -28,4 +32,4 @@ def studio(
     from ..studio.page import run
 
     with writable(Path(out)):
-        run(given["model"], port, browser, out)
+        run(given["model"], port, browser, out, preview_vae)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from ..model.config import VAEConfig
 from ..model.diffusers_folder import open_weights
+from ..model.pipeline import StableDiffusion
 from ..model.tensors import ModelError, Stored, TensorFile
 
 FACTOR = 8  # pixels per latent, along each side
@@ -80,6 +83,29 @@ def recognises(path: Path) -> bool:
         return False
 
 
+class Sizes(NamedTuple):
+    """What `info` says of a tiny VAE."""
+
+    channels: int  # of the latents
+    parameters: int
+
+    @property
+    def fits(self) -> str:
+        """The models whose latents have as many channels."""
+        return "Stable Diffusion 1.x, 2.x or XL" if self.channels == 4 else "Stable Diffusion 3"
+
+
+def sizes(path: Path) -> Sizes | None:
+    """Returns the sizes of a tiny VAE, read from the header alone; None for any other file."""
+    if not recognises(path):
+        return None
+    stored = _open(path)
+    names = _tidy(stored)
+    shapes = {name: stored[theirs].shape for name, theirs in names.items()}
+    first = shapes.get("decoder.layers.0.weight", ())
+    return Sizes(first[1] if len(first) == 4 else 0, sum(shape.numel() for shape in shapes.values()))
+
+
 def load(
     path: Path, config: VAEConfig, device: str | torch.device, dtype: torch.dtype | None
 ) -> dict[str, nn.Module]:
@@ -89,8 +115,10 @@ def load(
     """
     stored = _open(path)
     names = _tidy(stored)
-    first = stored.get(names.get("decoder.layers.0.weight", ""))
-    channels = first.shape[1] if first is not None and len(first.shape) == 4 else 0
+    found = sizes(path)
+    if found is None:
+        raise ModelError(f"{path} is no tiny VAE, of which both halves are needed")
+    channels = found.channels
     if (channels, config.factor) != (config.latent_channels, FACTOR):
         its = f"{channels} channels at an eighth of each side"
         ours = f"{config.latent_channels} at 1/{config.factor}"
@@ -107,6 +135,15 @@ def load(
         network.load_state_dict(state, assign=True)
         network.eval()
     return models
+
+
+def beside(pipe: StableDiffusion, path: Path) -> StableDiffusion:
+    """Returns the model with a tiny VAE in its own one's place; the other networks are the same.
+
+    Raises ModelError for a tiny VAE of another family, and for a file that is none.
+    """
+    tiny = load(path, pipe.config.vae, pipe.device, pipe.dtype)
+    return replace(pipe, models=pipe.models | tiny)
 
 
 def _open(path: Path) -> dict[str, Stored]:

@@ -51,6 +51,7 @@ class Acts:
 
     parts: Parts
     folder: Path  # where pictures are written
+    preview: str | None = None  # a tiny VAE for the steps
     tabs: defaultdict[str | None, Tab] = field(default_factory=lambda: defaultdict(Tab))
 
     # Drawing
@@ -64,7 +65,7 @@ class Acts:
             return
         tab.stop.set()  # a tab draws one picture at a time: the newest
         tab.stop, tab.wanted, shown = (stop := threading.Event()), (model, *wanted), 0
-        for drawing in draw(asked, model.strip(), self.folder, stop):
+        for drawing in draw(asked, model.strip(), self.folder, stop, self.preview):
             if drawing.done or tab.stop is not stop:
                 break
             update: dict[Any, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -18,10 +19,13 @@ from ..errors import sentence
 from ..explain.schedule import signal_and_noise
 from ..explain.trajectory import decode_noisy, rms, spread
 from ..explain.words import Attention, watch
+from ..families import taesd
 from ..model.ddpm import Sampler
-from ..model.pipeline import Step
+from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
+from ..model.tensors import ModelError
 from ..settings import Settings
+from ..weights import find
 
 # One model draws for all pages, one picture at a time, because recording puts hooks into the model.
 _LOCK = threading.Lock()
@@ -58,9 +62,12 @@ class Drawing:
     settings: Settings | None = None  # as the picture's file says; None until it is complete
 
 
-def draw(request: Request, source: str, folder: Path, stop: threading.Event) -> Iterator[Drawing]:
+def draw(
+    request: Request, source: str, folder: Path, stop: threading.Event, preview: str | None = None
+) -> Iterator[Drawing]:
     """Draws with the model of that name; yields the same `Drawing` whenever there is something new.
 
+    preview: a tiny VAE, which decodes the steps of models that it fits; None: the model's own decodes them.
     The work is done in a thread of its own, so that the lock is released however the work ends: when the
     picture is done, when `stop` is set, or when nobody listens any more. Errors are in the drawing's note.
     """
@@ -75,7 +82,7 @@ def draw(request: Request, source: str, folder: Path, stop: threading.Event) -> 
                 if stop.is_set():
                     return _stopped(drawing)
             try:
-                _draw(drawing, source, folder, stop, tell)
+                _draw(drawing, source, folder, stop, tell, preview)
             finally:
                 _LOCK.release()
         except Exception as error:  # of any kind: the page goes on and says so
@@ -99,12 +106,25 @@ def draw(request: Request, source: str, folder: Path, stop: threading.Event) -> 
         stop.set()
 
 
+def previewing(source: str, preview: str | None) -> StableDiffusion:
+    """Returns the model, with that tiny VAE. Raises ModelError for a tiny VAE of another family."""
+    pipe = model(source)
+    return pipe if preview is None else taesd.beside(pipe, find(preview, "vae"))
+
+
 def _draw(
-    drawing: Drawing, source: str, folder: Path, stop: threading.Event, tell: Callable[[], None]
+    drawing: Drawing,
+    source: str,
+    folder: Path,
+    stop: threading.Event,
+    tell: Callable[[], None],
+    preview: str | None,
 ) -> None:
     drawing.note = f"Loading {source}."
     tell()
-    pipe = model(source)
+    pipe = looking = model(source)
+    with contextlib.suppress(ModelError):  # the page may draw with another model than it began with
+        looking = previewing(source, preview)
     drawing.request = request = drawing.request.for_model(pipe.config)
     drawing.sampler = pipe.sampler(request)
     _, signal, noise = signal_and_noise(drawing.sampler)
@@ -112,10 +132,10 @@ def _draw(
 
     def look(step: Step) -> bool:
         if step.index == 0:
-            drawing.frames, drawing.total = [Frame(decode_noisy(pipe, step.x_t))], step.total
+            drawing.frames, drawing.total = [Frame(decode_noisy(looking, step.x_t))], step.total
         if step.index in spread(range(step.total), MOST):
             push = None if step.eps_uncond is None else rms(step.eps_cond - step.eps_uncond)
-            drawing.frames.append(Frame(pipe.decode(step.x0)[0], step.index, step.t, push))
+            drawing.frames.append(Frame(looking.decode(step.x0)[0], step.index, step.t, push))
         drawing.note = f"Step {step.index + 1} of {step.total}."
         tell()
         return not stop.is_set()

@@ -13,25 +13,32 @@ from .layout import Parts, gr, theme
 HERE = Path(__file__).parent
 
 
-def page(source: str = "mini", folder: str | os.PathLike = "images") -> gr.Blocks:
-    """Returns the page, which begins with the model `source` and writes pictures to the folder."""
+def page(source: str = "mini", folder: str | os.PathLike = "images", preview: str | None = None) -> gr.Blocks:
+    """Returns the page, which begins with the model `source` and writes pictures to the folder.
+
+    preview: a tiny VAE that decodes the steps.
+    """
     folder = Path(folder)
     with gr.Blocks(title="reifusion studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         parts = Parts(source, drawing.model(source).config, folder)
-        connect(blocks, parts, Acts(parts, folder))
+        connect(blocks, parts, Acts(parts, folder, preview))
     return blocks
 
 
 def serve(
-    source: str = "mini", port: int | None = None, browser: bool = True, folder: str = "images"
+    source: str = "mini",
+    port: int | None = None,
+    browser: bool = True,
+    folder: str = "images",
+    preview: str | None = None,
 ) -> tuple[gr.Blocks, str]:
     """Starts the page at 127.0.0.1, in threads of its own; returns the page and its address.
 
-    port: None for the first free one from 7860. Raises ValueError for a source that is not a model, and for
-    a port that is taken.
+    port: None for the first free one from 7860. preview: a tiny VAE that decodes the steps. Raises ValueError
+    for a source that is not a model, for a preview that is no tiny VAE for it, and for a port that is taken.
     """
-    drawing.model(source)  # a wrong file is found before the page opens
-    blocks = page(source, folder)
+    drawing.previewing(source, preview)  # a wrong file is found before the page opens
+    blocks = page(source, folder, preview)
     blocks.queue(default_concurrency_limit=4)
     script = f"<script>{(HERE / 'studio.js').read_text('utf-8')}</script>"
     try:
@@ -54,9 +61,9 @@ def serve(
     return blocks, address
 
 
-def run(source: str, port: int | None, browser: bool, folder: str) -> None:
+def run(source: str, port: int | None, browser: bool, folder: str, preview: str | None = None) -> None:
     """Serves the page until Ctrl-C."""
-    blocks, address = serve(source, port, browser, folder)
+    blocks, address = serve(source, port, browser, folder, preview)
     print(f"The studio is at {address}  (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()

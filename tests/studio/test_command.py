@@ -25,6 +25,14 @@ def test_a_source_that_is_no_model_is_refused_before_the_page_opens(monkeypatch,
     assert said.out == "" and "nowhere.safetensors" in said.err and said.err.count("\n") == 1
 
 
+def test_a_tiny_vae_that_does_not_fit_is_refused_before_the_page_opens(monkeypatch, capsys, model, tmp_path):
+    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["studio", "--no-browser", "--model", model, "--preview-vae", model]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "is no tiny VAE" in said.err and said.err.count("\n") == 1
+
+
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch, capsys, model, tmp_path):
     pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
     monkeypatch.chdir(tmp_path)

@@ -112,3 +112,21 @@ def test_the_curves_are_those_of_the_schedule(finish, name):
     signal, noise = torch.tensor(drawing.signal), torch.tensor(drawing.noise)
     assert len(signal) == 1000 and torch.allclose(signal**2 + noise**2, torch.ones(1000))
     assert [frame.t for frame in drawing.frames[1:-1]] == drawing.sampler.timesteps.tolist()
+
+
+def test_a_tiny_vae_shows_the_steps_and_the_picture_is_the_model_s_own(pipe, model, finish, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderTiny().eval()
+    theirs.save_pretrained(tmp_path / "tiny")
+    *_, drawing = draw(request(), model, tmp_path / "out", threading.Event(), str(tmp_path / "tiny"))
+    assert same(drawing.frames[-1].picture, pipe.generate(request(), progress=False))
+    for frame, step in zip(drawing.frames[1:-1], pipe.denoise(request())):
+        with torch.inference_mode():
+            expected = theirs.decode(step.x0.float()).sample[0].clamp(-1, 1).permute(1, 2, 0)
+        shown = torch.tensor(np.asarray(frame.picture)) / 127.5 - 1
+        assert (shown - expected).abs().max() < 3 / 127.5  # the model may work in bfloat16
+        assert not same(frame.picture, pipe.decode(step.x0)[0])
+    diffusers.AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / "other")
+    *_, again = draw(request(), model, tmp_path / "out", threading.Event(), str(tmp_path / "other"))
+    assert same(again.frames[2].picture, finish(request()).frames[2].picture)  # does not fit: the model's own
