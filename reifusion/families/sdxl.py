@@ -8,7 +8,7 @@ are in `pooled_text.py`, the U-Net in `sdxl_unet.py`, and what the files are lik
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from ..model.config import CLIPConfig, ModelConfig, VAEConfig
 from ..model.decoder import Decoder
 from ..model.encoder import Encoder
 from ..model.guidance import Denoiser
+from ..model.modes import dtype_of
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request, ask
 from ..model.step import Step
@@ -145,9 +146,13 @@ class StableDiffusionXL(StableDiffusion):
         start = cast(int, request.steps) - len(timesteps) + first
         yield from self.refiner.denoise(replace(request, latents=latents, start=start), grad=grad)
 
+    @property
+    def _config(self) -> SDXLConfig:
+        return cast(SDXLConfig, self.config)
+
     def vectors(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
         """B prompts -> (B, 78, 2048), in the dtype of the text encoders"""
-        config = cast(SDXLConfig, self.config)
+        config = self._config
         words, whole = read_prompts(self, "clip", prompts, self.tokenizer, clip_skip)
         if config.clip_2 is not None:
             padded = padding_with(self.tokenizer, config.pad_2)
@@ -161,7 +166,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Encodes the prompts and, for guidance, the negative prompts: each (B, 78, 2048)."""
-        config = cast(SDXLConfig, self.config)
+        config = self._config
         length = config.clip.context_length
         for given in (request.prompt, request.negative):
             if isinstance(given, Tensor) and given.shape[-2] <= length:
@@ -176,7 +181,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
         """The U-Net, as the loop calls it: with the words, and with what it is told of text and sizes."""
-        config, dtype = cast(SDXLConfig, self.config), self.dtype
+        config, dtype = self._config, self.dtype
         size = cast("tuple[int, int]", request.size)
         sizes = [side for pair in (self.original or size, self.corner, size) for side in reversed(pair)]
 
@@ -189,6 +194,14 @@ class StableDiffusionXL(StableDiffusion):
             return unet(x.to(dtype), words, t, told=told)
 
         return denoise
+
+    @contextmanager
+    def borrow(self, name: str) -> Generator[nn.Module, None, None]:
+        """A network, as `StableDiffusion.borrow` says; the VAE in float32 if float16 is too small for it."""
+        with super().borrow(name) as network:
+            if self._config.upcast and name in ("encoder", "decoder") and dtype_of(network) == torch.float16:
+                network.float()
+            yield network
 
 
 def with_refiner(base: StableDiffusion, refiner: StableDiffusion, share: float = 0.8) -> StableDiffusion:

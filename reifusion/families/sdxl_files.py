@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ..model.prediction import Prediction
 from ..model.tensors import ModelError, short
 from ..model.tokenizer import END, Tokenizer
 from ..model.tokenizer_folder import read_tokenizer, write_tokenizer
+from . import taesd
 from .pooled_text import BIG_G, padding_with
 from .sdxl import BASE, PRESETS, REFINER, SSD_1B, VEGA, SDXLConfig, StableDiffusionXL, build
 from .sdxl_unet import SDXLUNetConfig
@@ -264,6 +266,17 @@ def write_tokenizers(tokenizer: Tokenizer, folder: Path, config: SDXLConfig) -> 
         write_tokenizer(padding_with(tokenizer, config.pad_2), folder / "tokenizer_2")
 
 
+def with_vae(config: SDXLConfig, path: Path) -> SDXLConfig:
+    """Returns the config for another VAE: whether float16 is enough for it, its folder or its name says."""
+    jsons = [folder / "config.json" for folder in (path / "vae", path)]
+    found = next((file for file in jsons if file.is_file()), None)
+    if found is not None:
+        said = json.loads(found.read_text("utf-8")).get("force_upcast", True)
+        return replace(config, upcast=bool(said) and not taesd.recognises(path))
+    enough = re.search(r"fp16[-_. ]?fix", path.name, re.IGNORECASE) or taesd.recognises(path)
+    return replace(config, upcast=not enough)
+
+
 def suited(config: SDXLConfig) -> SDXLConfig:
     """Returns a config with the settings that its pictures need."""
     if config.schedule.timestep_spacing == "trailing" and config.schedule.prediction_type == "epsilon":
@@ -286,5 +299,6 @@ SDXL = Family(
     read_tokenizer=tokenizer_of,
     write_tokenizer=write_tokenizers,
     suited=suited,
+    with_vae=with_vae,
     pipeline=lambda config: StableDiffusionXL,
 )

@@ -59,6 +59,8 @@ class Family:
     pipeline: Callable[[Any], type[StableDiffusion]]  # of a config: what draws with it
     # of a path and its tensors: all tensors of the model, under their usual names, in files beside it too
     completed: Callable[[Path, dict[str, Stored]], dict[str, Stored]] = lambda path, tensors: tensors
+    # of a config and the path of a VAE, which is taken in place of its own: the config that goes with it
+    with_vae: Callable[[Any, Path], ModelConfig] = lambda config, path: config
     header: Callable[[Any], dict[str, str]] = lambda tokenizer: {}  # of a tokenizer: more for a file's header
 
 

@@ -35,20 +35,27 @@ def load(
     )
     if tiny := _tiny_vae(changes):
         models |= taesd.load(tiny, own.vae, device, dtype)
-    return (by_name(own, Path(source).name) if config is None else own), models, tokenizer
+    return (_suited(own, source, changes) if config is None else own), models, tokenizer
 
 
 def find_config(source: str | Path, changes: Changes | None = None) -> ModelConfig:
     """Returns a model's config as `model_loader.find_config` does. source may also be a hub id."""
-    path = find(source)
-    return by_name(model_loader.find_config(path, families.FAMILIES, _found(changes)), Path(source).name)
+    config = model_loader.find_config(find(source), families.FAMILIES, _found(changes))
+    return _suited(config, source, changes)
 
 
 def info(source: str | Path, changes: Changes | None = None) -> Info:
     """Reads the facts about a model as `model_loader.info` does. source may also be a hub id."""
     path = find(source)
     found = model_loader.info(path, families.FAMILIES, _found(changes))
-    return replace(found, config=by_name(found.config, Path(source).name))
+    return replace(found, config=_suited(found.config, source, changes))
+
+
+def _suited(config: ModelConfig, source: str | Path, changes: Changes | None) -> ModelConfig:
+    """Returns the config for what its file's name tells, and for the VAE that is taken."""
+    if changes is not None and changes.vae is not None:
+        config = families.family_of(config).with_vae(config, find(changes.vae, "vae"))
+    return by_name(config, Path(source).name)
 
 
 def _found(changes: Changes | None) -> Changes | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -33,7 +35,7 @@ from reifusion.model.model_loader import state_dict
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import ask
 from reifusion.model.tensors import ModelError
-from reifusion.weights import load, save
+from reifusion.weights import Changes, load, save
 from reifusion.weights.lora import apply, load_lora, places, remove
 from reifusion.weights.lora_tools import extract
 from reifusion.weights.lora_tools import write as write_lora
@@ -575,6 +577,58 @@ def test_depths_that_do_not_fit_are_refused_in_one_sentence(wrong):
     unet = jsons["unet"] | {"reverse_transformer_layers_per_block": wrong}
     with pytest.raises(ModelError, match=r"reverse_transformer_layers_per_block = .* does not fit"):
         SDXL.from_diffusers({**jsons, "unet": unet}, "x")
+
+
+# Half precision
+
+
+def too_large_for_half(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model whose VAE has numbers above 65504 inside; its pictures stay as they are."""
+    config, models, tokenizer = load(folder)
+    for half, factor in ("encoder", 8e4), ("decoder", 1.5e4):
+        models[half].get_parameter("conv_in.weight").data *= factor
+    path = tmp_path / "large.safetensors"
+    save(config, models, path, "native", tokenizer)
+    return path
+
+
+def test_the_vae_works_in_float32_where_half_precision_is_too_small_for_it(base, tmp_path):
+    path = too_large_for_half(base, tmp_path)
+    half = load_pipe(path, "cpu", "fp16")
+    calls: list[torch.dtype] = []
+    half.models["decoder"].register_forward_pre_hook(lambda _, given: calls.append(given[0].dtype))
+    latents, pixels = torch.randn(2, 4, 5, 9), torch.rand(1, 3, 20, 36) * 2 - 1
+    expected = load_pipe(path, "cpu", "fp32")
+    expected.models |= {name: expected.models[name].half().float() for name in ("encoder", "decoder")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of an overflow
+        assert torch.equal(half.decode_image(latents), expected.decode_image(latents))
+        assert torch.equal(half.encode_image(pixels), expected.encode_image(pixels))
+    assert calls == [torch.float32] * 2 and half.dtype == torch.float16
+    without = replace(load_pipe(path, "cpu", "fp16"), config=replace(half.config, upcast=False))
+    with pytest.warns(UserWarning, match=r"the VAE overflowed in torch\.float16"):
+        without.decode_image(latents)
+    assert {x.dtype for x in load_pipe(path, "cpu", "bf16").models["decoder"].parameters()} == {
+        torch.bfloat16
+    }
+
+
+def test_whether_the_vae_needs_float32_its_folder_says_or_its_name(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "x")
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"force_upcast": False}))
+    config, models, tokenizer = load(folder)
+    assert not config.upcast and load(base)[0].upcast
+    save(config, models, tmp_path / "y.safetensors", "native", tokenizer)
+    save(config, models, tmp_path / "z", "diffusers", tokenizer)
+    assert not load(tmp_path / "y.safetensors")[0].upcast
+    assert not diffusers.AutoencoderKL.load_config(tmp_path / "z" / "vae")["force_upcast"]
+    vae = next((base / "vae").glob("*.safetensors"))
+    for name, upcast in ("sdxl_vae", True), ("sdxl.vae.fp16-fix", False), ("sdxl_vae_fp16_fix", False):
+        shutil.copy(vae, tmp_path / f"{name}.safetensors")
+        assert load(base, changes=Changes(vae=tmp_path / f"{name}.safetensors"))[0].upcast == upcast
+    assert not load(base, changes=Changes(vae=folder))[0].upcast
+    assert not load(base, changes=Changes(vae=folder / "vae"))[0].upcast
 
 
 # Few steps
