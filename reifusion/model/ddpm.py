@@ -53,7 +53,8 @@ class Sampler:
     title: ClassVar[str]  # the name that people know from other programs; if there is none, the same
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")  # the networks that it fits
     own_schedule: ClassVar[bool] = False  # True if its schedule is a part of it, and it takes no other
-    s_noise: float = 1.0  # the factor of the noise that it adds, if it adds any
+    eta: float | None = None  # the share of fresh noise in a step, in [0, 1]; None: it cannot be chosen
+    s_noise: float | None = None  # the factor of that noise; None: there is none
     _least_alpha_bar: ClassVar[float] = 0.0
 
     def __init_subclass__(cls) -> None:
@@ -266,13 +267,14 @@ class Sampler:
 
     def _noise(self, x: Tensor) -> Tensor:
         noise = bring(randn(x.shape, self.generator).to(x.dtype), x.device)
-        return noise if self.s_noise == 1 else self.s_noise * noise
+        return noise if self.s_noise in (None, 1) else self.s_noise * noise
 
 
 class DDPMSampler(Sampler):
     """Ancestral sampling (Ho et al. 2020, Algorithm 2), on any subset of the timesteps."""
 
     name, title = "ddpm", "DDPM"
+    s_noise = 1.0
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         last = i == len(self.timesteps) - 1

@@ -23,7 +23,7 @@ class PNDMSampler(DDIMSampler):
     """
 
     name, title = "pndm", "PLMS"
-    eta = None
+    eta, s_noise = None, None
 
     def _begin(self, timesteps: Tensor) -> None:
         super()._begin(torch.cat([timesteps[:2], timesteps[1:]]))
@@ -56,6 +56,7 @@ class LCMSampler(Sampler):
     """
 
     name, title = "lcm", "LCM"
+    s_noise = 1.0
 
     def _spaced(self, n: int) -> Tensor:
         # Every (len / n)-th of the timesteps that the LCM was distilled on, mostly 50: 19, 39, …, 999. More
@@ -117,7 +118,8 @@ class DPMPPSDESampler(DPMPP2MSampler):
     diffusers' `algorithm_type="sde-dpmsolver++"`. k-diffusion's "DPM++ SDE" is another, of two calls a step.
     """
 
-    name, title = "dpmpp_sde", "DPM++ 2M SDE"
+    name, title = "dpmpp_sde", "DPM++ 2M SDE diffusers"
+    s_noise = 1.0
 
     def _advance(self, i: int, x: Tensor) -> Tensor:
         h = self._lambda(i + 1) - self._lambda(i)

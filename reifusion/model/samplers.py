@@ -32,7 +32,7 @@ class DDIMSampler(Sampler):
     """Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models", arXiv:2010.02502."""
 
     name, title = "ddim", "DDIM"
-    eta: float | None = 0.0  # η: 0 adds no noise, and 1 is DDPM
+    eta, s_noise = 0.0, 1.0  # η: 0 adds no noise, and 1 is DDPM
 
     def _alpha_bar_after(self, i: int) -> float:
         """ᾱ at the timestep after the i-th. After the last it is ᾱ₀, not 1: `set_alpha_to_one=False`."""
@@ -110,7 +110,7 @@ class EulerAncestralSampler(EulerSampler):
     """Euler's step to less noise than planned, then fresh noise on top. From k-diffusion (Crowson 2022)."""
 
     name, title = "euler_a", "Euler a"
-    eta: float | None = 1.0  # how much fresh noise; 0 is Euler's method
+    eta, s_noise = 1.0, 1.0  # η: 0 is Euler's method
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         _, d = self.predict(self.timesteps[i], x, model_output)

@@ -8,12 +8,14 @@ Fractions are between two training steps. `sampling/schedules.py` has the schedu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SCHEDULES: dict[str, Callable[[Tensor, int], Tensor]] = {}  # every schedule, by its name
+Schedule: TypeAlias = Callable[[Tensor, int], Tensor]
+SCHEDULES: dict[str, Schedule] = {}  # every schedule, by its name
 
 
 def leading(n: int, total: int) -> Tensor:
