@@ -77,7 +77,8 @@ def _denoiser(sizes: Any) -> dict[str, str]:
 
 def _of_part(file: str) -> dict[str, Any]:
     """What there is to say of a VAE or a U-Net in a file of its own; {} for any other file."""
-    from ..families import taesd
+    from ..families import SD3, SDXL, STABLE_DIFFUSION, taesd
+    from ..model.model_converter import LAYOUT
     from ..model.part import PARTS, open_part
     from ..model.tensors import ModelError
 
@@ -91,15 +92,19 @@ def _of_part(file: str) -> dict[str, Any]:
             "vae": f"1/{taesd.FACTOR} of each side, {tiny.channels} channels: for {tiny.fits}",
             "parameters": f"{tiny.parameters:,}",
         }
-    for part, name in ("vae", "VAE"), ("unet", "U-Net"):
+    kinds = [("vae", "VAE", LAYOUT), ("unet", "transformer", SD3.layout)]
+    kinds += [("unet", "U-Net", family.layout) for family in (SDXL, STABLE_DIFFUSION)]
+    for part, name, layout in kinds:
         try:
-            tensors, rules, unknown, header = open_part(path, part)
+            tensors, rules, unknown, header = open_part(path, part, layout)
         except ModelError:
             continue
         numbers = dict.fromkeys(PARTS[part][0], 0)
         for rule in rules:
             numbers[rule.ours.split(".")[0]] += sum(tensors[x].shape.numel() for x in rule.theirs)
         alone = sum(len(rule.theirs) for rule in rules) + len(unknown) == len(tensors)
+        if layout in (SD3.layout, SDXL.layout) and unknown:  # those of another family
+            continue
         if alone and all(numbers.values()):
             return {
                 "file": path,

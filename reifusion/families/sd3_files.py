@@ -409,9 +409,16 @@ def header(tokenizer: Tokenizer) -> dict[str, str]:
     return {} if t5 is None else {"t5": json.dumps(to_json(t5), ensure_ascii=False)}
 
 
+# How the names of a transformer in a file of its own begin, and what is to stand before them
+ALONE = (
+    (r"transformer\.", ""),
+    (r"joint_blocks\.", "model.diffusion_model."),
+    (r"transformer_blocks\.", "transformer."),
+    (r"blocks\.", "diffusion."),
+)
 SD3 = Family(
     name="sd3",
-    layout=Layout(blocks, structure, TABLE),
+    layout=Layout(blocks, structure, TABLE, "transformer", ALONE),
     folders=("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer"),
     config=SD3Config,
     recognises=recognises,

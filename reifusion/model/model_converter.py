@@ -269,6 +269,9 @@ ALIASES = (
     (r"(vae\.\w+\.mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
 )
 
+# Only larger relatives have these: a second text encoder, a U-Net that is told more, a transformer.
+LARGER = r"conditioner\.|text_encoders\.|clip_2\.|.*(add_embedding|label_emb|label_1|joint_blocks)\."
+
 # Only an LCM has this tensor.
 GUIDANCE = re.compile(r"time_embed(ding)?\.(cond_proj|guidance)\.weight$")
 
@@ -279,7 +282,7 @@ OPEN_CLIP = r"cond_stage_model\.model\."
 MARKS = {
     "native": r"clip\.embedding\.|diffusion\.|encoder\.quant\.|decoder\.post_quant\.",
     "compvis": r"cond_stage_model\.|first_stage_model\.|model\.diffusion_model\.",
-    "diffusers": r"text_encoder\.|vae\.|unet\.",
+    "diffusers": r"text_encoder\.|vae\.|unet\.|transformer\.",
 }
 
 # A checkpoint's blocks are counted by these names: ours, CompVis's, diffusers's. A * stands for any text. A #
@@ -362,6 +365,8 @@ class Layout(NamedTuple):
     blocks: Callable[[Any, bool], Iterator[Block]]  # as `blocks`, for a config of the family
     structure: Callable[[Collection[str], str], ModelConfig]
     table: str = TABLE  # with sections for its own kinds of block
+    denoiser: str = "unet"  # the folder of diffusers with what is called "diffusion" here
+    alone: tuple[tuple[str, str], ...] = ()  # its spellings in a file of its own, as in `part.PARTS`
 
 
 LAYOUT = Layout(blocks, structure)  # of Stable Diffusion 1.x and 2.x
@@ -481,6 +486,8 @@ def load_from_standard_weights(
     """Reads the state dicts of "clip", "encoder", "decoder" and "diffusion" from a file of any format."""
     path = Path(path).expanduser()
     stored = open_folder(path) if path.is_dir() else TensorFile(path).tensors()
+    if any(re.match(LARGER, name) for name in stored):
+        raise ModelError(f"{path} is Stable Diffusion XL or 3, which only reifusion.load opens")
     _, matched, unknown = match(stored)
     if unknown:
         warnings.warn(passed_over(path, unknown), stacklevel=2)

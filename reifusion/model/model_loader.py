@@ -44,7 +44,7 @@ RELATIVES = (
 )
 # The same for a model that would otherwise count as Stable Diffusion 1.x or 2.x.
 STRANGERS = (
-    (r"conditioner\.|text_encoder_2/", "Stable Diffusion XL, which only reifusion.load opens"),
+    (r"conditioner\.|text_encoder_2/|clip_2\.", "Stable Diffusion XL, which only reifusion.load opens"),
     (r".*(joint_blocks|double_blocks|single_transformer_blocks)\.", "a diffusion transformer, not a U-Net"),
     (r"embedder\.|noise_augmentor\.|image_encoder/", "unCLIP, told a picture, which is not built in"),
     (r".*\.(label_emb|class_embedding|add_embedding)\.", "told more than words, which is not built in"),

@@ -43,9 +43,12 @@ def open_part(
     ModelError.
     """
     networks, spellings = PARTS[part]
+    folder = part
+    if part == "unet":
+        folder, spellings = layout.denoiser, (*spellings, *layout.alone)
     header: dict[str, str] = {}
     if (path / "model_index.json").is_file():
-        tensors = open_folder(path, (part,))
+        tensors = open_folder(path, (folder,))
     elif path.is_dir():
         tensors = open_weights(path)
     else:

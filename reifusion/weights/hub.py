@@ -43,7 +43,9 @@ def _wanted(files: Collection[str], part: str) -> list[str]:
         return alone
     folders = {name.split("/")[0] for name in files}
     family = model_loader.family_of(files, {}, FAMILIES)
-    parts = [part] if part else [name for name in family.folders if name in folders]
+    parts = [name for name in family.folders if name in folders]
+    if part:
+        parts = [family.layout.denoiser if part == "unet" else part]
     chosen = [weight_files(files, name) for name in parts]
     whole = part or len(parts) > 2  # a text encoder, a VAE and a denoiser
     return [name for names in chosen for name in names] if whole and all(chosen) else []

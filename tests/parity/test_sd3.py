@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import reifusion
-from reifusion import kernels, weights
+from reifusion import cli, kernels, weights
 from reifusion.families.sd3 import PRESETS, SD3Config, SkipLayers, StableDiffusion3, Tokenizers, build
 from reifusion.families.sd3_files import from_shapes
 from reifusion.families.unigram import Unigram
@@ -280,6 +281,31 @@ def test_a_clip_l_without_a_projection_has_the_identity(models, single):
     assert weights.info(single).unused == ()
 
 
+@pytest.mark.parametrize("kind", ["bare", "a file of diffusers", "a model", "ours"])
+def test_a_transformer_is_taken_from_another_file(folder, single, kind, tmp_path, capsys):
+    other = random_networks(TINY)["diffusion"]
+    for x in other.parameters():
+        x.data *= 2
+    weights.save(TINY, {**networks(), "diffusion": other}, tmp_path / "other", "diffusers", tokenizers())
+    weights.save(TINY, {**networks(), "diffusion": other}, single, "compvis", tokenizers())
+    start, path = "model.diffusion_model.", tmp_path / "x.safetensors"
+    own = {name.removeprefix(start): x for name, x in load_file(single).items() if name.startswith(start)}
+    if kind == "bare":
+        save_file(own, path)
+    elif kind == "ours":
+        save_file(other.state_dict(), path)
+    elif kind == "a model":
+        path = tmp_path / "other"
+    else:
+        path = next((tmp_path / "other" / "transformer").glob("*.safetensors"))
+    _, loaded, _ = weights.load(folder, changes=weights.Changes(unet=path))
+    assert_same_networks({"diffusion": loaded["diffusion"]}, {"diffusion": other})
+    if path.is_file():
+        assert cli.main(["info", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert "a transformer alone" in said and f"{sum(x.numel() for x in other.parameters()):,}" in said
+
+
 def test_a_file_without_text_encoders_gets_one_sentence(single):
     tensors = {name: x for name, x in load_file(single).items() if not name.startswith("text_encoders.")}
     save_file(tensors, single)
@@ -341,6 +367,39 @@ def test_a_picture_drawn_from_a_picture_is_the_reference_s(ours, theirs):
         progress=False,
     )
     assert same_share([drawn], (expected * 255).round()) >= 0.999
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_inpainting_is_the_reference_s(ours, theirs, strength):
+    known = {x: y for x, y in theirs.components.items() if x not in ("image_encoder", "feature_extractor")}
+    other = diffusers.StableDiffusion3InpaintPipeline(**known)
+    other.set_progress_bar_config(disable=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8))
+    mask = Image.new("L", (48, 32), 0)
+    mask.paste(255, (16, 8, 40, 24))
+    noise = randn((2, 16, 16, 24), [torch.Generator().manual_seed(k) for k in (7, 8)])
+
+    def encoded(image: Tensor, generator: Any) -> Tensor:
+        return (theirs.vae.encode(image).latent_dist.mean - TINY.vae.shift) * TINY.vae.scale_factor
+
+    def begin(*args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        start = encoded(settings["image"].float(), None).expand(2, -1, -1, -1)
+        noisy = other.scheduler.scale_noise(start, settings["timestep"], noise)
+        return noise if settings["is_strength_max"] else noisy, noise, start
+
+    prepared = other.prepare_latents
+    names = list(inspect.signature(prepared).parameters)
+    other.prepare_latents = lambda *args, **settings: begin(**dict(zip(names, args)), **settings)
+    other._encode_vae_image = encoded
+    told: dict[str, Any] = {"strength": strength, "num_inference_steps": 5, "guidance_scale": 4.5}
+    expected = other(
+        PROMPTS, negative_prompt=NEGATIVES, image=picture, mask_image=mask, width=48, height=32,
+        output_type="latent", **told,
+    ).images  # fmt: skip
+    asked: dict[str, Any] = {"init_image": picture, "mask": mask, "size": (48, 32), "strength": strength}
+    *_, last = ours.denoise(PROMPTS, NEGATIVES, seed=7, steps=5, cfg=4.5, **asked)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(last.latents, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 def test_inpainting_keeps_what_is_black_in_the_mask_and_draws_the_rest(ours):

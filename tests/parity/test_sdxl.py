@@ -30,8 +30,8 @@ from reifusion.families.sdxl_files import SDXL, to_diffusers
 from reifusion.families.sdxl_unet import SDXLUNetConfig, tell
 from reifusion.model.config import CLIPConfig, VAEConfig
 from reifusion.model.ddpm import randn
-from reifusion.model.model_converter import convert, match, rules
-from reifusion.model.model_loader import state_dict
+from reifusion.model.model_converter import convert, load_from_standard_weights, match, rules
+from reifusion.model.model_loader import preload_models_from_standard_weights, state_dict
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import ask
 from reifusion.model.tensors import ModelError
@@ -731,6 +731,46 @@ def test_networks_in_a_dict_are_refused_in_one_sentence(base):
         ValueError, match="networks with a clip_2 are drawn with by the model that `load` returned"
     ):
         reifusion.generate("a cat", models=load(base)[1])
+
+
+@pytest.mark.parametrize("kind", ["folder", "compvis", "native", "sd3"])
+def test_the_first_version_s_calls_say_in_one_sentence_what_opens_the_file(base, kind, tmp_path):
+    path = base
+    if kind == "sd3":
+        path = tmp_path / "x.safetensors"
+        save_file({"model.diffusion_model.joint_blocks.0.context_block.mlp.fc1.weight": torch.ones(1)}, path)
+    elif kind != "folder":
+        path = tmp_path / "x.safetensors"
+        save(*load(base)[:2], path, kind, WORDS)
+        save_file(load_file(path), path)  # without a header, as others write it
+    for read_weights in load_from_standard_weights, preload_models_from_standard_weights:
+        with pytest.raises(ModelError, match=r"XL|not a U-Net") as error:
+            read_weights(path)
+        assert str(path) in str(error.value) and str(error.value).count("\n") == 0
+
+
+def test_only_the_network_that_works_is_on_the_device(base, monkeypatch):
+    """What waits is elsewhere, both text encoders too: the peak is the largest network, and not their sum."""
+    pipe = xl(base)
+    pipe.idle_device = torch.device("cpu", 0)  # the same memory, and another name to tell it by
+    sizes = {name: sum(x.nbytes for x in one.state_dict().values()) for name, one in pipe.models.items()}
+    here: set[str] = set()
+    peaks: dict[str, int] = {}
+
+    def moved(name: str, to: Any) -> Any:
+        def move(device: Any) -> Any:
+            here.discard(name) if device == pipe.idle_device else here.add(name)
+            peaks[name] = max(peaks.get(name, 0), sum(sizes[one] for one in here))
+            return to(device)
+
+        return move
+
+    for name, network in pipe.models.items():
+        monkeypatch.setattr(network, "to", moved(name, network.to))
+    picture = Image.new("RGB", (64, 64), (200, 40, 90))
+    draw(pipe, steps=4, init_image=picture)
+    assert peaks == sizes and not here
+    assert max(peaks.values()) < sum(sizes.values())
 
 
 def test_vectors_stand_for_a_prompt_with_what_is_said_of_the_whole_text(base):
