@@ -28,6 +28,7 @@ from reifusion.model.tensors import ModelError
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.shortcuts.deepcache import deepcached
 from reifusion.shortcuts.int8 import quantize
+from tests.parity.test_sd3_networks import exact_norms
 from tests.tiny import assert_same_networks, native_state, random_networks
 from tests.tiny_sd3 import PIECES, TINY, networks, tokenizers
 
@@ -108,6 +109,46 @@ def test_pictures_are_the_reference_s(ours, theirs, width, height, cfg, steps):
         PROMPTS, NEGATIVES, seed=7, size=(width, height), cfg=cfg, steps=steps, progress=False
     )
     assert same_share(drawn, expected) >= 0.999
+
+
+class Exact(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[name-defined]
+    """Theirs computes in float32. This one is given σ in float64, and takes Euler's step in it."""
+
+    given: Tensor
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas, self.timesteps = self.given, self.given[:-1] * 1000
+
+    def step(self, output: Tensor, t: Any, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        i = self.timesteps.tolist().index(t)
+        return (x + (self.sigmas[i + 1] - self.sigmas[i]) * output,)
+
+
+def exact_waves(t: Tensor) -> Tensor:
+    """Times as waves in float64, where diffusers has float32."""
+    angles = np.outer(t.double().numpy(), 10_000 ** (-np.arange(128) / 128))
+    return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+
+
+def test_words_and_loop_agree_to_the_ninth_digit_in_float64(folder):
+    mine = reifusion.load(folder, "cpu", "fp64")
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float64)
+    theirs.set_progress_bar_config(disable=True)
+    exact_norms(theirs.transformer)
+    exact_norms(theirs.text_encoder_3)
+    theirs.transformer.time_text_embed.time_proj.forward = exact_waves
+    steps = list(mine.denoise(PROMPTS, NEGATIVES, seed=7, steps=4, size=(48, 32), cfg=4.5))
+    theirs.scheduler = Exact.from_config(theirs.scheduler.config)
+    theirs.scheduler.given = torch.tensor([*(step.t / 1000 for step in steps), 0.0], dtype=torch.float64)
+    noise = randn((2, 16, 16, 24), [torch.Generator().manual_seed(k) for k in (7, 8)]).double()
+    expected = theirs(
+        PROMPTS, negative_prompt=NEGATIVES, latents=noise, width=48, height=32, guidance_scale=4.5,
+        num_inference_steps=4, output_type="latent",
+    ).images  # fmt: skip
+    assert expected.dtype == torch.float64 and expected.std() > 0.1
+    limit = 1e-9 * expected.abs().max().item()
+    torch.testing.assert_close(steps[-1].latents, expected, rtol=0, atol=limit)
 
 
 def test_guidance_by_blocks_that_are_left_out_is_the_reference_s(ours, theirs):

@@ -132,6 +132,7 @@ def test_blocks_are_left_out_as_in_the_reference():
     assert_close(ours(x, c, t, pooled, skip=(0, 2)), expected, 1e-9)
 
 
+@pytest.mark.slow
 def test_one_block_at_full_width():
     config = replace(MMDiTConfig(), layers=2, positions=16)  # 24 heads of 64
     ours, theirs = mmdit_pair(config)
