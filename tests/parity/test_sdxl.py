@@ -35,6 +35,7 @@ from reifusion.model.model_loader import preload_models_from_standard_weights, s
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import ask
 from reifusion.model.tensors import ModelError
+from reifusion.settings import Settings
 from reifusion.weights import Changes, load, save
 from reifusion.weights.lora import apply, load_lora, places, remove
 from reifusion.weights.lora_tools import extract
@@ -667,6 +668,31 @@ def test_the_name_of_a_file_tells_of_few_steps(base, name, sampler, steps, cfg, 
     few = name != "sd_xl_base_1.0"
     drawn = next(pipe.denoise("a cat", steps=steps))
     assert (drawn.t == 999) == few
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("sdxl_lightning_4step_lora", "EulerDiscreteScheduler"), ("Hyper-SDXL-2steps-lora", "DDIMScheduler")],
+)
+def test_a_lora_of_few_steps_is_drawn_with_as_its_authors_do(base, name, scheduler, tmp_path):
+    pytest.importorskip("peft")
+    generator = torch.Generator().manual_seed(1)
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_1_attn1_to_v"
+    down, up = (torch.randn(shape, generator=generator) for shape in ((2, 64), (64, 2)))
+    tensors = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+    save_file(tensors | {f"{layer}.alpha": torch.tensor(1.0)}, tmp_path / f"{name}.safetensors")
+    lora = ((str(tmp_path / f"{name}.safetensors"), 1.0),)
+    settings = Settings(prompt="a cat", model=str(base), lora=lora, dtype="fp32")
+    request, ours = settings.request().for_model(settings.config()), settings.pipe("cpu")
+    theirs = read(base)
+    kind = getattr(diffusers, scheduler)
+    more = {"set_alpha_to_one": False, "clip_sample": False} if scheduler == "DDIMScheduler" else {}
+    theirs.scheduler = kind.from_config(theirs.scheduler.config, timestep_spacing="trailing", **more)
+    theirs.load_lora_weights(tmp_path / f"{name}.safetensors", local_files_only=True)
+    told = {"num_inference_steps": 4 if "lightning" in name else 2, "guidance_scale": 0.0}
+    expected = draw_theirs(theirs, latents=noise(64, 64), **told)
+    assert (request.steps, request.cfg) == (told["num_inference_steps"], 1.0)
+    assert_same(draw(ours), expected)
 
 
 # The command line
