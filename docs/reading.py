@@ -47,6 +47,7 @@ LATER = {
     "model/pictures.py": "anything that holds a picture becomes a tensor, and back",
     "model/inpaint.py": "beginning with a picture: image-to-image, editing, inpainting",
     "model/further_samplers.py": "more samplers: PLMS, LMS, UniPC, DPM++ 2M SDE, LCM",
+    "model/tuning.py": "which sampler, schedule and options go together",
     "model/spacing.py": "which timesteps a sampler visits",
     "model/other_betas.py": "forward processes other than Stable Diffusion's",
     "model/words.py": "how a prompt is cut into words",

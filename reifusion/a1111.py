@@ -18,6 +18,8 @@ from typing import Any
 from . import __version__
 from .model.samplers import SAMPLERS
 from .model.sentences import shown
+from .model.spacing import SCHEDULES
+from .sampling.schedules import TITLES
 from .settings import ABOUT, Settings, read_size
 
 NEGATIVE = "Negative prompt: "
@@ -31,6 +33,7 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
     facts = {
         "Steps": settings.steps,
         "Sampler": SAMPLERS[str(settings.sampler)].title,
+        "Schedule type": TITLES.get(settings.schedule, settings.schedule) if settings.schedule else None,
         "CFG scale": settings.cfg,
         "Image CFG scale": settings.image_guidance,
         "Seed": settings.seed,
@@ -40,6 +43,9 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         "Lora hashes": ", ".join(hashes) if loras else None,
         "Denoising strength": settings.strength if settings.init_image else None,
         "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # they count from 1
+        "Eta DDIM" if settings.sampler == "ddim" else "Eta": settings.eta,
+        "Sigma noise": settings.s_noise,
+        "Sigma churn": settings.churn,
         "Version": f"reifusion {__version__}",
     }
     lines = [" ".join([settings.prompt or "", *(f"<lora:{name}:{weight:g}>" for name, weight in loras)])]
@@ -74,6 +80,10 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
         "Size": ("size", read_size),
         "Denoising strength": ("strength", float),
         "Clip skip": ("clip_skip", lambda value: max(0, int(value) - 1)),
+        "Eta": ("eta", float),
+        "Eta DDIM": ("eta", float),
+        "Sigma noise": ("s_noise", float),
+        "Sigma churn": ("churn", float),
     }
     values = {}
     for title, (name, kind) in numbers.items():
@@ -84,7 +94,11 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
                 raise ValueError(f"its {title} is {shown(facts[title])}") from None
     negative = "\n".join(lines[begin:last]).removeprefix(NEGATIVE.strip()).strip()
     prompt = "\n".join(lines[:begin]).strip()
-    return Settings(prompt, negative, sampler=_sampler(facts), **values), facts
+    sampler, schedule = _sampler(facts, bool(values.get("churn")))
+    for option in ("eta", "s_noise", "churn"):
+        if getattr(SAMPLERS.get(sampler or ""), option, None) is None:
+            values.pop(option, None)  # which other programs write for samplers that do not use it
+    return Settings(prompt, negative, sampler=sampler, schedule=schedule, **values), facts
 
 
 def _facts(line: str) -> dict[str, str]:
@@ -99,19 +113,40 @@ def _facts(line: str) -> dict[str, str]:
     return facts
 
 
-def _sampler(facts: Mapping[str, str]) -> str | None:
-    """Returns our name of the sampler; None if there is none, or none that is built in."""
-    asked, schedule = facts.get("Sampler"), facts.get("Schedule type", "")
+# What that program takes for "Automatic", where it is not "Normal".
+AUTOMATIC = {
+    **dict.fromkeys(("dpmpp_2s_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
+}
+
+
+def _sampler(facts: Mapping[str, str], churned: bool) -> tuple[str | None, str | None]:
+    """Returns our names of the sampler and the schedule; None where none is said, or none built in."""
+    asked, label = facts.get("Sampler"), facts.get("Schedule type", "")
     if asked is None:
-        return None
+        return None, None
     names = {sampler.title.lower(): name for name, sampler in SAMPLERS.items()}
-    # Since version 1.9 the schedule has a fact of its own; what is automatic for DPM++ 2M is Karras.
-    karras = f"{asked} Karras" if schedule in ("Automatic", "Karras") else asked
+    schedules = {title.lower(): name for name, title in TITLES.items()} | {"uniform": "normal"}
+    schedules |= {name: name for name in SCHEDULES}
+    if asked.lower() not in names:  # before version 1.9 the schedule was a part of the sampler's name
+        for title in ("Karras", "Exponential"):
+            if asked.endswith(f" {title}") and asked.removesuffix(f" {title}").lower() in names:
+                asked, label = asked.removesuffix(f" {title}"), title
+    # DPM++ 2M is with Karras's schedule a sampler of its own here, and there what is automatic.
+    karras = f"{asked} Karras" if label in ("Automatic", "Karras") else asked
     name = names.get(karras.lower()) or names.get(asked.lower())
     if name is None:
         warnings.warn(f"the sampler {shown(asked)} is not built in; the model's own is used", stacklevel=2)
-    elif schedule not in ("", "Automatic") and name != names.get(f"{asked} {schedule}".lower()):
+        return None, None
+    if name == "euler" and churned:
+        name = "euler_churn"
+    if SAMPLERS[name].own_schedule:
+        return name, None
+    if label == "Automatic":
+        return name, AUTOMATIC.get(name)
+    schedule = schedules.get(label.lower())
+    if label and schedule is None:
         warnings.warn(
-            f"{asked} is used without the schedule {shown(schedule)}, which is not built in", stacklevel=2
+            f"{asked} is used without the schedule {shown(label)}, which is not built in", stacklevel=2
         )
-    return name
+    return name, schedule

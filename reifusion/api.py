@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import families, kernels, weights
+from . import families, kernels, sampling, weights  # noqa: F401  # sampling adds samplers
 from .model import first_call
 from .model.asked import Prompt, Rest
 from .model.first_call import Networks

@@ -6,6 +6,7 @@ import os
 import runpy
 import traceback
 
+from . import sampling  # noqa: F401  # whose names are taken
 from .model.samplers import SAMPLERS
 
 _defined: dict[str, list[str]] = {}  # the samplers of each file that was run

@@ -75,9 +75,20 @@ def read_prediction(text: str) -> str:
 
 def sampler_names() -> list[str]:
     """Returns the names of the samplers, read from their source, as importing it would import PyTorch."""
-    files = ("model/ddpm.py", "model/samplers.py", "model/flow.py", "families/flow_solver.py")
-    lines = "".join((Path(__file__).parent / file).read_text("utf-8") for file in files)
-    return re.findall(r'^    name, title = "(\w+)"', lines, re.MULTILINE)
+    return _named(
+        r'^    name, title = "(\w+)"',
+        "model/ddpm.py", "model/*samplers.py", "model/flow.py", "families/flow_solver.py", "sampling/*.py",
+    )  # fmt: skip
+
+
+def schedule_names() -> list[str]:
+    """Returns the names of the schedules, read in the same way."""
+    return _named(r'^@schedule\("(\w+)"', "sampling/schedules.py")
+
+
+def _named(pattern: str, *files: str) -> list[str]:
+    paths = (path for file in files for path in sorted(Path(__file__).parent.glob(file)))
+    return re.findall(pattern, "\n".join(path.read_text("utf-8") for path in paths), re.MULTILINE)
 
 
 # ---- from a picture's metadata, where a value may have the wrong type: a ValueError -----------------------
@@ -233,9 +244,25 @@ class Settings:
         "Emphasis", "Reads (word:1.3), BREAK, [a:b:0.5], AND, by the rule of a1111, plain or comfyui.",
         shown="brackets are text",
     )  # fmt: skip
+    schedule: str | None = _setting(
+        "Schedule type", f"One of {', '.join(schedule_names())}.", shown="the sampler's"
+    )
+    eta: float | None = _setting(
+        "Eta", "How much of a step is fresh noise, 0 to 1, of samplers that let you choose.",
+        kind=float, shown="the sampler's", carried=_carried_number,
+    )  # fmt: skip
+    s_noise: float | None = _setting(
+        "Sigma noise", "A factor of the noise that a sampler adds.", kind=float, shown="1",
+        carried=_carried_number,
+    )  # fmt: skip
+    churn: float | None = _setting(
+        "Sigma churn", "How far euler_churn goes back up, in all.", kind=float, shown="5",
+        carried=_carried_number,
+    )  # fmt: skip
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
+        from . import sampling  # noqa: F401  # adds its samplers
         from .model.pictures import read_picture
         from .model.request import Request
 

@@ -26,7 +26,7 @@ OTHERS = Settings(
     "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)),
     (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
     (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
-    2.0, 0.25, "latent", "a1111",
+    2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
 )  # fmt: skip
 NOT_BY_NAME = ("prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner", "emphasis")
 

@@ -29,6 +29,7 @@ from .evaluate import evaluate
 from .grid import grid
 from .lora import app as lora
 from .models import convert, info
+from .samplers import samplers
 from .studio import studio
 from .train import train
 from .vae import app as vae
@@ -39,6 +40,7 @@ app.command()(batch)
 app.command()(grid)
 app.command()(info)
 app.command()(convert)
+app.command()(samplers)
 app.command()(evaluate)
 app.add_typer(lora, name="lora")
 app.add_typer(vae, name="vae")

@@ -27,6 +27,10 @@ class Rest(TypedDict, total=False):
     mask: Picture | None
     cfg: float | None
     sampler: str | None
+    schedule: str | None
+    eta: float | None
+    s_noise: float | None
+    churn: float | None
     steps: int | None
     size: tuple[int | None, int | None] | None
     clip_skip: int

@@ -34,6 +34,7 @@ from .request import Request, ask
 from .samplers import SAMPLERS
 from .step import Step as Step
 from .step import Turn as Turn
+from .tuning import options
 from .turns import in_each_turn
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class StableDiffusion:
         request = request.for_model(self.config)
         generators = generators or [torch.Generator().manual_seed(seed) for seed in request.seeds]
         sampler = SAMPLERS[str(request.sampler)](generators, self.config.schedule)
-        sampler.set_inference_timesteps(request.steps or self.config.steps)
+        vars(sampler).update(options(request))
+        sampler.set_inference_timesteps(request.steps or self.config.steps, request.schedule)
         if request.latents is not None:
             sampler.skip(request.start)
         elif request.init_image is not None:

@@ -23,8 +23,8 @@ from .limits import (
     whole_number,
 )
 from .pictures import Picture, open_both
-from .samplers import SAMPLERS, samplers_for
 from .sentences import shown
+from .tuning import check, sampler_of
 
 
 @dataclass
@@ -43,6 +43,10 @@ class Request:
     strength: float = 0.8  # of img2img, in (0, 1]: how much noise the picture gets
     cfg: float | None = None  # the guidance scale, s in the guidance equation; 1 is none, and twice as fast
     sampler: str | None = None  # one of SAMPLERS
+    schedule: str | None = None  # one of SCHEDULES: which noise levels it visits; None: the sampler's own
+    eta: float | None = None  # of some samplers, 0 … 1: how much of a step is fresh noise
+    s_noise: float | None = None  # of samplers that add noise: a factor of it
+    churn: float | None = None  # of euler_churn: how far it goes back up, in all
     steps: int | None = None  # 1 … 1000
     seed: int | None = None  # picture k is drawn from seed + k; None: a new one, see picture.info["seed"]
     size: tuple[int | None, int | None] | None = None  # width and height, multiples of 8
@@ -68,8 +72,7 @@ class Request:
             raise ValueError(
                 f"{len(prompts)} prompts need as many negative ones, or one, not {len(negatives)}"
             )
-        if self.sampler not in (None, *SAMPLERS):
-            raise ValueError(f"there is no sampler {shown(self.sampler)}; there are {', '.join(SAMPLERS)}")
+        check(self)
         if not 0 < number(self.strength, "strength") <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
         if not 0 <= number(self.guidance_rescale, "guidance_rescale") <= 1:
@@ -127,7 +130,7 @@ class Request:
         )
         return replace(
             self,
-            sampler=_sampler(self.sampler, config),
+            sampler=sampler_of(self, config),
             steps=steps,
             cfg=config.cfg if self.cfg is None else self.cfg,
             size=size,
@@ -158,15 +161,3 @@ def ask(prompt: Prompt | Request, negative: Prompt | None = None, **settings: An
     if (width, height) != (None, None):
         settings["size"] = (width, height)
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
-
-
-def _sampler(asked: str | None, config: ModelConfig) -> str:
-    kind = config.schedule.prediction_type
-    names = samplers_for(kind)
-    name = asked or (config.sampler if config.sampler in names or not names else names[0])
-    if names and name not in names:
-        fitting = ", ".join(names)
-        raise ValueError(
-            f"the sampler {name} does not fit {config.name}, trained for {kind!r}; what fits: {fitting}"
-        )
-    return name

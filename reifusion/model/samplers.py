@@ -32,7 +32,8 @@ class DDIMSampler(Sampler):
     """Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models", arXiv:2010.02502."""
 
     name, title = "ddim", "DDIM"
-    eta, s_noise = 0.0, 1.0  # η: 0 adds no noise, and 1 is DDPM
+    eta: float | None = 0.0  # η: 0 adds no noise, and 1 is DDPM
+    s_noise: float | None = 1.0
 
     def _alpha_bar_after(self, i: int) -> float:
         """ᾱ at the timestep after the i-th. After the last it is ᾱ₀, not 1: `set_alpha_to_one=False`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ..model.spacing import SCHEDULES
@@ -14,7 +14,7 @@ from .solver import Solver, toward
 
 
 class EulerChurnSampler(Solver):
-    """Karras et al. 2022, arXiv:2206.00364, Algorithm 2 with Euler's steps: a little back up, then further down.
+    """Karras et al. 2022, arXiv:2206.00364, Algorithm 2 with Euler's steps: a little up, then further down.
 
     churn: in how many steps' worth of noise to go back up in all (S_churn there). `between` has the least and
     the largest σ at which it happens. The first step goes down only, and none goes above the largest σ of
@@ -58,9 +58,7 @@ class RestartSampler(Solver):
             return [*pairwise(sigmas)]
         if self.again is None:  # the main pass has as many steps less
             sigmas = [*karras_between(sigmas[0], sigmas[-2], n - steps * times).tolist(), 0.0]
-        low, high = (
-            min(range(len(sigmas)), key=lambda k, s=s: abs(sigmas[k] - s)) for s in (self.least, self.most)
-        )
+        low, high = (int(np.abs(np.array(sigmas) - end).argmin()) for end in (self.least, self.most))
         round_trip = [*pairwise(karras_between(sigmas[high], sigmas[low], steps + 1).tolist())]
         # Algorithm 1, Xu et al. 2023: x ← x + √(σ_max² - σ_min²) z, and down again
         return [*pairwise(sigmas[: low + 1]), *round_trip * times, *pairwise(sigmas[low:])]

@@ -109,8 +109,7 @@ def beta_quantile(share: np.ndarray, a: float) -> np.ndarray:
 
 def karras_between(high: float, low: float, n: int, rho: float = 7.0) -> Tensor:
     """n σ from high to low, float64: Eq. 5, Karras et al. 2022."""
-    ends = [end ** (1 / rho) for end in (high, low)]
-    return torch.linspace(*ends, n, dtype=torch.float64) ** rho
+    return torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64) ** rho
 
 
 @schedule("karras", "Karras")

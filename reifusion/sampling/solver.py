@@ -41,7 +41,8 @@ class Solver(EulerSampler):
 
     def _begin(self, timesteps: Tensor) -> None:
         Sampler._begin(self, timesteps)
-        self.sigmas = [*map(self.sigma, timesteps), 0.0]
+        signal, noise = self._signal_and_noise(timesteps, torch.zeros(len(timesteps), dtype=torch.float64))
+        self.sigmas = [*(noise / signal).tolist(), 0.0]
         self._steps = self._plan(self.sigmas)
         calls = [(k, call) for k, step in enumerate(self._steps) for call in enumerate(self._calls(*step))]
         self._at_call = [(k, place) for k, (place, _) in calls]

@@ -138,12 +138,7 @@ def test_every_sampler_is_known_by_its_title(name):
         ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp_2m_karras", None),
         ("Sampler: DPM++ 2M", "dpmpp_2m", None),
         ("Sampler: Euler a, Schedule type: Automatic", "euler_a", None),
-        (
-            "Sampler: Euler, Schedule type: SGM Uniform",
-            "euler",
-            "Euler is used without the schedule 'SGM Uniform'",
-        ),
-        ("Sampler: LMS, Schedule type: Karras", "lms", "LMS is used without the schedule 'Karras'"),
+        ("Sampler: Euler, Schedule type: Turbo", "euler", "Euler is used without the schedule 'Turbo'"),
         ("Sampler: DPM adaptive", None, "the sampler 'DPM adaptive' is not built in"),
     ],
 )
@@ -262,3 +257,34 @@ def test_any_prompt_becomes_as_many_tokens_as_the_model_reads(prompt):
 )
 def test_a_prompt_of_a_million_letters_takes_no_time(prompt):
     warn_of_syntax([prompt])
+
+
+@pytest.mark.parametrize(
+    ("facts", "sampler", "schedule"),
+    [
+        ("Sampler: Euler, Schedule type: SGM Uniform", "euler", "sgm_uniform"),
+        ("Sampler: LMS, Schedule type: Karras", "lms", "karras"),
+        ("Sampler: LMS Karras", "lms", "karras"),
+        ("Sampler: DPM++ 2M SDE, Schedule type: Automatic", "dpmpp_2m_sde", "exponential"),
+        ("Sampler: DPM++ SDE, Schedule type: Automatic", "dpmpp_2s_sde", "karras"),
+        ("Sampler: Euler a, Schedule type: Automatic", "euler_a", None),
+        ("Sampler: DPM++ 2M, Schedule type: Karras", "dpmpp_2m_karras", None),
+        ("Sampler: DPM++ 2M, Schedule type: Align Your Steps", "dpmpp_2m", "align_your_steps"),
+        ("Sampler: Restart, Schedule type: Karras", "restart", None),
+    ],
+)
+def test_the_schedule_of_a1111_is_read_and_written(facts, sampler, schedule):
+    read, _ = a1111.read(f"a cat\nSteps: 3, {facts}")
+    assert (read.sampler, read.schedule) == (sampler, schedule)
+    again, _ = a1111.read(a1111.write(replace(read, prompt="a cat", size=(64, 64), cfg=2.0), "m", "h"))
+    assert (again.sampler, again.schedule) == (sampler, schedule)
+
+
+def test_eta_and_noise_of_a1111_are_read_for_the_samplers_that_have_them():
+    text = "a\nSteps: 3, Sampler: {}, Eta: 0.5, Sigma noise: 1.1, Sigma churn: 4"
+    read, _ = a1111.read(text.format("Euler a"))
+    assert (read.sampler, read.eta, read.s_noise, read.churn) == ("euler_a", 0.5, 1.1, None)
+    read, _ = a1111.read(text.format("Euler"))
+    assert (read.sampler, read.eta, read.churn) == ("euler_churn", None, 4.0)
+    read, _ = a1111.read(text.format("Heun"))
+    assert (read.sampler, read.eta, read.s_noise, read.churn) == ("heun", None, None, None)

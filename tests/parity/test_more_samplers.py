@@ -1,4 +1,4 @@
-"""Compares samplers, schedules and options beyond the model's with diffusers, through whole loops in float64."""
+"""Compares samplers, schedules and options beyond the model's with diffusers, in float64."""
 
 from __future__ import annotations
 
