@@ -187,7 +187,10 @@ def _stage(recipe: Any, given: argparse.Namespace) -> Any:
     from . import checks, run
 
     if given.dry_run:
-        yield checks.dry_run(recipe)
+        from .price import dry_run
+
+        mini = given.what == "mini" and recipe.train == "text2image"
+        yield dry_run(recipe, before_its_vae=mini and not Path(recipe.vae).exists())
     elif given.overfit_one:
         yield checks.overfit_one(recipe)
     elif given.check_gradients:

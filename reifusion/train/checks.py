@@ -1,7 +1,8 @@
 """Three checks before a long training run: its cost, the gradients, and whether the model can learn at all.
 
-`dry_run`, `check_gradients` and `overfit_one` take a recipe and need none of its data. Each is built on a
-function for a model and an objective of your own: `cost`, `compare_gradients` and `overfit`.
+`check_gradients` and `overfit_one` take a recipe and need none of its data; `price.py` asks what it costs.
+They are built on functions for a model and an objective of your own: `cost`, `compare_gradients` and
+`overfit`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from ..model.config import ModelConfig, ScheduleConfig, UNetConfig
 from ..model.diffusion import UNet
 from ..weights import load
 from . import critic as critics
-from . import ready, text2image
+from . import text2image
 from . import vae as vaes
 from .checkpoint import TrainingError
-from .inversion import Learned
+from .inversion import Learned, new_word
 from .loop import (
     BatchPart,
     LoopConfig,
@@ -48,14 +49,6 @@ from .vae import VAE
 # ---- cost -------------------------------------------------------------------------------------------------
 
 
-def dry_run(recipe: Recipe) -> str:
-    """Returns a table of a recipe's cost on this machine, measured by a few real steps on made-up data."""
-    ready.check(recipe, model_config(recipe))
-    model, objective = subject(recipe)
-    saving = getattr(recipe.training, "gradient_checkpointing", False)
-    return str(cost(model, objective, recipe.training.loop, model.diffusion if saving else None))  # type: ignore[arg-type]
-
-
 @dataclass(frozen=True)
 class Cost:
     """The cost of a training run in each process; memory in bytes."""
@@ -67,6 +60,9 @@ class Cost:
     steps: int
     samples: float  # per step, of all processes together
     minutes: float | None = None  # after which the run ends; None: after its steps
+    before: float = 0.0  # seconds in which pictures are encoded
+    sheet: float = 0.0  # seconds in which what a checkpoint shows is drawn
+    checkpoint_minutes: float = 5.0
 
     def __str__(self) -> str:
         rows = {
@@ -75,12 +71,20 @@ class Cost:
             "in all": f"{sum(self.memory.values()) / 2**20:,.1f} MiB, without PyTorch itself",
             "a step": f"{self.seconds:.3g} s, {self.samples / self.seconds:,.1f} samples/s",
         }
+        if self.before:
+            rows["encoding"] = f"{self.before:.3g} s, once"
+        if self.sheet:
+            rows["a sheet"] = f"{self.sheet:.3g} s, at each checkpoint"
+        between = max(60 * self.checkpoint_minutes, self.seconds)
+        longer = 1 + self.sheet / between  # than the steps alone take
         steps = self.steps
-        if self.minutes is not None and 60 * self.minutes < steps * self.seconds:
-            steps = int(60 * self.minutes / self.seconds)
+        if self.minutes is not None and 60 * self.minutes < self.before + steps * self.seconds * longer:
+            steps = max(1, int((60 * self.minutes - self.before) / (self.seconds * longer)))
             rows[f"{self.minutes:g} minutes"] = f"{steps:,} steps, {steps * self.samples:,.0f} samples"
         else:
-            rows[f"{steps:,} steps"] = f"{steps * self.seconds / 3600:,.2f} hours"
+            # One more sheet comes soon, and one at the end.
+            all_in_all = self.before + steps * self.seconds * longer + 2 * self.sheet
+            rows[f"{steps:,} steps"] = f"{all_in_all / 3600:,.2f} hours"
         return "\n".join(f"{name:14} {value}" for name, value in rows.items())
 
 
@@ -90,10 +94,12 @@ def cost(
     config: LoopConfig,
     unet: UNet | MiniMMDiT | None = None,
     steps: int = 2,
+    moments: Sequence[tuple[float, float]] = ((0.0, 1.0),),
 ) -> Cost:
     """Does one step to warm up and measures `steps` more; the model's weights do not change.
 
-    unet: the part of the model whose rows are `recomputed`, for gradient checkpointing.
+    unet: the part of the model whose rows are `recomputed`, for gradient checkpointing. moments: when to
+    measure, as the share of the training that lies behind, and the share of it that is like that.
     """
     accelerator = processes()
     wrapped = accelerator.prepare_model(model)
@@ -103,38 +109,61 @@ def cost(
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # all the work, without any change
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=False)
-    with nullcontext() if unet is None else recomputed(unet):
+
+    def measured(done: float) -> tuple[float, float]:
+        """The seconds of a step, and its samples."""
         for step in range(1 + steps):
             if step == 1:
                 start = time.perf_counter()
             model.zero_grad()
             figures = accumulate_gradients(
-                network, wrapped, objective, step, 0.0, config, accelerator, scaler
+                network, wrapped, objective, step, done, config, accelerator, scaler
             )
             for optimizer in optimizers:
                 optimizer.step()
-        seconds = (time.perf_counter() - start) / steps
+        samples = figures["samples"].item()  # which waits for a GPU
+        return (time.perf_counter() - start) / steps, samples
+
+    with nullcontext() if unet is None else recomputed(unet):
+        found = [(done, share, *measured(done)) for done, share in moments]
+    # The shares are of the steps, or against the clock of the time.
+    if config.minutes is None:
+        seconds = sum(share * took for _, share, took, _ in found)
+        samples = sum(share * count for _, share, _, count in found)
+    else:
+        seconds = 1 / sum(share / took for _, share, took, _ in found)
+        samples = seconds * sum(share / took * count for _, share, took, count in found)
     model.zero_grad()
     trained = [p for p in model.parameters() if p.requires_grad]
     state = [x for o in optimizers for s in o.state.values() for x in s.values() if isinstance(x, Tensor)]
-    samples = figures["samples"].item()
     alone = in_mixed_precision(model, config, accelerator.device)
-    share = samples / (config.accumulate * accelerator.num_processes)  # samples in a part of the batch
-    # Nothing is recomputed while `kept` measures, so a whole part may not fit into memory; one sample will.
-    some = 1.0 if unet is not None else share
-    part = BatchPart(0, round(samples / some), accelerator.device)
-    rows = [] if unet is None else rows_of(unet)
-    activations = kept(model, lambda: objective(alone, 0.0, rng(config.seed, 0), part)[0], rows)
+
+    def activations(done: float, samples: float) -> int:
+        share = samples / (config.accumulate * accelerator.num_processes)  # samples in a part of the batch
+        # Nothing is recomputed while `kept` measures, so a whole part may not fit; a sample does.
+        some = 1.0 if unet is not None else share
+        part = BatchPart(0, round(samples / some), accelerator.device)
+        rows = [] if unet is None else rows_of(unet)
+        one = kept(model, lambda: objective(alone, done, rng(config.seed, 0), part)[0], rows)
+        return round(one * share / some)
+
     memory = {
         "weights": in_bytes(model.parameters()),
         "gradients": in_bytes(trained),
         "optimizer": in_bytes(state),
         "average": in_bytes(trained),
-        "activations": round(activations * share / some),
+        "activations": max(activations(done, count) for done, _, _, count in found),
     }
-    parameters = sum(p.numel() for p in model.parameters())
-    count = sum(p.numel() for p in trained)
-    return Cost(parameters, count, memory, seconds, config.steps, samples, config.minutes)
+    return Cost(
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in trained),
+        memory,
+        seconds,
+        config.steps,
+        samples,
+        config.minutes,
+        checkpoint_minutes=config.checkpoint_minutes,
+    )
 
 
 def kept(model: nn.Module, forward: Callable[[], Tensor], rows: Sequence[nn.Module] = ()) -> int:
@@ -358,7 +387,9 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
         return both, sharpening_objective(blots, pixels, config.vae, training)
     model = TextToImage(config)
     if recipe.start or recipe.train in ("lora", "inversion"):
-        _, models, _ = load(recipe.start or "mini", dtype=torch.float32)
+        _, models, tokenizer = load(recipe.start or "mini", dtype=torch.float32)
+        if recipe.train == "inversion":
+            new_word(tokenizer, training)
         model.clip, model.diffusion = models["clip"], models["diffusion"]  # type: ignore[assignment]
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.train == "lora":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,8 @@ def train_inversion(
         "base model": "".join(digest(pipe.models[part].state_dict()) for part in ("clip", "diffusion")),
         "word": f"{word} {training.vectors}",
     }
-    try:
-        teach(pipe, Embedding(word, first_vectors(pipe, training), str(out)))
-    except ValueError as error:
-        raise RecipeError(f"word cannot be {word!r}: {error}") from None
+    new_word(pipe.tokenizer, training)
+    teach(pipe, Embedding(word, first_vectors(pipe, training), str(out)))
     pictures = Pictures(
         pictures._encoded, [replace(item, captions=with_word(item.captions, word)) for item in pictures.items]
     )
@@ -150,6 +148,15 @@ def train_inversion(
         for each, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes[each])
     return out
+
+
+def new_word(tokenizer: Any, training: InversionTraining) -> None:
+    """Raises RecipeError for a word that cannot be learned, such as one that is known."""
+    first = tokenizer.vocab_size
+    try:
+        tokenizer.with_word(training.word, range(first, first + training.vectors))
+    except ValueError as error:
+        raise RecipeError(f"word cannot be {training.word!r}: {error}") from None
 
 
 def first_vectors(pipe: StableDiffusion, training: InversionTraining) -> Tensor:

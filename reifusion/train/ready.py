@@ -18,13 +18,16 @@ from .loop import LoopConfig, learning_rate, processes
 from .lora import chosen_layers
 from .recipe import Recipe
 from .text2image import TextToImage, forward_process
-from .vae_file import is_vae
+from .vae import normalises
+from .vae_file import check_vae, is_vae
+from .watch import prompts_of_sheet
 
 
-def check(recipe: Recipe, config: ModelConfig) -> None:
+def check(recipe: Recipe, config: ModelConfig, before_its_vae: bool = False) -> None:
     """Raises RecipeError if the recipe cannot be followed for a model of these sizes, or not to its end.
 
-    Warns of a learning rate that stays low.
+    before_its_vae: True if the VAE that it names is still to be trained. Raises ModelError for a VAE that
+    does not fit. Warns of a learning rate that stays low.
     """
     _unused(recipe, config)
     _outputs(recipe)
@@ -32,9 +35,12 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
         raise RecipeError("wandb names a project, and the package is not installed: pip install wandb")
     _batch(recipe.training)
     if recipe.train in ("vae", "sharpen"):
-        _sides(recipe, config)
+        _vae(recipe, config)
     else:
         _network(recipe, config)
+        if recipe.vae and not before_its_vae:
+            check_vae(recipe.vae, config)
+        prompts_of_sheet(recipe.prompts, (), config.size, 0)
     _rate(recipe.training.loop)
 
 
@@ -59,6 +65,8 @@ def _unused(recipe: Recipe, config: ModelConfig) -> None:
     }
     if recipe.train in ("vae", "sharpen"):
         reasons["caption_column"] = "a VAE learns without captions"
+        for name in ("channels", "text_width", "patch"):
+            reasons[name] = "a VAE has neither a U-Net nor a text encoder"
     else:
         held_out = recipe.validation_data and "validation_data has the pictures that are held out"
         reasons["keep_tags"] = not recipe.shuffle_tags and "it is for shuffle_tags=true"
@@ -101,7 +109,14 @@ def _batch(training: Any) -> None:
         )
 
 
-def _sides(recipe: Recipe, config: ModelConfig) -> None:
+def _vae(recipe: Recipe, config: ModelConfig) -> None:
+    """Checks what only matters for a VAE."""
+    if recipe.start:
+        check_vae(recipe.start, config)
+    elif recipe.train == "sharpen":
+        raise RecipeError("sharpening needs a trained VAE; set start to its file, or to a whole model")
+    if recipe.train == "vae":
+        normalises(recipe.training, config.vae, not recipe.start)
     factor = config.vae.factor
     sides = {"size": recipe.size or config.size}
     if recipe.train == "vae":
@@ -138,6 +153,8 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
         if recipe.data == "emoji":
             raise RecipeError("a word is learned from your own pictures; set data to their folder")
     elif recipe.train == "lora":
+        if recipe.data == "emoji":
+            raise RecipeError("a LoRA learns from your own pictures; set data to their folder")
         with torch.device("meta"):  # an empty shell, without memory
             model = TextToImage(config)
         layers = map(model.get_submodule, chosen_layers(model, recipe.training.all_targets))
@@ -152,6 +169,8 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
             "train_text_encoder=false would leave the text encoder's random weights as they are; set start"
             " to a trained model"
         )
+    elif not (recipe.vae or recipe.start):
+        raise RecipeError("text2image needs a VAE; set vae to a trained one, or start to a whole model")
 
 
 def _rate(loop: LoopConfig) -> None:

@@ -146,9 +146,7 @@ def train_vae(
     random ones. made_of, spent: see `train`. draws_on: the device of `pixel_batch`. Raises what `train`
     raises, and RecipeError for latents that cannot be normalised.
     """
-    normalise = start_from is None if training.normalise is None else training.normalise
-    if normalise and not config.quant:
-        raise RecipeError("latents are normalised in convolutions that this VAE lacks; set normalise=false")
+    normalise = normalises(training, config, start_from is None)
     torch.manual_seed(training.loop.seed)
     vae = VAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if start_from is None:
@@ -172,6 +170,14 @@ def train_vae(
     if normalise:
         normalise_latents(vae, pixel_batch, size, draws_on)
     return vae
+
+
+def normalises(training: VAETraining, config: VAEConfig, from_nothing: bool) -> bool:
+    """True if the latents are normalised in the end. Raises RecipeError if that cannot be done."""
+    normalise = from_nothing if training.normalise is None else training.normalise
+    if normalise and not config.quant:
+        raise RecipeError("latents are normalised in convolutions that this VAE lacks; set normalise=false")
+    return normalise
 
 
 @torch.no_grad()

@@ -38,9 +38,18 @@ def is_vae(source: str) -> bool:
 def load_vae(source: str, config: ModelConfig) -> VAE:
     """Reads a VAE from a file or a folder of its own, or out of a whole model. Raises ModelError."""
     found = weights_vae.load_vae(source, torch.float32)
-    if found.config.vae != config.vae:
-        raise ModelError(f"the VAE of {source} has other sizes than the VAE of {config.name}")
+    _same(source, found.config, config)
     vae = VAE(config.vae)
     for half in ("encoder", "decoder"):
         vae.get_submodule(half).load_state_dict(found.models[half].state_dict())
     return vae.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_vae(source: str, config: ModelConfig) -> None:
+    """Raises ModelError if `load_vae` will, but reads no more of the file than its beginning."""
+    _same(source, weights_vae.find_config(source), config)
+
+
+def _same(source: str, found: ModelConfig, config: ModelConfig) -> None:
+    if found.vae != config.vae:
+        raise ModelError(f"the VAE of {source} has other sizes than the VAE of {config.name}")

@@ -32,9 +32,7 @@ def load_vae(source: str | Path, dtype: torch.dtype | None = None) -> StableDiff
 
     A whole model will do. dtype: None keeps the file's. Raises ModelError.
     """
-    path = find(source, "vae")
-    tensors, found, _, header = open_part(path, "vae")
-    config = _config(path, tensors, found, header)
+    path, tensors, found, config = _open(source)
     models: dict[str, nn.Module] = {"encoder": Encoder(config), "decoder": Decoder(config)}
     for name, network in models.items():
         state = {}
@@ -47,8 +45,24 @@ def load_vae(source: str | Path, dtype: torch.dtype | None = None) -> StableDiff
             raise ModelError(f"the VAE of {path} does not have the sizes of its config, at {name}.{wrong[0]}")
         network.load_state_dict(state, assign=True)
         network.eval().requires_grad_(False)
+    return StableDiffusion(_model(path, config), None, models)
+
+
+def find_config(source: str | Path) -> ModelConfig:
+    """Returns the config that `load_vae` would find, without reading weights. Raises ModelError."""
+    path, _, _, config = _open(source)
+    return _model(path, config)
+
+
+def _open(source: str | Path) -> tuple[Path, Mapping[str, Stored], list[Rule], VAEConfig]:
+    path = find(source, "vae")
+    tensors, found, _, header = open_part(path, "vae")
+    return path, tensors, found, _config(path, tensors, found, header)
+
+
+def _model(path: Path, config: VAEConfig) -> ModelConfig:
     size = 64 * config.factor  # latents along a side, as Stable Diffusion 1.x has them
-    return StableDiffusion(ModelConfig(name=path.stem, size=size, vae=config), None, models)
+    return ModelConfig(name=path.stem, size=size, vae=config)
 
 
 def save_vae(

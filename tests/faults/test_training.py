@@ -469,6 +469,15 @@ def test_small_changes_are_not_rounded_away(here, tmp_path):
         assert run.dtype_of(recipe.read("text2image", None, [f"start={start}"])) == kind
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lr", "told"), [("bf16", 1e-6, True), ("bf16", 0.1, False), ("fp32", 1e-6, False)]
+)
+def test_a_change_that_rounding_loses_is_said(here, tmp_path, dtype, lr, told):
+    keys = [f"start={here}/model.safetensors", f"data={here}/data", "steps=3", "ema=0", "decay=0"]
+    _, said = follow("text2image", *keys, f"dtype={dtype}", f"lr={lr}", f"folder={tmp_path}")
+    assert ("rounding to torch.bfloat16 loses much of them: its error is" in said) == told
+
+
 def test_the_curve_of_a_short_run_falls_with_its_loss():
     drawn = smoothed([0.8 - 0.06 * i for i in range(10)])
     assert drawn[0] > 0.7 and drawn[-1] < 0.35

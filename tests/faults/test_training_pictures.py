@@ -5,6 +5,7 @@ import os
 import warnings
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -164,3 +165,28 @@ def test_linked_folders_inside_are_named(tmp_path):
     os.symlink(real, mixed / "inside")
     _, captions, said = opened(mixed)
     assert captions == {"b.png": ("two",)} and "linked folders in it are not looked into: inside" in said
+
+
+def test_reading_a_folder_is_no_download(tmp_path, capfd):
+    folder = folder_of(tmp_path / "some", {f"{i}.png": None for i in range(30)})
+    datasets.enable_progress_bars()
+    try:
+        opened(folder)
+        assert capfd.readouterr().err == "" and not datasets.are_progress_bars_disabled()
+    finally:
+        datasets.disable_progress_bars()
+
+
+def test_a_photograph_is_cut_quickly_and_as_finely(tmp_path):
+    """Squares of a large picture are made smaller first, and neither decoded nor copied again."""
+    waves = np.add.outer(np.arange(900) ** 2 / 900, np.arange(1200) * 3) % 256
+    Image.fromarray(waves.astype(np.uint8)).convert("RGB").save(tmp_path / "photo.png")
+    (tmp_path / "photo.txt").write_text("waves")
+    pictures = opened(tmp_path)[0]
+    assert pictures._picture(0) is pictures._picture(0)
+    found = pictures.pixel_batch(torch.Generator().manual_seed(0), 8, 32)
+    exact = Image.Image.resize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", lambda *given, reducing_gap: exact(*given))
+        slowly = pictures.pixel_batch(torch.Generator().manual_seed(0), 8, 32)
+    assert (found - slowly).abs().mean() < 2 / 127.5 and not torch.equal(found, slowly)

@@ -2,16 +2,22 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from reifusion.train import checks, recipe, vae
+from reifusion.model.tensors import ModelError
+from reifusion.train import checks, price, recipe, vae
 from reifusion.train.checkpoint import TrainingError
+from reifusion.train.images import DataError
+from reifusion.train.keys import RecipeError
 from reifusion.train.loop import LoopConfig
 from reifusion.train.text2image import TextToImage
+from reifusion.train.vae_file import save_vae
 
 TINY = ModelConfig(
     name="tiny",
@@ -24,9 +30,13 @@ TINY = ModelConfig(
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """Makes every recipe a recipe for a tiny model."""
-    monkeypatch.setattr(checks, "model_config", lambda recipe: TINY)
+def tiny(monkeypatch, tmp_path):
+    """Makes every recipe a recipe for a tiny model; returns the file of its VAE."""
+    for module in (checks, price):
+        monkeypatch.setattr(module, "model_config", lambda recipe: TINY)
+    save_vae(vae.VAE(TINY.vae), tmp_path / "vae.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "vae.safetensors"
 
 
 def read(what: str, *overrides: str) -> recipe.Recipe:
@@ -173,11 +183,34 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
 
 
 def test_cost_of_a_run_against_the_clock_is_what_it_can_do_in_that_time():
-    def rows(minutes: float) -> str:
-        return str(checks.Cost(10, 10, {}, 0.5, 1000, 32.0, minutes))
+    def rows(minutes: float | None, **more: float) -> str:
+        return str(checks.Cost(10, 10, {}, 0.5, 1000, 32.0, minutes, **more))
 
     assert rows(2.0).endswith("2 minutes      240 steps, 7,680 samples")
     assert rows(60.0).endswith("1,000 steps    0.14 hours")  # its steps end it before its time
+    # 20 of 120 seconds are gone before; of the others, half are for sheets, one for each minute of steps.
+    slow = {"before": 20.0, "sheet": 60.0, "checkpoint_minutes": 1.0}
+    assert rows(2.0, **slow).endswith("2 minutes      100 steps, 3,200 samples")
+    # 20 s, 500 s of steps and as many of sheets, and two more sheets
+    assert rows(None, **slow).endswith(f"1,000 steps    {(20 + 500 + 500 + 120) / 3600:.2f} hours")
+
+
+def test_a_training_that_changes_on_the_way_costs_what_its_parts_do():
+    def objective(network, done, generator, part):
+        count = 4 if done < 0.5 else 1
+        time.sleep(0.02 if done < 0.5 else 0.1)
+        return network(part.of(torch.ones(count, 64))).pow(2).mean(), {"samples": float(count)}
+
+    model, moments = nn.Linear(64, 64), ((0.2, 0.75), (1.0, 0.25))
+    config = LoopConfig(steps=100, mixed_precision="no")
+    by_steps = checks.cost(model, objective, config, moments=moments)
+    assert 0.04 <= by_steps.seconds < 0.08 and by_steps.samples == pytest.approx(0.75 * 4 + 0.25)
+    by_clock = checks.cost(model, objective, replace(config, minutes=1.0), moments=moments)
+    # In 80 s, 60 of them with steps of 0.02 s: 3000 + 200 steps.
+    assert 80 / 3200 <= by_clock.seconds < 2 * 80 / 3200
+    assert by_clock.samples == pytest.approx((3000 * 4 + 200) / 3200, rel=0.05)
+    # The larger of the two moments' needs.
+    assert by_steps.memory["activations"] == 4 * 4 * 64 + 4 * 4 * 64
 
 
 def test_gradient_checkpointing_counts_all_inputs_and_one_row(tiny):
@@ -186,7 +219,9 @@ def test_gradient_checkpointing_counts_all_inputs_and_one_row(tiny):
         return float(line.split()[1].replace(",", ""))
 
     usual, saving = (
-        activations(checks.dry_run(read("text2image", "batch=4", f"gradient_checkpointing={flag}")))
+        activations(
+            price.dry_run(read("text2image", f"vae={tiny}", "batch=4", f"gradient_checkpointing={flag}"))
+        )
         for flag in ("false", "true")
     )
     assert 0.1 * usual < saving < 0.5 * usual
@@ -194,16 +229,59 @@ def test_gradient_checkpointing_counts_all_inputs_and_one_row(tiny):
 
 @pytest.mark.parametrize("what", TERMS)
 def test_dry_run_of_a_recipe_is_a_table(what, tiny, monkeypatch):
+    keys = ["steps=7200", "batch=2"]
     if what == "lora":
-        tiny = TextToImage(TINY)
-        networks = {"clip": tiny.clip, "diffusion": tiny.diffusion}
+        networks = {name: network for name, network in TextToImage(TINY).named_children()}
         monkeypatch.setattr(checks, "load", lambda *_, **__: (TINY, networks, None))
-    said = checks.dry_run(read(what, "steps=7200", "batch=2")).splitlines()
+        monkeypatch.setattr(price, "load_vae", lambda *_: vae.VAE(TINY.vae))
+        own_pictures(tiny.parent / "own", 3)
+        keys += ["data=own"]
+    keys += {"text2image": [f"vae={tiny}"], "sharpen": [f"start={tiny}"]}.get(what, [])
+    said = price.dry_run(read(what, *keys)).splitlines()
     names = ["parameters", "weights", "gradients", "optimizer", "average", "activations", "in all", "a step"]
+    names = ["pictures"] * (what == "lora") + names + ["encoding"] * (what == "lora")
+    names += ["a sheet"] * (what in ("text2image", "lora"))
     assert [line[:14].strip() for line in said] == [*names, "7,200 steps"]
-    total, trained = (int(word.strip(",").replace(",", "")) for word in (said[0].split()[i] for i in (1, 4)))
+    words = next(line for line in said if line.startswith("parameters")).split()
+    total, trained = (int(words[i].replace(",", "")) for i in (1, 4))
     assert (trained < total / 2) == (what == "lora")
     assert (trained == total) == (what in ("vae", "text2image"))
+
+
+def own_pictures(folder, count: int) -> None:
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (16, 16), (50 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"red {i}")
+
+
+@pytest.mark.parametrize(
+    ("what", "keys", "error", "says"),
+    [
+        ("text2image", ["data=nowhere/at/all"], DataError, "nowhere/at/all does not exist"),
+        ("text2image", ["data=empty"], DataError, "holds no .jpg"),
+        ("text2image", ["data=one", "validation=0.1"], RecipeError, "only one picture"),
+        ("text2image", ["data=one", "validation_data=./none"], DataError, "none is not a file or folder here"),
+        ("text2image", ["data=one", "regularisation=empty"], DataError, "empty holds no"),
+        ("text2image", ["data=one", "caption_column=words"], DataError, "has no column 'words'"),
+        ("text2image", ["data=one", "prompts=['none.txt']"], RecipeError, "none.txt cannot be read"),
+        ("text2image", ["data=one", "vae=none.safetensors"], ModelError, "none.safetensors"),
+        ("text2image", ["data=one", "vae=mini"], ModelError, "other sizes than the VAE of tiny"),
+        ("text2image", ["data=one", "vae="], RecipeError, "text2image needs a VAE"),
+        ("vae", ["data=empty"], DataError, "holds no .jpg"),
+        ("vae", ["data=one", "channels=[64]"], RecipeError, "a VAE has neither a U-Net"),
+        ("sharpen", ["data=one"], RecipeError, "sharpening needs a trained VAE"),
+        ("lora", [], RecipeError, "a LoRA learns from your own pictures"),
+        ("inversion", ["data=one", "word=cat"], RecipeError, "'cat' is a word that the model knows already"),
+    ],
+)
+def test_a_dry_run_finds_what_would_fail_later(what, keys, error, says, tiny):
+    own_pictures(tiny.parent / "one", 1)
+    (tiny.parent / "empty").mkdir()
+    vae = [f"vae={tiny}"] if what == "text2image" else []
+    with pytest.raises(error, match=re.escape(says)):
+        price.dry_run(read(what, *vae, *keys))
+    assert not list(tiny.parent.glob("runs/*/*"))  # and leaves nothing behind
 
 
 def test_kept_counts_each_storage_once_and_only_the_largest_row():
