@@ -5,35 +5,46 @@ from __future__ import annotations
 import os
 import runpy
 import traceback
+from typing import Any
 
 from . import sampling  # noqa: F401  # whose names are taken
 from .model.samplers import SAMPLERS
+from .model.spacing import SCHEDULES
 
-_defined: dict[str, list[str]] = {}  # the samplers of each file that was run
+_defined: dict[str, list[str]] = {}  # the samplers and schedules of each file that was run
 
 
 def run_file(path: str | os.PathLike) -> list[str]:
-    """Runs a Python file. The samplers that it defines are known afterwards; returns their names.
+    """Runs a Python file. What samplers and schedules it defines is known from then on; returns their names.
 
     For files that the user gives, never for one that only a picture names. A file may be run again. Raises
-    ValueError, in one sentence, for a file that is not there, that fails, that defines no sampler, or that
-    defines one by a name that is taken.
+    ValueError, in one sentence, for a file that is not there, that fails, that defines none, or that defines
+    one by a name that is taken.
     """
     path = os.fspath(path)
+    tables: dict[str, dict[str, Any]] = {"sampler": SAMPLERS, "schedule": SCHEDULES}
     for name in _defined.pop(os.path.abspath(path), []):
-        del SAMPLERS[name]
-    before = dict(SAMPLERS)
+        for table in tables.values():
+            table.pop(name, None)
+    before = {kind: dict(table) for kind, table in tables.items()}
     try:
         runpy.run_path(path, run_name="own")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:
         raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
-    taken = [name for name, kind in before.items() if SAMPLERS[name] is not kind]
-    found = [name for name in SAMPLERS if name not in before]
+    taken = [
+        (kind, name) for kind, was in before.items() for name in was if tables[kind][name] is not was[name]
+    ]
+    found = [name for kind, table in tables.items() for name in table if name not in before[kind]]
     if taken or not found:
-        SAMPLERS.update(before)
-        why = f"a sampler {taken[0]}, a name that is taken" if taken else "no sampler: no class with a name"
+        for kind, was in before.items():
+            tables[kind].update(was)
+        why = (
+            f"a {taken[0][0]} {taken[0][1]}, a name that is taken"
+            if taken
+            else "no sampler: no class with a name"
+        )
         raise ValueError(f"{path} defines {why}")
     _defined[os.path.abspath(path)] = found
     return found

@@ -227,7 +227,7 @@ class Settings:
         "Prediction type", "What the U-Net predicts: epsilon, v_prediction or flow.", shown=_MODEL,
         read=read_prediction,
     )  # fmt: skip
-    code: str | None = _setting("Code", "A Python file with samplers of your own; it is run.")
+    code: str | None = _setting("Code", "A Python file with samplers or schedules of your own; it is run.")
     hires: float = _setting(
         "Hires upscale", "Draw it once more so many times as large, 1 to 4.", 1.0, kind=float, shown="1",
         carried=_carried_number,

@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+import reifusion.sampling  # noqa: F401  # so that there are the same samplers in every test
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, random_networks
 

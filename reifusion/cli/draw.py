@@ -12,7 +12,7 @@ import typer
 
 from ..errors import shown
 from ..files import writable
-from ..settings import ABOUT, Settings, parsed, sampler_names
+from ..settings import ABOUT, Settings, parsed, sampler_names, schedule_names
 from .options import setting, takes
 
 if TYPE_CHECKING:
@@ -79,14 +79,22 @@ def _with_code(settings: Settings, picture: str | None) -> Settings:
         from ..own import run_file
 
         run_file(str(settings.code))
-    elif settings.sampler not in (None, *sampler_names()):
+    elif own := _not_built_in(settings):
         raise ValueError(
-            f"{picture} was drawn with the sampler {shown(settings.sampler)} of {settings.code}; "
+            f"{picture} was drawn with the {own} of {settings.code}; "
             "if you trust that file, give it with --code"
         )
     else:
         settings = replace(settings, code=None)
     return settings
+
+
+def _not_built_in(settings: Settings) -> str:
+    """Returns which sampler or schedule is of the user's own file, in words; "" if neither is."""
+    if settings.sampler not in (None, *sampler_names()):
+        return f"sampler {shown(settings.sampler)}"
+    own = settings.schedule not in (None, *schedule_names())
+    return f"schedule {shown(settings.schedule)}" if own else ""
 
 
 def _profiled(pipe: Any) -> Any:

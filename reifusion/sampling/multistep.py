@@ -136,6 +136,7 @@ class ERSDESampler(Solver):
     """
 
     name, title = "er_sde", "ER SDE"
+    s_noise = 1.0
     _points = 200
 
     def _go(self, k: int, place: int, x: Tensor, x0: Tensor) -> Tensor:
