@@ -30,7 +30,7 @@ NEEDED = ("prompt", "sampler", "steps", "cfg", "seed", "size")  # to draw a pict
 # The settings that have no field on the page; a picture is drawn again without them.
 BEYOND = (
     "lora", "embedding", "code", "clip_skip", "guidance_interval", "guidance_rescale", "deepcache", "int8",
-    "refiner", "hires", "emphasis",
+    "refiner", "hires", "emphasis", "eta", "s_noise", "churn",
 )  # fmt: skip
 
 
@@ -175,7 +175,9 @@ class Acts:
         parts = self.parts
         try:
             entry = _entry(paths[index])
-            settings = replace(entry.settings, sampler=None) if entry.settings.code else entry.settings
+            settings = entry.settings
+            if settings.code:
+                settings = replace(settings, sampler=None, schedule=None)
             begin, mask = (
                 None if path is None else read_picture(path) for path in (settings.init_image, settings.mask)
             )
@@ -186,6 +188,7 @@ class Acts:
         taken = ("prompt", "negative", "sampler", "steps", "cfg", "seed", "strength")
         return {getattr(parts, name): getattr(settings, name) for name in taken} | {
             parts.size: ABOUT["size"].write(settings.size),
+            parts.schedule: settings.schedule or "",
             parts.editor: _edited(begin, mask),
             parts.name: settings.model,
             parts.facts: carries({name: value for name, value in entry.carried().items() if value}),
@@ -206,6 +209,7 @@ def connect(blocks: gr.Blocks, parts: Parts, acts: Acts) -> None:
         parts.cfg.release,
         parts.steps.release,
         parts.sampler.input,
+        parts.schedule.input,
         parts.seed.submit,
         parts.seed.blur,
     ]

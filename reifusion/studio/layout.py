@@ -14,6 +14,8 @@ import gradio as gr
 from ..model.config import ModelConfig
 from ..model.request import Request
 from ..model.samplers import SAMPLERS, samplers_for
+from ..model.spacing import SCHEDULES
+from ..sampling.schedules import TITLES
 from ..settings import ABOUT
 from .views import says
 
@@ -66,6 +68,9 @@ class Parts:
                 self.sampler = gr.Dropdown(
                     samplers(config), value=own.sampler, label=_title("sampler"), elem_id="sampler"
                 )
+                self.schedule = gr.Dropdown(
+                    schedules(), value="", label=_title("schedule"), elem_id="schedule-type"
+                )
                 with gr.Row():
                     self.seed = gr.Number(
                         0, precision=0, label=_title("seed"), min_width=120, elem_id="seed",
@@ -116,7 +121,7 @@ class Parts:
         # What is asked for, in the order of `wishes.ask`.
         self.fields = [
             self.prompt, self.negative, self.sampler, self.steps, self.cfg, self.seed, self.size, self.editor,
-            self.strength,
+            self.strength, self.schedule,
         ]  # fmt: skip
 
 
@@ -129,6 +134,11 @@ def _title(name: str, explained: bool = False) -> str:
 def samplers(config: ModelConfig) -> list[tuple[str, str]]:
     """Returns the titles and names of the samplers that fit a model."""
     return [(SAMPLERS[name].title, name) for name in samplers_for(config.schedule.prediction_type)]
+
+
+def schedules() -> list[tuple[str, str]]:
+    """Returns the titles and names of the schedules."""
+    return [("the sampler's own", ""), *((TITLES.get(name, name), name) for name in SCHEDULES)]
 
 
 def theme() -> gr.themes.Base:

@@ -21,12 +21,13 @@ def ask(
     size: str,
     start: dict[str, Any] | None,
     strength: float,
+    schedule: str | None = None,
 ) -> Request:
     """Returns the request that the fields stand for.
 
     seed: None for a new one. size: "512x768", or "" for the model's. start: the editor's content,
-    `background` and `layers`, RGBA; the painted part is redrawn, or everything if nothing is painted. Raises
-    ValueError, in one sentence, for what cannot be drawn.
+    `background` and `layers`, RGBA; the painted part is redrawn, or everything if nothing is painted.
+    schedule: "" for the sampler's own. Raises ValueError, in one sentence, for what cannot be drawn.
     """
     picture, mask = _start(start)
     return Request(
@@ -37,6 +38,7 @@ def ask(
         strength=strength,
         cfg=cfg,
         sampler=sampler,
+        schedule=schedule or None,
         steps=steps,  # type: ignore[arg-type]
         seed=None if seed is None else int(seed),
         size=read_size(size.strip()) if size and size.strip() else None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,3 +204,21 @@ def test_a_file_of_ones_own_may_add_a_schedule(model, tmp_path, monkeypatch):
 def test_schedules_of_folders_stay_as_they_are():
     with pytest.raises(ValueError, match="timestep_spacing must be 'trailing' or None, not 'karras'"):
         SAMPLERS["ddim"](schedule=ScheduleConfig(timestep_spacing="karras"))
+
+
+def test_the_commands_and_the_code_of_the_guide_run(model, tmp_path, monkeypatch, capsys):
+    guide = (Path(__file__).parents[2] / "docs/guides/samplers.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    [commands] = re.findall(r"```console\n(.*?)```", guide, re.DOTALL)
+    for line in commands.strip().splitlines():
+        _, verb, *words = shlex.split(line)
+        if verb != "samplers":
+            words += ["--model", model, "--size=16x16", *(["--steps=2"] if verb == "generate" else [])]
+        assert main([verb, *words]) == 0, line
+    [code] = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    asked = ["generate", "cat", "--model", model, "--steps=2", "--size=16x16", "--sampler=dpm2", "--quiet"]
+    try:
+        assert main([*asked, "--code=mine.py", "--schedule=squares"]) == 0
+    finally:
+        SCHEDULES.pop("squares", None)

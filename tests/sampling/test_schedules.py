@@ -67,8 +67,7 @@ def test_some_schedules_have_other_numbers_of_steps_as_in_comfyui() -> None:
 @every_schedule
 @pytest.mark.parametrize("zero", [False, True])
 def test_any_number_of_steps_falls_through_the_training_steps(name: str, zero: bool) -> None:
-    kind = {"prediction_type": "v_prediction", "zero_terminal_snr": True} if zero else {}
-    table = DDPMSampler(**kind)._training_sigmas()
+    table = DDPMSampler(prediction_type="v_prediction", zero_terminal_snr=zero)._training_sigmas()
     for n in (*range(1, 40), 99, 333, 500, 998, 999, 1000):
         places = SCHEDULES[name](table, n)
         assert places.dtype == torch.float64 and len(places) >= 1
@@ -120,8 +119,8 @@ def test_places_and_sigmas_are_each_others_reverse() -> None:
 
 def test_the_quantiles_of_beta_are_those_of_a_million_draws() -> None:
     drawn = np.sort(np.random.default_rng(0).beta(0.6, 0.6, 1_000_000))
-    for share in (0.01, 0.1, 0.3, 0.5, 0.8, 0.99):
-        assert beta_quantile(np.array([share]), 0.6)[0] == pytest.approx(drawn[int(share * 1e6)], abs=2e-3)
+    for one in (0.01, 0.1, 0.3, 0.5, 0.8, 0.99):
+        assert beta_quantile(np.array([one]), 0.6)[0] == pytest.approx(drawn[int(one * 1e6)], abs=2e-3)
     assert beta_quantile(np.array([0.0, 1.0]), 0.6).tolist() == pytest.approx([0, 1], abs=1e-12)
     # Beta(½, ½) is the arcsine distribution, and Beta(1, 1) is even
     share = np.linspace(0, 1, 11)

@@ -34,6 +34,13 @@ def test_the_fields_make_the_request():
     assert (request.size, request.init_image, request.mask) == ((64, 96), None, None)
 
 
+def test_a_schedule_is_asked_for_or_left_to_the_sampler():
+    asked = ask(**FIELDS | {"sampler": "euler", "schedule": "karras"})
+    assert asked.schedule == "karras" and ask(**FIELDS | {"schedule": ""}).schedule is None
+    with pytest.raises(ValueError, match="the sampler restart has a schedule of its own"):
+        ask(**FIELDS | {"sampler": "restart", "schedule": "karras"})
+
+
 def test_no_seed_is_a_new_one_each_time():
     assert len({ask(**FIELDS | {"seed": None}).seeds[0] for _ in range(5)}) > 1
 
