@@ -83,6 +83,7 @@ LATER = {
     "families/t5.py": "the encoder of long texts",
     "families/unigram.py": "SentencePiece's tokens, by Viterbi's algorithm",
     "families/flow_solver.py": "DPM-Solver++ for rectified flow",
+    "steer/controlnet.py": "a second network that tells the U-Net where things are",
     "shortcuts/deepcache.py": "some steps skip the deep rows of the U",
     "shortcuts/int8.py": "weights in eight bits",
 }

@@ -274,11 +274,19 @@ class UNet(nn.Module):
 
     def walk(self, x: Tensor, given: Given) -> Tensor:
         """Down, through the middle, and up again: (B, 4, h, w) -> (B, 4, h, w)"""
+        pile = self.descend(x, given)
+        return self.ascend(self.middle(pile[-1], given), pile, given)
+
+    def descend(self, x: Tensor, given: Given) -> list[Tensor]:
+        """The way down: (B, 4, h, w) -> the output of each row, which the way up reads again"""
         pile = []
         for row in self.down:
             x = row(x, given)
             pile.append(x)
-        x = self.middle(x, given)
+        return pile
+
+    def ascend(self, x: Tensor, pile: list[Tensor], given: Given) -> Tensor:
+        """The way up, which empties the pile: (B, C, h, w) -> (B, 4, h, w)"""
         for row in self.up:
             x = torch.cat([x, pile.pop()], dim=1)  # (B, C, h, w), (B, C', h, w) -> (B, C + C', h, w)
             x = row(x, given._replace(size=pile[-1].shape[-2:] if pile else None))

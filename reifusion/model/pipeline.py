@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _itself(unet: nn.Module) -> nn.Module:
+def as_it_is(unet: nn.Module, request: Request) -> nn.Module:
     return unet
 
 
@@ -54,7 +54,7 @@ class StableDiffusion:
     models: dict[str, nn.Module]  # "clip", "encoder", "decoder" and "diffusion"
     device: torch.device | str = "cpu"
     idle_device: torch.device | str | None = None  # where idle networks wait; None: on `device`
-    around: Callable[[nn.Module], nn.Module] = _itself  # stands in for the U-Net, anew in each loop
+    around: Callable[[nn.Module, Request], nn.Module] = as_it_is  # stands in for the U-Net, anew in each loop
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +142,7 @@ class StableDiffusion:
         noise = self._noise(request, generators)
         latents, step, extra = begin(self.config, request, sampler, noise, self.encode_image)
         with self.borrow("diffusion") as unet:
-            denoiser = as_gradients_are(self.denoiser(self.around(unet), request))
+            denoiser = as_gradients_are(self.denoiser(self.around(unet, request), request))
             network, watch = beside(denoiser, extra), Watch(unet)
             # 3. Denoising loop
             for index, (t, (positive, negative)) in enumerate(zip(sampler.timesteps, words)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels.graphs import played
 from ..model.diffusion import Given, UNet
-from ..model.pipeline import StableDiffusion
+from ..model.pipeline import StableDiffusion, as_it_is
 from ..model.request import whole_number
 
 
@@ -74,4 +74,6 @@ def deepcached(pipe: StableDiffusion, every: int) -> StableDiffusion:
         return pipe
     if not isinstance(pipe.models["diffusion"], UNet):
         raise ValueError(f"deepcache is for models with a U-Net, which {pipe.config.name} does not have")
-    return replace(pipe, around=lambda unet: DeepCache(cast(UNet, pipe.around(unet)), every))
+    if pipe.around is not as_it_is:
+        raise ValueError("deepcache skips the inside of the U-Net, which a ControlNet steers: take one")
+    return replace(pipe, around=lambda unet, request: DeepCache(cast(UNet, unet), every))
