@@ -84,6 +84,20 @@ class ControlNet(nn.Module):
         return [*outputs, self.middle_out(self.middle(x, given))]
 
 
+def steered(
+    unet: UNet, added: Sequence[Tensor], latents: Tensor, context: Tensor, t: Tensor, **more: Tensor
+) -> Tensor:
+    """The U-Net's output, with something added to each skip and to the middle: (B, 4, h, w) -> (B, 4, h, w)
+
+    The way down reads its own outputs as they were: what is added is seen on the way up alone.
+    """
+    *skips, middle = added
+    given = Given(unet.time_embedding(t, **more), context)
+    pile = unet.descend(latents, given)
+    x = unet.middle(pile[-1], given) + middle
+    return unet.ascend(x, [skip + one for skip, one in zip(pile, skips, strict=True)], given)
+
+
 # How strongly each of the n outputs counts, from the first skip to the middle, and whether the half without
 # the prompt is steered too.
 MODES = {
@@ -157,12 +171,8 @@ class Controlled(nn.Module):
         return played(self.unet, self._steered, latents, context, t, **more, **added)
 
     def _steered(self, latents: Tensor, context: Tensor, t: Tensor, **more: Tensor) -> Tensor:
-        """`UNet.walk`, with the skips and the middle that are steered."""
-        *skips, middle = [more.pop(name) for name in list(more) if name.startswith("added_")]
-        given = Given(self.unet.time_embedding(t, **more), context)
-        pile = self.unet.descend(latents, given)
-        x = self.unet.middle(pile[-1], given) + middle
-        return self.unet.ascend(x, [skip + one for skip, one in zip(pile, skips, strict=True)], given)
+        added = [more.pop(name) for name in list(more) if name.startswith("added_")]
+        return steered(self.unet, added, latents, context, t, **more)
 
     def _works(self, control: Control, t: Tensor) -> bool:
         if control.start == 0 and control.end == 1:
