@@ -13,7 +13,7 @@ from torch import Tensor
 import reifusion.sampling  # noqa: F401  # adds the samplers
 from reifusion.model.ddpm import Sampler, randn
 from reifusion.model.samplers import SAMPLERS
-from reifusion.model.spacing import SCHEDULES, sigma_at
+from reifusion.model.spacing import SCHEDULES, place_of, sigma_at
 from tests.parity.test_samplers import (
     SD15,
     SHAPE,
@@ -178,3 +178,24 @@ def test_a_schedule_of_whole_timesteps_changes_no_bit() -> None:
     sampler = ours("euler", 10, "karras")
     sigmas = sigma_at(sampler.timesteps, sampler._training_sigmas())
     assert vars(sampler)["sigmas"][:-1] == pytest.approx(sigmas.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 12, 50])
+@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_2m_sde_heun"])
+def test_on_rectified_flow_it_equals_diffusers_too(name: str, n: int, theirs: Any, monkeypatch: Any) -> None:
+    """Ours walks x / (1 - s) with σ = s / (1 - s); diffusers walks x itself, with α = 1 - s and σ = s."""
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    sde = {
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_type": "heun" if name.endswith("heun") else "midpoint",
+    }
+    scheduler = theirs("dpmsolver_multistep", "DPMSolverMultistepScheduler", n, **flow, **sde)
+    shares = scheduler.sigmas[:-1].double()
+    monkeypatch.setitem(SCHEDULES, "these", lambda table, _: place_of(shares, table))
+    sampler = ours(name, n, "these", prediction_type="flow")
+    a, b = start() * sampler.init_noise_sigma, start()
+    generator = generators()
+    for t, rounded in zip(sampler.timesteps, scheduler.timesteps):
+        a = sampler.step(t, a, network(sampler.scale_model_input(a, t), t))
+        b = scheduler.step(network(b, t), rounded, b, generator=generator).prev_sample
+    assert relative_error(a, b) < 1e-9
