@@ -38,6 +38,7 @@ def load(
     unet: str | os.PathLike | None = None,
     prediction_type: str | None = None,
     compile: bool = False,
+    idle_device: torch.device | str | None = None,
 ) -> StableDiffusion:
     """A model, ready to draw.
 
@@ -45,21 +46,23 @@ def load(
     device: None for the best there is. dtype: a torch.dtype, "bf16", "fp16", "fp32" or "fp64"; None for the
     one that suits the device. vae, unet: where to find another VAE or U-Net for the model. prediction_type:
     what the U-Net predicts, "epsilon", "v_prediction" or "flow"; None for what the model's file says.
-    compile: the first picture of each size takes much longer, and those after it less time.
+    compile: the first picture of each size takes much longer, and those after it less time. idle_device:
+    where networks are loaded, and wait while they do not work; None: all are on `device`.
     Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device or a
     dtype that does not exist.
     """
     device = find_device(device)
+    idle = None if idle_device is None else find_device(idle_device)
     model, vae, unet = (None if path is None else os.fspath(path) for path in (source, vae, unet))
     changes = weights.Changes(prediction_type, vae, unet)
     config, models, tokenizer = weights.load(
-        cast(str, model), device, find_dtype(dtype, device), changes=changes
+        cast(str, model), idle or device, find_dtype(dtype, device), changes=changes
     )
     for network in models.values():
         # The order in memory in which convolutions are fastest.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     kernels.install(models, compile)
-    return families.adapted(StableDiffusion(config, tokenizer, models, device))
+    return families.adapted(StableDiffusion(config, tokenizer, models, device, idle))
 
 
 def find_device(device: torch.device | str | None) -> torch.device:

@@ -283,7 +283,12 @@ class Settings:
             emphasis.check(self.emphasis, self.prompt, self.negative)
         return Request(**settings, num=num)
 
-    def pipe(self, device: torch.device | str | None = None, compile: bool = False) -> StableDiffusion:
+    def pipe(
+        self,
+        device: torch.device | str | None = None,
+        compile: bool = False,
+        idle_device: torch.device | str | None = None,
+    ) -> StableDiffusion:
         """Loads the model, with LoRAs and shortcuts. Raises ValueError, in one sentence, for a wrong file."""
         from .api import load
         from .families.sdxl import with_refiner
@@ -296,7 +301,7 @@ class Settings:
         loras = [(load_lora(find(file, "lora")), weight) for file, weight in self.lora]
         words = [load_embedding(find(file), word) for file, word in self.embedding]
         changed = self._changed() | ({"compile": True} if compile else {})
-        pipe = load(self.model, device, self.dtype, **changed)
+        pipe = load(self.model, device, self.dtype, idle_device=idle_device, **changed)
         for word in words:
             teach(pipe, word)
         for lora, weight in loras:
@@ -305,7 +310,7 @@ class Settings:
         if self.int8:
             quantize(pipe)
         if self.refiner:
-            pipe = with_refiner(pipe, load(self.refiner, device, self.dtype))
+            pipe = with_refiner(pipe, load(self.refiner, device, self.dtype, idle_device=idle_device))
         return deepcached(pipe, self.deepcache)
 
     def draw(self, pipe: StableDiffusion, request: Request, progress: bool = False) -> Image:

@@ -27,6 +27,10 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)", show_default=False)
     ] = None,
+    idle_device: Annotated[
+        str | None,
+        typer.Option(help="Where networks wait that do not work now: cpu spares a GPU's memory."),
+    ] = None,
     compile: Annotated[
         bool,
         typer.Option("--compile", help="Compile the model: a slow first picture, then fast ones."),
@@ -55,7 +59,7 @@ def generate(
     request = request.for_model(settings.config())
     file = album.png_path(out)
     with writable(file.parent if file else Path(out)):
-        pipe = settings.pipe(device, compile)
+        pipe = settings.pipe(device, compile, idle_device)
         entry = album.entry(settings, request, pipe)
         if before is not None:
             album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])

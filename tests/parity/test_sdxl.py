@@ -36,7 +36,7 @@ from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import ask
 from reifusion.model.tensors import ModelError
 from reifusion.settings import Settings
-from reifusion.weights import Changes, load, save
+from reifusion.weights import Changes, find_config, load, save
 from reifusion.weights.lora import apply, load_lora, places, remove
 from reifusion.weights.lora_tools import extract
 from reifusion.weights.lora_tools import write as write_lora
@@ -606,6 +606,7 @@ def test_the_vae_works_in_float32_where_half_precision_is_too_small_for_it(base,
         assert torch.equal(half.decode_image(latents), expected.decode_image(latents))
         assert torch.equal(half.encode_image(pixels), expected.encode_image(pixels))
     assert calls == [torch.float32] * 2 and half.dtype == torch.float16
+    assert isinstance(half.config, SDXLConfig)
     without = replace(load_pipe(path, "cpu", "fp16"), config=replace(half.config, upcast=False))
     with pytest.warns(UserWarning, match=r"the VAE overflowed in torch\.float16"):
         without.decode_image(latents)
@@ -614,22 +615,28 @@ def test_the_vae_works_in_float32_where_half_precision_is_too_small_for_it(base,
     }
 
 
+def upcasts(path: Path, changes: Changes | None = None) -> bool:
+    config = find_config(path, changes)
+    assert isinstance(config, SDXLConfig)
+    return config.upcast
+
+
 def test_whether_the_vae_needs_float32_its_folder_says_or_its_name(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "x")
     file = folder / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"force_upcast": False}))
     config, models, tokenizer = load(folder)
-    assert not config.upcast and load(base)[0].upcast
+    assert not upcasts(folder) and upcasts(base)
     save(config, models, tmp_path / "y.safetensors", "native", tokenizer)
     save(config, models, tmp_path / "z", "diffusers", tokenizer)
-    assert not load(tmp_path / "y.safetensors")[0].upcast
+    assert not upcasts(tmp_path / "y.safetensors")
     assert not diffusers.AutoencoderKL.load_config(tmp_path / "z" / "vae")["force_upcast"]
     vae = next((base / "vae").glob("*.safetensors"))
     for name, upcast in ("sdxl_vae", True), ("sdxl.vae.fp16-fix", False), ("sdxl_vae_fp16_fix", False):
         shutil.copy(vae, tmp_path / f"{name}.safetensors")
-        assert load(base, changes=Changes(vae=tmp_path / f"{name}.safetensors"))[0].upcast == upcast
-    assert not load(base, changes=Changes(vae=folder))[0].upcast
-    assert not load(base, changes=Changes(vae=folder / "vae"))[0].upcast
+        assert upcasts(base, Changes(vae=tmp_path / f"{name}.safetensors")) == upcast
+    assert not upcasts(base, Changes(vae=folder))
+    assert not upcasts(base, Changes(vae=folder / "vae"))
 
 
 # Few steps
@@ -701,7 +708,7 @@ def test_a_lora_of_few_steps_is_drawn_with_as_its_authors_do(base, name, schedul
 def test_the_command_line_draws_with_base_refiner_and_a_lightning_lora(base, refiner, tmp_path, capsys):
     flags = ["--model", base, "--refiner", refiner, "--seed", SEED, "--steps", 10, "--cfg", 5]
     flags += ["--dtype", "fp32", "--device", "cpu", "--out", tmp_path / "one.png", "--size", "64x64"]
-    assert cli.main(["generate", PROMPTS[0], *map(str, flags)]) == 0
+    assert cli.main(["generate", PROMPTS[0], *map(str, flags), "--idle-device", "cpu"]) == 0
     pipe = replace(xl(base), refiner=load_pipe(refiner, "cpu", "fp32"))
     expected = pipe.generate(PROMPTS[0], seed=SEED, steps=10, progress=False)
     assert np.array_equal(np.array(Image.open(tmp_path / "one.png")), np.array(expected))
@@ -777,7 +784,10 @@ def test_the_first_version_s_calls_say_in_one_sentence_what_opens_the_file(base,
 
 def test_only_the_network_that_works_is_on_the_device(base, monkeypatch):
     """What waits is elsewhere, both text encoders too: the peak is the largest network, and not their sum."""
-    pipe = xl(base)
+    pipe = load_pipe(base, "cpu", "fp32", idle_device="cpu")
+    assert pipe.idle_device == torch.device("cpu")
+    with pytest.raises(ValueError, match="there is no device 'attic'"):
+        load_pipe(base, "cpu", idle_device="attic")
     pipe.idle_device = torch.device("cpu", 0)  # the same memory, and another name to tell it by
     sizes = {name: sum(x.nbytes for x in one.state_dict().values()) for name, one in pipe.models.items()}
     here: set[str] = set()
