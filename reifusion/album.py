@@ -31,8 +31,8 @@ from .model.sentences import shown
 from .settings import Settings, from_carried
 
 # The settings that name files.
-FILES = ("model", "lora", "embedding", "vae", "unet", "refiner", "code", "init_image", "mask")
-SEVERAL = ("lora", "embedding")  # of which there can be more than one
+FILES = ("model", "lora", "embedding", "vae", "unet", "refiner", "code", "init_image", "mask", "control")
+SEVERAL = ("lora", "embedding", "control")  # of which there can be more than one
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
     for name in FILES:
         if name in names and name in before.hashes and before.hashes[name] != now.hashes.get(name):
             value = getattr(now.settings, name)
-            which = " or ".join(file for file, _ in value) if name in SEVERAL else value
-            what = "LoRA" if name == "lora" else name.replace("_", " ")
+            which = " or ".join(one[0] for one in value) if name in SEVERAL else value
+            what = {"lora": "LoRA", "control": "ControlNet or the hint of"}.get(name, name.replace("_", " "))
             warnings.warn(f"the {what} {which} is not what it was, so the picture will differ", stacklevel=2)
 
 
@@ -125,6 +125,11 @@ def _hashes(settings: Settings) -> dict[str, Any]:
         found["lora"] = [file_hash(weights.find(file, "lora")) for file, _ in settings.lora]
     if settings.embedding:
         found["embedding"] = [file_hash(weights.find(file)) for file, _ in settings.embedding]
+    if settings.control:
+        found["control"] = [
+            f"{file_hash(weights.find(file, 'control'))}-{file_hash(hint)}"
+            for file, hint, *_ in settings.control
+        ]
     for part in ("vae", "unet"):
         if source := getattr(settings, part):
             found[part] = file_hash(weights.find(source, part))

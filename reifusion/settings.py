@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from .model.sentences import shown as _shown
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.pipeline import StableDiffusion
     from .model.request import Request
+
+
+# A ControlNet, its hint, its weight, and the shares of the steps in which it begins and ends
+Control: TypeAlias = tuple[str, str, float, float, float]
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -64,6 +68,28 @@ def read_embedding(text: str) -> tuple[str, str]:
     if Path(text).exists() or not (file and word and Path(file).exists()):  # a colon can be part of the path
         return text, ""
     return file, word
+
+
+def read_control(text: str) -> Control:
+    """net.safetensors=edges.png:0.8:0-0.5 -> the ControlNet, its hint, its weight, and when it works
+
+    The weight is 1 and it works in all steps unless the text says otherwise.
+    """
+    number = r"-?\d*\.?\d+"
+    found = re.fullmatch(rf"(.+?)=(.+?)(?::({number})(?::({number})-({number}))?)?", text)
+    if found is None:
+        raise ValueError(
+            f"a ControlNet and its hint are written like canny.safetensors=edges.png:0.8, not {_shown(text)}"
+        )
+    file, hint, weight, start, end = found.groups()
+    return file, hint, float(weight or 1), float(start or 0), float(end or 1)
+
+
+def write_control(control: Control) -> str:
+    """Writes what `read_control` reads."""
+    file, hint, *numbers = control
+    weight, start, end = map(str, numbers)
+    return f"{file}={hint}:{weight}:{start}-{end}"
 
 
 def read_prediction(text: str) -> str:
@@ -124,6 +150,15 @@ def _carried_embeddings(value: Any) -> tuple[tuple[str, str], ...]:
         if not isinstance(one, list) or [type(part) for part in one] != [str, str]:
             raise ValueError
     return tuple((file, word) for file, word in value)
+
+
+def _carried_controls(value: Any) -> tuple[Control, ...]:
+    for one in value if isinstance(value, list) else [None]:
+        if not (isinstance(one, list) and [type(part) for part in one[:2]] == [str, str] and len(one) == 5):
+            raise ValueError
+        if not all(isinstance(part, int | float) for part in one[2:]):
+            raise ValueError
+    return tuple((file, hint, weight, start, end) for file, hint, weight, start, end in value)
 
 
 # ---- the settings -----------------------------------------------------------------------------------------
@@ -259,6 +294,15 @@ class Settings:
         "Sigma churn", "How far euler_churn goes back up, in all.", kind=float, shown="5",
         carried=_carried_number,
     )  # fmt: skip
+    control: tuple[Control, ...] = _setting(
+        "ControlNet", "A ControlNet and its hint, as net=picture, net=picture:weight or"
+        " net=picture:weight:from-to; can be given several times.", (), kind=list,
+        read=lambda texts: tuple(map(read_control, texts)), carried=_carried_controls,
+    )  # fmt: skip
+    control_mode: str = _setting(
+        "Control mode", "balanced, guess (works without a prompt), or what counts more: prompt or control.",
+        "balanced",
+    )  # fmt: skip
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
@@ -281,6 +325,14 @@ class Settings:
             from .steer import emphasis
 
             emphasis.check(self.emphasis, self.prompt, self.negative)
+        if self.control:
+            from .steer import controlnet
+
+            if self.deepcache != 1:
+                raise ValueError("a ControlNet steers the inside of the U-Net, which --deepcache leaves out")
+            for _, hint, weight, start, end in self.control:
+                controlnet.check(weight, start, end, self.control_mode)
+                read_picture(hint)
         return Request(**settings, num=num)
 
     def pipe(
@@ -311,7 +363,23 @@ class Settings:
             quantize(pipe)
         if self.refiner:
             pipe = with_refiner(pipe, load(self.refiner, device, self.dtype, idle_device=idle_device))
+        if self.control:
+            pipe = self._controlled(pipe)
         return deepcached(pipe, self.deepcache)
+
+    def _controlled(self, pipe: StableDiffusion) -> StableDiffusion:
+        from .steer.controlnet import Control, controlled
+        from .weights import find
+        from .weights.control import load_control
+
+        nets = {file: load_control(find(file, "control"), pipe) for file, *_ in self.control}
+        return controlled(
+            pipe,
+            *(
+                Control(nets[file], hint, weight, start, end, self.control_mode)
+                for file, hint, weight, start, end in self.control
+            ),
+        )
 
     def draw(self, pipe: StableDiffusion, request: Request, progress: bool = False) -> Image:
         """Draws the one picture of a request, in one pass or in two, with weights or without."""
@@ -360,6 +428,8 @@ class Settings:
             flag, write = f"--{name.replace('_', '-')}", ABOUT[name].write
             if name == "lora":
                 words += [f"{flag}={file}:{weight}" for file, weight in value]
+            elif name == "control":
+                words += [f"{flag}={write_control(one)}" for one in value]
             elif name == "embedding":
                 words += [f"{flag}={file}:{word}" if word else f"{flag}={file}" for file, word in value]
             elif name != "prompt":
@@ -388,6 +458,17 @@ class Settings:
         if self.refiner:
             imports.append("from reifusion.families.sdxl import with_refiner")
             pipe.append(f"pipe = with_refiner(pipe, reifusion.load({self.refiner!r}, dtype={self.dtype!r}))")
+        if self.control:
+            imports += [
+                "from reifusion.steer.controlnet import Control, controlled",
+                "from reifusion.weights import find",
+                "from reifusion.weights.control import load_control",
+            ]
+            pipe.append("pipe = controlled(pipe, *[")
+            for file, *rest in self.control:
+                given = ", ".join(map(repr, (*rest, self.control_mode)))
+                pipe.append(f'    Control(load_control(find({file!r}, "control"), pipe), {given}),')
+            pipe.append("])")
         if self.code:
             imports.append("from reifusion.own import run_file")
             pipe.insert(0, f"run_file({self.code!r})")
@@ -406,7 +487,7 @@ class Settings:
                 imports.append("from reifusion.steer import emphasis")
                 own.append(f"    words=lambda one: emphasis.request(pipe, one, {self.emphasis!r}),")
             call = ["picture = hires.generate(", f"    pipe, {self.prompt!r},", *own, *settings, ")[0]"]
-        return "\n".join([*imports, "", *pipe, *call, 'picture.save("picture.png")'])
+        return "\n".join([*dict.fromkeys(imports), "", *pipe, *call, 'picture.save("picture.png")'])
 
     def _said(self) -> dict[str, Any]:
         """Returns the settings that must be said for the picture to be the same."""
@@ -414,6 +495,8 @@ class Settings:
         def counts(name: str, value: Any) -> bool:
             if name == "strength":
                 return self.init_image is not None
+            if name == "control_mode":
+                return bool(self.control) and value != ABOUT[name].default
             if name.startswith("hires_"):
                 return self.hires != 1 and value != ABOUT[name].default
             return name == "model" or value != ABOUT[name].default

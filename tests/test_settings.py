@@ -27,8 +27,12 @@ OTHERS = Settings(
     (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
     (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
     2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
+    (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess",
 )  # fmt: skip
-NOT_BY_NAME = ("prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner", "emphasis")
+NOT_BY_NAME = (
+    "prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner", "emphasis",
+    "control", "control_mode",
+)  # fmt: skip
 
 
 @given(st.text(string.printable + "é“💡", max_size=30), st.floats(-1e6, 1e6))
@@ -58,6 +62,9 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
         assert f"{name}=" in python or name in NOT_BY_NAME
     assert "teach(pipe, load_embedding('blob.pt', 'blob'))" in python
     assert "with_refiner(pipe, reifusion.load('r.pt', dtype='float32'))" in python
+    net = "load_control(find('net.safetensors', \"control\"), pipe)"
+    assert f"    Control({net}, 'edges.png', 0.5, 0.0, 0.75, 'guess')," in python
+    assert "--control=net.safetensors=edges.png:0.5:0.0-0.75" in command
     assert "deepcached(pipe, 2)" in python and "load_lora(find('zork.safetensors', \"lora\")), 0.5" in python
 
 
@@ -74,7 +81,7 @@ def test_what_a_picture_carries_is_read_back():
     assert from_carried({"prompt": "a", "tome": 0.5, "steps": None}) == Settings("a")
 
 
-@pytest.mark.parametrize("name", [name for name in ABOUT if name not in ("lora", "embedding")])
+@pytest.mark.parametrize("name", [name for name in ABOUT if name not in ("lora", "embedding", "control")])
 def test_a_value_of_the_wrong_type_is_named(name):
     with pytest.raises(ValueError, match=f"its {name} is"):
         from_carried({name: {"odd": 1}})

@@ -110,6 +110,17 @@ MODES = {
 }
 
 
+def check(weight: float, start: float, end: float, mode: str) -> None:
+    """Raises ValueError for what cannot be done."""
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of a ControlNet must be a finite number, not {weight}")
+    if not 0 <= start < end <= 1:
+        said = f"{start:g} to {end:g}"
+        raise ValueError(f"a ControlNet works from one share of the steps to a later one, not {said}")
+    if mode not in MODES:
+        raise ValueError(f"the mode of a ControlNet is one of {', '.join(MODES)}, not {mode!r}")
+
+
 @dataclass
 class Control:
     """A ControlNet, and the picture that it goes by."""
@@ -122,15 +133,7 @@ class Control:
     mode: str = "balanced"  # one of MODES
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise ValueError(f"the weight of a ControlNet must be a finite number, not {self.weight}")
-        if not 0 <= self.start < self.end <= 1:
-            raise ValueError(
-                f"a ControlNet works from one share of the steps to a later one, as in 0 to 0.5, not"
-                f" {self.start:g} to {self.end:g}"
-            )
-        if self.mode not in MODES:
-            raise ValueError(f"the mode of a ControlNet is one of {', '.join(MODES)}, not {self.mode!r}")
+        check(self.weight, self.start, self.end, self.mode)
         self.hint = open_picture(self.hint)
 
     def works(self, step: int, steps: int) -> bool:

@@ -19,7 +19,8 @@ SOON = 10  # seconds to wait for an answer
 def find(source: str | Path, part: str = "") -> Path:
     """Returns the path of "mini", of a file or folder, or else of what is on the hub.
 
-    part: "vae" or "unet" if the repository may hold that part alone, "lora" if it is to hold a LoRA.
+    part: "vae" or "unet" if the repository may hold that part alone, "lora" or "control" if it is to hold a
+    LoRA or a ControlNet.
     """
     try:
         return model_loader.find(source)
@@ -39,7 +40,7 @@ def _wanted(files: Collection[str], part: str) -> list[str]:
     """Picks the files with weights that are needed; [] if a part has none."""
     if part == "lora":
         return lora_files(files)
-    if part and (alone := weight_files(files)):
+    if (part and (alone := weight_files(files))) or part == "control":
         return alone
     folders = {name.split("/")[0] for name in files}
     family = model_loader.family_of(files, {}, FAMILIES)
@@ -84,6 +85,7 @@ def _download(repository: str, part: str) -> Path:
     needed = {
         "": "a model in the folders of diffusers",
         "lora": "one LoRA",
+        "control": "a ControlNet",
         "vae": "a VAE",
         "unet": "a U-Net",
     }

@@ -90,7 +90,7 @@ def test_the_right_hint_explains_a_noisy_picture_better_and_the_model_stays(pipe
     data = with_edges(latents(), pipe, tmp_path / "edges", (20, 40))
 
     def loss(net: ControlNet, data: Any) -> float:
-        model = TextToControl(pipe.models["clip"], pipe.models["diffusion"], net, 8)  # type: ignore[arg-type]
+        model = TextToControl(pipe.models["clip"], pipe.models["diffusion"], net, 8)
         return measured_loss(model, data, forward_process(SMALL.schedule), 8, 0)["_high_noise"]
 
     net = load_control(out, pipe, fast=False)
