@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..families.sd3 import StableDiffusion3
+from ..families.sdxl import StableDiffusionXL
 from ..kernels import graphs
 from ..model import attention, clip, ddpm, decoder, diffusion, encoder, pipeline, samplers
 from ..model.pictures import to_tensor
@@ -92,11 +93,15 @@ def mistake(
 
 def bugs_of(pipe: StableDiffusion) -> dict[str, Bug]:
     """Returns the bugs that a model of this family can have."""
-    if not isinstance(pipe, StableDiffusion3):
-        return BUGS
-    from .bugs_sd3 import SD3_BUGS
+    if isinstance(pipe, StableDiffusion3):
+        from .bugs_sd3 import SD3_BUGS
 
-    return SD3_BUGS
+        return SD3_BUGS
+    if isinstance(pipe, StableDiffusionXL):
+        from .bugs_sdxl import SDXL_BUGS
+
+        return SDXL_BUGS
+    return BUGS
 
 
 def with_methods(network: nn.Module, kind: type[nn.Module], **methods: Callable[..., Any]) -> Patches:

@@ -97,14 +97,16 @@ def scale_shift_swapped(pipe: StableDiffusion) -> Patches:
     into=SD3_BUGS,
 )
 def last_layer(pipe: StableDiffusion) -> Patches:
-    def both(self: TextEncoder, tokens: Tensor, ends: Tensor, skip: int = 0) -> tuple:
-        words = self.embedding(tokens)
-        for layer in self.layers:
-            words = layer(words)
-        return words, TextEncoder.both(self, tokens, ends, skip)[1]
-
     for name in ("clip", "clip_2"):
-        yield from with_methods(pipe.models[name], TextEncoder, both=both)
+        yield from with_methods(pipe.models[name], TextEncoder, both=both_with_the_last_layer)
+
+
+def both_with_the_last_layer(self: TextEncoder, tokens: Tensor, ends: Tensor, skip: int = 0) -> tuple:
+    """In place of `TextEncoder.both`: the words come from the last layer."""
+    words = self.embedding(tokens)
+    for layer in self.layers:
+        words = layer(words)
+    return words, TextEncoder.both(self, tokens, ends, skip)[1]
 
 
 @mistake(
