@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +28,20 @@ def own_pictures(recipe: Recipe, caption: str | None = None) -> Pictures:
 
     caption: of pictures without one of their own; None: the recipe's.
     """
+    fallback = getattr(recipe.training, "caption", "") if caption is None else caption
     pictures = open_pictures(
         recipe.data,
         split=recipe.split,
         image_column=recipe.image_column or None,
         caption_column=recipe.caption_column or None,
-        caption=getattr(recipe.training, "caption", "") if caption is None else caption,
+        caption=fallback,
     )
+    if caption is None and fallback and all(item.captions != (fallback,) for item in pictures.items):
+        warnings.warn(
+            f"caption is set to {fallback!r} and not used, as every picture has words of its own; `trigger`"
+            " puts words before those",
+            stacklevel=2,
+        )
     if not (recipe.trigger or recipe.shuffle_tags):
         return pictures
     return pictures.dressed(recipe.trigger, recipe.shuffle_tags, recipe.keep_tags, recipe.training.loop.seed)
@@ -44,6 +52,7 @@ def other_pictures(recipe: Recipe, data: str, caption: str | None = None) -> Pic
 
     caption: see `own_pictures`.
     """
+    caption = getattr(recipe.training, "caption", "") if caption is None else caption
     return own_pictures(replace(recipe, data=data, trigger=""), caption)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from reifusion import api
+from reifusion.kernels import native
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.weights.lora import LoRA, Update, apply, remove
-from tests.derivatives.test_matrix import INPUTS, MODES, Case, agree, backward, made
+from tests.derivatives.test_matrix import INPUTS, MODES, REFUSED, Case, agree, backward, dual, jvp, made, vjp
 from tests.model.test_fast import error, normal
 from tests.tiny import SMALL, WORDS, random_networks
 
@@ -47,6 +48,50 @@ def test_a_lora_on_any_matrix_gets_its_gradients_in_training_with_autocast(insta
         with torch.autocast("cpu", torch.bfloat16):
             found = backward(case, {key: case.values[key]})
         assert error(found[key], exact[key]) < 0.3, key
+
+
+@pytest.mark.skipif(
+    not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(), reason="this CPU cannot run attention.c"
+)
+def test_the_kernel_in_c_steps_aside_for_derivatives_where_it_would_draw(monkeypatch):
+    """On CPUs with AMX it is never chosen; here it is forced upon them."""
+    monkeypatch.setattr(native, "_suits", lambda: True)
+    monkeypatch.setenv("REIFUSION_NATIVE", "1")
+    native._library.cache_clear()
+    used: list[Tensor | None] = []
+    kernel = native.flash_attention
+
+    def noted(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        used.append(kernel(q, k, v))
+        return used[-1]
+
+    monkeypatch.setattr(native, "flash_attention", noted)
+    try:
+        case = made("unet", "bf16", True)
+        with torch.inference_mode():
+            case.network(*(x.bfloat16() for x in (X, WORDS_)), T)
+        if used[0] is None:
+            pytest.skip("there is no compiler")
+        used.clear()
+        for name, mode in MODES.items():
+            for way in (vjp, jvp, dual):
+                if (way, name) in REFUSED:
+                    continue
+                for key in ("words", "latents", *(k for k in case.values if k.endswith("kv.weight"))):
+                    with mode():
+                        found = way(case, {key: case.values[key]})
+                    if isinstance(found, dict):
+                        agree(case, found)
+                    else:
+                        assert found is not None
+                        exact = made("unet")
+                        gradient = backward(exact, {key: exact.values[key]})[key]
+                        slope = (gradient * case.directions[key].double()).sum()
+                        assert abs(found.double() - slope) <= case.within * gradient.norm(), (key, way)
+        agree(case, backward(case, {"words": case.values["words"]}))
+        assert not used
+    finally:
+        native._library.cache_clear()
 
 
 # Batches of batches, and second derivatives

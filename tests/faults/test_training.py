@@ -235,6 +235,15 @@ def test_a_key_that_would_have_no_effect_is_refused(here, tmp_path, what, keys, 
         follow(what, f"folder={tmp_path}", *(key.format(here) for key in keys))
 
 
+def test_a_caption_that_no_picture_needs_is_said(here, tmp_path):
+    keys = ["steps=1", f"validation_data={here}/data"]
+    _, said = lora(here, tmp_path / "own", "caption=a zork", *keys)
+    assert said.count("caption is set to 'a zork' and not used") == 1
+    silent = pictures(tmp_path / "silent", caption="")
+    _, said = lora(here, tmp_path / "silent run", "caption=a zork", f"data={silent}", *keys)
+    assert "not used" not in said and "get 'a zork'" in said
+
+
 def test_a_lora_learns_for_the_prediction_type_that_is_asked_for(here, tmp_path):
     plain, epsilon = (
         load_file(lora(here, tmp_path / name, *more)[0])
