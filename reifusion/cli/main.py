@@ -25,6 +25,7 @@ from ..threads import wait_briefly
 from .batch import batch
 from .check import check
 from .draw import generate
+from .edges import edges
 from .evaluate import evaluate
 from .grid import grid
 from .lora import app as lora
@@ -41,6 +42,7 @@ app.command()(grid)
 app.command()(info)
 app.command()(convert)
 app.command()(samplers)
+app.command()(edges)
 app.command()(evaluate)
 app.add_typer(lora, name="lora")
 app.add_typer(vae, name="vae")

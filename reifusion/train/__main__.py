@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 
 from ..threads import wait_briefly
 
-DESCRIPTION = """Trains a VAE, sharpens one, or trains a text-to-image model, a LoRA or a new word, as a
-recipe says; `mini` trains a whole model like the built-in one from nothing, in ten minutes on a GPU or in a
-night on two CPU cores. The same command resumes a run that was stopped, by Ctrl-C or by a power cut."""
+DESCRIPTION = """Trains a VAE, sharpens one, or trains a text-to-image model, a LoRA, a new word or a
+ControlNet, as a recipe says; `mini` trains a whole model like the built-in one from nothing, in ten minutes
+on a GPU or in a night on two CPU cores. The same command resumes a run that was stopped, by Ctrl-C or by a
+power cut."""
 
 # The recipes of `reifusion train mini`, in order: on a GPU, and on a CPU.
 MINI = {
@@ -29,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("reifusion train", description=DESCRIPTION)
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument(
-        "what", choices=("vae", "sharpen", "text2image", "lora", "inversion", "mini"), help="what to train"
+        "what",
+        choices=("vae", "sharpen", "text2image", "lora", "inversion", "control", "mini"),
+        help="what to train",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--config", metavar="RECIPE", help="a .toml file, or the name of a built-in recipe")

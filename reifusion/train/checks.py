@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from . import critic as critics
 from . import text2image
 from . import vae as vaes
 from .checkpoint import TrainingError
+from .control import TextToControl, fresh
 from .inversion import Learned, new_word
 from .loop import (
     BatchPart,
@@ -287,11 +288,16 @@ def narrow_subject(recipe: Recipe) -> tuple[nn.Module, dict[str, Callable[[nn.Mo
         return lambda model: text2image.denoising_loss(model, sampler, latents, tokens, t, noise, weights)[0]
 
     model = TextToImage(config)
+    terms = {prediction: term(prediction) for prediction in ("epsilon", "v_prediction", "flow")}
+    if recipe.train == "control":
+        hints = (torch.rand(2, config.vae.factor**2, side, side, generator=generator) < 0.2).double()
+        latents = torch.cat([latents, hints], dim=1)
+        return awake(_with_control(model, config, recipe)), terms
     if recipe.train == "lora":
         _attach(model, recipe)
     elif recipe.train == "inversion":
         model.clip.embedding.token = Learned(model.clip.embedding.token, 3)  # type: ignore[assignment]
-    return awake(model), {prediction: term(prediction) for prediction in ("epsilon", "v_prediction", "flow")}
+    return awake(model), terms
 
 
 def sharpening_terms(
@@ -386,7 +392,7 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
         both = WithCritic(VAE(config.vae)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return both, sharpening_objective(blots, pixels, config.vae, training)
     model = TextToImage(config)
-    if recipe.start or recipe.train in ("lora", "inversion"):
+    if recipe.start or recipe.train in ("lora", "inversion", "control"):
         _, models, tokenizer = load(recipe.start or "mini", dtype=torch.float32)
         if recipe.train == "inversion":
             new_word(tokenizer, training)
@@ -404,8 +410,13 @@ def subject(recipe: Recipe) -> tuple[nn.Module, Objective]:
     latents = blots(generator, 64, pixels // config.vae.factor, config.unet.in_channels)
     tokens = torch.randint(config.clip.vocab_size, (64, config.clip.context_length), generator=generator)
     sampler = forward_process(config.schedule)
-    data = Latents(latents, tokens, beside=config.unet.in_channels - config.vae.latent_channels)
-    return model, text2image.denoising_objective(data, tokens[0], sampler, training)
+    beside, trained = config.unet.in_channels - config.vae.latent_channels, cast(nn.Module, model)
+    if recipe.train == "control":
+        beside, trained = config.vae.factor**2, _with_control(model, config, recipe)
+        hints = torch.rand(64, beside, *latents.shape[2:], generator=generator) < 0.2
+        latents = torch.cat([latents, hints.float()], dim=1)
+    data = Latents(latents, tokens, beside=beside)
+    return trained, text2image.denoising_objective(data, tokens[0], sampler, training)
 
 
 def blots(generator: torch.Generator, count: int, size: int, channels: int = 3) -> Tensor:
@@ -417,3 +428,8 @@ def blots(generator: torch.Generator, count: int, size: int, channels: int = 3) 
 def _attach(model: nn.Module, recipe: Recipe) -> None:
     training = recipe.training
     attach(model, training.rank, training.alpha, training.all_targets, training.dropout)
+
+
+def _with_control(model: TextToImage, config: ModelConfig, recipe: Recipe) -> TextToControl:
+    control = fresh(model.diffusion, config, recipe.training.hint_channels)
+    return TextToControl(model.clip, cast(UNet, model.diffusion), control, config.vae.factor)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..files import whole
+from ..model.config import ModelConfig
 from ..model.diffusion import UNet
 from ..model.pictures import to_picture
 from ..model.pipeline import StableDiffusion
@@ -50,6 +51,7 @@ class ControlTraining(TextToImageTraining):
         1.0, "1: all timesteps are equally frequent; below 1: noisy ones are more frequent", above=0
     )
     # What the words do not say, the hint has to: so it is obeyed without a prompt, too.
+    caption: str = key("", "of pictures without a caption of their own")
     caption_dropout: float = key(
         0.5, 'share of captions replaced by "", so that the hint is obeyed without them', least=0, most=1
     )
@@ -80,27 +82,21 @@ class TextToControl(nn.Module):
         return steered(self.diffusion, added, x, words, t).to(x_t.dtype)
 
 
-def fresh(pipe: StableDiffusion, channels: Sequence[int] = ()) -> ControlNet:
-    """A ControlNet for a model, which does not steer yet: its way down is a copy of the model's.
+def fresh(unet: nn.Module, config: ModelConfig, channels: Sequence[int] = ()) -> ControlNet:
+    """A ControlNet for a model's U-Net, which does not steer yet: its way down is a copy of the model's.
 
     Raises RecipeError for a model without a U-Net of Stable Diffusion 1.x's kind, and for a number of
     channels that does not lead from pixels to the U-Net's places.
     """
-    unet = pipe.models["diffusion"]
-    if not isinstance(unet, UNet) or "clip_2" in pipe.models or pipe.config.unet.guidance_width is not None:
-        raise RecipeError(
-            f"a ControlNet is trained for models of 1.x's and 2.x's kind, not {pipe.config.name}"
-        )
-    if pipe.config.inpaints or pipe.config.edits:
-        raise RecipeError(
-            f"a ControlNet is trained for models that see latents alone, not {pipe.config.name}"
-        )
-    levels = len(pipe.config.vae.channels) + (pipe.config.unet.patch.bit_length() - 1)
+    name = config.name
+    if type(config) is not ModelConfig or not isinstance(unet, UNet):
+        raise RecipeError(f"a ControlNet is trained for models of 1.x's and 2.x's kind, not {name}")
+    if config.inpaints or config.edits:
+        raise RecipeError(f"a ControlNet is trained for models that see latents alone, not {name}")
+    levels = len(config.vae.channels) + (config.unet.patch.bit_length() - 1)
     channels = tuple(channels) or tuple(16 * 2 ** min(i, 4) for i in range(levels))
     if len(channels) != levels:
-        raise RecipeError(
-            f"hint_channels must be {levels} numbers for {pipe.config.name}, not {len(channels)}"
-        )
+        raise RecipeError(f"hint_channels must be {levels} numbers for {name}, not {len(channels)}")
     whole_unet = copy.deepcopy(unet)
     del whole_unet.up, whole_unet.norm, whole_unet.conv_out
     return ControlNet(whole_unet, channels).requires_grad_()
@@ -123,7 +119,7 @@ def train_control(
     that it cannot be trained for, and what `optimise` raises.
     """
     folder, out, config = Path(folder), Path(out), pipe.config
-    control = fresh(pipe, training.hint_channels)
+    control = fresh(pipe.models["diffusion"], config, training.hint_channels)
     thresholds = training.edge_low, training.edge_high
     made_of = dict(made_of) | {
         "base model": "".join(digest(pipe.models[part].state_dict()) for part in ("clip", "diffusion")),

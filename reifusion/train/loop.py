@@ -82,7 +82,7 @@ class LoopConfig:
         0,
         "steps between two models that stay, each in a file with its step in its name; 0: only the last",
         least=0,
-        trains=("text2image", "lora", "inversion"),
+        trains=("text2image", "lora", "inversion", "control"),
     )
     # On a GPU, losses are read and their health is checked at these steps alone: reading makes a GPU wait.
     log_every: int = key(20, "steps between two lines of the log", least=1)

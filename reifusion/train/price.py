@@ -16,6 +16,7 @@ from ..model.pipeline import StableDiffusion
 from ..weights.hub import is_id
 from . import ready
 from .checks import Cost, blots, cost, subject
+from .control import SHOWN, TextToControl
 from .images import Pictures
 from .latents import HOLES
 from .material import other_pictures, own_pictures
@@ -42,6 +43,10 @@ def dry_run(recipe: Recipe, before_its_vae: bool = False) -> str:
     saving = getattr(recipe.training, "gradient_checkpointing", False)
     unet = model.diffusion if saving and isinstance(model, TextToImage) else None
     price = cost(model, objective, recipe.training.loop, unet, moments=moments(recipe))
+    if isinstance(model, TextToControl):
+        clip, diffusion = model.clip, model.diffusion
+        model = TextToImage(config)
+        model.clip, model.diffusion = clip, diffusion  # type: ignore[assignment]
     if not isinstance(model, TextToImage):
         return _table(price, found)
     vae = VAE(config.vae) if before_its_vae else load_vae(recipe.vae or recipe.start or "mini", config)
@@ -110,6 +115,8 @@ def sheet(model: TextToImage, vae: VAE, config: ModelConfig, prompts: int, side:
 def _prompts(recipe: Recipe, found: dict[str, Pictures], side: int) -> int:
     """Returns how many prompts are on a sheet."""
     captions = [text for item in found[""].items for text in item.captions] if found.get("") else None
+    if recipe.train == "control":
+        return 2 * SHOWN  # with words, and without
     if recipe.train == "inversion":
         return len(prompts_of_sheet(recipe.prompts or ("",) * 4, None, side, 0))
     many = len(prompts_of_sheet(recipe.prompts, captions, side, recipe.training.loop.seed))

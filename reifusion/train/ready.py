@@ -13,6 +13,7 @@ import torch
 from .. import families
 from ..files import writable
 from ..model.config import ModelConfig
+from .control import fresh
 from .keys import RecipeError
 from .loop import LoopConfig, learning_rate, processes
 from .lora import chosen_layers
@@ -164,6 +165,13 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
             raise RecipeError(
                 f"rank must be at most {most}, the size of the largest layer, not {recipe.training.rank}"
             )
+    elif recipe.train == "control":
+        low, high = recipe.training.edge_low, recipe.training.edge_high
+        if low > high:
+            raise RecipeError(f"edge_low must be at most edge_high, and not {low:g} and {high:g}")
+        if importlib.util.find_spec("cv2") is None:
+            raise RecipeError("edges are found by OpenCV: pip install 'reifusion[control]'")
+        fresh(families.build(config)["diffusion"], config, recipe.training.hint_channels)
     elif not recipe.training.train_text_encoder and not recipe.start:
         raise RecipeError(
             "train_text_encoder=false would leave the text encoder's random weights as they are; set start"

@@ -23,6 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from .control import ControlTraining
 from .inversion import InversionTraining
 from .keys import Key, RecipeError, about, check, key, shortened
 from .lora import LoRATraining
@@ -36,9 +37,11 @@ TRAININGS = {
     "text2image": TextToImageTraining,
     "lora": LoRATraining,
     "inversion": InversionTraining,
+    "control": ControlTraining,
 }
 FROM_NOTHING = ("vae", "sharpen", "text2image")
 DENOISERS = ("text2image", "lora")
+CAPTIONED = (*DENOISERS, "control")
 DRAW = (*DENOISERS, "inversion")  # trainings that show pictures of prompts
 # In a checkout, the recipes lie beside the package; in an installed package, inside it.
 FOLDERS = (Path(__file__).parent.parent.parent / "recipes", Path(__file__).parent / "recipes")
@@ -61,7 +64,9 @@ ELSEWHERE = {
 class Recipe:
     """The inputs and outputs of a run. `training` has the other keys, which are flat in the file as well."""
 
-    train: str = key("", "vae, sharpen, text2image, lora or inversion: a file is used by that command only")
+    train: str = key(
+        "", "vae, sharpen, text2image, lora, inversion or control: a file is used by that command only"
+    )
     data: str = key("emoji", 'a folder, parquet, .tar shards or a hub id; "emoji": the mini\'s own pictures')
     split: str = key("train", "the split of the data, if it has several")
     image_column: str = key("", 'the column of the pictures; "": found by name and type')
@@ -109,15 +114,15 @@ class Recipe:
         False, "with v_prediction: all noise at the last timestep", trains=DENOISERS
     )
     mirror: bool = key(False, "true: pictures of your own are also shown mirrored")
-    trigger: str = key("", 'words put before every caption, as "a zork,"', trains=DENOISERS)
+    trigger: str = key("", 'words put before every caption, as "a zork,"', trains=CAPTIONED)
     shuffle_tags: bool = key(
-        False, "true: the parts of a caption between commas come in any order", trains=DENOISERS
+        False, "true: the parts of a caption between commas come in any order", trains=CAPTIONED
     )
     keep_tags: int = key(
-        1, "the first parts of a caption, which stay where they are", least=0, trains=DENOISERS
+        1, "the first parts of a caption, which stay where they are", least=0, trains=CAPTIONED
     )
     crops: int = key(
-        1, "different parts of each picture to learn from; 1: its middle", least=1, trains=DENOISERS
+        1, "different parts of each picture to learn from; 1: its middle", least=1, trains=CAPTIONED
     )
     regularisation: str = key(
         "", "pictures of what must not change, as data; every other step learns from these", trains=DENOISERS
@@ -133,9 +138,9 @@ class Recipe:
         " heart",
         least=0,
         below=1,
-        trains=DENOISERS,
+        trains=CAPTIONED,
     )
-    validation_data: str = key("", "other pictures to measure the loss on, as data", trains=DENOISERS)
+    validation_data: str = key("", "other pictures to measure the loss on, as data", trains=CAPTIONED)
     folder: str = key("", 'for checkpoints, curves and sheets; "": runs/ and the recipe\'s name')
     out: str = key("", 'the file of the finished model; "": in the folder')
     dtype: str = key(

@@ -21,6 +21,7 @@ from ..model.tokenizer import Tokenizer
 from ..weights import info, load, read_back, save
 from . import ready
 from .checkpoint import digest, unchanged
+from .control import train_control
 from .images import Pictures, some
 from .inversion import train_inversion, with_word
 from .latents import LatentData, Mixed
@@ -55,6 +56,7 @@ def run(recipe: Recipe) -> Path:
         "text2image": run_text2image,
         "lora": run_lora,
         "inversion": run_inversion,
+        "control": run_control,
     }
     with told_elsewhere(recipe):
         return ways[recipe.train](recipe, config)
@@ -294,3 +296,26 @@ def run_inversion(recipe: Recipe, config: ModelConfig) -> Path:
         mirror=recipe.mirror,
         prompts=prompts_of_sheet(recipe.prompts or with_word((), word)[:4], None, side, 0),
     )
+
+
+def run_control(recipe: Recipe, config: ModelConfig) -> Path:
+    """Trains a ControlNet from edges for the model in `start`; the file holds the ControlNet alone."""
+    begun, start = time.monotonic(), recipe.start or "mini"
+    _, models, tokenizer = load(start, dtype=torch.float32)
+    vae = load_vae(start, config)
+    pipe = StableDiffusion(config, tokenizer, models, processes().device)
+    for network in models.values():
+        network.to(processes().device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    source = captioned_pictures(recipe)
+    made_of = {
+        "VAE": digest(vae.encoder.state_dict()),
+        "data": source.digest(),
+        "validation": f"{recipe.validation:g}",
+    }
+    folder = Path(recipe.folder)
+    unchanged(folder / "checkpoint.pt", made_of, recipe.training.loop.allow_changes)
+    data, _ = captioned_latents(recipe, source, config, vae, tokenizer)
+    data, held_out = validation(recipe, data, config, vae, tokenizer)
+    held_out.pop("seen", None)
+    spent = time.monotonic() - begun
+    return train_control(pipe, data, held_out, recipe.training, folder, recipe.out, made_of, spent)

@@ -67,8 +67,8 @@ SIZES = {
 
 def model_config(recipe: Recipe) -> ModelConfig:
     """Returns the sizes that the recipe names, with the recipe's way of adding noise."""
-    # A LoRA or a word is for the mini unless told.
-    start = recipe.start or ("mini" if recipe.train in ("lora", "inversion") else "")
+    # A LoRA, a word or a ControlNet is for the mini unless told.
+    start = recipe.start or ("mini" if recipe.train in ("lora", "inversion", "control") else "")
     if start and not is_vae(start):
         base = find_config(start)
     elif recipe.model in SIZES:

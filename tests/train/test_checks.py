@@ -261,7 +261,12 @@ def own_pictures(folder, count: int) -> None:
         ("text2image", ["data=nowhere/at/all"], DataError, "nowhere/at/all does not exist"),
         ("text2image", ["data=empty"], DataError, "holds no .jpg"),
         ("text2image", ["data=one", "validation=0.1"], RecipeError, "only one picture"),
-        ("text2image", ["data=one", "validation_data=./none"], DataError, "none is not a file or folder here"),
+        (
+            "text2image",
+            ["data=one", "validation_data=./none"],
+            DataError,
+            "none is not a file or folder here",
+        ),
         ("text2image", ["data=one", "regularisation=empty"], DataError, "empty holds no"),
         ("text2image", ["data=one", "caption_column=words"], DataError, "has no column 'words'"),
         ("text2image", ["data=one", "prompts=['none.txt']"], RecipeError, "none.txt cannot be read"),

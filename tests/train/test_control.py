@@ -95,7 +95,7 @@ def test_the_right_hint_explains_a_noisy_picture_better_and_the_model_stays(pipe
 
     net = load_control(out, pipe, fast=False)
     assert loss(net, data) < 0.85 * loss(net, Wrong(data))
-    assert loss(net, data) < 0.7 * loss(fresh(pipe), data)
+    assert loss(net, data) < 0.7 * loss(fresh(pipe.models["diffusion"], SMALL), data)
     assert (tmp_path / "sheet-000150.png").exists()
 
 
@@ -103,7 +103,9 @@ def test_it_draws_with_its_file_and_begins_as_the_model(pipe, tmp_path):
     hint = Image.new("RGB", (32, 32))
     ImageDraw.Draw(hint).line((4, 4, 28, 20), "white", 2)
     settings = {"steps": 3, "seed": 1, "progress": False}
-    drawn = controlled(pipe, Control(fresh(pipe).eval(), hint)).generate("cat", **settings)
+    drawn = controlled(pipe, Control(fresh(pipe.models["diffusion"], SMALL).eval(), hint)).generate(
+        "cat", **settings
+    )
     assert np.array_equal(np.asarray(drawn), np.asarray(pipe.generate("cat", **settings)))
     out = train_control(pipe, latents(), {}, training(3), tmp_path, tmp_path / "net.safetensors", {})
     trained = controlled(pipe, Control(load_control(out, pipe), hint)).generate("cat", **settings)
@@ -174,10 +176,10 @@ def test_own_pictures_of_several_shapes_have_their_own_hints(pipe, tmp_path):
 
 def test_models_that_it_cannot_be_trained_for_are_named(pipe):
     with pytest.raises(RecipeError, match="hint_channels must be 4 numbers"):
-        fresh(pipe, (8, 8))
+        fresh(pipe.models["diffusion"], SMALL, (8, 8))
     nine = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
     with pytest.raises(RecipeError, match="latents alone"):
-        fresh(StableDiffusion(nine, WORDS, random_networks(nine)))
+        fresh(random_networks(nine)["diffusion"], nine)
 
 
 def test_edges_are_those_of_shapes_and_need_opencv(monkeypatch):
