@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import reifusion
 from reifusion import cli, kernels, weights
 from reifusion.families.sd3 import PRESETS, SD3Config, SkipLayers, StableDiffusion3, Tokenizers, build
-from reifusion.families.sd3_files import from_shapes
+from reifusion.families.sd3_files import SD3, from_shapes
 from reifusion.families.unigram import Unigram
 from reifusion.model.ddpm import randn
+from reifusion.model.model_converter import convert
 from reifusion.model.model_loader import state_dict
 from reifusion.model.tensors import ModelError
 from reifusion.model.tokenizer import Tokenizer
@@ -322,29 +323,32 @@ def test_a_clip_l_without_a_projection_has_the_identity(models, single):
     assert weights.info(single).unused == ()
 
 
-@pytest.mark.parametrize("kind", ["bare", "a file of diffusers", "a model", "ours"])
-def test_a_transformer_is_taken_from_another_file(folder, single, kind, tmp_path, capsys):
+def test_a_transformer_is_taken_from_another_file(folder, tmp_path, capsys):
     other = random_networks(TINY)["diffusion"]
     for x in other.parameters():
         x.data *= 2
-    weights.save(TINY, {**networks(), "diffusion": other}, tmp_path / "other", "diffusers", tokenizers())
-    weights.save(TINY, {**networks(), "diffusion": other}, single, "compvis", tokenizers())
-    start, path = "model.diffusion_model.", tmp_path / "x.safetensors"
-    own = {name.removeprefix(start): x for name, x in load_file(single).items() if name.startswith(start)}
-    if kind == "bare":
-        save_file(own, path)
-    elif kind == "ours":
-        save_file(other.state_dict(), path)
-    elif kind == "a model":
-        path = tmp_path / "other"
-    else:
-        path = next((tmp_path / "other" / "transformer").glob("*.safetensors"))
-    _, loaded, _ = weights.load(folder, changes=weights.Changes(unet=path))
-    assert_same_networks({"diffusion": loaded["diffusion"]}, {"diffusion": other})
-    if path.is_file():
-        assert cli.main(["info", str(path)]) == 0
-        said = capsys.readouterr().out
-        assert "a transformer alone" in said and f"{sum(x.numel() for x in other.parameters()):,}" in said
+    model = tmp_path / "other"
+    weights.save(TINY, {**networks(), "diffusion": other}, model, "diffusers", tokenizers())
+    save_file(other.state_dict(), tmp_path / "ours.safetensors")
+    start, names = (
+        "model.diffusion_model.",
+        convert(native_state({"diffusion": other}), "compvis", TINY, SD3.layout),
+    )
+    stability = {name.removeprefix(start): x.contiguous() for name, x in names.items()}
+    save_file(stability, tmp_path / "bare.safetensors")
+    for path in (
+        tmp_path / "ours.safetensors",
+        tmp_path / "bare.safetensors",
+        next((model / "transformer").glob("*.safetensors")),
+        model / "transformer",
+        model,
+    ):
+        _, loaded, _ = weights.load(folder, changes=weights.Changes(unet=path))
+        assert_same_networks({"diffusion": loaded["diffusion"]}, {"diffusion": other})
+        if path.is_file():
+            assert cli.main(["info", str(path)]) == 0
+            said = capsys.readouterr().out
+            assert "a transformer alone" in said and f"{sum(x.numel() for x in other.parameters()):,}" in said
 
 
 def test_a_file_without_text_encoders_gets_one_sentence(single):

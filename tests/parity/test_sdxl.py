@@ -190,8 +190,9 @@ def assert_same(drawn: np.ndarray, expected: np.ndarray) -> None:
     assert (np.abs(drawn - expected) <= 1).mean() >= 0.999
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 40)])
-@pytest.mark.parametrize("negative", [None, "", "a dog"])
+@pytest.mark.parametrize(
+    ("width", "height", "negative"), [(64, 64, None), (72, 40, None), (72, 40, ""), (40, 72, "a dog")]
+)
 def test_the_picture_is_that_of_diffusers(base, width, height, negative):
     ours, theirs = load_pipe(base, "cpu", "fp32"), read(base)
     assert type(theirs.scheduler) is diffusers.EulerDiscreteScheduler
@@ -215,8 +216,7 @@ def test_no_negative_prompt_is_not_an_empty_one(base):
     assert np.abs(without - empty).max() > 5
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (40, 72)])
-@pytest.mark.parametrize("strength", [0.3, 0.8])
+@pytest.mark.parametrize(("width", "height", "strength"), [(64, 64, 0.3), (40, 72, 0.8)])
 def test_the_refiner_draws_over_a_picture_as_in_diffusers(refiner, width, height, strength):
     ours, theirs = load_pipe(refiner, "cpu", "fp32"), read(refiner, "StableDiffusionXLImg2ImgPipeline")
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (height, width, 3), "uint8"))
@@ -238,8 +238,8 @@ def give(pipe: Any, noise: torch.Tensor) -> None:
 def test_base_and_refiner_together_draw_as_in_diffusers(base, refiner, share):
     other = load_pipe(refiner, "cpu", "fp32")
     ours = replace(xl(base), refiner=other, share=share)
-    drawn = draw(ours, steps=10)
-    told = {"num_inference_steps": 10, "guidance_scale": 5.0}
+    drawn = draw(ours, steps=5)
+    told = {"num_inference_steps": 5, "guidance_scale": 5.0}
     first, second = read(base), read(refiner, "StableDiffusionXLImg2ImgPipeline")
     second.vae = first.vae
     latents = first(PROMPTS, latents=noise(64, 64), denoising_end=share, output_type="latent", **told).images
@@ -424,11 +424,15 @@ def test_every_format_is_written_and_read_bit_for_bit(written, to, tmp_path):
 INPAINTING = replace(BASE, unet=replace(BASE.unet, in_channels=9))
 
 
-@pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
 @pytest.mark.parametrize(
-    "config",
-    [BASE, REFINER, INPAINTING, SSD_1B, VEGA],
-    ids=["base", "refiner", "inpainting", "ssd-1b", "vega"],
+    ("config", "to"),
+    [
+        *((BASE, to) for to in ("native", "compvis", "diffusers")),
+        *((config, to) for config in (REFINER, SSD_1B) for to in ("compvis", "diffusers")),
+        (INPAINTING, "compvis"),
+        (VEGA, "compvis"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.name,
 )
 def test_a_published_model_is_recognised_by_its_shapes(config, to):
     """Names and shapes of the full size, without memory."""
@@ -821,12 +825,12 @@ def test_vectors_stand_for_a_prompt_with_what_is_said_of_the_whole_text(base):
 
 # At full width, 2.6 billion weights: half a minute and 11 GB
 
-MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")  # that is free
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @torch.inference_mode()
 @pytest.mark.slow
-@pytest.mark.skipif(MEMORY < 12e9, reason="takes 11 GB")
+@pytest.mark.skipif(MEMORY < 16e9, reason="takes 11 GB")
 @pytest.mark.parametrize(("width", "height"), [(24, 16)])
 def test_the_u_net_of_the_base_at_full_width_is_that_of_diffusers(width, height):
     unet = build(BASE)["diffusion"].to_empty(device="cpu").eval()
