@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..model.ddpm import randn
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
-from ..model.samplers import samplers_for
+from ..model.samplers import SAMPLERS, samplers_for
 from .figures import Exhibit, picture_grid, plain
 from .guide import GUIDE, one_line
 from .steer import rewritten
@@ -106,8 +106,13 @@ def steps(
 
 
 def suiting(pipe: StableDiffusion) -> list[str]:
-    """Returns the samplers that suit the model, except lcm, which needs a network distilled for it."""
-    return [name for name in samplers_for(pipe.config.schedule.prediction_type) if name != "lcm"]
+    """Returns the samplers that suit the model, except lcm, which needs a network distilled for it.
+
+    Of those beyond the book's, in `sampling/`, an exhibit shows the ones that it is asked for.
+    """
+    names = samplers_for(pipe.config.schedule.prediction_type)
+    beyond = "reifusion.sampling"
+    return [name for name in names if name != "lcm" and not SAMPLERS[name].__module__.startswith(beyond)]
 
 
 def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:

@@ -178,7 +178,7 @@ class Sampler:
         """√ᾱₜ and √(1 - ᾱₜ), shaped to broadcast over x (B, …), in x's dtype and on its device."""
         if self.timesteps.is_floating_point():
             alpha_bar = self.alpha_bar(torch.as_tensor(t, dtype=torch.float64, device="cpu"))
-            return beside(alpha_bar.sqrt(), x), beside((1 - alpha_bar).sqrt(), x)
+            return broadcast(alpha_bar.sqrt(), x), broadcast((1 - alpha_bar).sqrt(), x)
         signal, noise = self._roots(x)
         at = t.to(x.device).long().reshape(-1, *[1] * (x.ndim - 1)) if is_there(t, x) else int(t)
         return signal[at], noise[at]
@@ -303,10 +303,11 @@ def is_there(t: float | Tensor, x: Tensor) -> TypeGuard[Tensor]:
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device == x.device)
 
 
-def beside(values: Tensor, x: Tensor) -> Tensor:
+def broadcast(values: Tensor, x: Tensor) -> Tensor:
     """values (B,) or (), float64, shaped to broadcast over x (B, …), in x's dtype and on its device."""
-    shape = [-1, *[1] * (x.ndim - 1)] if values.ndim else []
-    return values.reshape(shape).to(x.dtype).to(x.device)
+    if values.ndim == 0:
+        return x.new_full((), values.item())  # for which a GPU need not wait
+    return values.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype).to(x.device)
 
 
 def exact(x: Tensor) -> Tensor:

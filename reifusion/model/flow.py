@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ddpm import Sampler, beside, exact, is_there
+from .ddpm import Sampler, broadcast, exact, is_there
 from .spacing import sigma_at
 
 
@@ -54,7 +54,7 @@ class FlowSampler(Sampler):
             return x.new_full((), 1 - sigma), x.new_full((), sigma)
         t = (t.cpu() if t.device.type == "mps" else t).double()  # which a Mac's GPU does not have
         sigmas = t.reshape(-1) / self.num_training_steps
-        return beside(1 - sigmas, x), beside(sigmas, x)
+        return broadcast(1 - sigmas, x), broadcast(sigmas, x)
 
     def velocity(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
         """The target of a flow network: dx/dσ, the same at every t."""

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .ddpm import SAMPLERS, Sampler, beside, exact
+from .ddpm import SAMPLERS, Sampler, broadcast, exact
 from .flow import FlowSampler as FlowSampler
 from .spacing import linspace, place_of
 
@@ -234,7 +234,7 @@ class DPMPP2MKarrasSampler(DPMPP2MSampler):
             for u in torch.as_tensor(t).long().flatten().tolist()
         ]
         a = torch.tensor(alpha_bar[0] if len(alpha_bar) == 1 else alpha_bar, dtype=torch.float64)
-        return beside(a.sqrt(), x), beside((1 - a).sqrt(), x)
+        return broadcast(a.sqrt(), x), broadcast((1 - a).sqrt(), x)
 
 
 def samplers_for(prediction_type: str) -> list[str]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..model.ddpm import Sampler, beside, exact
+from ..model.ddpm import Sampler, broadcast, exact
 from ..model.flow import shifted
 from ..model.samplers import EulerSampler
 from ..model.spacing import SCHEDULES, place_of, sigma_at
@@ -98,7 +98,7 @@ class Solver(EulerSampler):
         if self.prediction_type != "flow":
             return super()._signal_and_noise(t, x)
         s = torch.as_tensor(t, dtype=torch.float64, device="cpu") / self.num_training_steps
-        return beside((1 - s).clamp(min=LEAST_SIGNAL), x), beside(s, x)
+        return broadcast((1 - s).clamp(min=LEAST_SIGNAL), x), broadcast(s, x)
 
     @property
     def init_noise_sigma(self) -> float:
