@@ -128,3 +128,10 @@ def test_of_sdxl_every_part_is_fetched_once(parts):
     files += [name for own in names.values() for name in own]
     wanted = hub_module._wanted(files, "")
     assert sorted(wanted) == sorted(own[0] for own in names.values())
+
+
+@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+def test_for_a_denoiser_alone_the_folder_of_its_family_is_fetched(denoiser):
+    parts = [denoiser, "vae", "text_encoder", "text_encoder_2"]
+    files = ["model_index.json", *(f"{part}/model.safetensors" for part in parts)]
+    assert hub_module._wanted(files, "unet") == [f"{denoiser}/model.safetensors"]
