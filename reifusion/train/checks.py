@@ -83,8 +83,9 @@ class Cost:
             steps = max(1, int((60 * self.minutes - self.before) / (self.seconds * longer)))
             rows[f"{self.minutes:g} minutes"] = f"{steps:,} steps, {steps * self.samples:,.0f} samples"
         else:
-            # One more sheet comes soon, and one at the end.
-            all_in_all = self.before + steps * self.seconds * longer + 2 * self.sheet
+            working = steps * self.seconds
+            sheets = 1 + max(0, 1 + (working - between / 5) // between)  # the first soon, the last at the end
+            all_in_all = self.before + working + sheets * self.sheet
             rows[f"{steps:,} steps"] = f"{all_in_all / 3600:,.2f} hours"
         return "\n".join(f"{name:14} {value}" for name, value in rows.items())
 

@@ -105,7 +105,7 @@ def captioned_latents(
         tokenizer = tokenizer or vocabulary(captions, config, folder)
         size = recipe.size or config.size
         data = cache_latents(
-            vae.encoder,
+            vae.encoder.to(processes().device),
             source,
             size,
             folder / "latents",

@@ -101,7 +101,8 @@ def sheet(model: TextToImage, vae: VAE, config: ModelConfig, prompts: int, side:
     """Returns the seconds in which a sheet of so many prompts is drawn."""
     networks = {"clip": model.clip, "diffusion": model.diffusion, **dict(vae.named_children())}
     padding = SimpleNamespace(encode=lambda text: [0] * config.clip.context_length)  # in place of a tokenizer
-    pipe, few = StableDiffusion(config, padding, networks), min(2, prompts)
+    # Small pictures are drawn sooner together; a large one takes its time, and fills a machine by itself.
+    pipe, few = StableDiffusion(config, padding, networks), min(prompts, max(1, 8 * 128**2 // side**2))
     side = side // config.multiple * config.multiple
 
     def draw(steps: int) -> None:

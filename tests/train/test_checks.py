@@ -191,8 +191,11 @@ def test_cost_of_a_run_against_the_clock_is_what_it_can_do_in_that_time():
     # 20 of 120 seconds are gone before; of the others, half are for sheets, one for each minute of steps.
     slow = {"before": 20.0, "sheet": 60.0, "checkpoint_minutes": 1.0}
     assert rows(2.0, **slow).endswith("2 minutes      100 steps, 3,200 samples")
-    # 20 s, 500 s of steps and as many of sheets, and two more sheets
-    assert rows(None, **slow).endswith(f"1,000 steps    {(20 + 500 + 500 + 120) / 3600:.2f} hours")
+    # 20 s, 500 s of steps, and sheets after 12, 72, … 492 s of them and at the end
+    assert rows(None, **slow).endswith(f"1,000 steps    {(20 + 500 + 10 * 60) / 3600:.2f} hours")
+    # A run that is over before its first checkpoint has one sheet.
+    soon = slow | {"checkpoint_minutes": 100.0}
+    assert rows(None, **soon).endswith(f"1,000 steps    {(20 + 500 + 60) / 3600:.2f} hours")
 
 
 def test_a_training_that_changes_on_the_way_costs_what_its_parts_do():
