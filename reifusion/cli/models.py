@@ -71,7 +71,8 @@ def _memory(numbers: Mapping[str, int]) -> str:
 def _denoiser(sizes: Any) -> dict[str, str]:
     """What there is to say of a U-Net, or of the transformer in its place."""
     if hasattr(sizes, "channels"):
-        return {"unet": f"channels {' '.join(map(str, sizes.channels))}"}
+        channels, depths = (" ".join(map(str, x)) for x in (sizes.channels, sizes.attention))
+        return {"unet": f"channels {channels}, transformer layers {depths}"}
     return {"transformer": f"{sizes.layers} blocks of {sizes.width}, patches of {sizes.patch}x{sizes.patch}"}
 
 
