@@ -52,6 +52,7 @@ LATER = {
     "model/other_betas.py": "forward processes other than Stable Diffusion's",
     "model/words.py": "how a prompt is cut into words",
     "model/tokenizer_folder.py": "a tokenizer in the files of transformers",
+    "model/ask.py": "a request in the words of the first version, too",
     "model/asked.py": "the types of settings, for type checkers",
     "model/turns.py": "vectors in place of words, in each turn of the loop",
     "model/limits.py": "single values, checked",

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import reifusion
+from reifusion.model.ask import FIRST_WORDS
 from reifusion.model.asked import Asked, Rest, Several
-from reifusion.model.request import FIRST_WORDS, Request
+from reifusion.model.request import Request
 
 SCRIPT = """
 from typing import Any

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ..families.pooled_text import TextEncoder
 from ..families.sdxl import SDXLConfig
 from ..model import decoder
+from ..model.ask import ask
 from ..model.pipeline import StableDiffusion
-from ..model.request import Request, ask
+from ..model.request import Request
 from .bugs import Bug, Patches, mistake, with_methods
 from .bugs_sd3 import both_with_the_last_layer
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model import family
+from ..model.ask import ask
 from ..model.asked import Prompt
 from ..model.config import CLIPConfig, ModelConfig, VAEConfig
 from ..model.decoder import Decoder
@@ -24,7 +25,7 @@ from ..model.encoder import Encoder
 from ..model.guidance import Denoiser
 from ..model.modes import dtype_of
 from ..model.pipeline import StableDiffusion
-from ..model.request import Request, ask
+from ..model.request import Request
 from ..model.step import Step
 from .pooled_text import BIG_G, TextEncoder, padding_with, read_prompts
 from .sdxl_unet import SDXLUNet, SDXLUNetConfig, tell

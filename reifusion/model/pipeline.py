@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .about import about, about_html
+from .ask import ask
 from .asked import Asked, Prompt, Several
 from .config import ModelConfig
 from .ddpm import Sampler, exact, randn
@@ -30,7 +31,7 @@ from .modes import as_gradients_are as as_gradients_are
 from .modes import decoded, dtype_of
 from .pictures import fit, to_picture
 from .prompts import warn_of_syntax
-from .request import Request, ask
+from .request import Request
 from .samplers import SAMPLERS
 from .step import Step as Step
 from .step import Turn as Turn

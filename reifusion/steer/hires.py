@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..model.ask import ask
 from ..model.asked import Prompt
 from ..model.ddpm import randn
 from ..model.pipeline import StableDiffusion
-from ..model.request import Request, ask
+from ..model.request import Request
 
 WAYS = ("lanczos", "latent")
 MOST = 4.0  # times as large

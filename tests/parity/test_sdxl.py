@@ -28,12 +28,12 @@ from reifusion.explain.words import watch
 from reifusion.families.sdxl import BASE, REFINER, SSD_1B, VEGA, SDXLConfig, StableDiffusionXL, build
 from reifusion.families.sdxl_files import SDXL, to_diffusers
 from reifusion.families.sdxl_unet import SDXLUNetConfig, tell
+from reifusion.model.ask import ask
 from reifusion.model.config import CLIPConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.model_converter import convert, load_from_standard_weights, match, rules
 from reifusion.model.model_loader import preload_models_from_standard_weights, state_dict
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.model.request import ask
 from reifusion.model.tensors import ModelError
 from reifusion.settings import Settings
 from reifusion.weights import Changes, find_config, load, save
