@@ -179,7 +179,7 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, pictures, capsys):
         (["text2image", "--config", "mini", f"vae={tmp_path}/none.safetensors"], 2, "none.safetensors"),
         (["sharpen"], 2, "needs a trained VAE"),
         (["sharpen", f"start={tmp_path}/none.safetensors"], 2, "none.safetensors"),
-        (["lora", "data=emoji"], 1, "your own pictures"),
+        (["lora", "data=emoji"], 2, "your own pictures"),
         (["lora", f"data={tmp_path}/nothing"], 1, "does not exist"),
         (["lora", f"data={pictures}", "targets=['nowhere']"], 2, "no layer matches 'nowhere'"),
     ):
