@@ -118,6 +118,7 @@ def test_a_training_that_cannot_be_is_refused_before_it_begins(home, capsys):
         (["edge_low=300"], "edge_low must be at most edge_high"),
         (["hint_channels=[8,8]"], "hint_channels must be 4 numbers"),
         (["regularisation=x"], "regularisation"),
+        (["data=emoji"], "a folder of pictures"),
     ):
         assert main([*command, *more]) == 2
         assert said in capsys.readouterr().err

@@ -166,6 +166,11 @@ def _network(recipe: Recipe, config: ModelConfig) -> None:
                 f"rank must be at most {most}, the size of the largest layer, not {recipe.training.rank}"
             )
     elif recipe.train == "control":
+        if recipe.data == "emoji":
+            raise RecipeError(
+                "a ControlNet learns from a folder of pictures; set data to it, or let the model draw some"
+                " with `reifusion batch`"
+            )
         low, high = recipe.training.edge_low, recipe.training.edge_high
         if low > high:
             raise RecipeError(f"edge_low must be at most edge_high, and not {low:g} and {high:g}")
