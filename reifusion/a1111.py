@@ -94,7 +94,7 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
                 raise ValueError(f"its {title} is {shown(facts[title])}") from None
     negative = "\n".join(lines[begin:last]).removeprefix(NEGATIVE.strip()).strip()
     prompt = "\n".join(lines[:begin]).strip()
-    sampler, schedule = _sampler(facts, bool(values.get("churn")))
+    sampler, schedule = sampler_of(facts, bool(values.get("churn")))
     for option in ("eta", "s_noise", "churn"):
         if getattr(SAMPLERS.get(sampler or ""), option, None) is None:
             values.pop(option, None)  # which other programs write for samplers that do not use it
@@ -120,8 +120,11 @@ AUTOMATIC = {
 }
 
 
-def _sampler(facts: Mapping[str, str], churned: bool) -> tuple[str | None, str | None]:
-    """Returns our names of the sampler and the schedule; None where none is said, or none built in."""
+def sampler_of(facts: Mapping[str, str], churned: bool = False) -> tuple[str | None, str | None]:
+    """Returns our names of the sampler and the schedule; None where none is said, or none built in.
+
+    facts: "Sampler" and "Schedule type". churned: Euler is with churn. Warns of what is not built in.
+    """
     asked, label = facts.get("Sampler"), facts.get("Schedule type", "")
     if asked is None:
         return None, None

@@ -63,15 +63,20 @@ def entry(settings: Settings, request: Request, pipe: StableDiffusion) -> Entry:
 
 def save(picture: Image.Image, entry: Entry, path: Path) -> Path:
     """Writes the picture to the path, or to path-2, path-3, … if the path is taken; returns where it is."""
-    chunks = PngInfo()
+    with scratch(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=chunks(entry))
+        return put(temporary, path)
+
+
+def chunks(entry: Entry) -> PngInfo:
+    """Returns the entry as a PNG holds it: as text for other programs, and in JSON."""
+    texts = PngInfo()
     # A prompt that was not UTF-8 on the command line must not fail here, when the work is done.
     text = a1111.write(entry.settings, entry.model_name, entry.hashes["model"], entry.hashes.get("lora", ()))
-    chunks.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))
+    texts.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))
     said = {"version": __version__, **entry.carried(), "model_name": entry.model_name}
-    chunks.add_text("reifusion", json.dumps(said))
-    with scratch(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=chunks)
-        return put(temporary, path)
+    texts.add_text("reifusion", json.dumps(said))
+    return texts
 
 
 def read(path: str | Path) -> Entry:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .model.config import ModelConfig
-    from .model.pipeline import StableDiffusion
+    from .model.pipeline import StableDiffusion, Step
     from .model.request import Request
 
 
@@ -381,17 +381,26 @@ class Settings:
             ),
         )
 
-    def draw(self, pipe: StableDiffusion, request: Request, progress: bool = False) -> Image:
-        """Draws the one picture of a request, in one pass or in two, with weights or without."""
+    def draw(
+        self,
+        pipe: StableDiffusion,
+        request: Request,
+        progress: bool = False,
+        callback: Callable[[Step], Any] | None = None,
+    ) -> Image:
+        """Draws the one picture of a request, in one pass or in two, with weights or without.
+
+        callback: as for `pipe.generate`.
+        """
         if self.hires == 1 and self.emphasis is None:
-            return cast("Image", pipe.generate(request, progress=progress))
+            return cast("Image", pipe.generate(request, progress=progress, callback=callback))
         from .steer import emphasis, hires
 
         def words(one: Request) -> Request:
             return one if self.emphasis is None else emphasis.request(pipe, one, self.emphasis)
 
         more = self.hires, self.hires_strength, self.hires_by
-        return hires.generate(pipe, request, *more, progress=progress, words=words)[0]
+        return hires.generate(pipe, request, *more, progress=progress, words=words, callback=callback)[0]
 
     def config(self) -> ModelConfig:
         """Finds the model's config, with what these settings change in it, long before it is loaded."""

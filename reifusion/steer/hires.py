@@ -7,6 +7,7 @@ twice. So the first pass decides what is where, and the second adds what the lar
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from ..model.ask import ask
 from ..model.asked import Prompt
 from ..model.ddpm import randn
-from ..model.pipeline import StableDiffusion
+from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
 
 WAYS = ("lanczos", "latent")
@@ -34,6 +35,7 @@ def generate(
     *,
     progress: bool = True,
     words: Callable[[Request], Request] = lambda request: request,
+    callback: Callable[[Step], Any] | None = None,
     **settings: Any,
 ) -> list[Image.Image]:
     """Draws each picture of a request, and each once more `hires` times as large; returns the large ones.
@@ -42,6 +44,7 @@ def generate(
     does, in (0, 1]. hires_by: what is enlarged, the picture ("lanczos") or its latents ("latent"; softer, and
     less like the first). settings: as for `pipe.generate`. Raises ValueError for values outside these, and
     what `pipe.generate` raises. words: applied to the request of each pass, to put vectors in place of texts.
+    callback: as for `pipe.generate`, in both passes.
     """
     check(hires, hires_strength, hires_by)
     request = ask(prompt, **settings).for_model(pipe.config)
@@ -51,11 +54,11 @@ def generate(
         if hires == 1:
             again = one
         elif hires_by == "latent":
-            again = with_latents(pipe, one, hires, hires_strength, words)
+            again = with_latents(pipe, one, hires, hires_strength, words, callback)
         else:
-            first = _one(pipe.generate(words(one), progress=progress))
+            first = _one(pipe.generate(words(one), progress=progress, callback=callback))
             again = with_picture(pipe, one, first, hires, hires_strength)
-        pictures.append(_one(pipe.generate(words(again), progress=progress)))
+        pictures.append(_one(pipe.generate(words(again), progress=progress, callback=callback)))
     return pictures
 
 
@@ -91,11 +94,15 @@ def with_latents(
     hires: float,
     strength: float,
     words: Callable[[Request], Request] = lambda request: request,
+    callback: Callable[[Step], Any] | None = None,
 ) -> Request:
     """The second pass, which begins with the enlarged latents."""
     latents: Tensor | None = None
-    for step in pipe.denoise(words(request)):
-        latents = step.latents
+    with closing(pipe.denoise(words(request))) as steps:
+        for step in steps:
+            latents = step.latents
+            if callback is not None and callback(step) is False:
+                break
     assert latents is not None
     factor = pipe.config.vae.factor
     size = larger(pipe, request, hires)
