@@ -82,4 +82,4 @@ def read_prompts(
 def padding_with(tokenizer: Tokenizer, pad: str) -> Tokenizer:
     """Returns a tokenizer that fills up with another token."""
     merges, length = tokenizer.merges_text, tokenizer.context_length
-    return Tokenizer(merges, length, vocabulary=tokenizer._ids, pad=pad, exact=tokenizer.exact)
+    return Tokenizer(merges, length, vocabulary=tokenizer.vocabulary, pad=pad, exact=tokenizer.exact)

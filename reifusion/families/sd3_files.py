@@ -370,7 +370,7 @@ def tokenizers_of(path: Path, header: Mapping[str, str], config: SD3Config) -> T
     `spiece.model`. Warns if it is not there: T5 is then left out.
     """
     clip = family.tokenizer_of(path, header, config)
-    both = Tokenizers(clip.merges_text, clip.context_length, vocabulary=clip._ids, exact=clip.exact)
+    both = Tokenizers(clip.merges_text, clip.context_length, vocabulary=clip.vocabulary, exact=clip.exact)
     if config.t5 is None:
         return both
     if "t5" in header:

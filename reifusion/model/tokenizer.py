@@ -35,7 +35,7 @@ class Tokenizer:
 
     merges: None for CLIP's own, the text of a merges file, or its pairs. context_length: what `encode` pads
     and cuts to. vocabulary: token -> id, where a model's order is its own. pad: the token that fills up.
-    `.start`, `.end` and `.pad` are the ids of those tokens; all ids are less than `.vocab_size`.
+    `.vocabulary` has the id of each token, all less than `.vocab_size`; `.start`, `.end` and `.pad` are ids.
 
     A token that no merge makes was added later, as a word that textual inversion has learned: it is found in
     a prompt before anything is merged. exact: those of them whose letters must be written exactly so; the
@@ -67,22 +67,22 @@ class Tokenizer:
         tokens = [*letters, *(x + END_OF_WORD for x in letters), *(a + b for a, b in pairs), START, END]
         standard = {token: i for i, token in enumerate(tokens)}
         self.context_length = context_length
-        self._ids = standard if vocabulary is None else dict(vocabulary)
-        if missing := [token for token in (*standard, pad) if token not in self._ids]:
+        self.vocabulary = standard if vocabulary is None else dict(vocabulary)
+        if missing := [token for token in (*standard, pad) if token not in self.vocabulary]:
             raise ValueError(f"{len(missing)} tokens are not in the vocabulary, such as {missing[0]!r}")
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
-        self.start, self.end, self.pad = self._ids[START], self._ids[END], self._ids[pad]
-        if bad := [i for i in self._ids.values() if not isinstance(i, int) or i < 0]:
+        self.start, self.end, self.pad = self.vocabulary[START], self.vocabulary[END], self.vocabulary[pad]
+        if bad := [i for i in self.vocabulary.values() if not isinstance(i, int) or i < 0]:
             raise ValueError(f"{bad[0]!r} is not the id of a token")
-        added = self._ids.keys() - standard.keys() - {pad, ""}
+        added = self.vocabulary.keys() - standard.keys() - {pad, ""}
         # As they are shown: an added token like a word.
-        self._tokens = {i: "".join(as_bytes(x)) if x in added else x for x, i in self._ids.items()}
+        self._tokens = {i: "".join(as_bytes(x)) if x in added else x for x, i in self.vocabulary.items()}
         self.exact = sorted(added.intersection(exact))
         # A padding token of its own becomes special, in prompts too: SD 2.x pads with "!".
         self._special = _any_of((START, END, pad, *self.exact))
         self._added = {normal(token): self._all_of(token) for token in added if token not in self.exact}
         self._find_added = _any_of(self._added)
-        self.is_standard = self.pad == self.end and pairs == clip_merges() and self._ids == standard
+        self.is_standard = self.pad == self.end and pairs == clip_merges() and self.vocabulary == standard
 
     @classmethod
     def from_file(cls, path: str | Path, context_length: int = 77) -> Tokenizer:
@@ -95,20 +95,7 @@ class Tokenizer:
     def _all_of(self, token: str) -> tuple[int, ...]:
         """The ids of an added word: the token's own, and those of its word_1, word_2, …"""
         names = chain([token], (f"{token}_{k}" for k in count(1)))
-        return tuple(self._ids[name] for name in takewhile(self._ids.__contains__, names))
-
-    def with_word(self, word: str, ids: Sequence[int]) -> Tokenizer:
-        """Returns a tokenizer that knows one word more, as these ids. Raises ValueError for a known token."""
-        names = [word, *(f"{word}_{k}" for k in range(1, len(ids)))]
-        if not word.strip():
-            raise ValueError("a new word must have letters")
-        if known := [name for name in names if {name, f"{name}{END_OF_WORD}"} & self._ids.keys()]:
-            raise ValueError(f"{known[0]!r} is a word that the model knows already; give another name")
-        vocabulary = self._ids | dict(zip(names, ids))
-        pad = self._tokens[self.pad]
-        return Tokenizer(
-            list(self._ranks), self.context_length, vocabulary=vocabulary, pad=pad, exact=self.exact
-        )
+        return tuple(self.vocabulary[name] for name in takewhile(self.vocabulary.__contains__, names))
 
     @property
     def vocab_size(self) -> int:
@@ -175,7 +162,7 @@ class Tokenizer:
             if best not in self._ranks:
                 break
             parts = merge_pair(parts, best)
-        return tuple(self._ids[part] for part in parts)
+        return tuple(self.vocabulary[part] for part in parts)
 
 
 def as_bytes(word: str) -> list[str]:

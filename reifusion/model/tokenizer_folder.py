@@ -49,9 +49,9 @@ def write_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes the folder that `read_tokenizer` and `transformers.CLIPTokenizer.from_pretrained` read."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    merged = Tokenizer(tokenizer.merges_text)._ids.keys()
-    added = {token: i for token, i in tokenizer._ids.items() if token not in merged}
-    vocabulary = {token: i for token, i in tokenizer._ids.items() if token in merged}
+    merged = Tokenizer(tokenizer.merges_text).vocabulary.keys()
+    added = {token: i for token, i in tokenizer.vocabulary.items() if token not in merged}
+    vocabulary = {token: i for token, i in tokenizer.vocabulary.items() if token in merged}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
     (folder / "merges.txt").write_text(f"#version: 0.2\n{tokenizer.merges_text}\n", "utf-8")
     pad = tokenizer._tokens[tokenizer.pad]
@@ -64,10 +64,10 @@ def write_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     if added:
         (folder / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False), "utf-8")
         config["added_tokens_decoder"] = {
-            str(tokenizer._ids[token]): {
+            str(tokenizer.vocabulary[token]): {
                 "content": token,
                 "lstrip": False,
-                "normalized": token in tokenizer._ids.keys() - merged - {pad, *tokenizer.exact},
+                "normalized": token in tokenizer.vocabulary.keys() - merged - {pad, *tokenizer.exact},
                 "rstrip": False,
                 "single_word": False,
                 "special": token in (START, END, pad),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.clip import CLIP
+from ..weights import inversion
 from ..weights.inversion import Embedding, save_embedding, teach
 from .checkpoint import digest, unchanged
 from .images import Pictures
@@ -154,7 +155,7 @@ def new_word(tokenizer: Any, training: InversionTraining) -> None:
     """Raises RecipeError for a word that cannot be learned, such as one that is known."""
     first = tokenizer.vocab_size
     try:
-        tokenizer.with_word(training.word, range(first, first + training.vectors))
+        inversion.with_word(tokenizer, training.word, range(first, first + training.vectors))
     except ValueError as error:
         raise RecipeError(f"word cannot be {training.word!r}: {error}") from None
 

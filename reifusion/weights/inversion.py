@@ -7,7 +7,7 @@ Source: Gal et al. 2022, "An Image is Worth One Word", arXiv:2208.01618.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..files import whole
 from ..model.clip import CLIP
 from ..model.tensors import ModelError, TensorFile, _unpickle
+from ..model.tokenizer import END_OF_WORD, Tokenizer
 
 if TYPE_CHECKING:
     from ..model.pipeline import StableDiffusion
@@ -96,7 +97,7 @@ def teach(pipe: StableDiffusion, embedding: Embedding) -> None:
         )
     new = range(many, many + len(vectors))
     try:
-        pipe.tokenizer = pipe.tokenizer.with_word(embedding.word, new)
+        pipe.tokenizer = with_word(pipe.tokenizer, embedding.word, new)
     except ValueError as error:
         raise ValueError(f"{embedding.path}: {error}, as in {Path(embedding.path).name}:name") from None
     with torch.no_grad():
@@ -104,3 +105,21 @@ def teach(pipe: StableDiffusion, embedding: Embedding) -> None:
     clip.embedding.token = nn.Embedding.from_pretrained(weight, freeze=not table.weight.requires_grad)
     clip.config = replace(clip.config, vocab_size=len(weight))
     pipe.config = replace(pipe.config, clip=clip.config)
+
+
+def with_word(tokenizer: Tokenizer, word: str, ids: Sequence[int]) -> Tokenizer:
+    """Returns a tokenizer that knows one word more, as these ids. Raises ValueError for a known token."""
+    names = [word, *(f"{word}_{k}" for k in range(1, len(ids)))]
+    if not word.strip():
+        raise ValueError("a new word must have letters")
+    if known := [name for name in names if {name, f"{name}{END_OF_WORD}"} & tokenizer.vocabulary.keys()]:
+        raise ValueError(f"{known[0]!r} is a word that the model knows already; give another name")
+    vocabulary = tokenizer.vocabulary | dict(zip(names, ids))
+    pad = next(token for token, i in tokenizer.vocabulary.items() if i == tokenizer.pad)
+    return Tokenizer(
+        "\n" + tokenizer.merges_text,  # in the first line, "#version" would be no merge
+        tokenizer.context_length,
+        vocabulary=vocabulary,
+        pad=pad,
+        exact=tokenizer.exact,
+    )

@@ -122,8 +122,8 @@ def _tokenizer_header(tokenizer: Tokenizer) -> dict[str, str]:
     if tokenizer.is_standard:
         return {}
     header = {"tokenizer": tokenizer.merges_text, "pad": tokenizer._tokens[tokenizer.pad]}
-    if Tokenizer(tokenizer.merges_text)._ids != tokenizer._ids:
-        header["vocabulary"] = json.dumps(tokenizer._ids)
+    if Tokenizer(tokenizer.merges_text).vocabulary != tokenizer.vocabulary:
+        header["vocabulary"] = json.dumps(tokenizer.vocabulary)
     if tokenizer.exact:
         header["exact"] = json.dumps(tokenizer.exact)
     return header

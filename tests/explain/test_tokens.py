@@ -20,7 +20,7 @@ def test_merging_ends_with_the_tokens_and_goes_one_pair_at_a_time(text):
         history = merges(TOKENIZER, piece.word)
         ids = [p.id for p in TOKENIZER.pieces(piece.word)]
         assert history[0] == as_bytes(piece.word)
-        assert [TOKENIZER._ids[part] for part in history[-1]] == ids
+        assert [TOKENIZER.vocabulary[part] for part in history[-1]] == ids
         assert all("".join(state) == "".join(history[0]) for state in history)
         assert all(len(after) < len(before) for before, after in pairwise(history))
 

@@ -512,7 +512,7 @@ def test_a_learned_word_is_one_token_wherever_it_stands(tmp_path, way):
         (tmp_path / way).write_text(json.dumps({**config, "added_tokens_decoder": {str(n): token}}))
     else:
         merges = [list(pair) for pair in WORDS._ranks]
-        content = {"model": {"vocab": WORDS._ids, "merges": merges}, "added_tokens": [token]}
+        content = {"model": {"vocab": WORDS.vocabulary, "merges": merges}, "added_tokens": [token]}
         (tmp_path / way).write_text(json.dumps(content))
         (tmp_path / "vocab.json").unlink()
     tokenizer = read_tokenizer(tmp_path, 16)
@@ -526,7 +526,7 @@ def test_a_learned_word_is_one_token_wherever_it_stands(tmp_path, way):
 
 def test_added_words_survive_every_format(tmp_path):
     n = WORDS.vocab_size
-    ids = {**WORDS._ids, "my cat": n, "<Zork>": n + 1, "Exact": n + 2, "é": n + 3}
+    ids = {**WORDS.vocabulary, "my cat": n, "<Zork>": n + 1, "Exact": n + 2, "é": n + 3}
     tokenizer = Tokenizer(WORDS.merges_text, 16, vocabulary=ids, exact=["Exact"])
     config = replace(SMALL, clip=replace(SMALL.clip, vocab_size=n + 4))
     texts = ["my cat", "MY  Cat exact Exact", "<zork>my catÉ", "<|endoftext|> cat"]

@@ -119,7 +119,7 @@ def test_an_own_vocabulary_is_kept(tmp_path):
 
 def test_another_padding_and_order_of_the_vocabulary_are_kept(tmp_path):
     """SD 2.x pads with "!"; and a vocabulary's ids need not be in the order of its merges."""
-    ids = {token: 513 - i for i, token in enumerate(Tokenizer("")._ids)}
+    ids = {token: 513 - i for i, token in enumerate(Tokenizer("").vocabulary)}
     tokenizer = Tokenizer("", 16, vocabulary=ids, pad="!")
     config = replace(TINY, clip=replace(TINY.clip, vocab_size=600, context_length=16))
     for to, name in ("native", "a.safetensors"), ("compvis", "b.safetensors"), ("diffusers", "folder"):
