@@ -95,7 +95,7 @@ def test_what_the_shell_is_told_is_what_was_meant():
 
 
 def test_settings_and_requests_speak_the_same_words():
-    only_requests = {"num", "noise", "latents", "start", "guide"}
+    only_requests = {"num", "source", "noise", "latents", "start", "guide"}
     derived = {"prompts", "negatives", "seeds"}
     asked = {one.name for one in fields(Request)} - derived - only_requests
     assert set(requested()) == asked

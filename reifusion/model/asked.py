@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from torch import Tensor
 
+from .noise import Source
 from .pictures import Picture
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Rest(TypedDict, total=False):
     steps: int | None
     size: tuple[int | None, int | None] | None
     clip_skip: int
+    source: Callable[[int], Source] | None
     noise: Tensor | None
     latents: Tensor | None
     start: int

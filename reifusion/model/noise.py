@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
+
+class Source(Protocol):
+    """What a picture's noise is drawn from, if that is not a generator of torch's."""
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """The next standard normal noise of that shape: float32 on the CPU."""
+
+
+Generators: TypeAlias = "torch.Generator | Source | Sequence[torch.Generator | Source] | None"
 
 
 def randn(shape: Sequence[int], generator: Generators = None) -> Tensor:
@@ -23,7 +31,13 @@ def randn(shape: Sequence[int], generator: Generators = None) -> Tensor:
     generators = generator if isinstance(generator, Sequence) else [generator] * count
     if len(generators) != count:
         raise ValueError(f"{count} images need {count} generators, one for each, not {len(generators)}")
-    return torch.stack([torch.randn(image, generator=g, dtype=torch.float32) for g in generators])
+    return torch.stack([_one(image, generator) for generator in generators])
+
+
+def _one(image: Sequence[int], generator: torch.Generator | Source | None) -> Tensor:
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(image, generator=generator, dtype=torch.float32)
+    return generator.randn(image)
 
 
 def bring(x: Tensor, device: torch.device | str) -> Tensor:

@@ -29,6 +29,7 @@ from .guidance import Denoiser, Guidance
 from .inpaint import as_large, begin, beside
 from .modes import as_gradients_are as as_gradients_are
 from .modes import decoded, dtype_of
+from .noise import Source
 from .pictures import fit, to_picture
 from .prompts import warn_of_syntax
 from .request import Request
@@ -135,7 +136,7 @@ class StableDiffusion:
         steps before it, unless the caller sends `step.latents.detach()`.
         """
         request = ask(prompt, negative, **settings).for_model(self.config)
-        generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        generators = request.generators()
         sampler = self.sampler(request, generators)
         # 1. Text encoding: B prompts -> (B, 77, 768), and as many negative ones
         words = in_each_turn(request, self.encode_words(request), len(sampler.timesteps))
@@ -160,13 +161,15 @@ class StableDiffusion:
                 latents = latents if sent is None else as_large(sent, latents, "latents that are sent")
             watch.finish()
 
-    def sampler(self, request: Request, generators: Sequence[torch.Generator] | None = None) -> Sampler:
+    def sampler(
+        self, request: Request, generators: Sequence[torch.Generator | Source] | None = None
+    ) -> Sampler:
         """The sampler that a request asks for, with the request's timesteps.
 
         generators: one for each picture of the request; None: made from its seeds.
         """
         request = request.for_model(self.config)
-        generators = generators or [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        generators = generators or request.generators()
         sampler = SAMPLERS[str(request.sampler)](generators, self.config.schedule)
         vars(sampler).update(options(request))
         sampler.set_inference_timesteps(request.steps or self.config.steps, request.schedule)
@@ -236,7 +239,7 @@ class StableDiffusion:
         positive, negative = self.encode_text(request.prompts + request.negatives, request.clip_skip).chunk(2)
         return positive, negative
 
-    def _noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
+    def _noise(self, request: Request, generators: Sequence[torch.Generator | Source]) -> Tensor:
         """The noise to begin with: (B, 4, H/8, W/8), float32 or float64."""
         (width, height), vae = cast("tuple[int, int]", request.size), self.config.vae
         shape = (len(generators), vae.latent_channels, height // vae.factor, width // vae.factor)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from .limits import (
     texts_of,
     whole_number,
 )
+from .noise import Source
 from .pictures import Picture, open_both
 from .sentences import shown
 from .tuning import check, sampler_of
@@ -51,6 +54,7 @@ class Request:
     size: tuple[int | None, int | None] | None = None  # width and height, multiples of 8
     num: int = 1  # pictures for each prompt
     clip_skip: int = 0  # layers of the text encoder to leave out, from the end
+    source: Callable[[int], Source] | None = None  # of a seed: what noise is drawn from; None: a generator
     noise: Tensor | None = None  # the noise to begin with, (B, 4, H/8, W/8); None: drawn from the seeds
     latents: Tensor | None = None  # the latents to begin with, as the sampler scales them, (B, 4, H/8, W/8)
     start: int = 0  # the step to begin at, with these latents; 0 is the first
@@ -102,6 +106,10 @@ class Request:
         """Scale, rescale and interval, as `Guidance` takes them; without guidance the scale is 1."""
         scale = 1.0 if self.cfg is None else self.cfg
         return scale, self.guidance_rescale, self.guidance_interval or (-math.inf, math.inf)
+
+    def generators(self) -> list[torch.Generator | Source]:
+        """What the noise of each picture is drawn from, begun anew."""
+        return [(self.source or torch.Generator().manual_seed)(seed) for seed in self.seeds]
 
     def for_model(self, config: ModelConfig) -> Request:
         """This request with everything that it leaves open filled in with the model's own settings.

@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -112,8 +111,7 @@ def with_latents(
     sampler = pipe.sampler(again)
     start = sampler.num_inference_steps - max(1, int(sampler.num_inference_steps * strength))
     sampler.skip(start)
-    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-    noise = randn(enlarged.shape, generators).to(enlarged)
+    noise = randn(enlarged.shape, request.generators()).to(enlarged)
     return replace(again, latents=sampler.add_noise(enlarged, sampler.timesteps[0], noise), start=start)
 
 
