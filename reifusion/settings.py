@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.pipeline import StableDiffusion, Step
     from .model.request import Request
+    from .steer.manners import Manner
 
 
 # A ControlNet, its hint, its weight, and the shares of the steps in which it begins and ends
@@ -92,6 +93,19 @@ def write_control(control: Control) -> str:
     return f"{file}={hint}:{weight}:{start}-{end}"
 
 
+def read_sides(text: str) -> tuple[int, int, int, int]:
+    """right=128,top=64 -> (0, 64, 128, 0)"""
+    from .steer.outpaint import read_sides
+
+    return read_sides(text)
+
+
+def _write_sides(sides: tuple[int, int, int, int]) -> str:
+    from .steer.outpaint import write_sides
+
+    return write_sides(sides)
+
+
 def read_prediction(text: str) -> str:
     """v -> v_prediction"""
     from .model.prediction import read_prediction
@@ -134,6 +148,12 @@ def _carried_size(value: Any) -> tuple[int, int]:
 
 def _carried_interval(value: Any) -> tuple[float, float]:
     return read_interval(value) if isinstance(value, str) else _carried_size(value)
+
+
+def _carried_sides(value: Any) -> tuple[int, int, int, int]:
+    if isinstance(value, list) and len(value) == 4 and all(isinstance(one, int) for one in value):
+        return value[0], value[1], value[2], value[3]
+    raise ValueError
 
 
 def _carried_loras(value: Any) -> tuple[tuple[str, float], ...]:
@@ -303,12 +323,55 @@ class Settings:
         "Control mode", "balanced, guess (works without a prompt), or what counts more: prompt or control.",
         "balanced",
     )  # fmt: skip
+    manner: str | None = _setting(
+        "Manner", "Draw as this program does, and read its names: diffusers, a1111, comfyui or sdcpp.",
+        shown="reifusion's",
+    )  # fmt: skip
+    rng: str | None = _setting(
+        "RNG", "Where noise comes from: cpu, philox (as a CUDA device), comfyui, comfyui-cpu or invokeai.",
+        shown="the manner's, or cpu",
+    )  # fmt: skip
+    variation: float = _setting(
+        "Variation seed strength", "How far noise is on the way to that of --variation-seed, 0 to 1.", 0.0,
+        kind=float, shown="0", carried=_carried_number,
+    )  # fmt: skip
+    variation_seed: int = _setting(
+        "Variation seed", "With --variation, this seed counts up, and --seed stays.", 0, kind=int, shown="0"
+    )
+    mask_blur: float = _setting(
+        "Mask blur", "Softens the mask's edge by so many pixels.", 0.0, kind=float, shown="0",
+        carried=_carried_number,
+    )  # fmt: skip
+    only_masked: int | None = _setting(
+        "Masked area padding", "Draw only the masked part, at --size, with so many pixels around it.",
+        kind=int, shown="the whole picture",
+    )  # fmt: skip
+    outpaint: tuple[int, int, int, int] | None = _setting(
+        "Outpaint", "Continue the init image beyond its border, like right=128,top=64.",
+        read=read_sides, write=_write_sides, carried=_carried_sides,
+    )  # fmt: skip
+
+    def there(self) -> Manner:
+        """Returns what the program does in whose manner the picture is drawn. ValueError for no such one."""
+        from .steer import manners
+
+        manners.check(self.manner, self.rng)
+        manner = manners.MANNERS.get(self.manner or "", manners.Manner())
+        return replace(manner, rng=self.rng or manner.rng, emphasis=self.emphasis or manner.emphasis)
+
+    def nth(self, seed: int, k: int) -> Settings:
+        """Returns the settings of picture k of several: the seed, or else that of variations, is k more."""
+        if self.variation:
+            return replace(self, seed=seed, variation_seed=self.variation_seed + k)
+        return replace(self, seed=seed + k)
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
         from . import sampling  # noqa: F401  # adds its samplers
+        from .model.limits import whole_number
         from .model.pictures import read_picture
         from .model.request import Request
+        from .steer import manners, variations
 
         if self.prompt is None:
             raise ValueError('say what to draw, as in: reifusion generate "a cat"')
@@ -317,14 +380,22 @@ class Settings:
         for name in ("init_image", "mask"):
             path = getattr(self, name)
             settings[name] = None if path is None else read_picture(path)
+        manner = self.there()
+        settings |= self._inpainted(settings)
+        if settings["size"] is not None:
+            settings["size"] = manners.rounded(settings["size"], manner)
+        if self.sampler is not None and self.schedule is None:
+            settings["schedule"] = manners.scheduled(self.sampler, manner)
+        variations.check(self.variation)
+        whole_number(self.variation_seed, "variation_seed", 0, 2**63 - 1)
         if self.hires != 1:
             from .steer import hires
 
             hires.check(self.hires, self.hires_strength, self.hires_by)
-        if self.emphasis is not None:
+        if manner.emphasis is not None:
             from .steer import emphasis
 
-            emphasis.check(self.emphasis, self.prompt, self.negative)
+            emphasis.check(manner.emphasis, self.prompt, self.negative)
         if self.control:
             from .steer import controlnet
 
@@ -334,6 +405,31 @@ class Settings:
                 controlnet.check(weight, start, end, self.control_mode)
                 read_picture(hint)
         return Request(**settings, num=num)
+
+    def _inpainted(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the init image, mask and size for outpainting and with soft edges, where they are asked."""
+        from .model.pictures import open_both, open_picture
+        from .steer import masks, outpaint
+
+        masks.check(self.mask_blur, self.only_masked)
+        picture, mask, size = given["init_image"], given["mask"], given["size"]
+        if self.outpaint is not None:
+            outpaint.check(self.outpaint)
+            if picture is None or mask is not None:
+                raise ValueError("outpaint needs an init image, and no mask: it makes one")
+            picture, mask = outpaint.larger(open_picture(picture), self.outpaint, self.mask_blur)
+            if size not in (None, picture.size):
+                raise ValueError("with outpaint, the size follows from the init image; leave it out")
+            size = picture.size
+        if mask is None:
+            if self.mask_blur or self.only_masked is not None:
+                raise ValueError("mask_blur and only_masked need a mask")
+            return {}
+        picture, mask = open_both(picture, mask)
+        mask = masks.blurred(cast("Image", mask), self.mask_blur)
+        if self.only_masked is not None:
+            masks.region(mask, 0, (1, 1))
+        return {"init_image": picture, "mask": mask, "size": size}
 
     def pipe(
         self,
@@ -387,20 +483,40 @@ class Settings:
         request: Request,
         progress: bool = False,
         callback: Callable[[Step], Any] | None = None,
+        manner: Manner | None = None,
     ) -> Image:
         """Draws the one picture of a request, in one pass or in two, with weights or without.
 
+        manner: what the program does in whose manner it is drawn; None: as these settings say.
         callback: as for `pipe.generate`.
         """
-        if self.hires == 1 and self.emphasis is None:
-            return cast("Image", pipe.generate(request, progress=progress, callback=callback))
-        from .steer import emphasis, hires
+        from .steer import emphasis, hires, manners, masks, outpaint
+
+        manner, whole, box = manner or self.there(), request, None
+        if manner != manners.Manner() or self.variation:
+            request = manners.asked(request, manner, self.variation, self.variation_seed)
+            pipe = manners.cut(pipe) if manner.cut else pipe
+        rule = manner.emphasis if self.emphasis is not None or emphasis.suits(pipe) else None
+        if self.only_masked is not None:
+            box = masks.region(cast("Image", request.mask), self.only_masked, cast(Any, request.size))
+            request = masks.only(request, box)
 
         def words(one: Request) -> Request:
-            return one if self.emphasis is None else emphasis.request(pipe, one, self.emphasis)
+            one = manners.begun(pipe, one, manner)
+            return one if rule is None else emphasis.request(pipe, one, rule)
 
-        more = self.hires, self.hires_strength, self.hires_by
-        return hires.generate(pipe, request, *more, progress=progress, words=words, callback=callback)[0]
+        if self.hires == 1:
+            picture = cast("Image", pipe.generate(words(request), progress=progress, callback=callback))
+        else:
+            more = self.hires, self.hires_strength, self.hires_by
+            (picture,) = hires.generate(
+                pipe, request, *more, progress=progress, words=words, callback=callback
+            )
+        if box is not None:
+            picture = masks.put_back(whole, box, picture)
+        if self.outpaint is not None:
+            picture = outpaint.cut(picture, str(self.init_image), self.outpaint)
+        return picture
 
     def config(self) -> ModelConfig:
         """Finds the model's config, with what these settings change in it, long before it is loaded."""
@@ -447,6 +563,8 @@ class Settings:
 
     def as_python(self) -> str:
         """Returns the Python that draws the picture again."""
+        if any(getattr(self, name) != ABOUT[name].default for name in BY_SETTINGS):
+            return self._as_settings()
         changed = "".join(f", {name}={value!r}" for name, value in self._changed().items())
         imports = ["import reifusion"]
         pipe = [f"pipe = reifusion.load({self.model!r}, dtype={self.dtype!r}{changed})"]
@@ -498,6 +616,18 @@ class Settings:
             call = ["picture = hires.generate(", f"    pipe, {self.prompt!r},", *own, *settings, ")[0]"]
         return "\n".join([*dict.fromkeys(imports), "", *pipe, *call, 'picture.save("picture.png")'])
 
+    def _as_settings(self) -> str:
+        """The same for what only `Settings` can say in one call."""
+        said = [f"    {name}={value!r}," for name, value in self._said().items()]
+        return "\n".join(
+            [
+                "from reifusion.settings import Settings", "", "settings = Settings(", *said, ")",
+                "pipe = settings.pipe()",
+                "picture = settings.draw(pipe, settings.request().for_model(pipe.config))",
+                'picture.save("picture.png")',
+            ]
+        )  # fmt: skip
+
     def _said(self) -> dict[str, Any]:
         """Returns the settings that must be said for the picture to be the same."""
 
@@ -514,6 +644,13 @@ class Settings:
         return {name: value for name, value in values.items() if counts(name, value)}
 
 
+BY_SETTINGS = (
+    "manner", "rng", "variation", "variation_seed", "mask_blur", "only_masked", "outpaint",
+)  # fmt: skip
+# What changes neither the model nor a request, but how it is drawn.
+DRAWING = (*BY_SETTINGS, "hires", "hires_strength", "hires_by", "emphasis")
+
+
 def said_of_hires(settings: Settings) -> list[tuple[str, Any]]:
     """Returns the settings of the second pass, with their values."""
     return [(name, getattr(settings, name)) for name in ("hires", "hires_strength", "hires_by")]
@@ -523,8 +660,21 @@ ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Set
 
 
 def parsed(texts: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads settings in the form of a command line. Raises ValueError, in one sentence."""
-    return {name: ABOUT[name].read(text) for name, text in texts.items()}
+    """Reads settings in the form of a command line. Raises ValueError, in one sentence.
+
+    With a manner, samplers and schedules have the program's names, or ours where it has none like them.
+    """
+    values = {name: ABOUT[name].read(text) for name, text in texts.items()}
+    if values.get("manner") is not None and values.get("sampler") is not None:
+        from . import sampling  # noqa: F401  # adds its samplers
+        from .steer import manners
+
+        manners.check(values["manner"], None)
+        sampler, schedule = manners.names_here(values["manner"], values["sampler"], values.get("schedule"))
+        values["sampler"] = sampler
+        if schedule is not None:
+            values["schedule"] = schedule
+    return values
 
 
 def from_carried(carried: Mapping[str, Any]) -> Settings:

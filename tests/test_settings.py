@@ -19,7 +19,7 @@ from typer.main import get_command
 from reifusion import album
 from reifusion.cli.main import app
 from reifusion.model.request import Request
-from reifusion.settings import ABOUT, Settings, from_carried, of_request, parsed, requested
+from reifusion.settings import ABOUT, BY_SETTINGS, Settings, from_carried, of_request, parsed, requested
 
 SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64), dtype="float32")
 OTHERS = Settings(
@@ -27,7 +27,8 @@ OTHERS = Settings(
     (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
     (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
     2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
-    (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess",
+    (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess", "comfyui", "philox", 0.5, 9, 4.0, 32,
+    (0, 64, 128, 0),
 )  # fmt: skip
 NOT_BY_NAME = (
     "prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner", "emphasis",
@@ -53,13 +54,18 @@ def test_strength_is_said_only_where_it_counts():
 
 
 def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
-    command, python, carried = OTHERS.as_command(), OTHERS.as_python(), OTHERS.carried()
+    command, carried = OTHERS.as_command(), OTHERS.carried()
+    usual = {name: ABOUT[name].default for name in BY_SETTINGS}
+    python = replace(OTHERS, **usual).as_python()
     compile(python, "copied", "exec")
     for name, about in ABOUT.items():
         assert getattr(OTHERS, name) != about.default
         assert name == "prompt" or f"--{name.replace('_', '-')}" in command
         assert name in carried
-        assert f"{name}=" in python or name in NOT_BY_NAME
+        assert f"{name}=" in python or name in (*NOT_BY_NAME, *BY_SETTINGS)
+    whole: dict[str, Any] = {}
+    exec(OTHERS.as_python().partition("pipe =")[0], whole)  # the settings themselves
+    assert whole["settings"] == OTHERS
     assert "teach(pipe, load_embedding('blob.pt', 'blob'))" in python
     assert "with_refiner(pipe, reifusion.load('r.pt', dtype='float32'))" in python
     net = "load_control(find('net.safetensors', \"control\"), pipe)"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import sentence
 from ..files import whole
-from ..settings import Settings, requested
+from ..settings import DRAWING, Settings, requested
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -189,6 +189,6 @@ def _cell(value: Any) -> Any:
 
 def of_model(settings: Settings) -> str:
     """Tells settings apart that need another model in memory."""
-    asked = {*requested(), "code"}
+    asked = {*requested(), *DRAWING, "code"}
     own = {name: x for name, x in settings.carried().items() if name not in asked}
     return json.dumps(own, sort_keys=True)

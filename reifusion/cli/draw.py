@@ -63,12 +63,14 @@ def generate(
         entry = album.entry(settings, request, pipe)
         if before is not None:
             album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])
-        for seed in request.seeds:
+        for k in range(num):
             # One at a time, so that not a bit of a picture depends on --num.
-            one = replace(request, seed=seed, num=1)
-            entry = replace(entry, settings=replace(entry.settings, seed=seed))
+            each = settings.nth(request.seeds[0], k)
+            one = replace(request, seed=each.seed, num=1)
+            said = replace(entry.settings, seed=each.seed, variation_seed=each.variation_seed)
+            entry = replace(entry, settings=said)
             with _profiled(pipe) if profile else contextlib.nullcontext() as times:
-                picture = settings.draw(pipe, one, progress=not quiet and sys.stderr.isatty())
+                picture = each.draw(pipe, one, progress=not quiet and sys.stderr.isatty())
             path = file or Path(out) / album.file_name(entry.settings)
             path = album.save(picture, entry, path)
             print(path, flush=True)

@@ -227,6 +227,11 @@ def check(rule: str, *texts: str | None) -> None:
             parse(part)
 
 
+def suits(pipe: StableDiffusion) -> bool:
+    """True if the model has one text encoder, whose vectors are the U-Net's words."""
+    return type(pipe).vectors is StableDiffusion.vectors
+
+
 def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
     """A request for one picture, with vectors in the place of its texts.
 
@@ -234,7 +239,7 @@ def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
     ValueError for a rule that does not exist, a weight that is no number, and models of other families.
     """
     check(rule)
-    if type(pipe).vectors is not StableDiffusion.vectors:
+    if not suits(pipe):
         which = "only for Stable Diffusion 1.x and 2.x"
         raise ValueError(f"emphasis is {which}, and {pipe.config.name} reads prompts otherwise")
     asked = asked.for_model(pipe.config)

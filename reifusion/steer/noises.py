@@ -1,7 +1,8 @@
-"""Where noise comes from in other programs: torch's generator, a GPU's, and who begins anew when.
+"""Where noise comes from in other programs: a CPU's generator or a GPU's, begun anew for the steps or not.
 
-A seed is a picture only together with the program that draws numbers from it. `NOISES` has the programs' ways,
-each as a function of a seed, for `Request.source`. `Philox` draws the numbers of a CUDA device on any machine.
+A seed is a picture only together with the program that draws numbers from it. `NOISES` has the ways of
+several programs, each a function of a seed, for `Request.source`. `Philox` draws a CUDA device's numbers
+anywhere.
 """
 
 from __future__ import annotations
@@ -82,6 +83,21 @@ class Then:
         """The next standard normal noise of that shape: float32 on the CPU."""
         source, self.first = self.first or self.later, None
         return source.randn(shape)
+
+
+class First:
+    """Noise of which the first is changed, and the later noise, in the steps, is not."""
+
+    def __init__(self, source: Source, change: Callable[[Tensor], Tensor]) -> None:
+        self.source, self.change = source, change
+        self.begun = False
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """The next noise of that shape: float32 on the CPU."""
+        noise = self.source.randn(shape)
+        changed = noise if self.begun else self.change(noise)
+        self.begun = True
+        return changed
 
 
 NOISES: dict[str, Callable[[int], Source]] = {

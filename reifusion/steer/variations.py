@@ -7,13 +7,13 @@ steps remains the first seed's. So all of the way is not the other picture, unle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..model.noise import Source
-from .noises import Torch
+from .noises import First, Torch
 
 Mix = Callable[[float, Tensor, Tensor], Tensor]
 
@@ -43,22 +43,6 @@ def slerp_of_columns(share: float, one: Tensor, other: Tensor) -> Tensor:
     return first * one + second * other
 
 
-class Varied:
-    """A picture's noise, of which the first is a share of the way to another seed's."""
-
-    def __init__(self, source: Source, other: Source, share: float, mix: Mix = slerp) -> None:
-        self.source, self.other, self.share, self.mix = source, other, share, mix
-        self.begun = False
-
-    def randn(self, shape: Sequence[int]) -> Tensor:
-        """The next standard normal noise of that shape: float32 on the CPU."""
-        noise = self.source.randn(shape)
-        if not self.begun:
-            self.begun = True
-            noise = self.mix(self.share, noise, self.other.randn(shape))
-        return noise
-
-
 def varied(
     seed: int, share: float, source: Callable[[int], Source] = Torch, mix: Mix = slerp
 ) -> Callable[[int], Source]:
@@ -67,7 +51,12 @@ def varied(
     share: in [0, 1], else ValueError.
     """
     check(share)
-    return lambda own: Varied(source(own), source(seed), share, mix)
+
+    def make(own: int) -> Source:
+        other = source(seed)
+        return First(source(own), lambda noise: mix(share, noise, other.randn(noise.shape)))
+
+    return make
 
 
 def check(share: float) -> None:

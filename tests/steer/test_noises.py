@@ -9,7 +9,7 @@ import torch
 from reifusion.model.noise import randn
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.steer.noises import NOISES, Philox, philox
-from reifusion.steer.variations import Varied, slerp, slerp_of_columns, varied
+from reifusion.steer.variations import slerp, slerp_of_columns, varied
 from tests.tiny import SMALL, WORDS, networks
 
 
@@ -102,7 +102,7 @@ def test_the_way_is_even_and_the_columns_of_the_web_ui_turn_on_their_own():
 
 
 def test_only_the_first_noise_is_mixed():
-    source, plain = Varied(Philox(1), Philox(2), 0.3), Philox(1)
+    source, plain = varied(2, 0.3, Philox)(1), Philox(1)
     first, second = source.randn((4, 8, 8)), source.randn((4, 8, 8))
     assert torch.equal(first, slerp(0.3, plain.randn((4, 8, 8)), Philox(2).randn((4, 8, 8))))
     assert torch.equal(second, plain.randn((4, 8, 8)))

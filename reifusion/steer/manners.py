@@ -1,0 +1,199 @@
+"""To draw as another program does: its noise, its weights of words, its steps, and its last rounding.
+
+With the same weights and settings, programs draw different pictures, each for a few small reasons. `MANNERS`
+lists them, one program a `Manner`, and the functions below put them into a request. Read in diffusers 0.42,
+A1111's web UI 1.10, ComfyUI and stable-diffusion.cpp of 2026. What is not repeated: the Brownian paths that
+DPM++ SDE samplers have for noise there, and the sampling of the VAE's encoder, which takes its mean here.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..model.pipeline import StableDiffusion
+from ..model.request import Request
+from ..model.samplers import SAMPLERS
+from ..model.sentences import shown
+from ..sampling.elsewhere import ELSEWHERE, SCHEDULES_ELSEWHERE
+from .noises import NOISES, First
+from .variations import slerp, slerp_of_columns, varied
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What a program does that decides a picture, and that no setting says."""
+
+    title: str = "reifusion"
+    rng: str = "cpu"  # one of NOISES
+    emphasis: str | None = None  # how prompts are read, as in `emphasis.RULES`; None: brackets are text
+    schedule: str | None = None  # of k-diffusion's samplers, where none is asked for; None: our own
+    automatic: bool = False  # True if some samplers have another for it, as in `a1111.AUTOMATIC`
+    sides: str = ""  # to what a side is rounded: "" (nothing), "down to 8" or "up to 64"
+    img2img: str = "share"  # which steps a strength leaves, one of STEPS
+    sigma: bool = False  # True if the first noise is multiplied by σ alone, and not by √(σ² + 1)
+    cut: bool = False  # True if pixels are cut off to whole levels, and not rounded
+    columns: bool = False  # True if variations have an angle for each column
+
+
+MANNERS = {
+    "diffusers": Manner("diffusers"),
+    "a1111": Manner(
+        "A1111", "philox", "a1111", "normal", True, "down to 8", "one more", sigma=True, cut=True,
+        columns=True,
+    ),
+    "comfyui": Manner("ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", cut=True),
+    "sdcpp": Manner(
+        "stable-diffusion.cpp", "philox", "a1111", "normal", False, "up to 64", "one more", sigma=True
+    ),
+}  # fmt: skip
+
+K_DIFFUSION = (
+    "euler", "euler_churn", "euler_a", "heun", "lms", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_2s_sde",
+    "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde",
+)  # fmt: skip
+BROWNIAN = ("dpmpp_2s_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
+
+
+def check(manner: str | None, rng: str | None) -> None:
+    """Raises ValueError for a program or a source of noise that is not known."""
+    if manner not in (None, *MANNERS):
+        raise ValueError(f"there is no manner {shown(manner)}; there are {', '.join(MANNERS)}")
+    if rng not in (None, *NOISES):
+        raise ValueError(f"there is no rng {shown(rng)}; there are {', '.join(NOISES)}")
+
+
+# Image-to-image: the steps that are left of n for a strength, as (steps in all, steps that are drawn)
+
+
+def _share(n: int, strength: float) -> tuple[int, int]:
+    return n, max(1, int(n * strength))
+
+
+def _one_more(n: int, strength: float) -> tuple[int, int]:
+    return n, int(min(strength, 0.999) * n) + 1
+
+
+def _all(n: int, strength: float) -> tuple[int, int]:
+    return (n if strength > 0.9999 else int(n / strength)), n
+
+
+STEPS: dict[str, Callable[[int, float], tuple[int, int]]] = {
+    "share": _share,  # diffusers and we
+    "one more": _one_more,  # A1111 and stable-diffusion.cpp
+    "all": _all,  # ComfyUI: as many as asked for, out of more
+}
+
+
+def rounded(size: tuple[int, int], manner: Manner) -> tuple[int, int]:
+    """Returns width and height as the program rounds them."""
+    if manner.sides == "down to 8":
+        return max(8, size[0] // 8 * 8), max(8, size[1] // 8 * 8)
+    if manner.sides == "up to 64":
+        return -(-size[0] // 64) * 64, -(-size[1] // 64) * 64
+    return size
+
+
+def scheduled(sampler: str | None, manner: Manner) -> str | None:
+    """Returns the schedule that the program has for a sampler where none is asked for; None: our own."""
+    from ..a1111 import AUTOMATIC
+
+    if sampler not in K_DIFFUSION:
+        return None
+    return AUTOMATIC.get(sampler, manner.schedule) if manner.automatic else manner.schedule
+
+
+def asked(request: Request, manner: Manner, variation: float = 0.0, variation_seed: int = 0) -> Request:
+    """The request with the noise and the steps of a program. The request is one that a model has completed.
+
+    variation: how far the first noise is on the way to that of variation_seed, in [0, 1]. Warns of a sampler
+    whose noise cannot be repeated.
+    """
+    if manner.title not in ("reifusion", "diffusers") and request.sampler in BROWNIAN:
+        warnings.warn(
+            f"the noise of {request.sampler} comes from a Brownian path in {manner.title}, which is not"
+            " repeated here, so the picture will differ",
+            stacklevel=2,
+        )
+    source: Any = NOISES[manner.rng]
+    if variation:
+        mix = slerp_of_columns if manner.columns else slerp
+        source = varied(variation_seed, variation, source, mix)
+    request = replace(request, source=source)
+    if request.init_image is None:
+        return request
+    steps, drawn = STEPS[manner.img2img](request.steps or 1, request.strength)
+    # (drawn + ½) / steps, so that rounding it down gives `drawn` for certain
+    strength = 1.0 if drawn >= steps else (drawn + 0.5) / steps
+    return request if manner.img2img == "share" else replace(request, steps=steps, strength=strength)
+
+
+def begun(pipe: StableDiffusion, request: Request, manner: Manner) -> Request:
+    """The request for one pass of the loop: its noise as loud as the program's, if it begins with noise."""
+    make = request.source
+    if not manner.sigma or make is None or request.init_image is not None or request.latents is not None:
+        return request
+    sampler = pipe.sampler(request)
+    if sampler.prediction_type == "flow":
+        return request
+    sigma = sampler.sigma(sampler.timesteps[0])
+    factor = sigma / (sigma**2 + 1) ** 0.5 if sigma < float("inf") else 1.0
+    return replace(request, source=lambda seed: First(make(seed), lambda noise: factor * noise))
+
+
+def cut(pipe: StableDiffusion) -> StableDiffusion:
+    """The pipe, whose pixels are cut off to whole levels: on average, pictures are half a level darker."""
+    pipe = copy.copy(pipe)
+    decoded = pipe.decode_image
+
+    def decode(latents: Tensor) -> list[Image.Image]:
+        return [_cut(pixels) for pixels in decoded(latents)]
+
+    pipe.decode = decode  # type: ignore[method-assign]
+    return pipe
+
+
+def _cut(pixels: Tensor) -> Image.Image:
+    """(3, H, W), about [-1, 1] -> RGB"""
+    levels = ((pixels.float() + 1) / 2).clamp(0, 1) * 255
+    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+# Names
+
+
+def names_here(manner: str, sampler: str, schedule: str | None) -> tuple[str, str | None]:
+    """Returns our names for a program's sampler and schedule; other names remain as they are."""
+    from ..a1111 import sampler_of
+
+    if schedule is not None:
+        column = {"diffusers": 0, "a1111": 1, "comfyui": 2, "sdcpp": 3}[manner]
+        theirs = {row[column].lower(): name for name, row in SCHEDULES_ELSEWHERE.items() if row[column]}
+        schedule = theirs.get(schedule.lower(), schedule)
+    if manner == "a1111" and sampler not in SAMPLERS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, its = sampler_of({"Sampler": sampler, "Schedule type": "" if schedule else "Automatic"})
+        return (found or sampler), (schedule or its)
+    return _theirs(manner).get(sampler.lower().removesuffix("_gpu"), sampler), schedule
+
+
+def _theirs(manner: str) -> dict[str, str]:
+    """Returns our names by a program's, in small letters."""
+    found: dict[str, str] = {}
+    for name, row in ELSEWHERE.items():
+        title = {"diffusers": row.diffusers, "comfyui": row.comfyui, "sdcpp": row.sdcpp}.get(manner, "")
+        if manner == "diffusers":  # a class, with what it is given
+            title = title.lower().partition("(")[0]
+        if title and "," not in title and not name.startswith("flow") and name != "dpmpp_sde":
+            found.setdefault(title, name)
+            if manner == "diffusers":
+                found.setdefault(f"{title}scheduler", name)
+    return found
