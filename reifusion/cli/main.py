@@ -31,6 +31,7 @@ from .grid import grid
 from .lora import app as lora
 from .models import convert, info
 from .samplers import samplers
+from .serve import serve
 from .studio import studio
 from .train import train
 from .vae import app as vae
@@ -64,6 +65,7 @@ def explain(context: typer.Context) -> None:
 
 
 app.command()(studio)
+app.command()(serve)
 app.command()(check)
 
 

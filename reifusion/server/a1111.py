@@ -1,0 +1,453 @@
+"""AUTOMATIC1111's API, `/sdapi/v1`, as its clients use it.
+
+A field that is left out is the model's own, and not that program's 512×512 and 50 steps. Fields that would
+change the picture there and cannot here are refused by name; unknown ones are ignored, as there.
+Looked up in AUTOMATIC1111/stable-diffusion-webui 1.7 to 1.10, and in what the client webuiapi 0.9.17 sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import re
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from fastapi import APIRouter
+from fastapi import Request as Http
+from PIL import Image, ImageFilter, ImageOps
+from pydantic import BaseModel, ConfigDict, Field
+
+from .. import __version__
+from ..a1111 import read, sampler_of
+from ..model.samplers import SAMPLERS
+from ..model.sentences import shown
+from ..model.spacing import SCHEDULES
+from ..sampling.schedules import TITLES
+from ..settings import Settings
+from .errors import Refusal
+from .pictures import infotext, of_text, to_bytes, to_text, without_paths
+from .queue import Job
+from .service import Service
+
+# What is not here, with the values that mean nothing.
+WITHOUT: dict[str, tuple[Any, ...]] = {
+    "styles": (None, []), "tiling": (None, False), "restore_faces": (None, False), "subseed_strength": (0,),
+    "seed_resize_from_h": (-1, 0), "seed_resize_from_w": (-1, 0), "s_min_uncond": (None, 0),
+    "s_tmin": (None, 0), "s_tmax": (None, 0, math.inf), "refiner_checkpoint": (None, "", "None"),
+    "script_name": (None, ""), "save_images": (False,), "hr_second_pass_steps": (0,), "hr_resize_x": (0,),
+    "hr_resize_y": (0,), "hr_checkpoint_name": (None, "", "Use same checkpoint"),
+    "hr_sampler_name": (None, "", "Use same sampler"), "hr_prompt": ("",), "hr_negative_prompt": ("",),
+    "initial_noise_multiplier": (None, 1), "include_init_images": (False,),
+}  # fmt: skip
+UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos", None: "lanczos", "": "lanczos", "None": "lanczos"}
+OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
+
+
+class Txt2Img(BaseModel):
+    """What to draw. There are more fields there; those that would change the picture are refused by name."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    prompt: str = Field("", description="May have (word:1.2) and <lora:name:0.8>.")
+    negative_prompt: str | None = ""
+    seed: int | None = Field(-1, description="-1: a new one.")
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    batch_size: int = Field(1, ge=1)
+    n_iter: int = Field(1, ge=1)
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    eta: float | None = None
+    s_churn: float | None = None
+    s_noise: float | None = None
+    denoising_strength: float | None = None
+    enable_hr: bool = False
+    hr_scale: float = 2.0
+    hr_upscaler: str | None = None
+    override_settings: dict[str, Any] | None = None
+    alwayson_scripts: dict[str, Any] | None = None
+    send_images: bool = True
+    force_task_id: str | None = None
+
+
+class Img2Img(Txt2Img):
+    """What to make of a picture."""
+
+    init_images: list[str] | None = Field(None, description="One picture, in base64.")
+    mask: str | None = Field(None, description="White is redrawn.")
+    mask_blur: float = Field(4, ge=0, le=64)
+    mask_blur_x: float | None = None
+    mask_blur_y: float | None = None
+    inpainting_mask_invert: int = 0
+    inpaint_full_res: bool = Field(False, description="Only the whole picture is here.")
+    inpainting_fill: int = Field(1, description="Only 1, what was there, is here.")
+    resize_mode: int = Field(0, description="0 stretches the picture, 1 crops it.")
+    image_cfg_scale: float | None = None
+
+
+class Drawn(BaseModel):
+    """The answer."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
+
+
+class Options:
+    """What can be set with `/sdapi/v1/options`, for all requests that do not say otherwise."""
+
+    def __init__(self, service: Service) -> None:
+        self._catalog = service.catalog
+        self.values: dict[str, Any] = {
+            "sd_model_checkpoint": service.catalog.usual,
+            "CLIP_stop_at_last_layers": service.usual.clip_skip + 1,
+        }
+
+    def with_(self, changes: dict[str, Any], field: str) -> dict[str, Any]:
+        """Returns the options with changes. Raises Refusal for an option, or a value, that is not here."""
+        for name, value in changes.items():
+            if name not in OPTIONS:
+                raise Refusal(400, f"there is no option {shown(name)}; there are {', '.join(OPTIONS)}", field)
+            if name == "sd_model_checkpoint":
+                if not isinstance(value, str):
+                    raise Refusal(400, f"{name} must be the name of a model, not {shown(value)}", name)
+                self._catalog.model_of(value)
+            elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 12:
+                raise Refusal(400, f"{name} must be between 1 and 12, not {shown(value)}", name)
+        return self.values | changes
+
+
+def routes(service: Service) -> APIRouter:
+    """Returns the routes of this dialect."""
+    router = APIRouter(prefix="/sdapi/v1", tags=["A1111's API"])
+    catalog, queue, options = service.catalog, service.queue, Options(service)
+
+    @router.post("/txt2img")
+    async def txt2img(asked: Txt2Img, http: Http) -> Drawn:
+        """Draws pictures."""
+        settings = _settings(service, options, asked)
+        if asked.enable_hr:
+            settings = replace(
+                settings,
+                hires=asked.hr_scale,
+                hires_by=_one_of("hr_upscaler", asked.hr_upscaler, UPSCALERS),
+                hires_strength=0.75 if asked.denoising_strength is None else asked.denoising_strength,
+            )
+        return await _draw(service, http, asked, settings, {})
+
+    @router.post("/img2img")
+    async def img2img(asked: Img2Img, http: Http) -> Drawn:
+        """Draws on from a picture."""
+        strength = 0.75 if asked.denoising_strength is None else asked.denoising_strength
+        settings = replace(_settings(service, options, asked), strength=strength)
+        if (await asyncio.to_thread(settings.config)).edits:  # clients send it whatever the model is
+            settings = replace(settings, image_guidance=asked.image_cfg_scale)
+        inputs = await asyncio.to_thread(_inputs, service, asked)
+        return await _draw(service, http, asked, settings, inputs)
+
+    @router.get("/progress")
+    async def progress(skip_current_image: bool = False) -> dict[str, Any]:
+        """How far the job is that is being drawn, whoever asked for it."""
+        job = queue.current
+        if job is not None and not skip_current_image:
+            job.wants_preview = True  # after the next step; here is what the last one gave
+        return _progress(job, skip_current_image)
+
+    @router.post("/interrupt")
+    async def interrupt(task: str | None = None) -> None:
+        """Ends what is being drawn for this API, or the job of that id; its request gets what is there."""
+        for job in _meant(service, task):
+            job.interrupted = True
+            if job is not queue.current:
+                queue.cancel(job)
+
+    @router.post("/skip")
+    async def skip(task: str | None = None) -> None:
+        """Ends the picture that is being drawn; the request's next one follows."""
+        for job in _meant(service, task):
+            job.skipped = True
+
+    @router.get("/options")
+    async def get_options() -> dict[str, Any]:
+        return options.values
+
+    @router.post("/options")
+    async def set_options(changes: dict[str, Any]) -> None:
+        """Sets what requests leave open: the model, and how many layers of the text encoder are used."""
+        options.values = options.with_(changes, "options")
+
+    @router.get("/samplers")
+    async def samplers() -> list[dict[str, Any]]:
+        return [{"name": one.title, "aliases": [name], "options": {}} for name, one in SAMPLERS.items()]
+
+    @router.get("/schedulers")
+    async def schedulers() -> list[dict[str, Any]]:
+        said = {"default_rho": -1, "need_inner_model": False, "aliases": None}
+        return [
+            {"name": "automatic", "label": "Automatic", **said},
+            *({"name": name, "label": TITLES.get(name, name), **said} for name in SCHEDULES),
+        ]
+
+    @router.get("/sd-models")
+    async def models() -> list[dict[str, Any]]:
+        nothing = {"hash": None, "sha256": None, "config": None}
+        return [{"title": name, "model_name": name, "filename": name, **nothing} for name in catalog.models()]
+
+    @router.get("/loras")
+    async def loras() -> list[dict[str, Any]]:
+        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in catalog.loras()]
+
+    @router.get("/upscalers")
+    async def upscalers() -> list[dict[str, Any]]:
+        nothing = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+        return [{"name": name, **nothing} for name in ("None", "Lanczos")]
+
+    @router.get("/latent-upscale-modes")
+    async def latent_upscale_modes() -> list[dict[str, Any]]:
+        return [{"name": "Latent"}]
+
+    @router.get("/memory")
+    async def memory() -> dict[str, Any]:
+        return _memory()
+
+    @router.post("/png-info")
+    async def png_info(asked: dict[str, Any]) -> dict[str, Any]:
+        """The text that a picture carries."""
+        picture = of_text(asked.get("image"), "image", service.limits.input_pixels)
+        texts = {name: text for name, text in picture.info.items() if isinstance(text, str)}
+        facts: dict[str, str] = {}
+        if "parameters" in texts:
+            try:
+                facts = read(texts["parameters"])[1]
+            except ValueError:
+                facts = {}
+        return {"info": texts.get("parameters", ""), "items": texts, "parameters": facts}
+
+    def always(path: str, value: Any, method: str = "GET") -> None:
+        """A route about what is not here, or has nothing to do."""
+        router.add_api_route(path, lambda: value, methods=[method], name=path.strip("/"))
+
+    for name in ("sd-vae", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles",
+                 "script-info", "extensions"):  # fmt: skip
+        always(f"/{name}", [])
+    always("/embeddings", {"loaded": {}, "skipped": {}})
+    always("/scripts", {"txt2img": [], "img2img": []})
+    always("/cmd-flags", {})
+    for name in ("checkpoints", "vae", "embeddings", "loras"):  # which are listed anew each time
+        always(f"/refresh-{name}", None, "POST")
+    return router
+
+
+# ---- from a request to settings -------------------------------------------------------------------------
+
+
+def _settings(service: Service, options: Options, asked: Txt2Img) -> Settings:
+    """Returns the settings that a request stands for. Raises Refusal for what is not here."""
+    for name, value in (asked.model_extra or {}).items():
+        if name in WITHOUT and value not in WITHOUT[name]:
+            raise Refusal(422, f"{name} cannot be {shown(value)} here", name)
+    for name, script in (asked.alwayson_scripts or {}).items():
+        if not isinstance(script, dict) or script.get("args"):
+            raise Refusal(422, f"there is no script {shown(name)}", "alwayson_scripts")
+    said = options.with_(asked.override_settings or {}, "override_settings")
+    prompt, loras = _loras(service, asked.prompt)
+    negative = asked.negative_prompt or ""
+    if (asked.width is None) != (asked.height is None):
+        raise Refusal(422, "width and height are given together, or not at all", "width")
+    sampler, schedule = _sampler(asked)
+    tuning: dict[str, Any] = {"eta": asked.eta, "s_noise": asked.s_noise, "churn": asked.s_churn or None}
+    kind = SAMPLERS.get(sampler or "")
+    return replace(
+        service.usual,
+        prompt=prompt,
+        negative=negative,
+        model=service.catalog.model_of(said["sd_model_checkpoint"]),
+        lora=loras,
+        clip_skip=said["CLIP_stop_at_last_layers"] - 1,
+        seed=None if asked.seed in (None, -1) else asked.seed,
+        steps=asked.steps,
+        cfg=asked.cfg_scale,
+        size=None if asked.width is None or asked.height is None else (asked.width, asked.height),
+        sampler=sampler,
+        schedule=schedule,
+        # Clients send these whatever the sampler is.
+        **{key: value for key, value in tuning.items() if getattr(kind, key, None) is not None},
+        emphasis="a1111" if re.search(r"[()\[\]\\]|\bBREAK\b|\bAND\b", prompt + negative) else None,
+    )
+
+
+def _loras(service: Service, prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """'a cat <lora:zork:0.8>' -> 'a cat', and the file with its weight"""
+    loras = []
+    for name, weight in re.findall(r"<lora:([^:<>]+)(?::([^<>]*))?>", prompt):
+        try:
+            number = float(weight or 1)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise Refusal(
+                422, f"the weight of the LoRA {shown(name)} is {shown(weight)}, and no number", "prompt"
+            )
+        loras.append((service.catalog.lora_of(name), number))
+    return re.sub(r"\s*<lora:[^<>]*>", "", prompt).strip(), tuple(loras)
+
+
+def _sampler(asked: Txt2Img) -> tuple[str | None, str | None]:
+    """Returns our names of the sampler and the schedule. Raises Refusal, with all names, for others."""
+    name, label = asked.sampler_name or asked.sampler_index, (asked.scheduler or "Automatic").lower()
+    schedules = {ours: ours for ours in SCHEDULES} | {title.lower(): ours for ours, title in TITLES.items()}
+    schedules |= {"uniform": "normal"}
+    if label != "automatic" and label not in schedules:
+        there = ", ".join(SCHEDULES)
+        raise Refusal(400, f"there is no scheduler {shown(label)}; there are {there}", "scheduler")
+    if name is None:
+        return None, schedules.get(label)
+    titles = {title: one.title for ours, one in SAMPLERS.items() for title in (ours, one.title.lower())}
+    # Before version 1.9 the schedule was a part of the sampler's name.
+    plain, old = re.fullmatch(r"(.*?)( karras| exponential)?", name.lower()).groups("")  # type: ignore[union-attr]
+    title = titles.get(name.lower()) or (titles[plain] + old.title() if plain in titles else "")
+    if not title:
+        there = ", ".join(one.title for one in SAMPLERS.values())
+        raise Refusal(400, f"there is no sampler {shown(name)}; there are {there}", "sampler_name")
+    facts = {"Sampler": title}
+    if label != "automatic":
+        facts["Schedule type"] = TITLES.get(schedules[label], schedules[label])
+    elif not old:
+        facts["Schedule type"] = "Automatic"
+    return sampler_of(facts, bool(asked.s_churn))
+
+
+def _one_of(field: str, value: Any, known: dict[Any, str]) -> str:
+    if value not in known:
+        there = ", ".join(name for name in known if name)
+        raise Refusal(422, f"there is no {field} {shown(value)}; there are {there}", field)
+    return known[value]
+
+
+def _inputs(service: Service, asked: Img2Img) -> dict[str, Image.Image]:
+    """Returns the pictures that were sent, as large as the picture that is to be drawn, by their settings."""
+    if not asked.init_images:
+        raise Refusal(404, "Init image not found", "init_images")
+    if len(asked.init_images) > 1:
+        raise Refusal(422, "one picture is taken, and not several", "init_images")
+    picture = of_text(asked.init_images[0], "init_images", service.limits.input_pixels)
+    inputs = {"init_image": picture.convert("RGB") if picture.mode != "RGBA" else picture}
+    if asked.mask:
+        if asked.inpaint_full_res:
+            raise Refusal(
+                422, "inpaint_full_res, only the masked part, cannot be true here", "inpaint_full_res"
+            )
+        if asked.inpainting_fill != 1:
+            raise Refusal(422, "inpainting_fill can only be 1 here, what was there", "inpainting_fill")
+        mask = of_text(asked.mask, "mask", service.limits.input_pixels)
+        mask = mask.getchannel("A") if mask.mode == "RGBA" and _varies(mask) else mask.convert("L")
+        if asked.inpainting_mask_invert:
+            mask = ImageOps.invert(mask)
+        blur = [asked.mask_blur if one is None else one for one in (asked.mask_blur_x, asked.mask_blur_y)]
+        inputs["mask"] = mask.filter(ImageFilter.GaussianBlur((blur[0], blur[1])))
+    if asked.resize_mode not in (0, 1):
+        raise Refusal(422, "resize_mode can only be 0, stretch, or 1, crop, here", "resize_mode")
+    if asked.width and asked.height and asked.resize_mode == 0:
+        size = min(asked.width, service.limits.side), min(asked.height, service.limits.side)
+        inputs = {name: one.resize(size, Image.Resampling.LANCZOS) for name, one in inputs.items()}
+    return inputs
+
+
+def _varies(mask: Image.Image) -> bool:
+    low, high = mask.getchannel("A").getextrema()
+    return low != high
+
+
+# ---- from a job to an answer ----------------------------------------------------------------------------
+
+
+async def _draw(
+    service: Service, http: Http, asked: Txt2Img, settings: Settings, inputs: dict[str, Image.Image]
+) -> Drawn:
+    job = await service.begin(http, settings, asked.batch_size * asked.n_iter, inputs, dialect="a1111")
+    await service.finish(http, job)
+    files = await service.encoded(job) if asked.send_images else []
+    info = _info(service, job, asked)
+    said = asked.model_dump(exclude={"init_images", "mask"})
+    return Drawn(images=list(map(to_text, files)), parameters=_as_json(said), info=json.dumps(info))
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON has no form for become null."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+
+
+def _info(service: Service, job: Job, asked: Txt2Img) -> dict[str, Any]:
+    entries = [without_paths(entry, service.catalog) for _, entry in job.drawn]
+    if not entries:  # interrupted before the first picture
+        return {"prompt": asked.prompt, "all_prompts": [], "all_seeds": [], "infotexts": []}
+    first, many = entries[0].settings, len(entries)
+    width, height = job.drawn[0][0].size
+    seeds = [entry.settings.seed for entry in entries]
+    return {
+        "prompt": asked.prompt, "all_prompts": [asked.prompt] * many,
+        "negative_prompt": first.negative, "all_negative_prompts": [first.negative] * many,
+        "seed": seeds[0], "all_seeds": seeds, "subseed": -1, "all_subseeds": [-1] * many,
+        "subseed_strength": 0, "width": width, "height": height,
+        "sampler_name": SAMPLERS[str(first.sampler)].title, "cfg_scale": first.cfg, "steps": first.steps,
+        "batch_size": asked.batch_size, "restore_faces": False, "face_restoration_model": None,
+        "sd_model_name": entries[0].model_name, "sd_model_hash": entries[0].hashes["model"],
+        "sd_vae_name": None, "sd_vae_hash": None, "seed_resize_from_w": -1, "seed_resize_from_h": -1,
+        "denoising_strength": asked.denoising_strength, "extra_generation_params": {},
+        "index_of_first_image": 0, "infotexts": list(map(infotext, entries)), "styles": [],
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S"), "clip_skip": first.clip_skip + 1,
+        "is_using_inpainting_conditioning": False, "version": f"reifusion {__version__}",
+    }  # fmt: skip
+
+
+def _meant(service: Service, task: str | None) -> list[Job]:
+    """Returns the job of an id, or else the one that is drawn, if this dialect asked for it."""
+    if task is not None:
+        return [service.queue.find(task)]
+    job = service.queue.current
+    return [job] if job is not None and job.dialect == "a1111" else []
+
+
+def _progress(job: Job | None, without_image: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "skipped": False, "interrupted": False, "stopping_generation": False, "job": "", "job_count": 0,
+        "job_timestamp": "0", "job_no": 0, "sampling_step": 0, "sampling_steps": 0,
+    }  # fmt: skip
+    if job is None:
+        return {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None, "textinfo": None}
+    passed, progress = time.monotonic() - job.since, job.progress
+    state |= {
+        "skipped": job.skipped, "interrupted": job.interrupted, "job": job.id, "job_count": job.pictures,
+        "job_no": job.picture, "sampling_step": job.step, "sampling_steps": job.steps,
+    }  # fmt: skip
+    preview = None if without_image else job.preview
+    return {
+        "progress": progress,
+        "eta_relative": passed / progress - passed if progress else 0.0,
+        "state": state,
+        "current_image": None if preview is None else to_text(to_bytes(preview, None)),
+        "textinfo": job.state,
+    }
+
+
+def _memory() -> dict[str, Any]:
+    pages = {name: os.sysconf(f"SC_{name}_PAGES") * os.sysconf("SC_PAGE_SIZE") for name in ("AVPHYS", "PHYS")}
+    ram = {"free": pages["AVPHYS"], "used": pages["PHYS"] - pages["AVPHYS"], "total": pages["PHYS"]}
+    if not torch.cuda.is_available():
+        return {"ram": ram, "cuda": {"error": "there is no CUDA device"}}
+    free, total = torch.cuda.mem_get_info()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    def both(value: int) -> dict[str, int]:
+        return {"current": value, "peak": value}
+
+    cuda = {"system": {"free": free, "used": total - free, "total": total},
+            "allocated": both(allocated), "reserved": both(reserved)}  # fmt: skip
+    return {"ram": ram, "cuda": cuda}

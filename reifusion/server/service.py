@@ -1,0 +1,125 @@
+"""From a dialect's settings to a job that has been drawn: what the two dialects share."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request as Http
+from PIL import Image
+
+from .. import album
+from ..settings import Settings
+from .catalog import Catalog
+from .errors import Refusal
+from .limits import Limits
+from .metrics import Metrics
+from .pictures import to_bytes, without_paths
+from .queue import Job, Queue
+
+
+@dataclass
+class Service:
+    """All that a route needs."""
+
+    usual: Settings  # what a request leaves open
+    catalog: Catalog
+    limits: Limits
+    metrics: Metrics
+    queue: Queue
+    scratch: Path  # a folder for pictures that clients send, each as long as its job
+
+    async def begin(
+        self,
+        http: Http,
+        settings: Settings,
+        pictures: int = 1,
+        inputs: Mapping[str, Image.Image] | None = None,
+        **more: Any,
+    ) -> Job:
+        """Checks what is asked for, and puts it in the queue.
+
+        inputs: pictures that were sent, by their names in `Settings`. more: of `Job`. Raises Refusal: 400 for
+        what cannot be drawn, and what `Queue.put` raises.
+        """
+        if why := "the server is stopping" if self.queue.closing else "":
+            raise Refusal(503, why, retry_after=5)
+        id = http.scope["state"]["id"]
+        folder = self.scratch / id
+        try:
+            settings, request = await asyncio.to_thread(
+                self._checked, settings, pictures, inputs or {}, folder
+            )
+            job = Job(settings, request, pictures, id=id, folder=folder if inputs else None, **more)
+            width, height = request.size
+            http.scope["state"]["facts"] = {
+                "model": self.catalog.name_of(settings.model), "pictures": pictures, "width": width,
+                "height": height, "steps": request.steps,
+            }  # fmt: skip
+            self.queue.put(job)
+        except BaseException:
+            if id not in self.queue:  # or it would be the folder of the other job of this id
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return job
+
+    def _checked(
+        self, settings: Settings, pictures: int, inputs: Mapping[str, Image.Image], folder: Path
+    ) -> tuple[Settings, Any]:
+        self.limits.check_asked(settings, pictures)
+        try:
+            if inputs:
+                folder.mkdir(exist_ok=True)
+                kept: dict[str, Any] = {name: album.keep(one, folder) for name, one in inputs.items()}
+                settings = replace(settings, **kept)
+            request = settings.request().for_model(settings.config())
+        except Refusal:
+            raise
+        except ValueError as error:
+            raise Refusal(400, str(error).splitlines()[0]) from None
+        self.limits.check_drawn(settings, request, pictures)
+        return settings, request
+
+    async def finish(self, http: Http, job: Job) -> None:
+        """Waits until the job is over; cancels it if the client leaves. Raises Refusal if it failed."""
+        left, over = asyncio.create_task(_left(http)), asyncio.create_task(_over(job))
+        try:
+            await asyncio.wait({left, over}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+            over.cancel()
+            self.queue.cancel(job)  # which changes nothing if it is over
+        check(job)
+
+    async def encoded(self, job: Job, format: str = "png", quality: int = 100) -> list[bytes]:
+        """Returns the job's pictures as files."""
+
+        def encode() -> list[bytes]:
+            with self.metrics.stage("encode"):
+                return [
+                    to_bytes(picture, without_paths(entry, self.catalog), format, quality)
+                    for picture, entry in job.drawn
+                ]
+
+        return await asyncio.to_thread(encode)
+
+
+def check(job: Job) -> None:
+    """Raises Refusal for a job that ended without what was asked for."""
+    if job.state != "done" and not job.interrupted:
+        raise job.error or Refusal(499, "the job was cancelled")
+
+
+async def _over(job: Job) -> None:
+    async for _ in job.changes():
+        pass
+
+
+async def _left(http: Http) -> None:
+    """Returns when the client has left. To be called when the body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
