@@ -24,9 +24,7 @@ def check(blur: float, padding: int | None) -> None:
     if not 0 <= blur <= 256:
         raise ValueError(f"mask_blur must be between 0 and 256 pixels, not {blur:g}")
     if padding is not None and not 0 <= padding <= 4096:
-        raise ValueError(
-            f"only_masked, the pixels around the mask, must be between 0 and 4096, not {padding}"
-        )
+        raise ValueError(f"only_masked must be between 0 and 4096 pixels, not {padding}")
 
 
 def blurred(mask: Image.Image, blur: float) -> Image.Image:

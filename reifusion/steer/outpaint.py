@@ -48,15 +48,15 @@ def larger(picture: Image.Image, sides: Sides, blur: float = 0.0) -> tuple[Image
     blurred by that many pixels, so it reaches twice as far into the picture.
     """
     left, top, right, bottom = sides
+    inset = [round(2 * blur) * (side > 0) for side in sides]
     right += -(left + picture.width + right) % MULTIPLE
     bottom += -(top + picture.height + bottom) % MULTIPLE
     pixels = np.pad(np.asarray(picture), ((top, bottom), (left, right), (0, 0)), mode="edge")
     spread = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(max(8, max(sides) / 8)))
     spread.paste(picture, (left, top))
-    inset = round(2 * blur)
     kept = np.zeros((picture.height, picture.width), bool)
-    rows = slice(inset * (top > 0), picture.height - inset * (bottom > 0))
-    columns = slice(inset * (left > 0), picture.width - inset * (right > 0))
+    rows = slice(inset[1], picture.height - inset[3])
+    columns = slice(inset[0], picture.width - inset[2])
     kept[rows, columns] = True
     mask = np.full((spread.height, spread.width), 255, np.uint8)
     mask[top : top + picture.height, left : left + picture.width][kept] = 0
