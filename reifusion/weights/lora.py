@@ -1,8 +1,9 @@
 """LoRA: a small file that changes what a big model draws (Hu et al. 2021, arXiv:2106.09685).
 
-A LoRA holds, for some of the layers, two thin matrices whose product is added to the layer's weight.
-`load_lora` reads the file, `apply` adds the LoRA to a model, `remove` takes it out again. Layers are found by
-their names in checkpoints, so the table in `model_converter.py` serves both. `train/lora.py` makes LoRAs.
+A LoRA holds, for some of the layers, two thin matrices whose product is added to the layer's weight; what
+other files called LoRAs hold is in `lora_kinds.py`. `load_lora` reads the file, `apply` adds the LoRA to a
+model, `remove` takes it out again. Layers are found by their names in checkpoints, so the table in
+`model_converter.py` serves both. `train/lora.py` makes LoRAs.
 """
 
 from __future__ import annotations
@@ -11,29 +12,35 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import families
 from ..model.config import ModelConfig
 from ..model.model_converter import rules
 from ..model.tensors import ModelError, TensorFile
+from .lora_blocks import block_of, factors
+from .lora_kinds import LYCORIS, AnyUpdate, Difference, DoRA, Update, read_update
 
 if TYPE_CHECKING:
     from ..model.pipeline import StableDiffusion
 
-# The ends of a tensor's name in the files of kohya, of PEFT and diffusers, and of diffusers before 0.22. PEFT
-# adds the name of an adapter, "default" if it was given none.
+# The ends of a tensor's name in the files of kohya, of PEFT and diffusers, of diffusers before 0.22, and of
+# LyCORIS. PEFT adds the name of an adapter, "default" if it was given none.
+ADAPTER = r"(?P<adapter>\.(?!weight$|bias$)[\w-]+)?"
 ENDINGS = {
-    "down": r"[._]lora(_down|_A|\.down|_linear_layer\.down)(?P<adapter>\.[\w-]+)?\.weight",
-    "up": r"[._]lora(_up|_B|\.up|_linear_layer\.up)(?P<adapter>\.[\w-]+)?\.weight",
+    "down": rf"[._]lora(_down|_A|\.down|_linear_layer\.down){ADAPTER}\.weight",
+    "up": rf"[._]lora(_up|_B|\.up|_linear_layer\.up){ADAPTER}\.weight",
+    "up_bias": rf"[._]lora(_up|_B){ADAPTER}\.bias",
+    "mid": r"[._]lora_mid\.weight(?P<adapter>)",
     "alpha": r"(?P<adapter>)\.alpha",
+    "lengths": rf"[._](dora_scale|lora_magnitude_vector{ADAPTER}(\.weight)?)",
+    **{name: rf"\.{name}{ADAPTER}" for name in LYCORIS},
 }
 
 # Embeddings that were learned together with a LoRA, and that some programs write into its file.
@@ -41,18 +48,17 @@ BUNDLED = r"bundle_emb\.(?P<word>.+?)\."
 
 # Other methods whose files are called LoRAs. Read as if it were plain, such a file would draw something else.
 OTHERS = {
-    r"dora_scale|lora_magnitude_vector": "DoRA",
-    r"hada_": "LoHa",
-    r"lokr_": "LoKr",
-    r"lora_mid": "a LoCon in Tucker's form",
     r"oft_|boft": "OFT",
     r"on_input": "IA³",
-    r"\.diff(_b)?$": "a full difference of weights",
-    r"lora_B\.bias|lora_up\.bias": "a LoRA with biases",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.set_weight$": "a file of weights that replace the model's",
+    r"\.reshape_weight$": "a LoRA that changes the shapes of weights",
 }
 
 # These replacements, in this order, make the spellings of a layer's name the same, except for . and _.
 SPELLINGS = (
+    (r"^lycoris_(?=text_model)", "text_encoder."),  # LyCORIS's outside of kohya's scripts, as is the next
+    (r"^lycoris_(unet_|transformer_)?", "unet."),
     (r"^(unet\.|transformer\.|text_encoder\.|text_encoder_2\.)?base_model\.model\.", r"\1"),  # PEFT's
     (r"^(transformer\.|lora_transformer_)", "unet."),  # the network of Stable Diffusion 3
     (r"^(model\.)?diffusion_model\.", "unet."),  # CompVis's, and ComfyUI's
@@ -70,33 +76,14 @@ SPELLINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Update:
-    """The change of one layer: B A, scaled by α/r."""
-
-    down: Tensor  # A, (r, in), or (r, in, k, k) for a convolution
-    up: Tensor  # B, (out, r), or (out, r, 1, 1)
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-    def delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """Returns ΔW, (out, in) or (out, in·k·k), in float32."""
-        # A convolution followed by a 1×1 convolution is one convolution, whose weight is the same product.
-        up, down = (x.flatten(1).to(device, torch.float32) for x in (self.up, self.down))
-        # Eq. 3, Hu et al. 2021: h = W₀x + ΔWx = W₀x + BAx; §4.1: ΔWx is scaled by α/r
-        return self.alpha / self.rank * (up @ down)  # (out, r) @ (r, in·k·k) -> (out, in·k·k)
-
-
 @dataclass(frozen=True, eq=False)
 class LoRA:
     """A LoRA that has been read: the layers that it changes, and their changes."""
 
-    updates: dict[str, Update]  # by the layer's name, as the file spells it
+    updates: Mapping[str, AnyUpdate]  # of weights, by the layer's name, as the file spells it
     metadata: dict[str, str] = field(default_factory=dict)
     path: str = "the LoRA"  # for messages
+    biases: Mapping[str, Difference] = field(default_factory=dict)  # of biases, by the layer's name
 
     def __deepcopy__(self, memo: Any) -> LoRA:
         """Returns itself: a copy of a model has the same LoRAs in it, and `remove` finds them."""
@@ -146,11 +133,11 @@ def lora_files(files: Collection[str]) -> list[str]:
 
 
 def load_lora(source: str | Path) -> LoRA:
-    """Reads a LoRA, `.safetensors` or a pickle, in the layout of kohya, PEFT, or old versions of diffusers.
+    """Reads a LoRA, `.safetensors` or a pickle, in the layout of kohya, LyCORIS, PEFT, or old diffusers.
 
     source: the file, or a folder of diffusers or PEFT with one. No code in the file is run. A layer without
     its α has α = r. Embeddings in the file are passed over, with a warning. Raises ModelError, in one
-    sentence, for a file that is not a LoRA, is a LoRA of another kind, or is damaged.
+    sentence, for a file that is not a LoRA, is of a kind that is not in `lora_kinds.py`, or is damaged.
     """
     path = Path(source)
     if not path.is_dir():
@@ -158,59 +145,73 @@ def load_lora(source: str | Path) -> LoRA:
     files = lora_files([file.relative_to(path).as_posix() for file in path.rglob("*")])
     if not files:
         raise ModelError(f"{path} does not hold one LoRA; if it holds several, name the file of one")
-    updates: dict[str, Update] = {}
+    updates: dict[str, AnyUpdate] = {}
+    biases: dict[str, Difference] = {}
     metadata: dict[str, str] = {}
     for name in files:
         part = Path(name).parent.name  # "unet", "text_encoder", or ""
+        before = f"{part}." if part else ""
         lora = _load_file(path / name)
         metadata |= lora.metadata
-        updates |= {f"{part}.{layer}" if part else layer: x for layer, x in lora.updates.items()}
-    return LoRA(updates, metadata, str(path))
+        updates |= {before + layer: x for layer, x in lora.updates.items()}
+        biases |= {before + layer: x for layer, x in lora.biases.items()}
+    return LoRA(updates, metadata, str(path), biases)
 
 
 def _load_file(file: Path) -> LoRA:
     opened = TensorFile(file)
-    path, updates = opened.path, {}
-    config = _peft_config(opened)
+    path, config = opened.path, _peft_config(opened)
+    updates: dict[str, AnyUpdate] = {}
+    biases: dict[str, Difference] = {}
     for layer, parts in _read(opened).items():
-        if missing := sorted({"down", "up"} - parts.keys()):
-            raise ModelError(f"{path} is incomplete: {layer} lacks its {missing[0]} matrix")
-        down, up = parts["down"], parts["up"]
-        if min(down.ndim, up.ndim) < 2 or not up.shape[1] == len(down) > 0:
-            shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-            raise ModelError(f"{path} is damaged: the two matrices of {layer} do not fit together, {shapes}")
         if "alpha" in parts and parts["alpha"].numel() != 1:
             raise ModelError(f"{path} is damaged: {layer}.alpha is not one number")
-        alpha = parts["alpha"].item() if "alpha" in parts else _peft_alpha(path, config, layer, len(down))
-        updates[layer] = Update(down, up, alpha)
-    if not updates:
+        alpha = parts["alpha"].item() if "alpha" in parts else _peft_alpha(path, config, layer, parts)
+        bias = [parts.pop(name) for name in ("diff_b", "b_norm") if name in parts]
+        raised = parts.pop("up_bias", None)
+        try:
+            if parts.keys() - {"alpha"}:
+                updates[layer] = read_update(parts, alpha)
+        except ModelError as error:
+            raise ModelError(f"{path} is damaged or incomplete: {layer} {error}") from None
+        if raised is not None:  # B A x and this are scaled alike
+            update = updates.get(layer)
+            if not isinstance(update, Update):
+                raise ModelError(f"{path} is damaged or incomplete: {layer} has a bias, and not its matrices")
+            bias.append(update.alpha / update.rank * raised.float())
+        if bias:
+            biases[layer] = Difference(torch.stack([one.float().flatten() for one in bias]).sum(0))
+    if not updates and not biases:
         raise ModelError(f"{path} is not a LoRA: it has no tensors")
-    return LoRA(updates, opened.metadata, str(path))
+    return LoRA(updates, opened.metadata, str(path), biases)
 
 
 def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
     """Reads the tensors of each layer, by `ENDINGS`."""
     layers: dict[str, dict[str, Tensor]] = {}
-    adapters, words = set(), set()
+    adapters, words, unknown = set(), set(), []
     for name in file.shapes:
         if bundled := re.match(BUNDLED, name):
             words.add(bundled["word"])
             continue
         for pattern, kind in OTHERS.items():
             if re.search(pattern, name):
-                raise ModelError(
-                    f"{file.path} is not a plain LoRA but {kind}, which is not built in: see {name}"
-                )
+                raise ModelError(f"{file.path} is {kind}, which is not built in: see {name}")
         for part, ending in ENDINGS.items():
             if found := re.fullmatch(f"(.+?){ending}", name):
                 tensor = file.read(name, "cpu", None)
                 if not tensor.float().isfinite().all():
                     raise ModelError(f"{file.path} is damaged: {name} holds a number that is not finite")
+                if "lora_magnitude_vector" in name:
+                    tensor = tensor.reshape(-1, 1)  # PEFT's are of the rows, (out,) or (1, out, 1, 1)
                 layers.setdefault(found[1], {})[part] = tensor
-                adapters.add(found["adapter"]) if part != "alpha" else None
+                adapters.add(found["adapter"]) if part in ("down", "up") else None
                 break
         else:
-            raise ModelError(f"{file.path} is not a LoRA: it has a tensor {name}")
+            unknown.append(name)
+    if unknown:
+        several = "a tensor" if len(unknown) == 1 else f"{len(unknown)} tensors that no LoRA has,"
+        raise ModelError(f"{file.path} is not a LoRA: it has {several} {_some(unknown)}")
     if len(adapters) > 1:
         names = " and ".join(sorted((name or ".(no name)")[1:] for name in adapters))
         raise ModelError(f"{file.path} holds several LoRAs, {names}; save one of them alone")
@@ -236,21 +237,38 @@ def _peft_config(file: TensorFile) -> dict[str, Any]:
     raise ModelError(f"{file.path} has a config of PEFT, in its header or beside it, that is not understood")
 
 
-def _peft_alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Returns α by the config of PEFT, or r where there is none."""
+def _some(names: Sequence[str]) -> str:
+    """Lists some names: "a, b, c and 7 more"."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _peft_alpha(
+    path: Path, config: Mapping[str, Any], layer: str, parts: Mapping[str, Tensor]
+) -> float | None:
+    """Returns α by the config of PEFT, or None where there is none."""
+    if not config:
+        return None
+    thin = [parts[name] for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in parts]
     try:
         network, _, inner = layer.partition(".")
         if network not in ("unet", "transformer", "text_encoder", "text_encoder_2"):
             network, inner = "", layer
         given = {key.removeprefix(f"{network}."): value for key, value in config.items()}
-        alpha = float(given.get("lora_alpha", rank))
-        for pattern, other in (given.get("alpha_pattern") or {}).items():  # exceptions, by the layer's name
-            if re.fullmatch(rf"(.*\.)?({pattern})", inner):
-                alpha = float(other)
-                break
+
+        def said(name: str, patterns: str, other: float) -> float:
+            for pattern, value in (given.get(patterns) or {}).items():  # exceptions, by the layer's name
+                if re.fullmatch(rf"(.*\.)?({pattern})", inner):
+                    return float(value)
+            return float(given.get(name, other))
+
+        # A LoKr whose sides are whole has a rank in the config alone, and its α is returned over that.
+        rank = len(thin[0]) if thin else said("r", "rank_pattern", 1)
+        alpha = said("lora_alpha" if "lora_alpha" in given else "alpha", "alpha_pattern", rank)
+        alpha = alpha if thin else alpha / rank
         # Kalajdzievski 2023 scales by α/√r.
         return alpha * math.sqrt(rank) if given.get("use_rslora") else alpha
-    except (ValueError, TypeError, AttributeError, re.error):
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, re.error):
         raise ModelError(
             f"{path} has a config of PEFT, in its header or beside it, that is not understood"
         ) from None
@@ -286,24 +304,31 @@ def apply(
     lora: LoRA,
     weight: float = 1.0,
     config: ModelConfig | None = None,
+    blocks: str | Sequence[float] | None = None,
 ) -> None:
     """Adds weight · ΔW to the weights of a model, or of a dict of its networks, "clip" and "diffusion".
 
     weight: 1 for the LoRA as it was made, less for a weaker effect, below 0 for the opposite. LoRAs add up,
-    and so does the same LoRA twice. The sum is computed in float32, whatever the model's dtype, and rounded
-    once. config: of the networks in a dict, which all but Stable Diffusion 1.x and 2.x need. Raises
-    ModelError for a LoRA that does not fit the model, and ValueError for a weight that is not finite; then
-    the model is left as it was.
+    and so does the same LoRA twice. The sum is computed in float32 or the model's dtype, whichever is finer,
+    and rounded once. config: of the networks in a dict, which all but Stable Diffusion 1.x and 2.x need.
+    blocks: what the weight is multiplied by in each block of the model, see `lora_blocks.factors`. Raises
+    ModelError for a LoRA that does not fit the model, and ValueError for a weight that is not finite and for
+    blocks that are not the model's; then the model is left as it was.
     """
     if not math.isfinite(weight):
         raise ValueError(f"the weight of a LoRA must be a finite number, not {weight}")
     models = _models(pipe)
+    factor = factors(blocks, models["diffusion"]) if blocks is not None else {}
     changes = _find(lora, models, config or getattr(pipe, "config", None))
     for name in models:
-        own = {place: update for place, update in changes.items() if place.network == name}
+        own = [
+            (change, weight * factor.get(block_of(change.place.network, change.place.layer), 1.0))
+            for change in changes
+            if change.place.network == name
+        ]
         if own:
             merged = _merged(models[name])
-            merged.added.append((lora, weight, own))
+            merged.added.append((lora, own))
             _merge(models[name], merged)
 
 
@@ -313,7 +338,7 @@ def remove(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA | None = 
     Raises ValueError, and changes nothing, if that LoRA is not in the model.
     """
     networks = list(_models(pipe).values())
-    if lora is not None and not any(one is lora for x in networks for one, _, _ in _merged(x).added):
+    if lora is not None and not any(one is lora for x in networks for one, _ in _merged(x).added):
         raise ValueError(f"{lora.path} is not in this model")
     for network in networks:
         merged = _merged(network)
@@ -321,12 +346,27 @@ def remove(pipe: StableDiffusion | Mapping[str, nn.Module], lora: LoRA | None = 
         _merge(network, merged)
 
 
+@dataclass(frozen=True)
+class _Change:
+    """An update, and where in the model it goes."""
+
+    place: Place
+    tensor: str  # "weight" or "bias"
+    inputs: int | None  # of a weight: only the first so many inputs are changed
+    update: AnyUpdate
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Returns a view of what is changed, of the whole weight or bias."""
+        rows = tensor.chunk(self.place.parts)[self.place.part]
+        return rows if self.inputs is None else rows[:, : self.inputs]
+
+
 @dataclass
 class _Merged:
     """The LoRAs in a network, and the weights that they replaced."""
 
     originals: dict[str, Tensor] = field(default_factory=dict)  # the changed weights before, by name
-    added: list[tuple[LoRA, float, dict[Place, Update]]] = field(default_factory=list)
+    added: list[tuple[LoRA, list[tuple[_Change, float]]]] = field(default_factory=list)
 
 
 def _merged(network: nn.Module) -> _Merged:
@@ -335,18 +375,20 @@ def _merged(network: nn.Module) -> _Merged:
 
 @torch.no_grad()
 def _merge(network: nn.Module, merged: _Merged) -> None:
-    """Sets the weights to the originals plus all changes that remain."""
+    """Sets the weights to the originals plus all changes that remain, each a change of the originals."""
     totals: dict[str, Tensor] = {}
-    for _, weight, updates in merged.added:
-        for place, update in updates.items():
-            name = f"{place.layer}.weight"
-            parameter = network.get_parameter(name)
-            if name not in merged.originals:
-                merged.originals[name] = parameter.detach().clone()
-            if name not in totals:
-                totals[name] = merged.originals[name].to(parameter.device, torch.float32, copy=True)
-            rows = totals[name].chunk(place.parts)[place.part]  # a view
-            rows += weight * update.delta(parameter.device).view(rows.shape)
+    for change, weight in (pair for _, pairs in merged.added for pair in pairs):
+        name = f"{change.place.layer}.{change.tensor}"
+        parameter = network.get_parameter(name)
+        if name not in merged.originals:
+            merged.originals[name] = parameter.detach().clone()
+        before = merged.originals[name]
+        wide = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        if name not in totals:
+            totals[name] = before.to(*wide, copy=True)
+        if weight:
+            rows = change.rows(totals[name])  # a view
+            rows += weight * change.update.delta(change.rows(before).to(*wide))
     for name in list(merged.originals):
         if name in totals:
             network.get_parameter(name).copy_(totals[name])
@@ -362,7 +404,7 @@ def _models(pipe: StableDiffusion | Mapping[str, nn.Module]) -> Mapping[str, nn.
 FIRST = "down.0.0"  # the U-Net's first layer
 
 
-def _find(lora: LoRA, models: Mapping[str, Any], config: ModelConfig | None) -> dict[Place, Update]:
+def _find(lora: LoRA, models: Mapping[str, Any], config: ModelConfig | None) -> list[_Change]:
     """Returns the place of each update. Raises ModelError for an update that has no place or does not fit."""
     config = config or ModelConfig(clip=models["clip"].config, unet=models["diffusion"].config)
     known = {
@@ -370,26 +412,40 @@ def _find(lora: LoRA, models: Mapping[str, Any], config: ModelConfig | None) -> 
         for place in places(config, whole=True)
         for name in (place.diffusers, place.compvis)
     }
-    found: dict[Place, Update] = {}
-    for layer, update in lora.updates.items():
+    found: dict[tuple[Place, str], _Change] = {}
+    unknown = []
+    every: list[tuple[str, str, AnyUpdate]] = [("weight", *item) for item in lora.updates.items()]
+    every += [("bias", *item) for item in lora.biases.items()]
+    for tensor, layer, update in every:
         place = known.get(_flat(layer))
         module = None if place is None else models[place.network].get_submodule(place.layer)
-        if place is None or not isinstance(module, nn.Linear | nn.Conv2d):
-            raise ModelError(f"{lora.path} does not fit this model, which has no layer for {layer}")
-        if place in found:
+        changed = isinstance(module, nn.Linear | nn.Conv2d) or (
+            isinstance(module, nn.LayerNorm | nn.GroupNorm) and isinstance(update, Difference)
+        )
+        if place is None or not changed:
+            unknown.append(layer)
+            continue
+        if (place, tensor) in found:
             raise ModelError(f"{lora.path} changes the same layer twice, the second time as {layer}")
-        rows, *rest = _four(module.weight.shape)
-        extra = rest[0] - _four(update.down.shape)[1]
-        if place.layer == FIRST and extra > 0 and update.down.ndim == 4:
-            # A U-Net for inpainting or editing is given the latents first, and a plain one nothing else.
-            update = replace(update, down=F.pad(update.down, (0, 0, 0, 0, 0, extra)))
-        change = (*_four(update.up.shape)[:1], *_four(update.down.shape)[1:])
-        weight = (rows // place.parts, *rest)
-        if change != weight or _four(update.up.shape)[2:] != (1, 1):
-            text = f"{layer} changes a weight of shape {change}, and the model's is {weight}"
+        whole = getattr(module, tensor)
+        if whole is None:
+            raise ModelError(f"{lora.path} does not fit this model, where {layer} has no bias")
+        rows, *rest = _four(whole.shape)
+        given = update.shape
+        inputs = math.prod(given[1:]) // math.prod(rest[1:]) if whole.ndim > 1 else 1
+        # A U-Net for inpainting or editing is given the latents first, and a plain one nothing else.
+        narrow = place.layer == FIRST and len(given) in (2, 4) and 0 < inputs < rest[0]
+        shape = (rows // place.parts, inputs if narrow else rest[0], *rest[1:])
+        if _four(given) != shape and given != (shape[0], math.prod(shape[1:])):  # stored flat by some
+            text = f"{layer} changes a {tensor} of shape {_four(given)}, and the model's is {shape}"
             raise ModelError(f"{lora.path} does not fit this model: {text}")
-        found[place] = update
-    return found
+        if isinstance(update, DoRA) and update.lengths.shape not in ((shape[0], 1), (1, shape[1])):
+            text = f"{layer} has {update.lengths.numel()} lengths for a weight of shape {shape}"
+            raise ModelError(f"{lora.path} does not fit this model: {text}")
+        found[place, tensor] = _Change(place, tensor, inputs if narrow else None, update)
+    if unknown:
+        raise ModelError(f"{lora.path} does not fit this model, which has no layer for {_some(unknown)}")
+    return list(found.values())
 
 
 def _flat(layer: str) -> str:
@@ -399,6 +455,6 @@ def _flat(layer: str) -> str:
     return layer.replace(".", "_")
 
 
-def _four(shape: torch.Size) -> tuple[int, ...]:
+def _four(shape: Sequence[int]) -> tuple[int, ...]:
     """Treats a linear layer as the 1×1 convolution that it is: (out, in) -> (out, in, 1, 1)"""
-    return (*shape, 1, 1)[:4]
+    return (*shape, 1, 1, 1)[:4]

@@ -1,7 +1,7 @@
 """LoRAs as matrices: several made one, one made smaller, and one found between two models.
 
-All of it rests on ΔW = (α/r) B A. Source: Hu et al. 2021, Eq. 3; Eckart & Young 1936 for the best matrix of
-a lower rank.
+All of it rests on ΔW = (α/r) B A, so that other kinds are refused, by name. Source: Hu et al. 2021, Eq. 3;
+Eckart & Young 1936 for the best matrix of a lower rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..files import whole
 from ..model.config import ModelConfig
 from ..model.model_loader import state_dict
 from ..model.tensors import ModelError
-from .lora import LoRA, Update, _flat, places
+from .lora import LoRA, _flat, places
+from .lora_kinds import Difference, Update
 from .writing import write_tensors
 
 
@@ -27,14 +28,19 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Returns one LoRA that changes as much as all of these together, each times its weight. Exact.
 
     Of a layer that two of them change, the rank is the sum of both: w₁B₁A₁ + w₂B₂A₂ = [w₁B₁ w₂B₂] [A₁; A₂].
-    Raises ModelError for LoRAs that do not fit together, and ValueError for a weight that is not finite.
+    Differences of biases add up. Raises ModelError for LoRAs that do not fit together and for other kinds,
+    and ValueError for a weight that is not finite.
     """
     parts: dict[str, list[tuple[LoRA, float, Update]]] = {}
+    biases: dict[str, Tensor] = {}
     for lora, weight in loras:
         if not math.isfinite(weight):
             raise ValueError(f"the weight of a LoRA must be a finite number, not {weight}")
-        for layer, update in lora.updates.items():
+        for layer, update in plain(lora).items():
             parts.setdefault(kohya(layer), []).append((lora, weight, update))
+        for layer, bias in lora.biases.items():
+            change = weight * bias.change.float()
+            biases[kohya(layer)] = biases.get(kohya(layer), torch.zeros_like(change)) + change
     updates = {}
     for layer, own in parts.items():
         shapes = {(one.up.shape[0], math.prod(one.down.shape[1:])) for _, _, one in own}
@@ -45,24 +51,36 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
         downs = [one.down.float().reshape(one.rank, *shape) for _, _, one in own]
         ups = [weight * one.alpha / one.rank * one.up.float().flatten(1) for _, weight, one in own]
         updates[layer] = _update(torch.cat(ups, 1), torch.cat(downs))
-    return LoRA(updates, path=" + ".join(lora.path for lora, _ in loras))
+    summed = {layer: Difference(change) for layer, change in biases.items()}
+    return LoRA(updates, path=" + ".join(lora.path for lora, _ in loras), biases=summed)
 
 
 def resize(lora: LoRA, rank: int) -> LoRA:
     """Returns the LoRA of at most this rank that is nearest to another one, layer by layer.
 
-    Raises ValueError for a rank below 1.
+    Differences of biases are kept. Raises ModelError for other kinds, and ValueError for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA must be at least 1, not {rank}")
     updates = {}
-    for layer, one in lora.updates.items():
+    for layer, one in plain(lora).items():
         # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, where the middle is only (r, r): its SVD is that of the whole.
         q_up, r_up = torch.linalg.qr(one.alpha / one.rank * one.up.double().flatten(1))
         q_down, r_down = torch.linalg.qr(one.down.double().flatten(1).T)
         u, s, v = torch.linalg.svd(r_up @ r_down.T)
         updates[kohya(layer)] = _cut(q_up @ u, s, v @ q_down.T, rank, one.down.shape[1:])
-    return LoRA(updates, path=lora.path)
+    return LoRA(updates, path=lora.path, biases={kohya(layer): x for layer, x in lora.biases.items()})
+
+
+def plain(lora: LoRA) -> dict[str, Update]:
+    """Returns the updates. Raises ModelError if one of them is not two matrices."""
+    for layer, update in lora.updates.items():
+        if not isinstance(update, Update):
+            raise ModelError(
+                f"{lora.path} holds {update.kind}, which is not two matrices, for {layer}; put it into a"
+                " model with `reifusion lora fuse`, and take a LoRA out of that with `reifusion lora extract`"
+            )
+    return {layer: update for layer, update in lora.updates.items() if isinstance(update, Update)}
 
 
 def extract(
@@ -124,12 +142,21 @@ def _update(up: Tensor, down: Tensor) -> Update:
 
 
 def write(lora: LoRA, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a LoRA to a `.safetensors` in kohya's layout, whole or not at all."""
+    """Writes a LoRA to a `.safetensors` in kohya's layout, whole or not at all.
+
+    Raises ModelError for other kinds.
+    """
     tensors: dict[str, Tensor] = {}
-    names = [kohya(layer) for layer in lora.updates]
-    two = any(name.startswith("lora_te2_") for name in names)
-    for name, one in zip(names, lora.updates.values()):
-        name = name.replace("lora_te_", "lora_te1_") if two else name  # of two text encoders, the first
+    two = any(kohya(layer).startswith("lora_te2_") for layer in (*lora.updates, *lora.biases))
+
+    def spelled(layer: str) -> str:
+        name = kohya(layer)
+        return name.replace("lora_te_", "lora_te1_") if two else name  # of two text encoders, the first
+
+    for layer, bias in lora.biases.items():
+        tensors[f"{spelled(layer)}.diff_b"] = bias.change.float().contiguous()
+    for layer, one in plain(lora).items():
+        name = spelled(layer)
         tensors |= {
             f"{name}.lora_down.weight": one.down.float().contiguous(),
             f"{name}.lora_up.weight": one.up.float().contiguous(),

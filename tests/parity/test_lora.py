@@ -121,6 +121,76 @@ def test_what_peft_made_is_read_here(ours, theirs, tmp_path, modules, more):
     assert error(outputs(ours), reference) < 1e-5
 
 
+def noise(module: nn.Module, mark: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    for name, x in module.named_parameters():
+        if mark in name:
+            x.data.normal_(std=0.2, generator=generator)
+
+
+MODULES = ["to_q", "to_k", "proj_in", "ff.net.2", "conv1", "conv_in", "conv_out"]
+
+
+def test_a_dora_of_peft_is_read_here(ours, theirs, tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    theirs.unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=MODULES, use_dora=True))
+    noise(theirs.unet, "lora_")
+    for name, x in theirs.unet.named_parameters():
+        if "magnitude" in name:
+            x.data.abs_().add_(0.5)
+    theirs.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(theirs.unet))
+    plain, reference, untouched = outputs(ours), outputs(theirs), bits(ours)
+    lora = load_lora(tmp_path)
+    assert {type(one).__name__ for one in lora.updates.values()} == {"DoRA"}
+    apply(ours, lora)
+    assert error(plain[1:], reference[1:]) > 0.01
+    assert error(outputs(ours)[1:], reference[1:]) < 1e-5
+    remove(ours)
+    assert all(torch.equal(x, untouched[name]) for name, x in bits(ours).items())
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("LoHaConfig", {"alpha": 3}),
+        ("LoHaConfig", {"alpha": 3, "use_effective_conv2d": True, "alpha_pattern": {"to_q": 5}}),
+        ("LoKrConfig", {"alpha": 3}),
+        ("LoKrConfig", {"alpha": 3, "use_effective_conv2d": True, "decompose_factor": 4}),
+        ("LoKrConfig", {"alpha": 3, "r": 64, "decompose_both": True}),  # so that all sides are whole
+    ],
+    ids=["LoHa", "LoHa in Tucker's form", "LoKr", "LoKr in Tucker's form", "LoKr, whole"],
+)
+def test_a_loha_or_a_lokr_of_peft_is_read_here(ours, theirs, tmp_path, config, options):
+    options = {"r": 2, "target_modules": [m for m in MODULES if not m.startswith("conv_")]} | options
+    changed = peft.get_peft_model(theirs.unet, getattr(peft, config)(**options))
+    noise(changed, "hada_" if config == "LoHaConfig" else "lokr_")
+    if options["r"] == 64:
+        assert not any("_a" in name for name, _ in changed.named_parameters() if "lokr" in name)
+    changed.save_pretrained(tmp_path)
+    plain, reference = outputs(ours), outputs(theirs)
+    apply(ours, load_lora(tmp_path))
+    assert error(plain[1:], reference[1:]) > 0.01
+    assert error(outputs(ours)[1:], reference[1:]) < 1e-5
+
+
+def test_biases_of_peft_are_read_here(ours, theirs, tmp_path):
+    options = {"r": 4, "lora_alpha": 2, "lora_bias": True}
+    changed = peft.get_peft_model(
+        theirs.unet, peft.LoraConfig(target_modules=["to_out.0", "conv1"], **options)
+    )
+    noise(changed, "lora_")
+    changed.save_pretrained(tmp_path)
+    plain, reference = outputs(ours), outputs(theirs)
+    lora = load_lora(tmp_path)
+    assert len(lora.biases) == len(lora.updates)
+    apply(ours, lora)
+    assert error(plain[1:], reference[1:]) > 0.01
+    assert error(outputs(ours)[1:], reference[1:]) < 1e-5
+    remove(ours, lora)
+    assert error(outputs(ours), plain) == 0
+
+
 def test_a_lora_for_the_u_net_alone_is_read_here(ours, theirs, tmp_path):
     torch.manual_seed(3)
     theirs.unet.add_adapter(

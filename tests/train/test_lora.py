@@ -38,6 +38,7 @@ from reifusion.train.lora import (
 )
 from reifusion.train.text2image import Latents, forward_process
 from reifusion.weights.lora import apply, load_lora
+from reifusion.weights.lora_tools import plain
 from tests.tiny import networks as random_networks
 
 TOKENIZER = Tokenizer("z o\nzo r\nzor k</w>\n", context_length=8)
@@ -200,7 +201,7 @@ def test_a_file_holds_what_was_trained_to_the_bit(tmp_path, layout):
         else (".lora_A.weight", ".lora_B.weight")
     )
     assert len(found.updates) == len([name for name in expected if name.endswith(down)])
-    for name, update in found.updates.items():
+    for name, update in plain(found).items():
         assert torch.equal(update.down, expected[name + down])
         assert torch.equal(update.up, expected[name + up])
         assert (update.rank, update.alpha) == (3, 1.5)
@@ -276,7 +277,7 @@ def data() -> Latents:
 
 
 def trained_layers(path: Path) -> set[str]:
-    return {name for name, update in load_lora(path).updates.items() if update.up.any()}
+    return {name for name, update in plain(load_lora(path)).items() if update.up.any()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfi
 from reifusion.model.diffusion import UNet
 from reifusion.model.tensors import ModelError
 from reifusion.weights.lora import LoRA, Update, apply, load_lora, places, remove
+from reifusion.weights.lora_kinds import AnyUpdate
+from reifusion.weights.lora_tools import plain
 
 TINY = ModelConfig(
     name="tiny",
@@ -98,6 +101,10 @@ def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def delta(update: AnyUpdate) -> Tensor:
+    return update.delta(torch.zeros(update.shape))
+
+
 def written(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     save_file(tensors, path, metadata)
     return path
@@ -145,7 +152,7 @@ def test_the_output_projection_is_found_by_its_old_name(tmp_path, name):
 def test_pickles_are_read_and_code_in_them_is_not_run(tmp_path):
     names, down, up = U_NET["kohya"], random(R, 16), random(16, R)
     torch.save(dict(zip(names, (down, up))), tmp_path / "x.pt")
-    (update,) = load_lora(tmp_path / "x.pt").updates.values()
+    (update,) = plain(load_lora(tmp_path / "x.pt")).values()
     assert torch.equal(update.down, down) and torch.equal(update.up, up)
     torch.save({names[0]: os.system}, tmp_path / "code.pt")
     with pytest.raises(ModelError, match="holds code"):
@@ -168,7 +175,7 @@ def test_alpha_is_the_rank_where_it_is_missing(tmp_path, alpha, expected):
     }
     if alpha is not None:
         tensors[f"lora_unet_{KEY}.alpha"] = alpha
-    (update,) = load_lora(written(tmp_path / "x.safetensors", tensors)).updates.values()
+    (update,) = plain(load_lora(written(tmp_path / "x.safetensors", tensors))).values()
     assert (update.alpha, update.rank) == (expected, R)
 
 
@@ -186,7 +193,7 @@ def test_alpha_is_the_rank_where_it_is_missing(tmp_path, alpha, expected):
 def test_alpha_of_a_peft_layout_is_in_its_header(tmp_path, config, expected):
     tensors = dict(zip(U_NET["peft"], (random(R, 16), random(16, R))))
     header = {"lora_adapter_metadata": json.dumps(config)}
-    (update,) = load_lora(written(tmp_path / "x.safetensors", tensors, header)).updates.values()
+    (update,) = plain(load_lora(written(tmp_path / "x.safetensors", tensors, header))).values()
     assert update.alpha == expected
 
 
@@ -324,7 +331,9 @@ def test_loras_add_up():
     before = state(models)
     for lora, weight in zip(some_loras(), (1.0, -0.5, 2.0)):
         apply(models, lora, weight)
-    total = sum(w * lora.updates[OUT].delta() for lora, w in zip(some_loras(), (1.0, -0.5, 2.0)))
+    total = sum(
+        (w * delta(lora.updates[OUT]) for lora, w in zip(some_loras(), (1.0, -0.5, 2.0))), torch.zeros(())
+    )
     name = "diffusion.middle.1.layers.0.cross_attention.out.weight"
     torch.testing.assert_close(state(models)[name], before[name] + total)
 
@@ -336,7 +345,7 @@ def test_half_precision_is_rounded_once_from_float32(dtype):
     assert before.dtype == dtype
     apply(models, one, 0.01)
     apply(models, two, 0.01)
-    exact = before.float() + 0.01 * one.updates[OUT].delta() + 0.01 * two.updates[OUT].delta()
+    exact = before.float() + 0.01 * delta(one.updates[OUT]) + 0.01 * delta(two.updates[OUT])
     assert torch.equal(
         state(models)["diffusion.middle.1.layers.0.cross_attention.out.weight"], exact.to(dtype)
     )
@@ -349,7 +358,7 @@ def test_a_network_stays_in_the_order_of_memory_it_was_in():
     apply(models, some_loras()[2])
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(
-        conv.weight.contiguous(), expected.weight + some_loras()[2].updates[CONV].delta().view(32, 32, 3, 3)
+        conv.weight.contiguous(), expected.weight + delta(some_loras()[2].updates[CONV])
     )
     remove(models)
     assert torch.equal(conv.weight, expected.weight)
@@ -397,14 +406,10 @@ def test_a_weight_that_is_no_number_is_refused(weight):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (f"lora_unet_{KEY}.dora_scale", "DoRA"),
-        (f"unet.{DOTTED}.to_k.lora_magnitude_vector.weight", "DoRA"),
-        (f"lora_unet_{KEY}.hada_w1_a", "LoHa"),
-        (f"lora_unet_{KEY}.lokr_w1", "LoKr"),
-        (f"lora_unet_{KEY}.lora_mid.weight", "Tucker"),
         (f"lora_unet_{KEY}.oft_blocks", "OFT"),
-        (f"lora_unet_{KEY}.diff", "difference"),
-        (f"unet.{DOTTED}.to_k.lora_B.bias", "biases"),
+        (f"lora_unet_{KEY}.on_input", "IA³"),
+        (f"lora_unet_{KEY}.a1.weight", "GLoRA"),
+        (f"lora_unet_{KEY}.set_weight", "replace"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path, name, kind):
@@ -431,6 +436,148 @@ def test_a_damaged_file_is_refused(tmp_path, change, says):
     tensors = dict(zip(U_NET["kohya"], (random(R, 16), random(16, R)))) | change
     with pytest.raises(ModelError, match=says):
         load_lora(written(tmp_path / "x.safetensors", {n: x for n, x in tensors.items() if x is not None}))
+
+
+FIT = dict(zip(U_NET["kohya"], (random(R, 16), random(16, R))))
+HADA = {
+    f"lora_unet_{KEY}.hada_w{i}_{x}": random(*s) for i in (1, 2) for x, s in (("a", (16, R)), ("b", (R, 16)))
+}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({f"lora_unet_{KEY}.dora_scale": random(16, 1)}, "lacks the tensors that its lengths belongs to"),
+        (FIT | {f"lora_unet_{KEY}.dora_scale": random(4, 4)}, r"lengths of shape \(4, 4\)"),
+        (FIT | {f"lora_unet_{KEY}.diff": random(16, 16)}, "a LoRA and a tensor diff, which do not go"),
+        (FIT | {f"lora_unet_{KEY}.hada_w1_a": random(16, R)}, "a LoRA and a tensor hada_w1_a"),
+        (FIT | {f"lora_unet_{KEY}.lora_mid.weight": random(R, R)}, "three matrices that do not fit together"),
+        (HADA | {f"lora_unet_{KEY}.hada_w2_a": random(17, R)}, "two products that do not fit together"),
+        (HADA | {f"lora_unet_{KEY}.hada_w2_a": random(16, R + 1)}, "two matrices that do not fit together"),
+        ({f"lora_unet_{KEY}.hada_w1_a": random(16, R)}, "lacks its hada_w1_b tensor"),
+        ({f"lora_unet_{KEY}.lokr_w1": random(4, 4)}, "lacks its lokr_w2_a tensor"),
+        ({f"unet.{DOTTED}.to_k.lora_B.bias": random(16)}, "has a bias, and not its matrices"),
+        ({f"a{i}.weight": random(2) for i in range(5)}, "5 tensors that no LoRA has, .*a2.* and 2 more"),
+    ],
+)  # fmt: skip
+def test_another_kind_that_is_damaged_is_refused(tmp_path, tensors, says):
+    with pytest.raises(ModelError, match=says) as error:
+        load_lora(written(tmp_path / "x.safetensors", tensors))
+    assert "\n" not in str(error.value)
+
+
+# Other kinds
+
+TO_K = f"lora_unet_{KEY}"
+FIRST = "lora_unet_conv_in"
+
+
+def several_kinds(path: Path) -> LoRA:
+    """A file with a layer of each kind, differences of norms and biases among them."""
+    more = {
+        "lora_unet_mid_block_resnets_0_conv1.hada_w1_a": random(32, R),
+        "lora_unet_mid_block_resnets_0_conv1.hada_w1_b": random(R, 32 * 9, seed=2),
+        "lora_unet_mid_block_resnets_0_conv1.hada_w2_a": random(32, R, seed=3),
+        "lora_unet_mid_block_resnets_0_conv1.hada_w2_b": random(R, 32 * 9, seed=4),
+        "lora_te_text_model_encoder_layers_1_mlp_fc1.lokr_w1": random(4, 2),
+        "lora_te_text_model_encoder_layers_1_mlp_fc1.lokr_w2": random(24, 12, seed=2),
+        "lora_te_text_model_encoder_layers_1_self_attn_q_proj.diff_b": random(24),
+        "lora_te_text_model_encoder_layers_1_self_attn_v_proj.diff": random(24, 24),
+        "lora_unet_mid_block_resnets_0_norm1.w_norm": random(32),
+        "lora_unet_mid_block_resnets_0_norm1.b_norm": random(32, seed=2),
+        f"{TO_K}.dora_scale": random(16, 1).abs(),
+    }
+    return load_lora(written(path, FIT | more))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_kinds_come_out_again_bit_for_bit_after_fifty_rounds(tmp_path, dtype):
+    models, lora, other = tiny(dtype), several_kinds(tmp_path / "x.safetensors"), some_loras()[2]
+    before = state(models)
+    for i in range(50):
+        apply(models, lora, 0.1 * i - 2)
+        if i == 0:
+            assert len(changed(before, state(models))) == 7
+        apply(models, other, 0.5)
+        remove(models, (lora, other)[i % 2])
+        remove(models)
+    assert changed(before, state(models)) == []
+
+
+def test_the_weight_0_changes_nothing_and_the_order_does_not_matter(tmp_path):
+    lora, other = (
+        several_kinds(tmp_path / "x.safetensors"),
+        LoRA({TO_K: Update(random(R, 16), random(16, R), 1.0)}),
+    )
+    results = []
+    for order in ((lora, other), (other, lora)):
+        models = tiny(torch.float64)
+        before = state(models)
+        apply(models, lora, 0.0)
+        assert changed(before, state(models)) == []
+        for one in order:
+            apply(models, one, 0.4)
+        results.append(state(models))
+    for name, x in results[0].items():
+        torch.testing.assert_close(x, results[1][name], rtol=1e-14, atol=1e-14)
+
+
+def test_biases_and_norms_go_to_their_rows(tmp_path):
+    models = tiny(torch.float64)
+    before = state(models)
+    apply(models, several_kinds(tmp_path / "x.safetensors"), 2.0)
+    after = state(models)
+    bias = after["clip.layers.1.attention.qkv.bias"] - before["clip.layers.1.attention.qkv.bias"]
+    expected = torch.cat([2 * random(24), torch.zeros(48)]).double()
+    torch.testing.assert_close(bias, expected)
+    for name, seed in (("weight", 1), ("bias", 2)):
+        change = after[f"diffusion.middle.0.norm_1.{name}"] - before[f"diffusion.middle.0.norm_1.{name}"]
+        torch.testing.assert_close(change, 2 * random(32, seed=seed).double())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({f"{TO_K}.diff_b": random(16)}, "attn1_to_k has no bias"),
+        ({"lora_unet_mid_block_resnets_0_norm1.w_norm": random(31)}, r"a weight of shape \(31, 1, 1, 1\)"),
+        (FIT | {f"{TO_K}.dora_scale": random(15, 1)}, "has 15 lengths for a weight of shape"),
+        ({f"unet.nothing_{i}.diff": random(2) for i in range(5)}, "no layer for unet.nothing_0,.* 2 more"),
+    ],
+)  # fmt: skip
+def test_other_kinds_that_do_not_fit_are_named_and_change_nothing(tmp_path, tensors, says):
+    models = tiny()
+    before = state(models)
+    with pytest.raises(ModelError, match=says):
+        apply(models, load_lora(written(tmp_path / "x.safetensors", tensors)))
+    assert changed(before, state(models)) == []
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "DoRA of rows", "DoRA of columns", "difference"])
+def test_a_model_with_more_channels_is_changed_in_the_first_alone(tmp_path, kind):
+    tensors = {
+        "LoHa": {
+            f"{FIRST}.hada_w{i}_{x}": random(*shape, seed=i)
+            for i in (1, 2)
+            for x, shape in (("a", (16, R)), ("b", (R, 4 * 9)))
+        },
+        "difference": {f"{FIRST}.diff": random(16, 4, 3, 3)},
+    }.get(
+        kind,
+        {f"{FIRST}.lora_down.weight": random(R, 4, 3, 3), f"{FIRST}.lora_up.weight": random(16, R, 1, 1)},
+    )
+    if "DoRA" in kind:
+        shape = (16, 1, 1, 1) if "rows" in kind else (1, 4, 1, 1)
+        tensors |= {f"{FIRST}.dora_scale": random(*shape).abs()}
+    lora = load_lora(written(tmp_path / "x.safetensors", tensors))
+    plain = UNet(TINY.unet).double()
+    wide = UNet(replace(TINY.unet, in_channels=9)).double()
+    first, second = (net.get_parameter("down.0.0.weight") for net in (plain, wide))
+    second.data[:, :4] = first.data
+    before = second.detach().clone()
+    for net in (plain, wide):
+        apply({"diffusion": net, "clip": CLIP(TINY.clip)}, lora, 0.8)
+    assert torch.equal(second[:, 4:], before[:, 4:]) and not torch.equal(second[:, :4], before[:, :4])
+    torch.testing.assert_close(second[:, :4], first)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from reifusion.train.lora import attach, save_lora
 from reifusion.train.text2image import TextToImage
 from reifusion.weights import load, save
 from reifusion.weights.lora import LoRA, apply, load_lora
-from reifusion.weights.lora_tools import extract, kohya, merge, resize, write
+from reifusion.weights.lora_kinds import Difference, LoHa
+from reifusion.weights.lora_tools import extract, kohya, merge, plain, resize, write
 from tests.tiny import SMALL, TINY, WORDS, native_state, networks
 
 ALL = ("clip.*attention.*", "diffusion.*attention.*", "diffusion.*conv*", "diffusion.*proj*")
@@ -51,7 +52,7 @@ def test_a_merged_lora_changes_as_much_as_all_of_them(tmp_path):
     expected = after((a, 0.7), (b, -1.5))
     assert_near(after((both, 1.0)), expected)
     assert_near(after((read, 1.0)), expected)
-    assert {one.rank for one in both.updates.values()} == {2, 6}
+    assert {one.rank for one in plain(both).values()} == {2, 6}
     assert any((expected[name] - x).norm() > 0.01 for name, x in native_state(networks(SMALL)).items())
 
 
@@ -59,11 +60,11 @@ def test_resized_is_exact_where_the_rank_suffices_and_the_nearest_where_not(tmp_
     a = lora(tmp_path, "a", 6, 3.0, 0)
     assert_near(after((resize(a, 6), 1.0)), after((a, 1.0)))
     doubled = merge([(a, 1.0), (a, 1.0)])  # of rank 12 on paper, and 6 in truth
-    assert max(one.rank for one in resize(doubled, 12).updates.values()) == 6
+    assert max(one.rank for one in plain(resize(doubled, 12)).values()) == 6
     small = resize(a, 2)
     for layer, one in a.updates.items():
         name = kohya(layer)
-        whole, cut = one.delta().double(), small.updates[name].delta().double()
+        whole, cut = (x.delta(torch.zeros(x.shape)).double().flatten(1) for x in (one, small.updates[name]))
         dropped = torch.linalg.svdvals(whole)[2:]
         # Eckart & Young: no matrix of that rank is nearer than the root of the dropped values' squares.
         assert torch.linalg.matrix_rank(cut, rtol=1e-4) <= 2
@@ -95,6 +96,25 @@ def test_models_between_which_no_lora_leads_are_refused(tmp_path):
     a = lora(tmp_path, "a", 2, 1.0, 0)
     with pytest.raises(ValueError, match="finite number, not nan"):
         merge([(a, float("nan"))])
+
+
+ONES = (torch.ones(96, 2), torch.ones(2, 24))
+
+
+def test_biases_are_kept_and_other_kinds_are_refused_by_name(tmp_path):
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    bias = Difference(torch.arange(96.0))
+    a = lora(tmp_path, "a", 2, 3.0, 0)
+    one = LoRA(a.updates, biases={layer: bias})
+    both = merge([(one, 2.0), (LoRA({}, biases={layer: bias}), -0.5)])
+    write(both, tmp_path / "both.safetensors")
+    read = load_lora(tmp_path / "both.safetensors")
+    assert torch.equal(read.biases[layer].change, 1.5 * bias.change)
+    assert torch.equal(resize(one, 1).biases[layer].change, bias.change)
+    other = LoRA({**a.updates, layer: LoHa(ONES, ONES, 1.0)}, path="x.pt")
+    for refused in (lambda: merge([(other, 1.0)]), lambda: resize(other, 1), lambda: write(other, "y")):
+        with pytest.raises(ModelError, match=f"x.pt holds a LoHa, .* two matrices, for {layer}; .*fuse"):
+            refused()
 
 
 def run(*arguments, capsys) -> tuple[int, str]:
