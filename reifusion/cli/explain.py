@@ -117,6 +117,41 @@ def trace(given: dict[str, Any], out: Out = OUT, quiet: Quiet = False) -> None:
     print(target / "trace.html")
 
 
+@app.command("toy")
+def toy(
+    world: Annotated[str, typer.Option(help="moons or spiral.")] = "moons",
+    show: Annotated[
+        str, typer.Option(help="noising, learning, paths, guidance or orders; all of them.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
+    out: Out = OUT,
+    quiet: Quiet = False,
+) -> None:
+    """Diffusion in a world of two numbers, where everything can be seen and the best answer is known.
+
+    Needs no model: a small network is trained on the spot, in seconds. Look for what the arrows do as the
+    noise grows, how paths differ, what guidance does, and how fast solvers come to the exact solution.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('explaining needs matplotlib: pip install "reifusion[explain]"')
+    from ..explain.toy import EXHIBITS, WORLDS
+
+    if world not in WORLDS:
+        raise ValueError(f"there is no world {world!r}; there are {', '.join(WORLDS)}")
+    if show and show not in EXHIBITS:
+        raise ValueError(f"there is nothing called {show!r} to show; there are {', '.join(EXHIBITS)}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed must be between 0 and {2**63 - 1}, not {seed}")
+    with writable(Path(out)):
+        for name in [show] if show else EXHIBITS:
+            exhibit = EXHIBITS[name](world, seed)
+            path = free(Path(out) / f"toy-{name}-{world}-{seed}.png")
+            exhibit.save(path)
+            print(path, flush=True)
+            if not quiet:
+                print(f"\n{textwrap.fill(f'{exhibit.alt} {exhibit.guide}', 100)}\n")
+
+
 def _command(experiment: Experiment) -> Callable[..., None]:
     """Returns the command that makes the picture, and prints its place and what to look for."""
 

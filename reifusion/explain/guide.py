@@ -15,6 +15,30 @@ _TEXTS = {
     "curves": """
         The prompt's push is small beside the noise itself, which is why guidance multiplies the push. Where
         the curves on the right are flat, further steps only polish.""",
+    "toy-noising": """
+        Above: the same data under more and more noise. Below: where the best possible network points. Each
+        arrow goes to the mean of all data that the place may come from, given that much noise. Where much
+        noise is, that is the middle of everything, the same for all places; where little is, the nearest
+        piece of the curve. A sampler follows these arrows, a little each time, and asks again with less
+        noise.""",
+    "toy-learning": """
+        A network that is only ever asked “which noise is in this point?” ends up drawing the curve. Its
+        loss does not go to 0: from a noisy point nobody can tell the noise for certain. The dotted line is
+        the loss of the best possible answers, so what counts is the distance between the two.""",
+    "toy-paths": """
+        All three begin at the same circles and use a network that knows everything. DDPM adds fresh noise in
+        each step and wanders; DDIM and rectified flow add none. A flow is trained on straight lines, but
+        through each place many of them pass, and the network follows their mean, which bends: first to the
+        middle of everything, then outwards. No path here is straight.""",
+    "toy-guidance": """
+        At s = 0 the word counts for nothing, and at s = 1 the points are as the data that have that word.
+        Beyond that they are pushed away from all that lacks the word: more of them are clearly right, and
+        more lie where no data are. So guidance trades being typical against being possible.""",
+    "toy-orders": """
+        The exact network is followed with fewer and more calls, and compared with the exact solution. The
+        slope is the order of a solver: with twice the calls, Euler's error halves, and that of second-order
+        solvers falls to a quarter. Heun pays two calls for each step; DPM-Solver++ 2M remembers the last
+        one instead.""",
     "words": """
         Dark red marks the places that looked at a word most, each word on its own scale; the number below is
         the word's share of all attention. In a well-trained model nouns light up on their things, colours on
