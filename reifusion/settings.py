@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .steer.manners import Manner
 
 
+# A LoRA's file, its weight, and perhaps its block weights, as `weights/lora_blocks.py` reads them
+LoRA: TypeAlias = tuple[str, float] | tuple[str, float, str]
 # A ControlNet, its hint, its weight, and the shares of the steps in which it begins and ends
 Control: TypeAlias = tuple[str, str, float, float, float]
 
@@ -50,8 +52,17 @@ def read_interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def read_lora(text: str) -> tuple[str, float]:
-    """zork.safetensors:0.8 -> the file and its weight, which is 1 unless the text says otherwise"""
+def read_lora(text: str) -> LoRA:
+    """zork.safetensors:0.8 -> the file and its weight, which is 1 unless the text says otherwise
+
+    zork.safetensors:0.8:lbw=MIDD -> these two, and its block weights
+    """
+    whole, mark, blocks = text.rpartition(":lbw=")
+    if mark and not Path(text).exists():
+        from .weights import lora_blocks
+
+        lora_blocks.read(blocks)
+        return (*read_lora(whole)[:2], blocks)
     file, _, number = text.rpartition(":")
     on_the_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", file) and not Path(text).exists()
     given = file and (Path(file).exists() or on_the_hub)
@@ -61,6 +72,12 @@ def read_lora(text: str) -> tuple[str, float]:
         if math.isfinite(weight := float(number)):
             return file, weight
     raise ValueError(f"the weight of a LoRA is a number, as in {file}:0.8, not {_shown(number)}")
+
+
+def write_lora(lora: LoRA) -> str:
+    """Writes what `read_lora` reads."""
+    file, weight, *blocks = lora
+    return f"{file}:{weight}" + "".join(f":lbw={one}" for one in blocks)
 
 
 def read_embedding(text: str) -> tuple[str, str]:
@@ -156,11 +173,12 @@ def _carried_sides(value: Any) -> tuple[int, int, int, int]:
     raise ValueError
 
 
-def _carried_loras(value: Any) -> tuple[tuple[str, float], ...]:
+def _carried_loras(value: Any) -> tuple[LoRA, ...]:
     for one in value if isinstance(value, list) else [None]:
-        if not isinstance(one, list) or [type(part) for part in one] not in ([str, float], [str, int]):
+        kinds = [type(part) for part in one] if isinstance(one, list) else []
+        if kinds[:2] not in ([str, float], [str, int]) or kinds[2:] not in ([], [str]):
             raise ValueError
-    return tuple((file, weight) for file, weight in value)
+    return tuple(tuple(one) for one in value)
 
 
 def _carried_embeddings(value: Any) -> tuple[tuple[str, str], ...]:
@@ -230,8 +248,9 @@ class Settings:
     prompt: str | None = _setting("Prompt", "What to draw.")
     negative: str = _setting("Negative prompt", "What to keep away from.", "")
     model: str = _setting("Model", "A .safetensors or .ckpt file, a diffusers folder, or owner/name.", "mini")
-    lora: tuple[tuple[str, float], ...] = _setting(
-        "LoRA", "A LoRA, as file or file:weight; can be given several times.", (), kind=list,
+    lora: tuple[LoRA, ...] = _setting(
+        "LoRA", "A LoRA, as file, file:weight or file:weight:lbw=blocks; can be given several times.",
+        (), kind=list,
         read=lambda texts: tuple(map(read_lora, texts)), carried=_carried_loras,
     )  # fmt: skip
     embedding: tuple[tuple[str, str], ...] = _setting(
@@ -355,7 +374,7 @@ class Settings:
         """Returns what the program does in whose manner the picture is drawn. ValueError for no such one."""
         from .steer import manners
 
-        manners.check(self.manner, self.rng)
+        manners.check(self.manner, self.rng, self.sampler)
         manner = manners.MANNERS.get(self.manner or "", manners.Manner())
         return replace(manner, rng=self.rng or manner.rng, emphasis=self.emphasis or manner.emphasis)
 
@@ -446,14 +465,14 @@ class Settings:
         from .weights.inversion import load_embedding, teach
         from .weights.lora import apply, load_lora
 
-        loras = [(load_lora(find(file, "lora")), weight) for file, weight in self.lora]
+        loras = [(load_lora(find(file, "lora")), *rest) for file, *rest in self.lora]
         words = [load_embedding(find(file), word) for file, word in self.embedding]
         changed = self._changed() | ({"compile": True} if compile else {})
         pipe = load(self.model, device, self.dtype, idle_device=idle_device, **changed)
         for word in words:
             teach(pipe, word)
-        for lora, weight in loras:
-            apply(pipe, lora, weight)
+        for lora, weight, *blocks in loras:
+            apply(pipe, lora, weight, blocks=blocks[0] if blocks else None)
         pipe = replace(pipe, config=self._as_loras_ask(pipe.config))
         if self.int8:
             quantize(pipe)
@@ -528,7 +547,7 @@ class Settings:
         """Returns the config with the few steps that a LoRA may have been made for."""
         from .families.few_steps import by_name
 
-        for file, _ in self.lora:
+        for file, *_ in self.lora:
             config = by_name(config, Path(file).stem)
         return config
 
@@ -552,7 +571,7 @@ class Settings:
         for name, value in self._said().items():
             flag, write = f"--{name.replace('_', '-')}", ABOUT[name].write
             if name == "lora":
-                words += [f"{flag}={file}:{weight}" for file, weight in value]
+                words += [f"{flag}={write_lora(one)}" for one in value]
             elif name == "control":
                 words += [f"{flag}={write_control(one)}" for one in value]
             elif name == "embedding":
@@ -576,9 +595,9 @@ class Settings:
                 "from reifusion.weights import find",
                 "from reifusion.weights.lora import apply, load_lora",
             ]
-            pipe += [
-                f'apply(pipe, load_lora(find({file!r}, "lora")), {weight!r})' for file, weight in self.lora
-            ]
+            for file, weight, *blocks in self.lora:
+                more = "".join(f", blocks={one!r}" for one in blocks)
+                pipe.append(f'apply(pipe, load_lora(find({file!r}, "lora")), {weight!r}{more})')
         if self.int8:
             imports.append("from reifusion.shortcuts.int8 import quantize")
             pipe.append("quantize(pipe)")

@@ -62,12 +62,14 @@ K_DIFFUSION = (
 BROWNIAN = ("dpmpp_2s_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 
 
-def check(manner: str | None, rng: str | None) -> None:
-    """Raises ValueError for a program or a source of noise that is not known."""
+def check(manner: str | None, rng: str | None, sampler: str | None = None) -> None:
+    """Raises ValueError for what is not known, and for our sampler if its name means another there."""
     if manner not in (None, *MANNERS):
         raise ValueError(f"there is no manner {shown(manner)}; there are {', '.join(MANNERS)}")
     if rng not in (None, *NOISES):
         raise ValueError(f"there is no rng {shown(rng)}; there are {', '.join(NOISES)}")
+    if manner is not None and sampler in SAMPLERS and names_here(manner, str(sampler), None)[0] != sampler:
+        raise ValueError(f"{sampler} is another sampler in {MANNERS[manner].title}; take dpmpp_2m_sde")
 
 
 # Image-to-image: the steps that are left of n for a strength, as (steps in all, steps that are drawn)

@@ -1,0 +1,182 @@
+"""In another program's manner: its noise, names, steps, sizes and rounding, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reifusion.model.pipeline import StableDiffusion
+from reifusion.settings import ABOUT, Settings, parsed
+from reifusion.steer import manners
+from reifusion.steer.manners import MANNERS, Manner
+from reifusion.steer.noises import NOISES, Philox
+from tests.tiny import SMALL, WORDS, networks
+
+USUAL: dict[str, Any] = {"steps": 3, "cfg": 2.0, "seed": 5, "size": (32, 24)}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusion:
+    return StableDiffusion(SMALL, WORDS, networks(SMALL, noise=0.02))
+
+
+def drawn(pipe: StableDiffusion, settings: Settings, manner: Manner | None = None) -> Image.Image:
+    return settings.draw(pipe, settings.request().for_model(pipe.config), manner=manner)
+
+
+def steps_of(pipe: StableDiffusion, settings: Settings) -> list[Any]:
+    seen: list[Any] = []
+    settings.draw(pipe, settings.request().for_model(pipe.config), callback=seen.append)
+    return seen
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "ddim", "dpmpp_2m", "pndm"])
+def test_the_manner_of_diffusers_is_ours(pipe, sampler):
+    plain = Settings("a cat", sampler=sampler, **USUAL)
+    assert drawn(pipe, replace(plain, manner="diffusers")).tobytes() == drawn(pipe, plain).tobytes()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpm2"])
+@pytest.mark.parametrize(("manner", "rule"), [("a1111", "σ"), ("comfyui", "√"), ("sdcpp", "σ")])
+def test_a_picture_begins_with_the_programs_noise_as_loud_as_there(pipe, sampler, manner, rule):
+    settings = Settings("a cat", sampler=sampler, manner=manner, **{**USUAL, "size": (64, 64)})
+    begun = steps_of(pipe, settings)[0]
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    sigma = ((1 - alphas[-1]) / alphas[-1]).sqrt().item()  # their schedule begins at the last timestep
+    loud = sigma if rule == "σ" else (sigma**2 + 1) ** 0.5
+    shape = (4, 32, 32)
+    cpu = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    noise = cpu if manner == "comfyui" else Philox(5).randn(shape)
+    torch.testing.assert_close(begun.x_t[0], loud * noise, rtol=1e-5, atol=1e-4)
+
+
+def test_what_a_step_adds_is_the_programs_noise_too(pipe):
+    settings = Settings("a cat", sampler="euler_a", manner="comfyui", **USUAL)
+    first, second, *_ = steps_of(pipe, settings)
+    # Ancestral: x' = Euler's step to σ_down, and σ_up times noise of a generator that begins anew
+    a, b = first.sigma, second.sigma
+    up = b * (a**2 - b**2) ** 0.5 / a
+    x0, eps = first.predict(first.output)
+    expected = x0 + (b**2 - up**2) ** 0.5 * eps + up * Philox(5).randn((4, 12, 16))
+    torch.testing.assert_close(second.x_t, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("manner", "steps", "strength", "run"),
+    [  # as their sources count them
+        ("diffusers", 20, 0.5, 10), ("diffusers", 20, 0.75, 15),
+        ("a1111", 20, 0.5, 11), ("a1111", 20, 0.75, 16), ("a1111", 20, 0.02, 1), ("a1111", 20, 1.0, 20),
+        ("comfyui", 20, 0.5, 20), ("comfyui", 10, 1.0, 10), ("comfyui", 6, 0.3, 6),
+        ("sdcpp", 20, 0.5, 11), ("sdcpp", 20, 1.0, 20),
+    ],
+)  # fmt: skip
+def test_a_strength_leaves_as_many_steps_as_there(pipe, tmp_path, manner, steps, strength, run):
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "photo.png")
+    settings = Settings(
+        "a cat", sampler="euler", manner=manner, init_image=str(tmp_path / "photo.png"), strength=strength,
+        **{**USUAL, "steps": steps, "cfg": 1.0, "size": (64, 64)},
+    )  # fmt: skip
+    seen = steps_of(pipe, settings)
+    assert len(seen) == run
+    if manner == "comfyui" and strength == 0.5:  # the last 20 of 40: the whole way has 40 levels
+        every = replace(settings, init_image=None, steps=40)
+        assert [one.t for one in seen] == [one.t for one in steps_of(pipe, every)[20:]]
+
+
+def test_sizes_are_rounded_as_there():
+    sizes = {"diffusers": (100, 71), "a1111": (96, 64), "comfyui": (96, 64), "sdcpp": (128, 128)}
+    for manner, size in sizes.items():
+        asked = Settings("a cat", manner=manner, size=(100, 71))
+        assert asked.request().size == size
+
+
+def test_pixels_are_cut_off_only_where_the_program_does(pipe):
+    settings = Settings("a cat", sampler="ddim", **USUAL)
+    found = {cut: np.asarray(drawn(pipe, settings, Manner(cut=cut))).astype(int) for cut in (False, True)}
+    lost = found[False] - found[True]
+    assert set(np.unique(lost)) == {0, 1} and 0.35 < lost.mean() < 0.65
+    assert pipe.decode.__func__ is StableDiffusion.decode  # type: ignore[attr-defined]  # as it was
+    assert [MANNERS[name].cut for name in ("diffusers", "a1111", "comfyui", "sdcpp")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_schedules_are_the_programs_own_where_none_is_asked_for():
+    def schedule(manner: str | None, sampler: str, asked: str | None = None) -> str | None:
+        return Settings("a cat", manner=manner, sampler=sampler, schedule=asked).request().schedule
+
+    assert schedule(None, "euler") is schedule("diffusers", "euler") is None
+    assert (
+        schedule("a1111", "euler") == schedule("comfyui", "dpmpp_2m") == schedule("sdcpp", "heun") == "normal"
+    )
+    assert schedule("a1111", "dpm2") == "karras" and schedule("a1111", "dpmpp_3m_sde") == "exponential"
+    assert schedule("a1111", "ddim") is None and schedule("a1111", "euler", "beta") == "beta"
+
+
+@pytest.mark.parametrize(
+    ("manner", "sampler", "schedule", "ours"),
+    [
+        ("a1111", "DPM++ 2M", None, ("dpmpp_2m_karras", None)),
+        ("a1111", "DPM++ 2M", "SGM Uniform", ("dpmpp_2m", "sgm_uniform")),
+        ("a1111", "DPM++ SDE Karras", None, ("dpmpp_2s_sde", "karras")),
+        ("a1111", "Euler a", None, ("euler_a", None)),
+        ("comfyui", "dpmpp_sde", "karras", ("dpmpp_2s_sde", "karras")),
+        ("comfyui", "dpmpp_2m_sde_gpu", "exponential", ("dpmpp_2m_sde", "exponential")),
+        ("comfyui", "euler_ancestral", None, ("euler_a", None)),
+        ("comfyui", "euler", None, ("euler", None)),
+        ("sdcpp", "dpm++2m", "discrete", ("dpmpp_2m", "normal")),
+        ("diffusers", "EulerAncestralDiscreteScheduler", None, ("euler_a", None)),
+        ("diffusers", "DPMSolverMultistepScheduler", None, ("dpmpp_2m", None)),
+        ("diffusers", "euler_a", "karras", ("euler_a", "karras")),  # ours
+        ("comfyui", "nonesuch", None, ("nonesuch", None)),
+    ],
+)
+def test_names_are_the_programs(manner, sampler, schedule, ours):
+    given = {"manner": manner, "sampler": sampler} | ({"schedule": schedule} if schedule else {})
+    found = parsed(given)
+    assert (found["sampler"], found.get("schedule")) == ours
+
+
+def test_the_shell_line_of_any_sampler_in_any_manner_says_what_was_meant():
+    from reifusion.model.samplers import SAMPLERS
+
+    for manner in MANNERS:
+        for sampler in SAMPLERS:
+            settings = Settings("a cat", manner=manner, sampler=sampler)
+            said = parsed({"manner": manner, "sampler": sampler})["sampler"]
+            if said != sampler:  # one name means something else there; ours is refused by its name
+                with pytest.raises(ValueError, match="is another sampler in ComfyUI"):
+                    settings.request()
+            elif not sampler.startswith("flow"):
+                settings.request()
+
+
+def test_a_brownian_path_that_is_not_repeated_is_said(pipe):
+    with pytest.warns(UserWarning, match="Brownian path in A1111"):
+        drawn(pipe, Settings("a cat", manner="a1111", sampler="dpmpp_2m_sde", **USUAL))
+
+
+def test_prompts_are_read_as_there_unless_another_rule_is_asked_for():
+    rules = {name: Settings(manner=name).there().emphasis for name in MANNERS}
+    assert rules == {"diffusers": None, "a1111": "a1111", "comfyui": "comfyui", "sdcpp": "a1111"}
+    assert Settings(manner="a1111", emphasis="plain", rng="cpu").there() == replace(
+        MANNERS["a1111"], emphasis="plain", rng="cpu"
+    )
+    assert {one.rng for one in MANNERS.values()} <= NOISES.keys()
+    assert {one.img2img for one in MANNERS.values()} <= manners.STEPS.keys()
+    assert "manner" in ABOUT and {one.name for one in fields(Manner)} >= {"rng", "emphasis", "cut"}
+
+
+def test_variations_count_up_and_the_seed_stays():
+    settings = Settings("a cat", seed=7, variation=0.2, variation_seed=3)
+    found = [settings.nth(7, k) for k in range(3)]
+    assert [(one.seed, one.variation_seed) for one in found] == [(7, 3), (7, 4), (7, 5)]
+    assert [Settings("a cat").nth(7, k).seed for k in range(3)] == [7, 8, 9]
