@@ -28,8 +28,8 @@ FACT = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence[str] = ()) -> str:
     """Returns the settings as text. model: its name."""
-    loras = [(Path(file).stem, weight) for file, weight in settings.lora]
-    hashes = [f"{name}: {digest}" for (name, _), digest in zip(loras, lora_hashes)]
+    loras = [(Path(file).stem, weight, *blocks) for file, weight, *blocks in settings.lora]
+    hashes = [f"{name}: {digest}" for (name, *_), digest in zip(loras, lora_hashes)]
     facts = {
         "Steps": settings.steps,
         "Sampler": SAMPLERS[str(settings.sampler)].title,
@@ -48,7 +48,11 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         "Sigma churn": settings.churn,
         "Version": f"reifusion {__version__}",
     }
-    lines = [" ".join([settings.prompt or "", *(f"<lora:{name}:{weight:g}>" for name, weight in loras)])]
+    written = [
+        f"<lora:{name}:{weight:g}{''.join(f':lbw={one}' for one in blocks)}>"
+        for name, weight, *blocks in loras
+    ]
+    lines = [" ".join([settings.prompt or "", *written])]
     if settings.negative:
         lines.append(NEGATIVE + settings.negative)
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value is not None))

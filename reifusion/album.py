@@ -127,7 +127,7 @@ def _hashes(settings: Settings) -> dict[str, Any]:
     """Returns the hashes of the files that the settings name, by setting."""
     found: dict[str, Any] = {"model": file_hash(weights.find(settings.model))}
     if settings.lora:
-        found["lora"] = [file_hash(weights.find(file, "lora")) for file, _ in settings.lora]
+        found["lora"] = [file_hash(weights.find(file, "lora")) for file, *_ in settings.lora]
     if settings.embedding:
         found["embedding"] = [file_hash(weights.find(file)) for file, _ in settings.embedding]
     if settings.control:

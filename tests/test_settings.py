@@ -23,7 +23,7 @@ from reifusion.settings import ABOUT, BY_SETTINGS, Settings, from_carried, of_re
 
 SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64), dtype="float32")
 OTHERS = Settings(
-    "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0)),
+    "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0, "MIDD")),
     (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
     (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
     2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
@@ -71,6 +71,8 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
     net = "load_control(find('net.safetensors', \"control\"), pipe)"
     assert f"    Control({net}, 'edges.png', 0.5, 0.0, 0.75, 'guess')," in python
     assert "--control=net.safetensors=edges.png:0.5:0.0-0.75" in command
+    blot = "apply(pipe, load_lora(find('blot.safetensors', \"lora\")), -1.0, blocks='MIDD')"
+    assert "--lora=blot.safetensors:-1.0:lbw=MIDD" in command and blot in python
     assert "deepcached(pipe, 2)" in python and "load_lora(find('zork.safetensors', \"lora\")), 0.5" in python
 
 

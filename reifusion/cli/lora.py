@@ -23,7 +23,12 @@ def merge(loras: Loras, out: Out) -> None:
     from ..weights import lora_tools
 
     with _new(out):
-        lora_tools.write(lora_tools.merge(_read(loras)), out)
+        read = _read(loras)
+        if any(blocks for _, _, *blocks in read):
+            raise ValueError(
+                "block weights need a model: `reifusion lora fuse` knows them, and merge does not"
+            )
+        lora_tools.write(lora_tools.merge([(lora, weight) for lora, weight, *_ in read]), out)
     print(out)
 
 
@@ -33,7 +38,7 @@ def resize(lora: Annotated[str, typer.Argument(metavar="LORA")], out: Out, rank:
     from ..weights import lora_tools
 
     with _new(out):
-        ((found, _),) = _read([lora])
+        ((found, *_),) = _read([lora])
         lora_tools.write(lora_tools.resize(found, rank), out)
     print(out)
 
@@ -70,8 +75,8 @@ def fuse(
 
     with _new(out):
         config, models, tokenizer = weights.load(model)
-        for lora, weight in _read(loras):
-            apply(models, lora, weight, config)
+        for lora, weight, *blocks in _read(loras):
+            apply(models, lora, weight, config, *blocks)
         weights.save(config, models, out, "native", tokenizer, weights.info(model).metadata)
     print(out)
 
@@ -86,9 +91,9 @@ def _new(out: str) -> Any:
 
 
 def _read(texts: list[str]) -> list[Any]:
-    """Reads LoRAs with their weights, written as for `generate --lora`."""
+    """Reads LoRAs with their weights, and perhaps block weights, written as for `generate --lora`."""
     from ..settings import read_lora
     from ..weights import find
     from ..weights.lora import load_lora
 
-    return [(load_lora(find(source, "lora")), weight) for source, weight in map(read_lora, texts)]
+    return [(load_lora(find(source, "lora")), *rest) for source, *rest in map(read_lora, texts)]

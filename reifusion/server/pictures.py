@@ -72,7 +72,7 @@ def without_paths(entry: Entry, catalog: Catalog) -> Entry:
         settings=replace(
             settings,
             model=catalog.name_of(settings.model),
-            lora=tuple((catalog.name_of(file), weight) for file, weight in settings.lora),
+            lora=tuple((catalog.name_of(file), *rest) for file, *rest in settings.lora),
             **named,
         ),
     )

@@ -155,6 +155,11 @@ def test_a_weight_follows_a_file_a_folder_or_an_id(tmp_path):
         assert read_lora(f"{source}:0.5") == (source, 0.5)
         with pytest.raises(ValueError, match="the weight of a LoRA is a number"):
             read_lora(f"{source}:x")
+        assert read_lora(f"{source}:lbw=OUTALL") == (source, 1.0, "OUTALL")
+        assert read_lora(f"{source}:-0.5:lbw=1,0.5,0") == (source, -0.5, "1,0.5,0")
+        for bad in ("x", "1,", "nan,1", "", "middd"):
+            with pytest.raises(ValueError, match="block weights are numbers with commas between them, or"):
+                read_lora(f"{source}:0.5:lbw={bad}")
 
 
 # Models with more channels
