@@ -22,6 +22,7 @@ from .model.spacing import SCHEDULES
 from .sampling.schedules import TITLES
 from .settings import ABOUT, Settings, read_size
 
+RNG = {"philox": "NV", "cpu": "CPU"}  # theirs, for ours; without it, theirs is a GPU's
 NEGATIVE = "Negative prompt: "
 FACT = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
@@ -46,6 +47,11 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         "Eta DDIM" if settings.sampler == "ddim" else "Eta": settings.eta,
         "Sigma noise": settings.s_noise,
         "Sigma churn": settings.churn,
+        "Variation seed": settings.variation_seed if settings.variation else None,
+        "Variation seed strength": settings.variation or None,
+        "RNG": RNG.get(settings.there().rng) if settings.rng or settings.manner else None,
+        "Mask blur": settings.mask_blur or None,
+        "Masked area padding": settings.only_masked,
         "Version": f"reifusion {__version__}",
     }
     written = [
@@ -88,6 +94,8 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
         "Eta DDIM": ("eta", float),
         "Sigma noise": ("s_noise", float),
         "Sigma churn": ("churn", float),
+        "Variation seed": ("variation_seed", int),
+        "Variation seed strength": ("variation", float),
     }
     values = {}
     for title, (name, kind) in numbers.items():
@@ -102,7 +110,8 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
     for option in ("eta", "s_noise", "churn"):
         if getattr(SAMPLERS.get(sampler or ""), option, None) is None:
             values.pop(option, None)  # which other programs write for samplers that do not use it
-    return Settings(prompt, negative, sampler=sampler, schedule=schedule, **values), facts
+    rng = {"NV": "philox", "cuda": "philox", "CPU": "cpu", "cpu": "cpu"}.get(facts.get("RNG", ""))
+    return Settings(prompt, negative, sampler=sampler, schedule=schedule, rng=rng, **values), facts
 
 
 def _facts(line: str) -> dict[str, str]:

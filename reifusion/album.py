@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from . import __version__, a1111, weights
+from . import __version__, a1111, comfyui, weights
 from .files import named, put, scratch, whole
 from .model.pictures import read_picture
 from .model.pipeline import StableDiffusion
@@ -43,6 +43,7 @@ class Entry:
     hashes: dict[str, Any]  # of the files, by setting: a text, and for the LoRAs a list of texts
     model_name: str = ""
     ours: bool = True  # False for another program's, which does not say where the model is
+    manner: str | None = None  # that program, as `--manner` names it
 
     def carried(self) -> dict[str, Any]:
         """Returns the entry as the file carries it, in JSON."""
@@ -80,13 +81,18 @@ def chunks(entry: Entry) -> PngInfo:
 
 
 def read(path: str | Path) -> Entry:
-    """Reads the entry of a picture that was drawn here, or by a program that writes as AUTOMATIC1111's does.
+    """Reads the entry of a picture: one drawn here, by ComfyUI, or by what writes as AUTOMATIC1111's does.
 
     Raises ValueError, in one sentence, for other files.
     """
     texts = getattr(read_picture(path), "text", {})
     if "reifusion" not in texts and "parameters" in texts:
         return _foreign(path, texts["parameters"])
+    if "reifusion" not in texts and "prompt" in texts:
+        try:
+            return Entry(*comfyui.read(texts["prompt"]), ours=False, manner="comfyui")
+        except ValueError as error:
+            raise ValueError(f"{path} carries a graph, but no settings that can be read: {error}") from None
     try:
         carried = json.loads(texts["reifusion"])
         hashes = {name: carried[f"{name}_hash"] for name in FILES if carried.get(f"{name}_hash") is not None}
@@ -110,7 +116,9 @@ def _foreign(path: str | Path, text: str) -> Entry:
     except ValueError as error:
         raise ValueError(f"{path} carries a text, but no settings that can be read: {error}") from None
     hashes = {"model": facts["Model hash"]} if "Model hash" in facts else {}
-    return Entry(settings, hashes, facts.get("Model", ""), ours=False)
+    version = facts.get("Version", "")
+    manner = None if version.startswith("reifusion") else "sdcpp" if ".cpp" in version else "a1111"
+    return Entry(settings, hashes, facts.get("Model", ""), ours=False, manner=manner)
 
 
 def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -> None:

@@ -100,7 +100,7 @@ def test_pixels_are_cut_off_only_where_the_program_does(pipe):
     found = {cut: np.asarray(drawn(pipe, settings, Manner(cut=cut))).astype(int) for cut in (False, True)}
     lost = found[False] - found[True]
     assert set(np.unique(lost)) == {0, 1} and 0.35 < lost.mean() < 0.65
-    assert pipe.decode.__func__ is StableDiffusion.decode  # type: ignore[attr-defined]  # as it was
+    assert pipe.decode.__func__ is StableDiffusion.decode  # as it was
     assert [MANNERS[name].cut for name in ("diffusers", "a1111", "comfyui", "sdcpp")] == [
         False,
         True,

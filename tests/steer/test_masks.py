@@ -43,7 +43,7 @@ def test_a_mask_is_blurred_as_opencv_does_it(blur):
 def test_the_part_to_draw_is_that_of_diffusers_where_it_fits():
     random, same, beyond = np.random.default_rng(0), 0, 0
     for _ in range(300):
-        size = tuple(int(side) for side in random.integers(20, 120, 2))
+        size = int(random.integers(20, 120)), int(random.integers(20, 120))
         x, y = (int(random.integers(0, side - 4)) for side in size)
         box = (x, y, x + int(random.integers(1, 30)), y + int(random.integers(1, 30)))
         mask, padding = mask_of(size, box), int(random.integers(0, 20))
