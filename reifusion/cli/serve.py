@@ -14,7 +14,7 @@ from ..settings import Settings, parsed
 from .options import setting, takes
 
 
-@takes(setting("model", "mini"), *map(setting, ("vae", "dtype", "int8")))
+@takes(setting("model", "mini"), *map(setting, ("vae", "dtype", "int8", "manner")))
 def serve(
     given: dict[str, Any],
     models: Annotated[

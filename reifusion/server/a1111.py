@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import time
 from dataclasses import replace
 from typing import Any
@@ -24,11 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
 from ..a1111 import read, sampler_of
+from ..model.pictures import open_picture
 from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
 from ..model.spacing import SCHEDULES
 from ..sampling.schedules import TITLES
-from ..settings import Settings
+from ..settings import LoRA, Settings
 from .errors import Refusal
 from .pictures import infotext, of_text, to_bytes, to_text, without_paths
 from .queue import Job
@@ -36,7 +38,7 @@ from .service import Service
 
 # What is not here, with the values that mean nothing.
 WITHOUT: dict[str, tuple[Any, ...]] = {
-    "styles": (None, []), "tiling": (None, False), "restore_faces": (None, False), "subseed_strength": (0,),
+    "styles": (None, []), "tiling": (None, False), "restore_faces": (None, False),
     "seed_resize_from_h": (-1, 0), "seed_resize_from_w": (-1, 0), "s_min_uncond": (None, 0),
     "s_tmin": (None, 0), "s_tmax": (None, 0, math.inf), "refiner_checkpoint": (None, "", "None"),
     "script_name": (None, ""), "save_images": (False,), "hr_second_pass_steps": (0,), "hr_resize_x": (0,),
@@ -55,6 +57,8 @@ class Txt2Img(BaseModel):
     prompt: str = Field("", description="May have (word:1.2) and <lora:name:0.8>.")
     negative_prompt: str | None = ""
     seed: int | None = Field(-1, description="-1: a new one.")
+    subseed: int | None = Field(-1, description="Of a variation; -1: a new one.")
+    subseed_strength: float = Field(0, ge=0, le=1, description="How far a variation goes.")
     steps: int | None = None
     cfg_scale: float | None = None
     width: int | None = None
@@ -83,11 +87,12 @@ class Img2Img(Txt2Img):
     init_images: list[str] | None = Field(None, description="One picture, in base64.")
     mask: str | None = Field(None, description="White is redrawn.")
     mask_blur: float = Field(4, ge=0, le=64)
-    mask_blur_x: float | None = None
+    mask_blur_x: float | None = Field(None, description="If it is given, as mask_blur.")
     mask_blur_y: float | None = None
     inpainting_mask_invert: int = 0
-    inpaint_full_res: bool = Field(False, description="Only the whole picture is here.")
-    inpainting_fill: int = Field(1, description="Only 1, what was there, is here.")
+    inpaint_full_res: bool = Field(True, description="Only the masked part, at the size that is asked for.")
+    inpaint_full_res_padding: int = Field(0, ge=0, description="Pixels around it.")
+    inpainting_fill: int = Field(0, description="Begin with 0, colours from around, or 1, what was there.")
     resize_mode: int = Field(0, description="0 stretches the picture, 1 crops it.")
     image_cfg_scale: float | None = None
 
@@ -147,6 +152,14 @@ def routes(service: Service) -> APIRouter:
         """Draws on from a picture."""
         strength = 0.75 if asked.denoising_strength is None else asked.denoising_strength
         settings = replace(_settings(service, options, asked), strength=strength)
+        if asked.mask:
+            blurs = {one for one in (asked.mask_blur_x, asked.mask_blur_y) if one is not None}
+            if blurs - {asked.mask_blur}:
+                raise Refusal(
+                    422, "mask_blur_x and mask_blur_y cannot differ from mask_blur here", "mask_blur_x"
+                )
+            padding = asked.inpaint_full_res_padding if asked.inpaint_full_res else None
+            settings = replace(settings, mask_blur=asked.mask_blur, only_masked=padding)
         if (await asyncio.to_thread(settings.config)).edits:  # clients send it whatever the model is
             settings = replace(settings, image_guidance=asked.image_cfg_scale)
         inputs = await asyncio.to_thread(_inputs, service, asked)
@@ -272,6 +285,8 @@ def _settings(service: Service, options: Options, asked: Txt2Img) -> Settings:
         lora=loras,
         clip_skip=said["CLIP_stop_at_last_layers"] - 1,
         seed=None if asked.seed in (None, -1) else asked.seed,
+        variation=asked.subseed_strength,
+        variation_seed=secrets.randbelow(2**32) if asked.subseed in (None, -1) else asked.subseed,
         steps=asked.steps,
         cfg=asked.cfg_scale,
         size=None if asked.width is None or asked.height is None else (asked.width, asked.height),
@@ -283,19 +298,22 @@ def _settings(service: Service, options: Options, asked: Txt2Img) -> Settings:
     )
 
 
-def _loras(service: Service, prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """'a cat <lora:zork:0.8>' -> 'a cat', and the file with its weight"""
-    loras = []
-    for name, weight in re.findall(r"<lora:([^:<>]+)(?::([^<>]*))?>", prompt):
+def _loras(service: Service, prompt: str) -> tuple[str, tuple[LoRA, ...]]:
+    """'a cat <lora:zork:0.8:lbw=MIDD>' -> 'a cat', and the file with its weight and block weights"""
+    loras: list[LoRA] = []
+    for name, *rest in (text.split(":") for text in re.findall(r"<lora:([^<>]*)>", prompt)):
+        weight, blocks = (rest or ["1"])[0], rest[1:]
         try:
-            number = float(weight or 1)
+            number = float(weight)
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise Refusal(
-                422, f"the weight of the LoRA {shown(name)} is {shown(weight)}, and no number", "prompt"
-            )
-        loras.append((service.catalog.lora_of(name), number))
+            said = f"the weight of the LoRA {shown(name)} is {shown(weight)}, and no number"
+            raise Refusal(422, said, "prompt")
+        if blocks and not (len(blocks) == 1 and blocks[0].startswith("lbw=")):
+            raise Refusal(422, f"of the LoRA {shown(name)}, a weight and lbw= are read here", "prompt")
+        file = service.catalog.lora_of(name)
+        loras.append((file, number, blocks[0].removeprefix("lbw=")) if blocks else (file, number))
     return re.sub(r"\s*<lora:[^<>]*>", "", prompt).strip(), tuple(loras)
 
 
@@ -332,37 +350,47 @@ def _one_of(field: str, value: Any, known: dict[Any, str]) -> str:
 
 
 def _inputs(service: Service, asked: Img2Img) -> dict[str, Image.Image]:
-    """Returns the pictures that were sent, as large as the picture that is to be drawn, by their settings."""
+    """Returns the pictures that were sent, by their settings."""
     if not asked.init_images:
         raise Refusal(404, "Init image not found", "init_images")
     if len(asked.init_images) > 1:
         raise Refusal(422, "one picture is taken, and not several", "init_images")
-    picture = of_text(asked.init_images[0], "init_images", service.limits.input_pixels)
-    inputs = {"init_image": picture.convert("RGB") if picture.mode != "RGBA" else picture}
-    if asked.mask:
-        if asked.inpaint_full_res:
-            raise Refusal(
-                422, "inpaint_full_res, only the masked part, cannot be true here", "inpaint_full_res"
-            )
-        if asked.inpainting_fill != 1:
-            raise Refusal(422, "inpainting_fill can only be 1 here, what was there", "inpainting_fill")
-        mask = of_text(asked.mask, "mask", service.limits.input_pixels)
-        mask = mask.getchannel("A") if mask.mode == "RGBA" and _varies(mask) else mask.convert("L")
-        if asked.inpainting_mask_invert:
-            mask = ImageOps.invert(mask)
-        blur = [asked.mask_blur if one is None else one for one in (asked.mask_blur_x, asked.mask_blur_y)]
-        inputs["mask"] = mask.filter(ImageFilter.GaussianBlur((blur[0], blur[1])))
     if asked.resize_mode not in (0, 1):
         raise Refusal(422, "resize_mode can only be 0, stretch, or 1, crop, here", "resize_mode")
-    if asked.width and asked.height and asked.resize_mode == 0:
+    picture = of_text(asked.init_images[0], "init_images", service.limits.input_pixels)
+    inputs = {"init_image": open_picture(picture)}
+    if asked.mask:
+        mask = of_text(asked.mask, "mask", service.limits.input_pixels)
+        alpha = mask.getchannel("A") if mask.mode == "RGBA" else None
+        has_shape = alpha is not None and alpha.getextrema() != (255, 255)
+        mask = alpha.point(lambda a: 255 * (a > 128)) if alpha and has_shape else mask.convert("L")
+        if mask.size != picture.size:
+            mask = mask.resize(picture.size, Image.Resampling.LANCZOS)
+        inputs["mask"] = ImageOps.invert(mask) if asked.inpainting_mask_invert else mask
+        if asked.inpainting_fill == 0:
+            inputs["init_image"] = _filled(inputs["init_image"], inputs["mask"])
+        elif asked.inpainting_fill != 1:
+            raise Refusal(422, "inpainting_fill can only be 0 or 1 here", "inpainting_fill")
+    only_masked = asked.mask and asked.inpaint_full_res
+    if asked.width and asked.height and asked.resize_mode == 0 and not only_masked:
         size = min(asked.width, service.limits.side), min(asked.height, service.limits.side)
         inputs = {name: one.resize(size, Image.Resampling.LANCZOS) for name, one in inputs.items()}
     return inputs
 
 
-def _varies(mask: Image.Image) -> bool:
-    low, high = mask.getchannel("A").getextrema()
-    return low != high
+def _filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture with colours from around the mask where the mask is white.
+
+    As there: what is not masked is blurred in several widths, and the narrower lie over the wider ones.
+    """
+    kept = picture.convert("RGBA")
+    kept.putalpha(ImageOps.invert(mask))
+    made = Image.new("RGBA", picture.size)
+    for width, layers in ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1)):
+        blurred = kept.convert("RGBa").filter(ImageFilter.GaussianBlur(width)).convert("RGBA")
+        for _ in range(layers):
+            made.alpha_composite(blurred)
+    return made.convert("RGB")
 
 
 # ---- from a job to an answer ----------------------------------------------------------------------------
@@ -391,11 +419,12 @@ def _info(service: Service, job: Job, asked: Txt2Img) -> dict[str, Any]:
     first, many = entries[0].settings, len(entries)
     width, height = job.drawn[0][0].size
     seeds = [entry.settings.seed for entry in entries]
+    subseeds = [entry.settings.variation_seed for entry in entries]
     return {
         "prompt": asked.prompt, "all_prompts": [asked.prompt] * many,
         "negative_prompt": first.negative, "all_negative_prompts": [first.negative] * many,
-        "seed": seeds[0], "all_seeds": seeds, "subseed": -1, "all_subseeds": [-1] * many,
-        "subseed_strength": 0, "width": width, "height": height,
+        "seed": seeds[0], "all_seeds": seeds, "subseed": subseeds[0],
+        "all_subseeds": subseeds, "subseed_strength": first.variation, "width": width, "height": height,
         "sampler_name": SAMPLERS[str(first.sampler)].title, "cfg_scale": first.cfg, "steps": first.steps,
         "batch_size": asked.batch_size, "restore_faces": False, "face_restoration_model": None,
         "sd_model_name": entries[0].model_name, "sd_model_hash": entries[0].hashes["model"],

@@ -134,10 +134,6 @@ def _add_errors(app: FastAPI) -> None:
             http.url.path, Refusal(error.status_code, said.get(error.status_code, str(error.detail)))
         )
 
-    @app.exception_handler(Exception)
-    async def failed(http: Http, error: Exception) -> Response:  # the server logs the traceback
-        return answer(http.url.path, Refusal(500, "the server failed; its log says why"))
-
 
 class Server(uvicorn.Server):
     """Stops in order: takes nothing new, draws what it has, for as long as the grace lasts."""

@@ -15,6 +15,9 @@ TYPES = {
 }
 
 
+GONE = 499  # the status, in logs and metrics, of a request whose client left before there was an answer
+
+
 @dataclass
 class Refusal(Exception):
     """A request that is not answered with what it asked for."""

@@ -24,10 +24,10 @@ class _Json(logging.Formatter):
         return json.dumps(said, ensure_ascii=False, default=str)
 
 
-def log(event: str, level: int = logging.INFO, exc_info: bool = False, **facts: Any) -> None:
-    """Writes a line. facts: what else it says; those that are None are left out."""
+def log(event: str, level: int = logging.INFO, failure: BaseException | None = None, **facts: Any) -> None:
+    """Writes a line. failure: whose traceback it has. facts: what else it says, without None."""
     kept = {name: value for name, value in facts.items() if value is not None}
-    LOG.log(level, event, extra={"facts": kept}, exc_info=exc_info)
+    LOG.log(level, event, extra={"facts": kept}, exc_info=failure)
 
 
 def write_to_stderr() -> None:

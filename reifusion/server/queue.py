@@ -53,7 +53,8 @@ class Job:
         previews: int = 0,
         folder: Path | None = None,
     ) -> None:
-        """request: with nothing left open; picture k is drawn from its seed + k. previews: how many times in
+        """request: with nothing left open; picture k is drawn from its seed + k,
+        or that of its variation. previews: how many times in
         each picture what it will be is decoded. folder: what belongs to the job alone, removed at its end.
         Made in a running event loop, which hears of every step.
         """
@@ -250,7 +251,7 @@ class Queue:
             except ValueError as error:  # what the model cannot draw
                 self._end(job, "failed", Refusal(400, str(error).splitlines()[0]))
             except Exception as error:  # the next job may well be drawn
-                log("failed", logging.ERROR, exc_info=True, id=job.id)
+                log("failed", logging.ERROR, error, id=job.id)
                 self._end(job, "failed", Refusal(500, sentence(error)))
             if job.state == "done":
                 self._mean += 0.2 * (time.monotonic() - begun - self._mean)
@@ -311,15 +312,16 @@ class Drawer:
         for k in range(job.pictures):
             job.check()
             job.picture, job.step, job.shown, job.skipped = k, 0, 0, False
-            seed = request.seed + k
-            picture = self._one(job, pipe, replace(request, seed=seed, num=1))
-            job.drawn.append((picture, replace(entry, settings=replace(entry.settings, seed=seed))))
+            each = job.settings.nth(request.seed, k)
+            picture = self._one(job, each, pipe, replace(request, seed=each.seed, num=1))
+            said = replace(entry.settings, seed=each.seed, variation_seed=each.variation_seed)
+            job.drawn.append((picture, replace(entry, settings=said)))
             self._metrics.pictures.inc()
             if job.interrupted:
                 break
         job.picture, job.step = len(job.drawn), 0
 
-    def _one(self, job: Job, pipe: StableDiffusion, request: Request) -> Image.Image:
+    def _one(self, job: Job, settings: Settings, pipe: StableDiffusion, request: Request) -> Image.Image:
         begun = last = time.monotonic()
 
         def look(step: Step) -> bool:
@@ -328,7 +330,7 @@ class Drawer:
             last = time.monotonic()
             return go_on
 
-        picture = job.settings.draw(pipe, request, callback=look)
+        picture = settings.draw(pipe, request, callback=look)
         self._metrics.took("sample", last - begun)
         self._metrics.took("decode", time.monotonic() - last)
         return picture

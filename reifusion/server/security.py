@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import Refusal, answer
+from .errors import GONE, Refusal, answer
 from .logs import log
 from .metrics import Metrics
 
@@ -112,7 +112,9 @@ class Observer:
         asked = Headers(scope=scope).get("x-request-id", "")
         state: dict[str, Any] = scope.setdefault("state", {})
         state["id"] = asked if re.fullmatch(r"[\w-]{8,64}", asked) else uuid.uuid4().hex
-        begun, status = time.monotonic(), 499  # the client left before there was an answer
+        begun = time.monotonic()
+        failure: Exception | None = None
+        status = GONE  # unless there is an answer
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -125,9 +127,11 @@ class Observer:
 
         try:
             await self._app(scope, receive, noted)
-        except Exception:
-            status = 500
-            raise
+        except Exception as error:
+            failure = error
+            if status == GONE:  # nothing has been sent yet
+                refusal = Refusal(500, "the server failed; its log says why")
+                await answer(scope["path"], refusal)(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
@@ -135,6 +139,6 @@ class Observer:
             if route not in ("/healthz", "/readyz", "/metrics"):
                 seconds = round(time.monotonic() - begun, 3)
                 log(
-                    "request", level, id=state["id"], method=scope["method"], route=route,
+                    "request", level, failure, id=state["id"], method=scope["method"], route=route,
                     status=status, seconds=seconds, **state.get("facts", {}),
                 )  # fmt: skip

@@ -15,7 +15,7 @@ from PIL import Image
 from .. import album
 from ..settings import Settings
 from .catalog import Catalog
-from .errors import Refusal
+from .errors import GONE, Refusal
 from .limits import Limits
 from .metrics import Metrics
 from .pictures import to_bytes, without_paths
@@ -111,7 +111,7 @@ class Service:
 def check(job: Job) -> None:
     """Raises Refusal for a job that ended without what was asked for."""
     if job.state != "done" and not job.interrupted:
-        raise job.error or Refusal(499, "the job was cancelled")
+        raise job.error or Refusal(GONE, "the job was cancelled")
 
 
 async def _over(job: Job) -> None:

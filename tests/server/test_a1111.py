@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from reifusion.model.samplers import SAMPLERS
+from reifusion.server.a1111 import _filled
 
 from .conftest import Running, until
 
@@ -57,9 +58,26 @@ def test_words_have_weights_and_name_loras(api):
         return api.txt2img(prompt=prompt, seed=1, **SMALL).image
 
     pictures = [draw(text) for text in ("a cat", "a (cat:1.5)", "a cat <lora:zork:4>")]
-    assert len({one.tobytes() for one in pictures}) == 3
+    pictures.append(draw("a cat <lora:zork:4:lbw=0,0,0,0,0,0,0,1>"))
+    assert len({one.tobytes() for one in pictures}) == 3 and pictures[3].tobytes() == pictures[0].tobytes()
     assert "<lora:zork:4>" in pictures[2].text["parameters"]
     assert draw("a cat").tobytes() == pictures[0].tobytes()
+
+
+def test_variations_keep_the_seed_and_count_up_their_own(api):
+    more = {"prompt": "cat", "seed": 1, "subseed": 5, "subseed_strength": 0.3, **SMALL}
+    two = api.txt2img(batch_size=2, **more)
+    assert (two.info["all_seeds"], two.info["all_subseeds"]) == ([1, 1], [5, 6])
+    second = api.txt2img(**more | {"subseed": 6})
+    assert np.array_equal(second.image, two.images[1]) and not np.array_equal(*two.images)
+
+
+def test_what_is_masked_is_filled_with_the_colours_around_it():
+    picture = Image.new("RGB", (64, 64), (200, 30, 30))
+    picture.paste((0, 255, 0), (20, 20, 44, 44))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (20, 20, 44, 44))
+    assert np.abs(np.asarray(_filled(picture, mask), int) - (200, 30, 30)).max() <= 8
 
 
 def test_hires_draws_once_more_larger(api):
@@ -75,7 +93,7 @@ def test_img2img_and_its_mask(api, http):
     mask.paste(255, (0, 0, 24, 64))
     drawn = api.img2img(images=[photo], prompt="cat", denoising_strength=0.6, seed=1, **SMALL).image
     assert drawn.size == (64, 64) and "Denoising strength: 0.6" in drawn.text["parameters"]
-    more: dict[str, Any] = {"inpaint_full_res": False, "inpainting_fill": 1, "mask_blur": 0, **SMALL}
+    more: dict[str, Any] = {"inpaint_full_res": False, "mask_blur": 0, **SMALL}
     masked = api.img2img(images=[photo], mask_image=mask, prompt="cat", seed=1, **more).image
     assert np.array_equal(np.asarray(masked)[:, 24:], np.asarray(photo)[:, 24:])
     assert not np.array_equal(np.asarray(masked)[:, :24], np.asarray(photo)[:, :24])
@@ -83,6 +101,12 @@ def test_img2img_and_its_mask(api, http):
         images=[photo], mask_image=mask, inpainting_mask_invert=1, prompt="cat", seed=1, **more
     ).image
     assert np.array_equal(np.asarray(turned)[:, :24], np.asarray(photo)[:, :24])
+    kept = api.img2img(images=[photo], mask_image=mask, prompt="cat", seed=1, inpainting_fill=1, **more).image
+    assert not np.array_equal(np.asarray(kept)[:, :24], np.asarray(masked)[:, :24])
+    wide = photo.resize((96, 80))
+    only = api.img2img(images=[wide], mask_image=mask.resize((96, 80)), prompt="cat", seed=1, **SMALL).image
+    assert only.size == (96, 80) and np.array_equal(np.asarray(only)[:, 60:], np.asarray(wide)[:, 60:])
+    assert not np.array_equal(np.asarray(only)[:, :30], np.asarray(wide)[:, :30])
     answer = http.post("/sdapi/v1/img2img", json={"prompt": "cat"})
     assert answer.status_code == 404 and answer.json()["detail"] == "Init image not found"
 
@@ -130,6 +154,7 @@ WRONG = [
     ({"alwayson_scripts": {"ADetailer": {"args": [1]}}}, 422, "ADetailer"),
     ({"prompt": "<lora:../zork:1>"}, 404, "there are: zork"),
     ({"prompt": "<lora:zork:much>"}, 422, "no number"),
+    ({"prompt": "<lora:zork:1:step=5>"}, 422, "lbw="),
     ({"override_settings": {"sd_model_checkpoint": "../tiny"}}, 404, "tiny"),
     ({"override_settings": {"outdir_samples": "/"}}, 400, "outdir_samples"),
     ({"save_images": True}, 422, "save_images"),
