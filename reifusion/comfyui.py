@@ -83,8 +83,8 @@ class Graph:
 def read(text: str) -> tuple[Settings, dict[str, Any], str]:
     """Reads a graph: its settings, no hashes, and the name of the model's file.
 
-    LoRAs are named as they are there. Raises ValueError, in one sentence, for a text that is no graph, and for
-    a graph without a sampler.
+    LoRAs are named as they are there. Raises ValueError, in one sentence, for a text that is no graph, and
+    for a graph without a sampler.
     """
     graph = Graph(text)
     sampler = _sampler(graph)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # A LoRA's file, its weight, and perhaps its block weights, as `weights/lora_blocks.py` reads them
 LoRA: TypeAlias = tuple[str, float] | tuple[str, float, str]
+ImagePrompt: TypeAlias = tuple[str, str, float]  # an IP-Adapter, a picture, its weight
 # A ControlNet, its hint, its weight, and the shares of the steps in which it begins and ends
 Control: TypeAlias = tuple[str, str, float, float, float]
 
@@ -123,6 +124,16 @@ def _write_sides(sides: tuple[int, int, int, int]) -> str:
     return write_sides(sides)
 
 
+def read_image_prompt(text: str) -> ImagePrompt:
+    """ip-adapter.safetensors=cat.png:0.6 -> the IP-Adapter, the picture, its weight, which is 1 unless said"""
+    found = re.fullmatch(r"(.+?)=(.+?)(?::(-?\d*\.?\d+))?", text)
+    if found is None:
+        raise ValueError(
+            f"an IP-Adapter and its picture are written like ip-adapter.safetensors=cat.png:0.6, not {_shown(text)}"
+        )
+    return found[1], found[2], float(found[3] or 1)
+
+
 def read_prediction(text: str) -> str:
     """v -> v_prediction"""
     from .model.prediction import read_prediction
@@ -197,6 +208,14 @@ def _carried_controls(value: Any) -> tuple[Control, ...]:
         if not all(isinstance(part, int | float) for part in one[2:]):
             raise ValueError
     return tuple((file, hint, weight, start, end) for file, hint, weight, start, end in value)
+
+
+def _carried_image_prompts(value: Any) -> tuple[ImagePrompt, ...]:
+    for one in value if isinstance(value, list) else [None]:
+        kinds = [type(part) for part in one] if isinstance(one, list) else []
+        if kinds not in ([str, str, float], [str, str, int]):
+            raise ValueError
+    return tuple((file, picture, weight) for file, picture, weight in value)
 
 
 # ---- the settings -----------------------------------------------------------------------------------------
@@ -342,6 +361,14 @@ class Settings:
         "Control mode", "balanced, guess (works without a prompt), or what counts more: prompt or control.",
         "balanced",
     )  # fmt: skip
+    ip_adapter: tuple[ImagePrompt, ...] = _setting(
+        "IP-Adapter", "An IP-Adapter and a picture to prompt with, as adapter=picture or"
+        " adapter=picture:weight; can be given several times.", (), kind=list,
+        read=lambda texts: tuple(map(read_image_prompt, texts)), carried=_carried_image_prompts,
+    )  # fmt: skip
+    image_encoder: str | None = _setting(
+        "Image encoder", "The folder of the image encoder of IP-Adapters.", shown="the one beside the adapter"
+    )
     manner: str | None = _setting(
         "Manner", "Draw as this program does, and read its names: diffusers, a1111, comfyui or sdcpp.",
         shown="reifusion's",
@@ -423,6 +450,10 @@ class Settings:
             for _, hint, weight, start, end in self.control:
                 controlnet.check(weight, start, end, self.control_mode)
                 read_picture(hint)
+        if self.ip_adapter and self.deepcache != 1:
+            raise ValueError("an IP-Adapter works inside the U-Net, which --deepcache leaves out")
+        for _, picture, _ in self.ip_adapter:
+            read_picture(picture)
         return Request(**settings, num=num)
 
     def _inpainted(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -480,7 +511,19 @@ class Settings:
             pipe = with_refiner(pipe, load(self.refiner, device, self.dtype, idle_device=idle_device))
         if self.control:
             pipe = self._controlled(pipe)
+        if self.ip_adapter:
+            pipe = self._with_image_prompts(pipe)
         return deepcached(pipe, self.deepcache)
+
+    def _with_image_prompts(self, pipe: StableDiffusion) -> StableDiffusion:
+        from .steer.ip_adapter import ImagePrompt, with_image_prompts
+        from .weights.hub import find_adapter
+        from .weights.ip_adapter import load_ip_adapter
+
+        files = dict.fromkeys(file for file, *_ in self.ip_adapter)
+        read = {file: load_ip_adapter(find_adapter(file), pipe, self.image_encoder) for file in files}
+        prompts = (ImagePrompt(*read[file], picture, weight) for file, picture, weight in self.ip_adapter)
+        return with_image_prompts(pipe, *prompts)
 
     def _controlled(self, pipe: StableDiffusion) -> StableDiffusion:
         from .steer.controlnet import Control, controlled
@@ -511,7 +554,8 @@ class Settings:
         """
         from .steer import emphasis, hires, manners, masks, outpaint
 
-        manner, whole, box = manner or self.there(), request, None
+        manner, request = manner or self.there(), request.for_model(pipe.config)
+        whole, box = request, None
         if manner != manners.Manner() or self.variation:
             request = manners.asked(request, manner, self.variation, self.variation_seed)
             pipe = manners.cut(pipe) if manner.cut else pipe
@@ -524,7 +568,7 @@ class Settings:
             one = manners.begun(pipe, one, manner)
             return one if rule is None else emphasis.request(pipe, one, rule)
 
-        if self.hires == 1:
+        if self.hires == 1 and rule is None:
             picture = cast("Image", pipe.generate(words(request), progress=progress, callback=callback))
         else:
             more = self.hires, self.hires_strength, self.hires_by
@@ -574,6 +618,8 @@ class Settings:
                 words += [f"{flag}={write_lora(one)}" for one in value]
             elif name == "control":
                 words += [f"{flag}={write_control(one)}" for one in value]
+            elif name == "ip_adapter":
+                words += [f"{flag}={file}={picture}:{weight}" for file, picture, weight in value]
             elif name == "embedding":
                 words += [f"{flag}={file}:{word}" if word else f"{flag}={file}" for file, word in value]
             elif name != "prompt":
@@ -615,6 +661,17 @@ class Settings:
                 given = ", ".join(map(repr, (*rest, self.control_mode)))
                 pipe.append(f'    Control(load_control(find({file!r}, "control"), pipe), {given}),')
             pipe.append("])")
+        if self.ip_adapter:
+            imports += [
+                "from reifusion.steer.ip_adapter import ImagePrompt, with_image_prompts",
+                "from reifusion.weights.hub import find_adapter",
+                "from reifusion.weights.ip_adapter import load_ip_adapter",
+            ]
+            pipe.append("pipe = with_image_prompts(pipe, *[")
+            for file, picture, weight in self.ip_adapter:
+                read = f"*load_ip_adapter(find_adapter({file!r}), pipe, {self.image_encoder!r})"
+                pipe.append(f"    ImagePrompt({read}, {picture!r}, {weight!r}),")
+            pipe.append("])")
         if self.code:
             imports.append("from reifusion.own import run_file")
             pipe.insert(0, f"run_file({self.code!r})")
@@ -655,6 +712,8 @@ class Settings:
                 return self.init_image is not None
             if name == "control_mode":
                 return bool(self.control) and value != ABOUT[name].default
+            if name == "image_encoder":
+                return bool(self.ip_adapter) and value is not None
             if name.startswith("hires_"):
                 return self.hires != 1 and value != ABOUT[name].default
             return name == "model" or value != ABOUT[name].default
@@ -668,6 +727,17 @@ BY_SETTINGS = (
 )  # fmt: skip
 # What changes neither the model nor a request, but how it is drawn.
 DRAWING = (*BY_SETTINGS, "hires", "hires_strength", "hires_by", "emphasis")
+
+
+def pictures_of(path: str | None) -> list[str | None]:
+    """Returns the pictures of a folder, by name, or what is no folder as it is. ValueError for no picture."""
+    if path is None or not Path(path).is_dir():
+        return [path]
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+    found = sorted(str(one) for one in Path(path).iterdir() if one.suffix.lower() in kinds)
+    if not found:
+        raise ValueError(f"{path} cannot be read as a picture: it is a folder, and has none in it")
+    return [*found]
 
 
 def said_of_hires(settings: Settings) -> list[tuple[str, Any]]:

@@ -17,8 +17,8 @@ GRAPH: dict[str, Any] = {
         "class_type": "KSampler",
         "inputs": {
             "seed": 156680208700286, "steps": 20, "cfg": 8, "sampler_name": "dpmpp_sde",
-            "scheduler": "karras", "denoise": 1, "model": ["11", 0], "positive": ["6", 0], "negative": ["7", 0],
-            "latent_image": ["5", 0],
+            "scheduler": "karras", "denoise": 1, "model": ["11", 0],
+            "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0],
         },
     },
     "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5-pruned.safetensors"}},

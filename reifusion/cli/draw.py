@@ -39,12 +39,17 @@ def generate(
     like: Annotated[
         str | None, typer.Option(help="Repeat this picture; other options override its settings.")
     ] = None,
+    film: Annotated[
+        str | None, typer.Option(help="Show how it comes about in this .webp, .gif or .png file, animated.")
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time went; write a trace beside the picture.")
     ] = False,
 ) -> None:
-    """Draws a picture and says where it is."""
+    """Draws a picture and says where it is. If --init-image is a folder, one for each picture in it."""
     from .. import album
+    from ..film import Film, animated
+    from ..settings import pictures_of
 
     before = None if like is None else album.read(like)
     if before is not None and not before.ours and "model" not in given:
@@ -53,30 +58,48 @@ def generate(
             "say with --model where that is"
         )
     settings = replace(Settings() if before is None else before.settings, **parsed(given))
+    reel = None if film is None else animated(film)
     if settings.code is not None:
         settings = _with_code(settings, like if "code" not in given else None)
-    request = settings.request(num)
-    request = request.for_model(settings.config())
+    inputs = pictures_of(settings.init_image)
+    every = [replace(settings, init_image=one) for one in inputs]
+    config = settings.config()
+    for each in every:
+        each.request(num).for_model(config)
     file = album.png_path(out)
+    if len(every) > 1 and file is not None:
+        raise ValueError(f"--init-image is a folder, so --out must be one too, and not {out}")
     with writable(file.parent if file else Path(out)):
         pipe = settings.pipe(device, compile, idle_device)
-        entry = album.entry(settings, request, pipe)
-        if before is not None:
-            album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])
-        for k in range(num):
-            # One at a time, so that not a bit of a picture depends on --num.
-            each = settings.nth(request.seeds[0], k)
-            one = replace(request, seed=each.seed, num=1)
-            said = replace(entry.settings, seed=each.seed, variation_seed=each.variation_seed)
-            entry = replace(entry, settings=said)
-            with _profiled(pipe) if profile else contextlib.nullcontext() as times:
-                picture = each.draw(pipe, one, progress=not quiet and sys.stderr.isatty())
-            path = file or Path(out) / album.file_name(entry.settings)
-            path = album.save(picture, entry, path)
-            print(path, flush=True)
-            if times is not None:
-                print(times.text(), file=sys.stderr)
-                times.save(path.with_suffix(".trace.json"))
+        for settings in every:
+            request = settings.request(num).for_model(config)
+            entry = album.entry(settings, request, pipe)
+            if before is not None:
+                album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])
+            for k in range(num):
+                # One at a time, so that not a bit of a picture depends on --num.
+                each = settings.nth(request.seeds[0], k)
+                one = replace(request, seed=each.seed, num=1)
+                said = replace(entry.settings, seed=each.seed, variation_seed=each.variation_seed)
+                steps = None if reel is None else Film(pipe)
+                with _profiled(pipe) if profile else contextlib.nullcontext() as times:
+                    picture = each.draw(pipe, one, progress=not quiet and sys.stderr.isatty(), callback=steps)
+                path = file or Path(out) / _name(said, len(every) > 1)
+                path = album.save(picture, replace(entry, settings=said), path)
+                print(path, flush=True)
+                if steps is not None and reel is not None:
+                    print(steps.save(reel, picture), flush=True)
+                if times is not None:
+                    print(times.text(), file=sys.stderr)
+                    times.save(path.with_suffix(".trace.json"))
+
+
+def _name(settings: Settings, of_many: bool) -> str:
+    """Returns the name of a picture's file; of_many: with that of its init image, if they are a folder's."""
+    from .. import album
+
+    name = album.file_name(settings)
+    return f"{Path(str(settings.init_image)).stem}-{name}" if of_many else name
 
 
 def _with_code(settings: Settings, picture: str | None) -> Settings:

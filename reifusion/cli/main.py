@@ -35,6 +35,7 @@ from .serve import serve
 from .studio import studio
 from .train import train
 from .vae import app as vae
+from .why import why
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Stable Diffusion from scratch.")
 app.command()(generate)
@@ -44,6 +45,7 @@ app.command()(info)
 app.command()(convert)
 app.command()(samplers)
 app.command()(edges)
+app.command()(why)
 app.command()(evaluate)
 app.add_typer(lora, name="lora")
 app.add_typer(vae, name="vae")

@@ -22,9 +22,10 @@ def samplers(
 
     if code is not None:
         run_file(code)
-    print(_aligned(samplers_table()), _aligned(schedules_table()), sep="\n\n")
+    print(aligned(samplers_table()), aligned(schedules_table()), sep="\n\n")
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Returns the rows with their columns below one another."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)

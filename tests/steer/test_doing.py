@@ -1,0 +1,108 @@
+"""What the command does with variations, folders of pictures, and films."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reifusion import album, film
+from reifusion.cli.main import main
+from reifusion.model.pipeline import StableDiffusion
+from reifusion.settings import pictures_of
+from reifusion.weights import save
+from tests.tiny import SMALL, WORDS, networks
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> list[str]:
+    path = tmp_path_factory.mktemp("doing") / "small.safetensors"
+    save(SMALL, networks(SMALL, noise=0.02), path, tokenizer=WORDS)
+    return ["generate", "a cat", "--model", str(path), "--steps", "2", "--dtype", "fp32", "--quiet"]
+
+
+def drawn(capsys) -> list[Path]:
+    return [Path(line) for line in capsys.readouterr().out.split()]
+
+
+def levels(one: Path, other: Path) -> float:
+    pictures = [np.asarray(Image.open(path)).astype(float) for path in (one, other)]
+    return float(np.abs(pictures[0] - pictures[1]).mean())
+
+
+def test_variations_are_near_the_picture_and_say_what_they_are(usual, tmp_path, capsys):
+    more = ["--seed", "7", "--sampler", "ddim", "--out"]
+    assert main([*usual, *more, str(tmp_path / "first.png")]) == 0
+    assert (
+        main(
+            [*usual, "--variation", "0.1", "--variation-seed", "3", "--num", "2", *more, str(tmp_path / "v")]
+        )
+        == 0
+    )
+    assert main([*usual, "--seed", "8", "--sampler", "ddim", "--out", str(tmp_path / "other.png")]) == 0
+    first, one, two, other = drawn(capsys)
+    entries = [album.read(path).settings for path in (one, two)]
+    assert [(e.seed, e.variation, e.variation_seed) for e in entries] == [(7, 0.1, 3), (7, 0.1, 4)]
+    assert 0 < max(levels(first, one), levels(first, two)) < 0.5 * levels(first, other)
+    assert main(["generate", "--like", str(two), "--quiet", "--out", str(tmp_path / "again.png")]) == 0
+    assert levels(two, drawn(capsys)[0]) == 0
+    text = Image.open(two).info["parameters"]
+    assert "Variation seed: 4, Variation seed strength: 0.1" in text
+
+
+def test_a_folder_of_pictures_is_drawn_picture_by_picture(usual, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k, size in enumerate([(40, 32), (32, 56)]):
+        Image.effect_noise(size, 40 + 20 * k).convert("RGB").save(folder / f"{'ba'[k]}.PNG")
+    (folder / "notes.txt").write_text("not a picture")
+    more = ["--strength", "0.5", "--seed", "3"]
+    assert main([*usual, *more, "--init-image", str(folder), "--out", str(tmp_path / "out")]) == 0
+    paths = drawn(capsys)
+    assert [path.name for path in paths] == ["a-a-cat-3.png", "b-a-cat-3.png"]
+    for name, path in zip("ab", paths):
+        alone = tmp_path / f"{name}.png"
+        photo = str(folder / f"{name}.PNG")
+        assert main([*usual, *more, "--init-image", photo, "--out", str(alone)]) == 0
+        assert levels(alone, path) == 0 and album.read(path).settings.init_image == photo
+    capsys.readouterr()
+    assert main([*usual, "--init-image", str(folder), "--out", str(tmp_path / "one.png")]) == 2
+    assert "is a folder, so --out must be one too" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([*usual, "--init-image", str(tmp_path / "empty"), "--out", str(tmp_path)]) == 2
+    assert "a folder, and has none in it" in capsys.readouterr().err
+    assert pictures_of(None) == [None] and pictures_of("x.png") == ["x.png"]
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif", "png"])
+def test_a_film_has_every_step_and_ends_with_the_picture(usual, tmp_path, capsys, ending):
+    path = tmp_path / "new" / f"steps.{ending}"
+    assert (
+        main([*usual, "--steps", "3", "--seed", "3", "--film", str(path), "--out", str(tmp_path / "a.png")])
+        == 0
+    )
+    assert drawn(capsys) == [tmp_path / "a.png", path]
+    with Image.open(path) as found:
+        assert getattr(found, "n_frames", 1) == 3 and found.size == (32, 32)
+        found.seek(2)
+        last = found.convert("RGB")
+    picture, grey = Image.open(tmp_path / "a.png"), ending != "png"  # the others lose some of the colours
+    both = [np.asarray(one.convert("L" if grey else "RGB")).astype(float) for one in (last, picture)]
+    assert np.abs(both[0] - both[1]).mean() < (8 if grey else 0.1)
+
+
+def test_a_film_shows_what_the_network_sees(usual, tmp_path):
+    pipe = StableDiffusion(SMALL, WORDS, networks(SMALL, noise=0.02))
+    reel, seen = film.Film(pipe), []
+
+    def look(step) -> None:
+        reel(step)
+        seen.append(pipe.decode(step.x0)[0].tobytes())
+
+    picture = pipe.generate("a cat", steps=3, seed=1, size=(32, 24), progress=False, callback=look)
+    assert [frame.tobytes() for frame in reel.frames] == seen[:2] and len(seen) == 3
+    assert reel.save(tmp_path / "a.gif", picture) == tmp_path / "a.gif"
+    assert reel.save(tmp_path / "a.gif", picture) == tmp_path / "a-2.gif"  # nothing is overwritten
+    assert main([*usual, "--film", "a.mp4", "--out", str(tmp_path)]) == 2
