@@ -29,10 +29,12 @@ from .model.pipeline import StableDiffusion
 from .model.request import Request
 from .model.sentences import shown
 from .settings import Settings, from_carried
+from .weights.hub import find_adapter
 
 # The settings that name files.
-FILES = ("model", "lora", "embedding", "vae", "unet", "refiner", "code", "init_image", "mask", "control")
-SEVERAL = ("lora", "embedding", "control")  # of which there can be more than one
+FILES = ("model", "lora", "embedding", "vae", "unet", "refiner", "code", "init_image", "mask", "control",
+         "ip_adapter", "image_encoder")  # fmt: skip
+SEVERAL = ("lora", "embedding", "control", "ip_adapter")  # of which there can be more than one
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,12 @@ def warn_if_changed(before: Entry, now: Entry, names: Collection[str] = FILES) -
         if name in names and name in before.hashes and before.hashes[name] != now.hashes.get(name):
             value = getattr(now.settings, name)
             which = " or ".join(one[0] for one in value) if name in SEVERAL else value
-            what = {"lora": "LoRA", "control": "ControlNet or the hint of"}.get(name, name.replace("_", " "))
+            titles = {
+                "lora": "LoRA",
+                "control": "ControlNet or the hint of",
+                "ip_adapter": "IP-Adapter or the picture of",
+            }
+            what = titles.get(name, name.replace("_", " "))
             warnings.warn(f"the {what} {which} is not what it was, so the picture will differ", stacklevel=2)
 
 
@@ -143,6 +150,13 @@ def _hashes(settings: Settings) -> dict[str, Any]:
             f"{file_hash(weights.find(file, 'control'))}-{file_hash(hint)}"
             for file, hint, *_ in settings.control
         ]
+    if settings.ip_adapter:
+        found["ip_adapter"] = [
+            f"{file_hash(find_adapter(file))}-{file_hash(picture)}"
+            for file, picture, _ in settings.ip_adapter
+        ]
+        if settings.image_encoder:
+            found["image_encoder"] = file_hash(settings.image_encoder)
     for part in ("vae", "unet"):
         if source := getattr(settings, part):
             found[part] = file_hash(weights.find(source, part))

@@ -125,11 +125,11 @@ def _write_sides(sides: tuple[int, int, int, int]) -> str:
 
 
 def read_image_prompt(text: str) -> ImagePrompt:
-    """ip-adapter.safetensors=cat.png:0.6 -> the IP-Adapter, the picture, its weight, which is 1 unless said"""
+    """ip-adapter.bin=cat.png:0.6 -> the IP-Adapter, the picture, and its weight, which is 1 unless said"""
     found = re.fullmatch(r"(.+?)=(.+?)(?::(-?\d*\.?\d+))?", text)
     if found is None:
         raise ValueError(
-            f"an IP-Adapter and its picture are written like ip-adapter.safetensors=cat.png:0.6, not {_shown(text)}"
+            f"an IP-Adapter and its picture are written like ip-adapter.bin=cat.png:0.6, not {_shown(text)}"
         )
     return found[1], found[2], float(found[3] or 1)
 
@@ -450,6 +450,8 @@ class Settings:
             for _, hint, weight, start, end in self.control:
                 controlnet.check(weight, start, end, self.control_mode)
                 read_picture(hint)
+        if self.image_encoder and not self.ip_adapter:
+            raise ValueError("an image encoder is for --ip-adapter, and there is none")
         if self.ip_adapter and self.deepcache != 1:
             raise ValueError("an IP-Adapter works inside the U-Net, which --deepcache leaves out")
         for _, picture, _ in self.ip_adapter:

@@ -27,12 +27,13 @@ OTHERS = Settings(
     (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
     (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
     2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
-    (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess", "comfyui", "philox", 0.5, 9, 4.0, 32,
+    (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess",
+    (("ip.bin", "cat.png", 0.5),), "encoder", "comfyui", "philox", 0.5, 9, 4.0, 32,
     (0, 64, 128, 0),
 )  # fmt: skip
 NOT_BY_NAME = (
     "prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner", "emphasis",
-    "control", "control_mode",
+    "control", "control_mode", "ip_adapter", "image_encoder",
 )  # fmt: skip
 
 
@@ -71,6 +72,9 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
     net = "load_control(find('net.safetensors', \"control\"), pipe)"
     assert f"    Control({net}, 'edges.png', 0.5, 0.0, 0.75, 'guess')," in python
     assert "--control=net.safetensors=edges.png:0.5:0.0-0.75" in command
+    adapter = "*load_ip_adapter(find_adapter('ip.bin'), pipe, 'encoder')"
+    assert f"    ImagePrompt({adapter}, 'cat.png', 0.5)," in python
+    assert "--ip-adapter=ip.bin=cat.png:0.5" in command
     blot = "apply(pipe, load_lora(find('blot.safetensors', \"lora\")), -1.0, blocks='MIDD')"
     assert "--lora=blot.safetensors:-1.0:lbw=MIDD" in command and blot in python
     assert "deepcached(pipe, 2)" in python and "load_lora(find('zork.safetensors', \"lora\")), 0.5" in python
@@ -89,7 +93,9 @@ def test_what_a_picture_carries_is_read_back():
     assert from_carried({"prompt": "a", "tome": 0.5, "steps": None}) == Settings("a")
 
 
-@pytest.mark.parametrize("name", [name for name in ABOUT if name not in ("lora", "embedding", "control")])
+@pytest.mark.parametrize(
+    "name", [name for name in ABOUT if name not in ("lora", "embedding", "control", "ip_adapter")]
+)
 def test_a_value_of_the_wrong_type_is_named(name):
     with pytest.raises(ValueError, match=f"its {name} is"):
         from_carried({name: {"odd": 1}})

@@ -30,6 +30,38 @@ def find(source: str | Path, part: str = "") -> Path:
     return _cached(str(source), part) or _download(str(source), part)
 
 
+def find_adapter(source: str | Path) -> Path:
+    """Returns the path of an IP-Adapter's file, or of one in a repository on the hub.
+
+    source: the file, or "h94/IP-Adapter/models/ip-adapter_sd15.safetensors", which is fetched with the image
+    encoders that may be meant for it.
+    """
+    path = Path(source).expanduser()
+    found = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(.+\.(?:safetensors|bin))", str(source))
+    if path.exists() or found is None:
+        return path
+    from huggingface_hub import snapshot_download
+
+    repository, file = found.groups()
+    # As there: ViT-H is in `models`, and only the plain one for SDXL needs the other, beside it
+    folders = {"models"} if "vit-h" in file else {"models", file.rpartition("/")[0] or "."}
+    wanted = [f"{folder}/image_encoder/{kind}" for folder in folders for kind in ("*.json", "*.safetensors")]
+    for offline in (True, False):  # what was fetched once is found without asking
+        try:
+            folder = Path(
+                snapshot_download(
+                    repository, allow_patterns=[file, *wanted], etag_timeout=SOON, local_files_only=offline
+                )
+            )
+        except Exception as error:  # as in `_download`
+            if not offline:
+                raise ModelError(f"there is no file {source}, and {_why(error)}") from None
+            continue
+        if (folder / file).is_file() and (not offline or any(folder.glob("*/image_encoder/config.json"))):
+            return folder / file
+    raise ModelError(f"{repository} on the hub does not hold {file}")
+
+
 def is_id(source: str | Path) -> bool:
     """True if the text may be the id of a repository, and not a file."""
     is_file = str(source).endswith((".safetensors", ".ckpt", ".pt", ".bin"))
