@@ -45,7 +45,7 @@ RELATIVES = (
         "a ControlNet for several kinds of hints, which is not built in",
     ),
     (r"(adapter\.)?body\.\d+\.", "a T2I-Adapter, which is not built in"),
-    (r"image_proj\.|ip_adapter\.", "an IP-Adapter, which is not built in"),
+    (r"image_proj\.|ip_adapter\.", "an IP-Adapter, which has an option of its own"),
     (
         r"transformer_blocks\.\d+\.(attn|ff_context|norm1_context)",
         "a ControlNet for Stable Diffusion 3, which is not built in",
