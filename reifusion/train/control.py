@@ -168,8 +168,10 @@ SHOWN = 6  # hints on a sheet
 
 def sheet(pipe: StableDiffusion, net: ControlNet, data: Data, seed: int) -> Image.Image:
     """Hints of the data, and below each what the model draws by it, with its caption and without words."""
-    latents, tokens = data.latent_batch(torch.Generator(data.device).manual_seed(seed), SHOWN)
+    latents, tokens = data.latent_batch(torch.Generator(data.device).manual_seed(seed), 8 * SHOWN)
     packed = latents[:, latents.shape[1] - pipe.config.vae.factor**2 :]
+    firsts = [i for i, one in enumerate(packed) if not any(torch.equal(one, other) for other in packed[:i])]
+    packed, tokens = packed[firsts[:SHOWN]], tokens[firsts[:SHOWN]]  # a picture may be chosen several times
     hints = F.pixel_shuffle(packed, pipe.config.vae.factor).expand(-1, 3, -1, -1)  # (6, 3, H, W)
     pictures = [to_picture(2 * hint - 1) for hint in hints]
     captions = [pipe.tokenizer.decode(one.tolist()) for one in tokens]

@@ -170,14 +170,15 @@ def spread_timesteps(count: int, sampler: Sampler, generator: torch.Generator, p
 def loss_weights(sampler: Sampler, t: Tensor, max_snr: float | None) -> Tensor:
     """Returns a weight for each timestep, (B,).
 
-    Source: Hang et al. 2023 (min-SNR), with SNR + 1 for the velocity.
+    Source: Hang et al. 2023 (min-SNR). For the velocity, they have min(SNR, γ) / (SNR + 1). Here the cap is
+    on SNR + 1, so that the noisiest timesteps count, where a small model learns what words look like.
     """
     if max_snr is None or sampler.prediction_type == "flow":
         return torch.ones(len(t), device=t.device)
     # [snr] §3.4, Hang et al. 2023: SNR(t) = ᾱ_t / (1 − ᾱ_t); on x₀ the ε-loss weighs SNR, the v-loss SNR + 1.
     snr = (sampler.alphas_cumprod / (1 - sampler.alphas_cumprod)).float().to(t.device)[t]
     natural = snr + 1 if sampler.prediction_type == "v_prediction" else snr
-    # [min-snr] §3.4, Hang et al. 2023: min(SNR, γ) / SNR
+    # [min-snr] §3.4, Hang et al. 2023: min(SNR, γ) / SNR; for v not theirs, but min(SNR + 1, γ) / (SNR + 1)
     return natural.clamp(max=max_snr) / natural
 
 

@@ -57,8 +57,13 @@ def weighted_squared_error() -> Pair:
 def capped_weights() -> Pair:
     gamma, t = 5.0, torch.arange(1000)
     ours = [loss_weights(DDPMSampler(prediction_type=p), t, gamma) for p in ("epsilon", "v_prediction")]
-    snr = ALPHA_BAR / (1 - ALPHA_BAR)
-    return torch.cat(ours), np.concatenate([np.minimum(y, gamma) / y for y in (snr, snr + 1)])
+    # How much an error of 1 in x₀ counts in each loss: the square of what it changes in ε and in v, for the
+    # same x_t = a x₀ + s ε. With the weights, no timestep may count for more than γ, and no other is changed.
+    a, s = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR)
+    by_eps = a / s
+    by_v = a * by_eps + s  # v = a ε - s x₀
+    counts = [np.minimum(natural, gamma) for natural in (by_eps**2, by_v**2)]
+    return torch.cat(ours), np.concatenate([counts[0] / by_eps**2, counts[1] / by_v**2])
 
 
 @checks("offset-noise", SINGLE)  # the noise is float32
