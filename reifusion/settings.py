@@ -528,9 +528,9 @@ class Settings:
         return with_image_prompts(pipe, *prompts)
 
     def _controlled(self, pipe: StableDiffusion) -> StableDiffusion:
+        from .steer.control_files import load_control
         from .steer.controlnet import Control, controlled
         from .weights import find
-        from .weights.control import load_control
 
         nets = {file: load_control(find(file, "control"), pipe) for file, *_ in self.control}
         return controlled(
@@ -656,7 +656,7 @@ class Settings:
             imports += [
                 "from reifusion.steer.controlnet import Control, controlled",
                 "from reifusion.weights import find",
-                "from reifusion.weights.control import load_control",
+                "from reifusion.steer.control_files import load_control",
             ]
             pipe.append("pipe = controlled(pipe, *[")
             for file, *rest in self.control:

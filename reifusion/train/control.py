@@ -28,9 +28,9 @@ from ..model.config import ModelConfig
 from ..model.diffusion import UNet
 from ..model.pictures import to_picture
 from ..model.pipeline import StableDiffusion
+from ..steer.control_files import save_control
 from ..steer.controlnet import Control, ControlNet, controlled, steered
 from ..steer.edges import HIGH, LOW, edges
-from ..weights.control import save_control
 from .checkpoint import digest, unchanged
 from .keys import RecipeError, key
 from .latents import LatentData, StoredLatents

@@ -22,9 +22,9 @@ from reifusion.model.diffusion import UNet
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tensors import ModelError
 from reifusion.shortcuts.deepcache import deepcached
+from reifusion.steer.control_files import load_control, save_control
 from reifusion.steer.controlnet import MODES, Control, ControlNet, controlled
 from reifusion.weights import save
-from reifusion.weights.control import load_control, save_control
 from tests.tiny import WORDS, random_networks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -17,6 +17,7 @@ import reifusion.train.loop
 from reifusion.model.config import ScheduleConfig
 from reifusion.model.model_loader import state_dict
 from reifusion.model.pipeline import StableDiffusion
+from reifusion.steer.control_files import load_control
 from reifusion.steer.controlnet import Control, ControlNet, controlled
 from reifusion.steer.edges import edges
 from reifusion.train.control import (
@@ -34,7 +35,6 @@ from reifusion.train.latents import cache_latents
 from reifusion.train.loop import LoopConfig
 from reifusion.train.text2image import Latents, forward_process
 from reifusion.train.watch import measured_loss
-from reifusion.weights.control import load_control
 from tests.tiny import TINY, WORDS, random_networks
 
 pytest.importorskip("cv2")

@@ -25,7 +25,7 @@ from ..model.family import without_memory
 from ..model.model_converter import FORMATS, Rule, rules
 from ..model.pipeline import StableDiffusion
 from ..model.tensors import ModelError, Stored, TensorFile
-from ..steer.controlnet import ControlNet
+from .controlnet import ControlNet
 
 # What the names of a U-Net in a whole model begin with, and what a ControlNet's begin with in its place
 UNET = {"compvis": ("model.diffusion_model.", "control_model."), "diffusers": ("unet.", "")}
