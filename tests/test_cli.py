@@ -207,6 +207,7 @@ def test_like_says_when_the_input_image_has_changed(draw, run):
     assert err == "reifusion: the init image photo.png is not what it was, so the picture will differ\n"
 
 
+@pytest.mark.slow
 def test_python_and_the_command_line_draw_the_same_picture(run):
     picture = reifusion.generate("a red apple", seed=3, progress=False)
     code, out, err = run("generate", "a red apple", "--seed", 3)
@@ -423,18 +424,21 @@ def program(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_the_program_draws(model):
     arguments = ["generate", "a cat", "--model", model, "--steps", "1", "--seed", "1"]
     assert program(*arguments) == (0, "images/a-cat-1.png\n", "")
     assert program(*arguments, "--quiet") == (0, "images/a-cat-1-2.png\n", "")
 
 
+@pytest.mark.slow
 def test_the_program_refuses_with_exit_code_2():
     code, out, err = program("generate", "a cat", "--model", "missing.ckpt")
     assert (code, out) == (2, "")
     assert re.fullmatch(r"reifusion: [^\n]*missing\.ckpt[^\n]*\n", err)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_exit_code_130_without_a_traceback(model):
     process = start("generate", "a cat", "--model", model, "--steps", "1000")
     while not Path("images").exists():  # until it begins

@@ -16,6 +16,8 @@ from reifusion.model.model_loader import MINI_PATH
 from reifusion.model.pictures import to_picture, to_tensor
 from reifusion.model.pipeline import StableDiffusion
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def mini() -> StableDiffusion:

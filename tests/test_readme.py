@@ -58,6 +58,7 @@ def test_flags_of_the_readme_exist():
 # The first commands for a newcomer, each with the output that it must print
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     ("target", "printed"),

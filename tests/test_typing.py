@@ -61,6 +61,7 @@ pipe.denoise("a cat", guide=print, seed=1.5)  # wrong
 """
 
 
+@pytest.mark.slow
 def test_a_clients_script_passes_mypy_strict_and_its_mistakes_do_not(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -12,6 +12,8 @@ import pytest
 from bench import gpu
 from bench.gpu import Bench, Part, main, report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def without_diffusers(monkeypatch):

@@ -31,6 +31,8 @@ from reifusion.train.mini.library import Library
 from reifusion.train.mini.render import render
 from tests.sprites import NOUNS, ball, made_up, prepared_library
 
+pytestmark = pytest.mark.slow
+
 SIDE = 64
 slowly = settings(deadline=None, max_examples=50)  # however busy the machine is
 

@@ -19,6 +19,8 @@ from tests.derivatives.test_matrix import INPUTS, MODES, REFUSED, Case, agree, b
 from tests.model.test_fast import error, normal
 from tests.tiny import SMALL, WORDS, random_networks
 
+pytestmark = pytest.mark.slow
+
 X, WORDS_, T = INPUTS["unet"].values()
 forms = pytest.mark.parametrize("installed", [False, True], ids=["plain", "installed"])
 

@@ -26,6 +26,7 @@ def test_the_number_gives_it_away_and_comes_back(pipe, bug):
     assert bug.measure(pipe) == right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_the_picture_changes_unless_the_bug_sleeps(pipe, bug):
     right, wrong = bug.draw(pipe, "a red apple", steps=4)

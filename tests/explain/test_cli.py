@@ -36,6 +36,7 @@ def run(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_prompt_gives_a_folder_with_everything_to_see(run, model):
     code, out, err = run("A cat on a rocket", "--model", model, "--steps", 2, "--seed", 3, "--pixel", "10,20")
     assert (code, err) == (0, "") and out.splitlines()[0] == "explain/a-cat-on-a-rocket-3/index.html"

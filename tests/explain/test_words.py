@@ -230,6 +230,7 @@ def test_a_pixel_looks_where_it_looks(planted):
 # The mini
 
 
+@pytest.mark.slow
 def test_the_minis_words_are_looked_at_where_their_things_are():
     pipe = reifusion.load()
     ratios = []

@@ -101,6 +101,7 @@ searched = settings(
 )
 
 
+@pytest.mark.slow
 @given(options=given_options, prompt=anything)
 @searched
 def test_generate_draws_or_says_why_not(here, options, prompt):

@@ -22,6 +22,8 @@ from reifusion.files import put
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, networks
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip("resource")  # of Unix
 
 MANY = int(os.environ.get("REIFUSION_MANY", 1))  # times as many kills: a longer search, by hand

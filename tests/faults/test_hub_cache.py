@@ -17,6 +17,8 @@ import pytest
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, random_networks
 
+pytestmark = pytest.mark.slow
+
 NOBODY = "http://127.0.0.1:9"
 
 

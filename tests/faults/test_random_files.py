@@ -99,6 +99,7 @@ def test_any_text_is_a_recipe_or_refused(tmp_path, text):
         sentence(error)
 
 
+@pytest.mark.slow
 @SEARCH
 @given(content=st.binary(max_size=60))
 def test_any_bytes_are_a_caption_or_refused(tmp_path, content):

@@ -136,6 +136,7 @@ class Alive(TorchDispatchMode):
         self.now -= self.known.pop(memory)
 
 
+@pytest.mark.slow
 def test_what_is_alive_at_1024_pixels_leaves_room_in_a_quarter_of_the_memory(monkeypatch):
     monkeypatch.setattr(rows, "on_gpu", lambda x: True)
     decoder = Decoder(SD15.vae).to("meta", torch.float16, memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from reifusion.model.samplers import SAMPLERS
 diffusers = pytest.importorskip("diffusers")
 
 SHAPE = (2, 4, 6, 5)
-STEPS = [1, 2, 7, 20, 50, 999]
+STEPS = [1, 2, 7, 20, 50, pytest.param(999, marks=pytest.mark.slow)]
 
 SD15 = {
     "num_train_timesteps": 1000,

@@ -19,7 +19,7 @@ from reifusion.model.request import Request
 
 playwright = pytest.importorskip("playwright.sync_api")
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 AUDIT = (Path(__file__).parent / "audit.js").read_text("utf-8")
 # How dark the canvas over the picture is on average, and how brightly each word is lit, from 0 to 1.

@@ -20,6 +20,8 @@ from reifusion.train.evaluate import Evaluation, Features, evaluate
 from reifusion.train.images import Pictures, open_pictures
 from tests.tiny import SMALL, WORDS, networks
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ("red", "green", "blue", "black")
 KINDS = ("ellipse", "rectangle", "arc")
 

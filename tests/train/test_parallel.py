@@ -28,6 +28,8 @@ from reifusion.train.text2image import (
 from reifusion.train.vae import VAE, VAETraining, train_vae
 from tests.sprites import random_sprites
 
+pytestmark = pytest.mark.slow
+
 TINY = ModelConfig(
     name="tiny",
     size=16,

@@ -60,6 +60,7 @@ def awake(seed: int = 0) -> TextToImage:
 # Learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_after_training_the_right_words_explain_a_noisy_picture_better(tmp_path, prediction):
     schedule = ScheduleConfig(prediction_type=prediction)

@@ -35,6 +35,7 @@ def draw():
     return partial(random_sprites, sprites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (0.18215, 0.0), (1.5305, 0.0609)])
 def test_vae_learns_and_its_scaled_latents_have_unit_variance(draw, tmp_path, scale, shift):
     config = VAEConfig(channels=(8, 16), layers=1, groups=4, scale_factor=scale, shift=shift)
