@@ -22,6 +22,7 @@ from reifusion.model.clip import CLIP
 from reifusion.model.config import UNetConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.diffusion import GEGLU, UNet
+from reifusion.steer.ip_adapter import IPAdapter, Looking, Plain, cross_attentions
 from reifusion.swap import swap
 from reifusion.weights.lora import apply, load_lora, places, remove
 from tests.kernels.card import Card
@@ -216,6 +217,23 @@ def test_loras_are_seen_and_taken_out_again(card, tmp_path):
     assert not torch.equal(expected, before)
     assert all(torch.equal(network(*given(1)), expected) for _ in range(3))
     remove(models)
+    assert all(torch.equal(network(*given(1)), before) for _ in range(3))
+
+
+def test_each_picture_of_an_ip_adapter_is_seen_and_none_stays(card):
+    network = unet()
+    before = [network(*given(1)) for _ in range(3)][-1]
+    outs = [layer.q.out_features for layer in cross_attentions(network)]
+    adapter = randomized(IPAdapter(Plain(8, 4, 24), 24, outs)).ip_adapter
+    seen = []
+    for seed in (1, 2):
+        looking = Looking(network, network, [(adapter, normal(2, 4, 24, seed=seed), 0.7)], count=1)
+        expected = run(looking, *given(1))
+        played = len(card.played)
+        assert all(torch.equal(looking(*given(1)), expected) for _ in range(3))
+        assert len(card.played) > played  # the picture's own recording
+        seen.append(expected)
+    assert not torch.equal(*seen) and not torch.equal(seen[0], before)
     assert all(torch.equal(network(*given(1)), before) for _ in range(3))
 
 
