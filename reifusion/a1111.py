@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from . import __version__
 from .model.samplers import SAMPLERS
 from .model.sentences import shown
-from .model.spacing import SCHEDULES
+from .sampling.elsewhere import sampler_of as sampler_of
 from .sampling.schedules import TITLES
 from .settings import ABOUT, Settings, read_size
 
@@ -124,45 +123,3 @@ def _facts(line: str) -> dict[str, str]:
                 value = str(json.loads(value))
         facts[name], at = value, found.end()
     return facts
-
-
-# What that program takes for "Automatic", where it is not "Normal".
-AUTOMATIC = {
-    **dict.fromkeys(("dpmpp_2s_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
-    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
-}
-
-
-def sampler_of(facts: Mapping[str, str], churned: bool = False) -> tuple[str | None, str | None]:
-    """Returns our names of the sampler and the schedule; None where none is said, or none built in.
-
-    facts: "Sampler" and "Schedule type". churned: Euler is with churn. Warns of what is not built in.
-    """
-    asked, label = facts.get("Sampler"), facts.get("Schedule type", "")
-    if asked is None:
-        return None, None
-    names = {sampler.title.lower(): name for name, sampler in SAMPLERS.items()}
-    schedules = {title.lower(): name for name, title in TITLES.items()} | {"uniform": "normal"}
-    schedules |= {name: name for name in SCHEDULES}
-    if asked.lower() not in names:  # before version 1.9 the schedule was a part of the sampler's name
-        for title in ("Karras", "Exponential"):
-            if asked.endswith(f" {title}") and asked.removesuffix(f" {title}").lower() in names:
-                asked, label = asked.removesuffix(f" {title}"), title
-    # DPM++ 2M is with Karras's schedule a sampler of its own here, and there what is automatic.
-    karras = f"{asked} Karras" if label in ("Automatic", "Karras") else asked
-    name = names.get(karras.lower()) or names.get(asked.lower())
-    if name is None:
-        warnings.warn(f"the sampler {shown(asked)} is not built in; the model's own is used", stacklevel=2)
-        return None, None
-    if name == "euler" and churned:
-        name = "euler_churn"
-    if SAMPLERS[name].own_schedule:
-        return name, None
-    if label == "Automatic":
-        return name, AUTOMATIC.get(name)
-    schedule = schedules.get(label.lower())
-    if label and schedule is None:
-        warnings.warn(
-            f"{asked} is used without the schedule {shown(label)}, which is not built in", stacklevel=2
-        )
-    return name, schedule

@@ -5,9 +5,14 @@ Looked up in diffusers 0.42, A1111's web UI 1.10, ComfyUI and stable-diffusion.c
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..model.samplers import SAMPLERS
+from ..model.sentences import shown
+from ..model.spacing import SCHEDULES
+from .schedules import TITLES
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,48 @@ SCHEDULES_ELSEWHERE = {
     "align_your_steps": ("AysSchedules", "Align Your Steps", "AlignYourStepsScheduler", "ays"),
     "align_your_steps_xl": ("AysSchedules", "Align Your Steps", "AlignYourStepsScheduler", "ays"),
 }
+
+
+# What A1111 takes for "Automatic", where it is not "Normal"
+AUTOMATIC = {
+    **dict.fromkeys(("dpmpp_2s_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
+}
+
+
+def sampler_of(facts: Mapping[str, str], churned: bool = False) -> tuple[str | None, str | None]:
+    """Returns our names of A1111's sampler and schedule; None where none is said, or none built in.
+
+    facts: "Sampler" and "Schedule type". churned: Euler is with churn. Warns of what is not built in.
+    """
+    asked, label = facts.get("Sampler"), facts.get("Schedule type", "")
+    if asked is None:
+        return None, None
+    names = {sampler.title.lower(): name for name, sampler in SAMPLERS.items()}
+    schedules = {title.lower(): name for name, title in TITLES.items()} | {"uniform": "normal"}
+    schedules |= {name: name for name in SCHEDULES}
+    if asked.lower() not in names:  # before version 1.9 the schedule was a part of the sampler's name
+        for title in ("Karras", "Exponential"):
+            if asked.endswith(f" {title}") and asked.removesuffix(f" {title}").lower() in names:
+                asked, label = asked.removesuffix(f" {title}"), title
+    # DPM++ 2M is with Karras's schedule a sampler of its own here, and there what is automatic.
+    karras = f"{asked} Karras" if label in ("Automatic", "Karras") else asked
+    name = names.get(karras.lower()) or names.get(asked.lower())
+    if name is None:
+        warnings.warn(f"the sampler {shown(asked)} is not built in; the model's own is used", stacklevel=2)
+        return None, None
+    if name == "euler" and churned:
+        name = "euler_churn"
+    if SAMPLERS[name].own_schedule:
+        return name, None
+    if label == "Automatic":
+        return name, AUTOMATIC.get(name)
+    schedule = schedules.get(label.lower())
+    if label and schedule is None:
+        warnings.warn(
+            f"{asked} is used without the schedule {shown(label)}, which is not built in", stacklevel=2
+        )
+    return name, schedule
 
 
 def samplers_table() -> list[tuple[str, ...]]:

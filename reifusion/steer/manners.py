@@ -22,7 +22,7 @@ from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
-from ..sampling.elsewhere import ELSEWHERE, SCHEDULES_ELSEWHERE
+from ..sampling.elsewhere import AUTOMATIC, ELSEWHERE, SCHEDULES_ELSEWHERE, sampler_of
 from .noises import NOISES, First
 from .variations import slerp, slerp_of_columns, varied
 
@@ -35,7 +35,7 @@ class Manner:
     rng: str = "cpu"  # one of NOISES
     emphasis: str | None = None  # how prompts are read, as in `emphasis.RULES`; None: brackets are text
     schedule: str | None = None  # of k-diffusion's samplers, where none is asked for; None: our own
-    automatic: bool = False  # True if some samplers have another for it, as in `a1111.AUTOMATIC`
+    automatic: bool = False  # True if some samplers have another for it, as in `AUTOMATIC`
     sides: str = ""  # to what a side is rounded: "" (nothing), "down to 8" or "up to 64"
     img2img: str = "share"  # which steps a strength leaves, one of STEPS
     sigma: bool = False  # True if the first noise is multiplied by σ alone, and not by √(σ² + 1)
@@ -105,8 +105,6 @@ def rounded(size: tuple[int, int], manner: Manner) -> tuple[int, int]:
 
 def scheduled(sampler: str | None, manner: Manner) -> str | None:
     """Returns the schedule that the program has for a sampler where none is asked for; None: our own."""
-    from ..a1111 import AUTOMATIC
-
     if sampler not in K_DIFFUSION:
         return None
     return AUTOMATIC.get(sampler, manner.schedule) if manner.automatic else manner.schedule
@@ -173,8 +171,6 @@ def _cut(pixels: Tensor) -> Image.Image:
 
 def names_here(manner: str, sampler: str, schedule: str | None) -> tuple[str, str | None]:
     """Returns our names for a program's sampler and schedule; other names remain as they are."""
-    from ..a1111 import sampler_of
-
     if schedule is not None:
         column = {"diffusers": 0, "a1111": 1, "comfyui": 2, "sdcpp": 3}[manner]
         theirs = {row[column].lower(): name for name, row in SCHEDULES_ELSEWHERE.items() if row[column]}
