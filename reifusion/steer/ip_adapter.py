@@ -222,28 +222,29 @@ class Looking(nn.Module):
     def forward(self, latents: Tensor, context: Tensor, t: Tensor, **more: Any) -> Tensor:
         """Takes the arguments of the U-Net, and returns its output."""
         with ExitStack() as stack:
-            for layer, pictures in zip(self.attentions, self._pictures(len(latents)), strict=True):
+            for layer, pictures in zip(self.attentions, self._pictures(latents), strict=True):
                 stack.callback(swap(layer, LookingToo, pictures=pictures))
             return self.inner(latents, context, t, **more)
 
-    def _pictures(self, rows: int) -> list[Any]:
+    def _pictures(self, latents: Tensor) -> list[Any]:
         """What each cross-attention looks at. It is the same in all steps, so that it is made once."""
-        if torch.is_grad_enabled():
-            return [self._of(i, rows) for i in range(len(self.attentions))]
-        if self._known[0] != (rows, torch.is_inference_mode_enabled()):
-            made = [self._of(i, rows) for i in range(len(self.attentions))]
-            self._known = (rows, torch.is_inference_mode_enabled()), made
+        kind = len(latents), latents.dtype, latents.device, torch.is_inference_mode_enabled()
+        if torch.is_grad_enabled() or self._known[0] != kind:
+            made = [self._of(i, latents) for i in range(len(self.attentions))]
+            if torch.is_grad_enabled():
+                return made
+            self._known = kind, made
         return self._known[1]
 
-    def _of(self, i: int, rows: int) -> tuple[tuple[Tensor, Tensor, float], ...]:
-        layer, found = self.attentions[i], []
+    def _of(self, i: int, latents: Tensor) -> tuple[tuple[Tensor, Tensor, float], ...]:
+        layer, found, rows = self.attentions[i], [], len(latents)
         seeing = min(self.count, rows)
         for maker, tokens, weight in self.looked:
             own: Any = maker[str(2 * i + 1)]
             kv = []
             for project in (own.to_k_ip, own.to_v_ip):
                 # (2, tokens, width) -> (2, heads, tokens, d)
-                picture, nothing = split_heads(project(tokens), layer.heads).to(layer.q.weight).split(1)
+                picture, nothing = split_heads(project(tokens), layer.heads).to(latents).split(1)
                 shape = picture.shape[1:]
                 kv.append(torch.cat([picture.expand(seeing, *shape), nothing.expand(rows - seeing, *shape)]))
             found.append((kv[0], kv[1], weight))

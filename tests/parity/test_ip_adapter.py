@@ -21,6 +21,7 @@ from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfi
 from reifusion.model.ddpm import randn
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tensors import ModelError
+from reifusion.shortcuts.int8 import quantize_layer
 from reifusion.steer.clip_vision import prepared
 from reifusion.steer.controlnet import Control, ControlNet, controlled
 from reifusion.steer.ip_adapter import (
@@ -251,6 +252,17 @@ def test_a_controlnet_sees_the_words_alone(ours, home):
     assert np.array_equal(drawn(nothing), drawn(steered))
     assert np.abs(drawn(both) - drawn(steered)).max() > 0.1
     assert set(told) == {16}
+
+
+def test_a_u_net_with_weights_of_8_bits_looks_too(folder, home):
+    pipe = load(folder, "cpu", "fp32")
+    prompted = prompts(pipe, home, [("plain", 1, 0.8)])
+    exact, plain = drawn(with_image_prompts(pipe, *prompted)), drawn(pipe)
+    unet: Any = pipe.models["diffusion"]
+    for layer in cross_attentions(unet):
+        quantize_layer(layer.q)
+    rounded = drawn(with_image_prompts(pipe, *prompted))
+    assert 0 < np.abs(rounded - exact).max() < 0.2 * np.abs(plain - exact).max()
 
 
 def test_derivatives_go_through_the_picture_s_attention(ours, home):
