@@ -8,7 +8,7 @@ Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter", arXiv:2308.0
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -255,8 +255,10 @@ def with_image_prompts(pipe: StableDiffusion, *prompts: ImagePrompt) -> StableDi
     """The same model, prompted with pictures beside the words. Several add up, each with its own weight.
 
     With ControlNets, those come first: `with_image_prompts(controlled(pipe, …), …)`. Raises ValueError for a
-    model that is not the one for which the adapters were loaded.
+    model that is not the one for which the adapters were loaded, and for one that has image prompts already.
     """
+    if isinstance(pipe.around, _Around):
+        raise ValueError("image prompts are given all together")
     unet = pipe.models["diffusion"]
     outs = [layer.q.out_features for layer in cross_attentions(unet)] if isinstance(unet, UNet) else []
     for prompt in prompts:
@@ -264,9 +266,15 @@ def with_image_prompts(pipe: StableDiffusion, *prompts: ImagePrompt) -> StableDi
         if outs != [layer.to_k_ip.out_features for layer in layers]:
             raise ValueError(f"the IP-Adapter was not loaded for {pipe.config.name}")
     looked = [(prompt.adapter.ip_adapter, prompt.tokens(), prompt.weight) for prompt in prompts]
-    before = pipe.around
+    return replace(pipe, around=_Around(pipe.around, looked))
 
-    def around(unet: nn.Module, request: Request) -> nn.Module:
-        return Looking(before(unet, request), cast(UNet, unet), looked, len(request.prompts))
 
-    return replace(pipe, around=around)
+@dataclass(frozen=True)
+class _Around:
+    """What stands in for a U-Net, anew in each loop: what stood in for it before, and sees pictures too."""
+
+    before: Callable[[nn.Module, Request], nn.Module]
+    looked: Sequence[tuple[nn.ModuleDict, Tensor, float]]
+
+    def __call__(self, unet: nn.Module, request: Request) -> nn.Module:
+        return Looking(self.before(unet, request), cast(UNet, unet), self.looked, len(request.prompts))

@@ -236,8 +236,11 @@ def test_the_latents_are_those_of_diffusers(folder, ours, home, case):
 
 
 def test_the_weight_0_is_the_plain_picture(ours, home):
-    pipe = with_image_prompts(ours, *prompts(ours, home, [("plus", 1, 0.0)]))
+    prompt = prompts(ours, home, [("plus", 1, 0.0)])
+    pipe = with_image_prompts(ours, *prompt)
     assert np.array_equal(drawn(pipe), drawn(ours))
+    with pytest.raises(ValueError, match="given all together"):
+        with_image_prompts(pipe, *prompt)
 
 
 def test_a_controlnet_sees_the_words_alone(ours, home):
