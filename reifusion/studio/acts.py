@@ -30,7 +30,7 @@ NEEDED = ("prompt", "sampler", "steps", "cfg", "seed", "size")  # to draw a pict
 # The settings that have no field on the page; a picture is drawn again without them.
 BEYOND = (
     "lora", "embedding", "code", "clip_skip", "guidance_interval", "guidance_rescale", "deepcache", "int8",
-    "refiner", "hires", "emphasis", "eta", "s_noise", "churn",
+    "refiner", "hires", "emphasis", "eta", "s_noise", "churn", "control", "ip_adapter",
 )  # fmt: skip
 
 
