@@ -91,6 +91,7 @@ def test_load_has_its_signature():
         ("unet", None),
         ("prediction_type", None),
         ("compile", False),
+        ("idle_device", None),
     ]
 
 

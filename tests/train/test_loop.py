@@ -193,7 +193,12 @@ def test_the_first_checkpoint_comes_soon_and_the_others_in_their_time(tmp_path, 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     shown: list[int] = []
     config = LoopConfig(steps=100, mixed_precision="no", checkpoint_minutes=0.5)
-    train(Net(), second, config, tmp_path, lambda step, _: (shown.append(step), Seen())[1])
+
+    def look(step: int, average: object) -> Seen:
+        shown.append(step)
+        return Seen()
+
+    train(Net(), second, config, tmp_path, look)
     assert shown == [6, 37, 68, 99, 100]  # each after more than 30 seconds
 
 
