@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from reifusion import album
 from reifusion.api import load
@@ -89,6 +91,17 @@ def test_bad_input_gets_one_sentence(home, capsys, more, said):
     code = main(["generate", "cat", f"--model={home}/model.safetensors", f"--out={home}/out", *given])
     error = capsys.readouterr().err
     assert code == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_an_adapter_that_is_named_as_a_model_is_told_what_it_is(home, tmp_path, capsys):
+    save_file({"lycoris_mid_block_resnets_0_conv1.hada_w1_a": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    for path, said in (
+        (home / "ip.safetensors", "is an IP-Adapter"),
+        (tmp_path / "x.safetensors", "is a LoRA"),
+    ):
+        assert main(["info", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 def test_metadata_with_odd_image_prompts_is_refused(home, capsys):
