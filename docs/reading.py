@@ -73,6 +73,8 @@ LATER = {
     "kernels/bands.py": "the decoder in bands, for little memory",
     "swap.py": "the one way in which a module is replaced, and put back",
     "weights/lora.py": "what a LoRA adds, and takes away again",
+    "weights/lora_kinds.py": "its relatives: LoHa, LoKr, DoRA, differences",
+    "weights/lora_blocks.py": "how much of it goes into each block",
     "families/lcm.py": "latent consistency models",
     "families/pix2pix.py": "models that edit a picture by words",
     "families/pooled_text.py": "a text encoder that gives a vector for the whole text too",
@@ -88,6 +90,8 @@ LATER = {
     "sampling/multistep.py": "DPM++ 2M and 3M SDE, DEIS, IPNDM, ER SDE",
     "sampling/schedules.py": "which noise levels to visit, as in other programs",
     "steer/controlnet.py": "a second network that tells the U-Net where things are",
+    "steer/clip_vision.py": "CLIP's other half: a picture becomes vectors",
+    "steer/ip_adapter.py": "a picture as a prompt, beside the words",
     "shortcuts/deepcache.py": "some steps skip the deep rows of the U",
     "shortcuts/int8.py": "weights in eight bits",
 }
