@@ -39,6 +39,7 @@ def load(
     prediction_type: str | None = None,
     compile: bool = False,
     idle_device: torch.device | str | None = None,
+    ema: bool = False,
 ) -> StableDiffusion:
     """A model, ready to draw.
 
@@ -47,14 +48,15 @@ def load(
     one that suits the device. vae, unet: where to find another VAE or U-Net for the model. prediction_type:
     what the U-Net predicts, "epsilon", "v_prediction" or "flow"; None for what the model's file says.
     compile: the first picture of each size takes much longer, and those after it less time. idle_device:
-    where networks are loaded, and wait while they do not work; None: all are on `device`.
+    where networks are loaded, and wait while they do not work; None: all are on `device`. ema: the moving
+    averages of the U-Net's weights are taken, of a file that has both; `ModelError` if it has none.
     Raises ValueError, in one sentence, for a source that is no model (`ModelError`), and for a device or a
     dtype that does not exist.
     """
     device = find_device(device)
     idle = None if idle_device is None else find_device(idle_device)
     model, vae, unet = (None if path is None else os.fspath(path) for path in (source, vae, unet))
-    changes = weights.Changes(prediction_type, vae, unet)
+    changes = weights.Changes(prediction_type, vae, unet, ema)
     config, models, tokenizer = weights.load(
         cast(str, model), idle or device, find_dtype(dtype, device), changes=changes
     )

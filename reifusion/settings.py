@@ -397,6 +397,13 @@ class Settings:
         read=read_sides, write=_write_sides, carried=_carried_sides,
     )  # fmt: skip
 
+    ema: bool = _setting(
+        "EMA weights",
+        "The moving averages of the U-Net's weights, of a file that has both.",
+        False,
+        kind=bool,
+    )
+
     def there(self) -> Manner:
         """Returns what the program does in whose manner the picture is drawn. ValueError for no such one."""
         from .steer import manners
@@ -599,8 +606,8 @@ class Settings:
 
     def _changed(self) -> dict[str, Any]:
         """Returns the settings that change what the model's file says, by name."""
-        values = {name: getattr(self, name) for name in ("vae", "unet", "prediction_type")}
-        return {name: value for name, value in values.items() if value is not None}
+        values = {name: getattr(self, name) for name in ("vae", "unet", "prediction_type", "ema")}
+        return {name: value for name, value in values.items() if value not in (None, False)}
 
     def filled(self, request: Request) -> Settings:
         """Returns these settings, with the request's own in their place wherever it has some."""

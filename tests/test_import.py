@@ -92,6 +92,7 @@ def test_load_has_its_signature():
         ("prediction_type", None),
         ("compile", False),
         ("idle_device", None),
+        ("ema", False),
     ]
 
 

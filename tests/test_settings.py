@@ -29,7 +29,7 @@ OTHERS = Settings(
     2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
     (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess",
     (("ip.bin", "cat.png", 0.5),), "encoder", "comfyui", "philox", 0.5, 9, 4.0, 32,
-    (0, 64, 128, 0),
+    (0, 64, 128, 0), True,
 )  # fmt: skip
 NOT_BY_NAME = (
     "prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner", "emphasis",

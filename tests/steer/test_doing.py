@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from reifusion import album, film
 from reifusion.cli.main import main
@@ -106,3 +108,32 @@ def test_a_film_shows_what_the_network_sees(usual, tmp_path):
     assert reel.save(tmp_path / "a.gif", picture) == tmp_path / "a.gif"
     assert reel.save(tmp_path / "a.gif", picture) == tmp_path / "a-2.gif"  # nothing is overwritten
     assert main([*usual, "--film", "a.mp4", "--out", str(tmp_path)]) == 2
+
+
+def test_the_moving_averages_are_taken_where_they_are_asked_for(tmp_path, capsys):
+    models, others = networks(SMALL, noise=0.02), networks(SMALL, noise=0.03)
+    plain, averages, both = (tmp_path / f"{name}.safetensors" for name in ("plain", "averages", "both"))
+    save(SMALL, models, plain, "compvis", tokenizer=WORDS)
+    save(SMALL, {**models, "diffusion": others["diffusion"]}, averages, "compvis", tokenizer=WORDS)
+    state, theirs = load_file(plain), load_file(averages)
+    for name, value in theirs.items():
+        if name.startswith("model.diffusion_model."):
+            state["model_ema." + name.removeprefix("model.").replace(".", "")] = value
+    with safe_open(plain, "pt") as file:
+        save_file(state, both, file.metadata())
+    asked = ["generate", "a cat", "--steps", "2", "--seed", "1", "--dtype", "fp32", "--quiet"]
+    made: dict[str, Path] = {}
+    for name, more in {
+        "plain": [plain],
+        "averages": [averages],
+        "both": [both],
+        "ema": [both, "--ema"],
+    }.items():
+        made[name] = tmp_path / f"{name}.png"
+        assert main([*asked, "--out", str(made[name]), "--model", *map(str, more)]) == 0
+    assert levels(made["ema"], made["averages"]) == 0 == levels(made["both"], made["plain"])
+    assert levels(made["ema"], made["both"]) > 1
+    assert album.read(made["ema"]).settings.ema and not album.read(made["both"]).settings.ema
+    capsys.readouterr()
+    assert main([*asked, "--ema", "--model", str(plain), "--out", str(tmp_path)]) == 2
+    assert "has no moving average of" in capsys.readouterr().err
