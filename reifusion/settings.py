@@ -526,8 +526,8 @@ class Settings:
 
     def _with_image_prompts(self, pipe: StableDiffusion) -> StableDiffusion:
         from .steer.ip_adapter import ImagePrompt, with_image_prompts
+        from .steer.ip_adapter_files import load_ip_adapter
         from .weights.hub import find_adapter
-        from .weights.ip_adapter import load_ip_adapter
 
         files = dict.fromkeys(file for file, *_ in self.ip_adapter)
         read = {file: load_ip_adapter(find_adapter(file), pipe, self.image_encoder) for file in files}
@@ -674,7 +674,7 @@ class Settings:
             imports += [
                 "from reifusion.steer.ip_adapter import ImagePrompt, with_image_prompts",
                 "from reifusion.weights.hub import find_adapter",
-                "from reifusion.weights.ip_adapter import load_ip_adapter",
+                "from reifusion.steer.ip_adapter_files import load_ip_adapter",
             ]
             pipe.append("pipe = with_image_prompts(pipe, *[")
             for file, picture, weight in self.ip_adapter:

@@ -33,8 +33,8 @@ from reifusion.steer.ip_adapter import (
     cross_attentions,
     with_image_prompts,
 )
+from reifusion.steer.ip_adapter_files import load_image_encoder, load_ip_adapter
 from reifusion.weights import save
-from reifusion.weights.ip_adapter import load_image_encoder, load_ip_adapter
 from tests.tiny import WORDS, native_state, random_networks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -21,8 +21,8 @@ from ..model.diffusion import UNet
 from ..model.family import without_memory
 from ..model.pipeline import StableDiffusion
 from ..model.tensors import ModelError, TensorFile, _unpickle
-from ..steer.clip_vision import CLIPVision, VisionConfig
-from ..steer.ip_adapter import Full, IPAdapter, Plain, Plus, cross_attentions
+from .clip_vision import CLIPVision, VisionConfig
+from .ip_adapter import Full, IPAdapter, Plain, Plus, cross_attentions
 
 # Layers of the image encoder: ours, and transformers's. A # stands for a number.
 ENCODER = (
