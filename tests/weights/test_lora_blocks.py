@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from reifusion import a1111, families
+from reifusion import a1111, album, families
 from reifusion.cli import main
 from reifusion.families.sdxl import BASE
 from reifusion.families.sdxl import PRESETS as SDXLS
@@ -19,7 +22,7 @@ from reifusion.weights import load, save
 from reifusion.weights.lora import LoRA, apply, places, remove
 from reifusion.weights.lora_blocks import PRESETS, block_of, factors, read
 from reifusion.weights.lora_kinds import Difference
-from tests.tiny import SMALL, WORDS, native_state, networks
+from tests.tiny import SMALL, WORDS, native_state, networks, random_networks
 from tests.tiny_sd3 import networks as sd3_networks
 
 # What stands at each place of a list, by sd-webui-lora-block-weight: lora_block_weight.py, BLOCKID17, …
@@ -63,9 +66,7 @@ def test_presets_are_those_of_a1111_and_fit_models_of_its_kind_alone():
     assert {len(text.replace(" ", "")) for text in PRESETS.values()} == {17}
     xl = families.build(SDXLS[0])["diffusion"]
     assert set(factors("ALL", xl).values()) == {1.0}
-    with pytest.raises(
-        ValueError, match=r"MIDD is for Stable Diffusion 1\.x and 2\.x; this model has 12"
-    ):
+    with pytest.raises(ValueError, match=r"MIDD is for Stable Diffusion 1\.x and 2\.x; this model has 12"):
         factors("MIDD", xl)
 
 
@@ -144,3 +145,33 @@ def test_the_commands_know_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert "cat <lora:zork:0.1:lbw=1,0,1,0,0>\n" in a1111.write(settings, "small", "0123456789", ["abc"])
     assert 'Lora hashes: "zork: abc"' in a1111.write(settings, "small", "0123456789", ["abc"])
+
+
+def test_a_picture_carries_them_and_is_repeated(tmp_path, capsys, monkeypatch):
+    small = replace(SMALL, steps=2)
+    save(small, random_networks(small), tmp_path / "model.safetensors", tokenizer=WORDS)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    halves = (("a", (32, 2)), ("b", (2, 24)))
+    tensors = {f"{name}.hada_w{i}_{x}": torch.ones(shape) for i in (1, 2) for x, shape in halves}
+    save_file(tensors, tmp_path / "loha.safetensors")
+    model = f"--model={tmp_path}/model.safetensors"
+    command = ["generate", "cat", model, "--seed=1", "--quiet", "--dtype=fp32"]
+
+    def draw(*more: str) -> Path:
+        assert main([*command, f"--out={tmp_path}/out", *more]) == 0
+        return Path(capsys.readouterr().out.strip())
+
+    def pixels(path: Path) -> np.ndarray:
+        return np.asarray(Image.open(path)).astype(int)
+
+    lora = f"--lora={tmp_path}/loha.safetensors:2.0"
+    plain, whole, none = draw(), draw(lora), draw(f"{lora}:lbw=0,0,1,1,1")
+    in_its_row = draw(f"{lora}:lbw=0,0.5,0,0,0")
+    assert np.array_equal(pixels(none), pixels(plain)) and not np.array_equal(pixels(whole), pixels(plain))
+    assert np.array_equal(pixels(in_its_row), pixels(draw(f"--lora={tmp_path}/loha.safetensors:1.0")))
+    assert np.array_equal(pixels(draw("--like", str(in_its_row))), pixels(in_its_row))
+    settings = album.read(in_its_row).settings
+    assert settings.lora == ((f"{tmp_path}/loha.safetensors", 2.0, "0,0.5,0,0,0"),)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(settings.as_python(), "lines", "exec"), {})
+    assert np.array_equal(pixels(Path("picture.png")), pixels(in_its_row))
