@@ -47,6 +47,10 @@ class Entry:
     ours: bool = True  # False for another program's, which does not say where the model is
     manner: str | None = None  # that program, as `--manner` names it
 
+    def drawn_in(self) -> str | None:
+        """Returns the manner in which the picture was drawn: the program's own, or that of the settings."""
+        return self.manner or self.settings.manner
+
     def carried(self) -> dict[str, Any]:
         """Returns the entry as the file carries it, in JSON."""
         said: dict[str, Any] = {}

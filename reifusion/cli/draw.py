@@ -57,7 +57,8 @@ def generate(
             f"{like} was drawn by another program with the model {shown(before.model_name)}; "
             "say with --model where that is"
         )
-    settings = replace(Settings() if before is None else before.settings, **parsed(given))
+    usual = Settings() if before is None else replace(before.settings, manner=before.drawn_in())
+    settings = replace(usual, **parsed(given))
     reel = None if film is None else animated(film)
     if settings.code is not None:
         settings = _with_code(settings, like if "code" not in given else None)

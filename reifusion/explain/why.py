@@ -117,7 +117,7 @@ def why(first: str, second: str, **how: Any) -> list[Difference]:
 def _side(entry: Entry) -> _Side:
     """Returns a picture's settings with the program's own where they leave it open."""
     settings = entry.settings
-    manner = replace(settings, manner=entry.manner or settings.manner).there()
+    manner = replace(settings, manner=entry.drawn_in()).there()
     schedule = settings.schedule
     if settings.sampler is not None and schedule is None:
         schedule = manners.scheduled(settings.sampler, manner)

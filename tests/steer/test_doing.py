@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -137,3 +140,37 @@ def test_the_moving_averages_are_taken_where_they_are_asked_for(tmp_path, capsys
     capsys.readouterr()
     assert main([*asked, "--ema", "--model", str(plain), "--out", str(tmp_path)]) == 2
     assert "has no moving average of" in capsys.readouterr().err
+
+
+def test_another_programs_picture_is_repeated_in_its_manner(usual, tmp_path, capsys):
+    facts = "Steps: 2, Sampler: Euler a, CFG scale: 2, Seed: 5, Size: 40x36, Model: sd"
+    model = usual[usual.index("--model") + 1]
+    seen = {}
+    for name, version in {
+        "a1111": "v1.10.1",
+        "sdcpp": "stable-diffusion.cpp",
+        "reifusion": "reifusion 1",
+    }.items():
+        texts = PngInfo()
+        texts.add_text("parameters", f"a (cat:1.2)\n{facts}, Version: {version}")
+        path = tmp_path / f"{name}.png"
+        Image.new("RGB", (8, 8)).save(path, pnginfo=texts)
+        again = ["generate", "--like", str(path), "--model", model, "--dtype", "fp32", "--quiet"]
+        assert main([*again, "--out", str(tmp_path / f"{name}-again.png")]) == 0
+        seen[name] = album.read(tmp_path / f"{name}-again.png").settings
+        assert main([*again, "--manner", "diffusers", "--out", str(tmp_path / f"{name}-ours.png")]) == 0
+    capsys.readouterr()
+    assert {name: one.manner for name, one in seen.items()} == {
+        "a1111": "a1111",
+        "sdcpp": "sdcpp",
+        "reifusion": None,
+    }
+    assert seen["a1111"].size == (40, 32) and seen["sdcpp"].size == (64, 64)
+    assert seen["a1111"].schedule == "normal" and seen["reifusion"].schedule is None
+    # Said in words for a shell, it is the same picture.
+    line = shlex.split(seen["a1111"].as_command())[1:]
+    assert main([*line[:-2], "--quiet", "--out", str(tmp_path / "said.png"), *line[-2:]]) == 0
+    assert levels(tmp_path / "said.png", tmp_path / "a1111-again.png") == 0
+    own: dict[str, Any] = {}
+    exec(seen["a1111"].as_python().replace('picture.save("picture.png")', ""), own)
+    assert own["picture"].tobytes() == Image.open(tmp_path / "said.png").tobytes()
