@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from reifusion.families import adapted
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.settings import ABOUT, Settings, parsed
 from reifusion.steer import manners
 from reifusion.steer.manners import MANNERS, Manner
 from reifusion.steer.noises import NOISES, Philox
+from tests import tiny_sd3
 from tests.tiny import SMALL, WORDS, networks
 
 USUAL: dict[str, Any] = {"steps": 3, "cfg": 2.0, "seed": 5, "size": (32, 24)}
@@ -180,3 +182,24 @@ def test_variations_count_up_and_the_seed_stays():
     found = [settings.nth(7, k) for k in range(3)]
     assert [(one.seed, one.variation_seed) for one in found] == [(7, 3), (7, 4), (7, 5)]
     assert [Settings("a cat").nth(7, k).seed for k in range(3)] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("manner", [*MANNERS])
+def test_networks_of_another_family_are_drawn_in_any_manner(manner):
+    models = tiny_sd3.networks()
+    pipe = adapted(StableDiffusion(tiny_sd3.TINY, tiny_sd3.tokenizers(), models))
+    # Brackets are text for a model with several text encoders, and all is noise where rectified flow begins.
+    settings = Settings("a (cat:1.2)", steps=2, cfg=2.0, seed=5, size=(64, 64), manner=manner, variation=0.3)
+    assert drawn(pipe, settings).size == (64, 64)
+
+
+@pytest.mark.parametrize("by", ["lanczos", "latent"])
+def test_both_passes_of_a_larger_drawing_have_the_programs_noise(pipe, by):
+    usual = Settings("a cat", sampler="euler_a", hires=2.0, hires_by=by, **USUAL)
+    seen: dict[str | None, list[Any]] = {}
+    for rng in (None, "cpu", "philox"):
+        seen[rng] = steps_of(pipe, replace(usual, rng=rng))
+    last = {rng: steps[-1].latents for rng, steps in seen.items()}
+    assert torch.equal(last[None], last["cpu"]) and not torch.allclose(last["cpu"], last["philox"])
+    sizes = [tuple(step.x_t.shape[2:]) for step in seen["philox"]]
+    assert sizes == [(12, 16)] * 3 + [(24, 32)]
