@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,25 @@ def batch(
         ),
     ],
     out: Annotated[str, typer.Option(help="The folder to write to.")] = "batch",
-    processes: Annotated[int, typer.Option(min=1, help="How many draw at the same time.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many draw at the same time. (default: 1; on Ray, one for each GPU or machine)",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)", show_default=False)
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the models.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw on this Ray cluster, as host:6379, or auto; all its machines see the same folders.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Draws a row a picture; the same command goes on after a stop, and draws only what is not there.
 
@@ -45,22 +60,27 @@ def batch(
     if given.get("code") is not None:
         from ..own import run_file
 
-        if processes > 1:
+        if (processes or 1) > 1 or ray is not None:
             raise ValueError("--code is for one process; leave out --processes")
         run_file(str(given["code"]))
+    if ray is not None and importlib.util.find_spec("ray") is None:
+        raise ValueError('--ray needs Ray; install it with: pip install "reifusion[ray]"')
     rows, folder = read_rows(Path(table), replace(Settings(), **parsed(given))), Path(out)
     work.check(rows)
     with writable(folder):
         left = work.missing(rows, folder)
         if len(left) < len(rows):
             print(f"{len(rows) - len(left)} of {len(rows)} pictures are there already", file=sys.stderr)
-        many = min(processes, len(left))
-        drawing = (
-            work.draw_in_processes(left, folder, many, device, compile)
-            if many > 1
-            else work.draw(left, folder, device, compile)
-        )
-        failed = 0
+        many = min(processes or 1, len(left))
+        if ray is not None and left:
+            from ..batch.on_ray import draw_on_ray
+
+            drawing = draw_on_ray(left, folder, ray, processes, device, compile)
+        elif many > 1:
+            drawing = work.draw_in_processes(left, folder, many, device, compile)
+        else:
+            drawing = work.draw(left, folder, device, compile)
+        failed, paths = 0, sys.stdout
         with tqdm(total=len(left), unit="picture", disable=not sys.stderr.isatty()) as bar:
             for drawn in drawing:
                 work.note(drawn, folder)
@@ -70,7 +90,7 @@ def batch(
                     bar.clear()
                     print(f"reifusion: row {drawn.row.number + 1}: {drawn.error}", file=sys.stderr)
                 else:
-                    print(folder / drawn.row.file, flush=True)
+                    print(folder / drawn.row.file, file=paths, flush=True)
         if left:
             work.write_table(rows, folder)
     if failed:
