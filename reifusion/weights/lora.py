@@ -179,6 +179,8 @@ def _load_file(file: Path) -> LoRA:
             if not isinstance(update, Update):
                 raise ModelError(f"{path} is damaged or incomplete: {layer} has a bias, and not its matrices")
             bias.append(update.alpha / update.rank * raised.float())
+        if len({one.numel() for one in bias}) > 1:
+            raise ModelError(f"{path} is damaged or incomplete: {layer} has two biases of different sizes")
         if bias:
             biases[layer] = Difference(torch.stack([one.float().flatten() for one in bias]).sum(0))
     if not updates and not biases:

@@ -140,6 +140,11 @@ def read_update(parts: Mapping[str, Tensor], alpha: float | None) -> AnyUpdate:
     then it is the rank; over the rank already if no tensor has a rank. Raises ModelError, with a
     sentence that goes on from the layer's name, for tensors that are incomplete or do not fit together.
     """
+    for name, x in parts.items():
+        if name != "alpha" and (
+            x.ndim < (1 if name in ("lengths", "diff", "w_norm") else 2) or not x.numel()
+        ):
+            raise ModelError(f"has a tensor {name} of shape {tuple(x.shape)}, which cannot be")
     left = set(parts) - {"alpha", "lengths"}
     if left & {"down", "up", "mid"}:
         update: Additive = _lora(parts, alpha)
@@ -160,7 +165,7 @@ def read_update(parts: Mapping[str, Tensor], alpha: float | None) -> AnyUpdate:
     if "lengths" in parts:
         lengths = parts["lengths"]
         lengths = lengths.flatten(1) if lengths.ndim > 1 else lengths[:, None]
-        if lengths.ndim != 2 or 1 not in lengths.shape:
+        if 1 not in lengths.shape:
             raise ModelError(f"has lengths of shape {tuple(parts['lengths'].shape)}, not one of each row")
         return DoRA(update, lengths)
     return update
@@ -168,7 +173,7 @@ def read_update(parts: Mapping[str, Tensor], alpha: float | None) -> AnyUpdate:
 
 def _lora(parts: Mapping[str, Tensor], alpha: float | None) -> Update:
     down, up = _all(parts, ("down", "up"), "matrix")
-    if min(down.ndim, up.ndim) < 2 or not up.shape[1] == len(parts.get("mid", down)) > 0:
+    if up.shape[1] != len(parts.get("mid", down)):
         _misfit("two matrices", down, up)
     if "mid" in parts:
         middle = parts["mid"]

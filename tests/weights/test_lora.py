@@ -23,7 +23,7 @@ from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfi
 from reifusion.model.diffusion import UNet
 from reifusion.model.tensors import ModelError
 from reifusion.weights.lora import LoRA, Update, apply, load_lora, places, remove
-from reifusion.weights.lora_kinds import AnyUpdate
+from reifusion.weights.lora_kinds import LYCORIS, AnyUpdate
 from reifusion.weights.lora_tools import plain
 
 TINY = ModelConfig(
@@ -426,8 +426,8 @@ def test_other_kinds_are_refused_by_name(tmp_path, name, kind):
         ({U_NET["kohya"][1]: None}, "lacks its up matrix"),
         ({U_NET["kohya"][0]: torch.full((R, 16), math.nan)}, "down.weight holds a number that is not finite"),
         ({U_NET["kohya"][0]: random(R + 1, 16)}, r"do not fit together, \(4, 16\) and \(16, 3\)"),
-        ({U_NET["kohya"][0]: random(16)}, "do not fit together"),
-        ({U_NET["kohya"][0]: random(0, 16), U_NET["kohya"][1]: random(16, 0)}, "do not fit together"),
+        ({U_NET["kohya"][0]: random(16)}, r"a tensor down of shape \(16,\), which cannot be"),
+        ({U_NET["kohya"][0]: random(0, 16), U_NET["kohya"][1]: random(16, 0)}, "which cannot be"),
         ({f"lora_unet_{KEY}.alpha": torch.ones(2)}, "is not one number"),
         ({"something.weight": torch.ones(2)}, "it has a tensor something.weight"),
     ],
@@ -465,6 +465,33 @@ def test_another_kind_that_is_damaged_is_refused(tmp_path, tensors, says):
         load_lora(written(tmp_path / "x.safetensors", tensors))
     assert "\n" not in str(error.value)
 
+
+PARTS = (
+    "lora_down.weight",
+    "lora_up.weight",
+    "lora_mid.weight",
+    "lora_up.bias",
+    "alpha",
+    "dora_scale",
+    *LYCORIS,
+)
+SHAPES = st.lists(st.sampled_from([0, 1, 3, 4, 16]), max_size=4).map(tuple)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(PARTS), SHAPES, min_size=1, max_size=6))
+def test_tensors_of_any_shapes_are_read_or_refused_in_a_sentence(tmp_path_factory, shapes):
+    path = tmp_path_factory.mktemp("odd") / "x.safetensors"
+    save_file({f"lora_unet_{KEY}.{part}": torch.ones(shape) for part, shape in shapes.items()}, path)
+    models = {"clip": nn.Linear(1, 1), "diffusion": TINY_UNET}
+    try:
+        apply(models, load_lora(path), config=TINY)
+        remove(models)
+    except ModelError as error:
+        assert "\n" not in str(error)
+
+
+TINY_UNET = UNet(TINY.unet)
 
 # Other kinds
 
