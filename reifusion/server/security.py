@@ -80,7 +80,7 @@ class Guard:
     def _known(self, authorization: str) -> bool:
         """True for `Bearer TOKEN`, and for Basic with the token as the password."""
         kind, _, value = authorization.partition(" ")
-        given = value.strip().encode()
+        given = value.strip().encode("latin-1")  # the bytes as they were sent
         if kind.lower() == "basic":
             try:
                 given = base64.b64decode(given, validate=True).partition(b":")[2]

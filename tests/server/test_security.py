@@ -185,6 +185,31 @@ def test_odd_bodies_are_answered_in_the_shape_and_never_with_500(fuzzed: httpx.C
         assert ("detail" in said) if path.startswith("/sdapi") else said["error"]["message"]
 
 
+FORMS = {
+    "without a boundary": ("multipart/form-data", b"x"),
+    "with no end": (None, b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nabc'),
+    "of no parts": (None, b"--x--\r\n"),
+    "of a long field": (None, b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + 2**21 * b"a"),
+    "of many fields": (
+        None,
+        60 * b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n1\r\n' + b"--x--\r\n",
+    ),
+    "of another file": (
+        None,
+        b'--x\r\nContent-Disposition: form-data; name="../a"; filename="../../a"\r\n\r\nabc\r\n--x--\r\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_that_is_broken_is_refused(running: Running, form):
+    kind, body = FORMS[form]
+    with running.client() as client:
+        headers = {"Content-Type": kind or "multipart/form-data; boundary=x"}
+        answer = client.post("/v1/images/edits", content=body, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
 def test_the_openapi_page_has_every_route(running: Running):
     with running.client() as client:
         paths = client.get("/openapi.json").json()["paths"]
