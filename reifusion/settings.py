@@ -437,8 +437,9 @@ class Settings:
         settings |= self._inpainted(settings)
         if settings["size"] is not None:
             settings["size"] = manners.rounded(settings["size"], manner)
-        if self.sampler is not None and self.schedule is None:
-            settings["schedule"] = manners.scheduled(self.sampler, manner)
+        if self.sampler is not None:
+            named = manners.sampled(self.sampler, self.schedule, manner)
+            settings["sampler"], settings["schedule"] = named
         variations.check(self.variation)
         whole_number(self.variation_seed, "variation_seed", 0, 2**63 - 1)
         if self.hires != 1:

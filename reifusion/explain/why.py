@@ -118,13 +118,13 @@ def _side(entry: Entry) -> _Side:
     """Returns a picture's settings with the program's own where they leave it open."""
     settings = entry.settings
     manner = replace(settings, manner=entry.drawn_in()).there()
-    schedule = settings.schedule
-    if settings.sampler is not None and schedule is None:
-        schedule = manners.scheduled(settings.sampler, manner)
+    sampler, schedule = settings.sampler, settings.schedule
+    if sampler is not None:
+        sampler, schedule = manners.sampled(sampler, schedule, manner)
     size = None if settings.size is None else manners.rounded(settings.size, manner)
     settings = replace(
-        settings, schedule=schedule, size=size, seed=settings.seed or 0, prompt=settings.prompt or "",
-        manner=None, rng=None, emphasis=None,
+        settings, sampler=sampler, schedule=schedule, size=size, seed=settings.seed or 0,
+        prompt=settings.prompt or "", manner=None, rng=None, emphasis=None,
     )  # fmt: skip
     return _Side(settings, manner)
 

@@ -59,6 +59,7 @@ K_DIFFUSION = (
     "euler", "euler_churn", "euler_a", "heun", "lms", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_2s_sde",
     "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde",
 )  # fmt: skip
+UNSCALED = ("ddim", "pndm", "unipc")  # which A1111 has from others than k-diffusion
 BROWNIAN = ("dpmpp_2s_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 
 
@@ -103,11 +104,15 @@ def rounded(size: tuple[int, int], manner: Manner) -> tuple[int, int]:
     return size
 
 
-def scheduled(sampler: str | None, manner: Manner) -> str | None:
-    """Returns the schedule that the program has for a sampler where none is asked for; None: our own."""
+def sampled(sampler: str, schedule: str | None, manner: Manner) -> tuple[str, str | None]:
+    """Returns a sampler and its schedule as the program has them where no schedule is asked for."""
+    if schedule is not None or manner.schedule is None:
+        return sampler, schedule
+    if sampler == "dpmpp_2m_karras":  # which rounds timesteps, as diffusers does and the others do not
+        return "dpmpp_2m", "karras"
     if sampler not in K_DIFFUSION:
-        return None
-    return AUTOMATIC.get(sampler, manner.schedule) if manner.automatic else manner.schedule
+        return sampler, None
+    return sampler, AUTOMATIC.get(sampler, manner.schedule) if manner.automatic else manner.schedule
 
 
 def asked(request: Request, manner: Manner, variation: float = 0.0, variation_seed: int = 0) -> Request:
@@ -141,7 +146,7 @@ def begun(pipe: StableDiffusion, request: Request, manner: Manner) -> Request:
     if not manner.sigma or make is None or request.init_image is not None or request.latents is not None:
         return request
     sampler = pipe.sampler(request)
-    if sampler.prediction_type == "flow":
+    if sampler.prediction_type == "flow" or sampler.name in UNSCALED:
         return request
     sigma = sampler.sigma(sampler.timesteps[0])
     factor = sigma / (sigma**2 + 1) ** 0.5 if sigma < float("inf") else 1.0

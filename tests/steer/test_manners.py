@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,9 @@ def test_schedules_are_the_programs_own_where_none_is_asked_for():
         schedule("a1111", "euler") == schedule("comfyui", "dpmpp_2m") == schedule("sdcpp", "heun") == "normal"
     )
     assert schedule("a1111", "dpm2") == "karras" and schedule("a1111", "dpmpp_3m_sde") == "exponential"
+    assert schedule("a1111", "dpmpp_2m_karras") == "karras" and schedule(None, "dpmpp_2m_karras") is None
+    exact = Settings("a cat", manner="a1111", sampler="dpmpp_2m_karras").request()
+    assert exact.sampler == "dpmpp_2m"  # whose timesteps are not rounded
     assert schedule("a1111", "ddim") is None and schedule("a1111", "euler", "beta") == "beta"
 
 
@@ -203,3 +207,57 @@ def test_both_passes_of_a_larger_drawing_have_the_programs_noise(pipe, by):
     assert torch.equal(last[None], last["cpu"]) and not torch.allclose(last["cpu"], last["philox"])
     sizes = [tuple(step.x_t.shape[2:]) for step in seen["philox"]]
     assert sizes == [(12, 16)] * 3 + [(24, 32)]
+
+
+@pytest.mark.parametrize(("sampler", "n"), [("DPM++ 2M", 4), ("Euler a", 3), ("Euler", 5)])
+def test_a_whole_picture_of_a1111_is_the_same_when_it_is_written_as_there(pipe, sampler, n):
+    """The web UI's way from a seed to pixels, written down anew in x₀ + σ ε, with the same networks."""
+    given = parsed({"manner": "a1111", "sampler": sampler})
+    settings = Settings("a cat", "a dog", steps=n, cfg=3.0, seed=9, size=(40, 24), **given)
+    seen = steps_of(pipe, settings)
+    picture = np.asarray(drawn(pipe, settings)).astype(int)
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    levels = ((1 - (1 - betas).cumprod(0)) / (1 - betas).cumprod(0)).sqrt()
+
+    def sigma_of(t: float) -> float:
+        low = int(t)
+        share, high = t - low, min(low + 1, 999)
+        return float((levels[low].log() * (1 - share) + levels[high].log() * share).exp())
+
+    if sampler == "DPM++ 2M":  # Automatic is Karras
+        ends = levels[-1].item() ** (1 / 7), levels[0].item() ** (1 / 7)
+        sigmas = [(ends[0] + k / (n - 1) * (ends[1] - ends[0])) ** 7 for k in range(n)] + [0.0]
+    else:
+        sigmas = [sigma_of(999 - 999 * k / (n - 1)) for k in range(n)] + [0.0]
+    noises, shape = Philox(9), (4, 12, 20)
+    words = {side: pipe.encode_text([text]) for side, text in (("yes", "a cat"), ("no", "a dog"))}
+    unet = pipe.models["diffusion"]
+
+    def denoised(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        logs = levels.log().numpy()
+        t = torch.tensor([float(np.interp(np.log(sigma), logs, np.arange(1000)))])
+        with torch.inference_mode():
+            yes, no = (unet(x / (sigma**2 + 1) ** 0.5, words[side], t) for side in ("yes", "no"))
+        return x - sigma * (no + 3.0 * (yes - no))
+
+    x, old = noises.randn(shape)[None] * sigmas[0], None
+    for k, (sigma, later) in enumerate(pairwise(sigmas)):
+        d = denoised(x, sigma)
+        if sampler == "Euler":
+            x = x + (x - d) / sigma * (later - sigma)
+        elif sampler == "Euler a":
+            up = min(later, (later**2 * (sigma**2 - later**2) / sigma**2) ** 0.5)
+            x = x + (x - d) / sigma * ((later**2 - up**2) ** 0.5 - sigma)
+            x = x + up * noises.randn(shape)[None] if later > 0 else x
+        else:
+            best = d
+            if old is not None and later > 0:
+                r = np.log(sigmas[k - 1] / sigma) / np.log(sigma / later)
+                best = (1 + 1 / (2 * r)) * d - 1 / (2 * r) * old
+            x, old = later / sigma * x + (1 - later / sigma) * best, d
+    torch.testing.assert_close(seen[-1].latents, x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
+    with torch.inference_mode():
+        pixels = ((pipe.models["decoder"](x)[0] + 1) / 2).clamp(0, 1)
+    theirs = (255 * pixels.permute(1, 2, 0).numpy()).astype(np.uint8).astype(int)
+    assert np.abs(picture - theirs).max() <= 1 and (picture == theirs).mean() > 0.97
