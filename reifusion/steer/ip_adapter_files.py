@@ -212,7 +212,9 @@ def _config(folder: Path) -> VisionConfig:
         read = read.get("vision_config") or read
         config = VisionConfig(**{ours: read.get(theirs, usual) for ours, (theirs, usual) in SIZES.items()})
         whole = [config.width, config.hidden, config.layers, config.heads, config.size, config.patch]
-        if config.activation in ACTIVATIONS and all(isinstance(x, int) and x > 0 for x in whole):
+        positive = all(isinstance(x, int) and x > 0 for x in (*whole, config.projection))
+        fits = positive and config.width % config.heads == 0 and config.patch <= config.size
+        if fits and config.activation in ACTIVATIONS and 0 < config.eps < 1:
             return config
     except (OSError, ValueError, AttributeError, TypeError):
         pass

@@ -326,9 +326,10 @@ def test_what_is_no_ip_adapter_for_the_model_gets_one_sentence(ours, home, tmp_p
     path = home / "models" / "plain.safetensors"
     with pytest.raises(ModelError, match=r"has no config\.json"):
         load_ip_adapter(path, ours, tmp_path)
-    (tmp_path / "config.json").write_text('{"hidden_act": "odd"}')
-    with pytest.raises(ModelError, match="not the config of an image encoder"):
-        load_ip_adapter(path, ours, tmp_path)
+    for odd in ('{"hidden_act": "odd"}', '{"num_attention_heads": 5}', '{"patch_size": 0}', "[]", "{"):
+        (tmp_path / "config.json").write_text(odd)
+        with pytest.raises(ModelError, match="not the config of an image encoder"):
+            load_ip_adapter(path, ours, tmp_path)
     with pytest.raises(ValueError, match="finite number"):
         ImagePrompt(*load_ip_adapter(path, ours), picture(1), float("nan"))
 
