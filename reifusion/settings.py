@@ -758,18 +758,20 @@ def said_of_hires(settings: Settings) -> list[tuple[str, Any]]:
 ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Settings)}
 
 
-def parsed(texts: Mapping[str, Any]) -> dict[str, Any]:
+def parsed(texts: Mapping[str, Any], manner: str | None = None) -> dict[str, Any]:
     """Reads settings in the form of a command line. Raises ValueError, in one sentence.
 
-    With a manner, samplers and schedules have the program's names, or ours where it has none like them.
+    manner: the one that is meant if they say none. With a manner, samplers and schedules have the program's
+    names, or ours where it has none like them.
     """
     values = {name: ABOUT[name].read(text) for name, text in texts.items()}
-    if values.get("manner") is not None and values.get("sampler") is not None:
+    manner = values.get("manner", manner)
+    if manner is not None and values.get("sampler") is not None:
         from . import sampling  # noqa: F401  # adds its samplers
         from .steer import manners
 
-        manners.check(values["manner"], None)
-        sampler, schedule = manners.names_here(values["manner"], values["sampler"], values.get("schedule"))
+        manners.check(manner, None)
+        sampler, schedule = manners.names_here(manner, values["sampler"], values.get("schedule"))
         values["sampler"] = sampler
         if schedule is not None:
             values["schedule"] = schedule

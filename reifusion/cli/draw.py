@@ -58,7 +58,7 @@ def generate(
             "say with --model where that is"
         )
     usual = Settings() if before is None else replace(before.settings, manner=before.drawn_in())
-    settings = replace(usual, **parsed(given))
+    settings = replace(usual, **parsed(given, usual.manner))
     reel = None if film is None else animated(film)
     if settings.code is not None:
         settings = _with_code(settings, like if "code" not in given else None)

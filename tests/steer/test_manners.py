@@ -149,6 +149,8 @@ def test_names_are_the_programs(manner, sampler, schedule, ours):
     given = {"manner": manner, "sampler": sampler} | ({"schedule": schedule} if schedule else {})
     found = parsed(given)
     assert (found["sampler"], found.get("schedule")) == ours
+    del given["manner"]
+    assert parsed(given, manner) | {"manner": manner} == found
 
 
 def test_the_shell_line_of_any_sampler_in_any_manner_says_what_was_meant():
