@@ -26,7 +26,7 @@ from .errors import body as error_body
 from .events import event, streamed
 from .pictures import of_bytes, to_bytes, to_text, transparent_parts
 from .queue import Job
-from .service import Service, check
+from .service import Service
 
 
 class Lora(BaseModel):
@@ -190,7 +190,7 @@ async def _stream(service: Service, asked: Generation, job: Job, kind: str) -> A
                 yield event({"type": f"{kind}.partial_image", "b64_json": text,
                              "partial_image_index": partial, **facts})  # fmt: skip
                 partial += 1
-        check(job)
+        service.check(job)
         for file, (picture, entry) in zip(await service.encoded(job, format, _quality(asked)), job.drawn):
             facts = {**said, "size": "x".join(map(str, picture.size)), "created_at": int(time.time())}
             yield event({"type": f"{kind}.completed", "b64_json": to_text(file),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -76,11 +77,14 @@ class Service:
                 folder.mkdir(exist_ok=True)
                 kept: dict[str, Any] = {name: album.keep(one, folder) for name, one in inputs.items()}
                 settings = replace(settings, **kept)
-            request = settings.request().for_model(settings.config())
+            config = settings.config()
+            if not config.edits:  # A1111's clients send it whatever the model is
+                settings = replace(settings, image_guidance=None)
+            request = settings.request().for_model(config)
         except Refusal:
             raise
         except ValueError as error:
-            raise Refusal(400, str(error).splitlines()[0]) from None
+            raise Refusal(400, self._without_paths(str(error).splitlines()[0])) from None
         self.limits.check_drawn(settings, request, pictures)
         return settings, request
 
@@ -93,7 +97,19 @@ class Service:
             left.cancel()
             over.cancel()
             self.queue.cancel(job)  # which changes nothing if it is over
-        check(job)
+        self.check(job)
+
+    def check(self, job: Job) -> None:
+        """Raises Refusal for a job that ended without what was asked for."""
+        if job.state != "done" and not job.interrupted:
+            error = job.error or Refusal(GONE, "the job was cancelled")
+            raise replace(error, message=self._without_paths(error.message))
+
+    def _without_paths(self, message: str) -> str:
+        """Returns the message without the folders of this machine, which are nothing to a client."""
+        for folder in (self.catalog.models_folder, self.catalog.loras_folder, self.scratch):
+            message = message if folder is None else message.replace(f"{folder}{os.sep}", "")
+        return message
 
     async def encoded(self, job: Job, format: str = "png", quality: int = 100) -> list[bytes]:
         """Returns the job's pictures as files."""
@@ -106,12 +122,6 @@ class Service:
                 ]
 
         return await asyncio.to_thread(encode)
-
-
-def check(job: Job) -> None:
-    """Raises Refusal for a job that ended without what was asked for."""
-    if job.state != "done" and not job.interrupted:
-        raise job.error or Refusal(GONE, "the job was cancelled")
 
 
 async def _over(job: Job) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from reifusion.model.samplers import SAMPLERS
-from reifusion.server.a1111 import _filled
+from reifusion.server.a1111_request import _filled
 
 from .conftest import Running, until
 

@@ -65,6 +65,20 @@ def test_another_model_and_a_lora_by_their_names(client):
     assert draw() == plain  # the LoRA is gone
 
 
+def test_a_model_that_is_broken_is_said(client, models, running):
+    broken = models / "broken.safetensors"
+    broken.write_bytes(b"no tensors")
+    try:
+        with pytest.raises(openai.BadRequestError, match=r"broken\.safetensors") as error:
+            client.images.generate(prompt="cat", model="broken")
+        assert str(models) not in str(error.value)
+        with running.client() as http:
+            asked = {"override_settings": {"sd_model_checkpoint": "broken"}}
+            assert http.post("/sdapi/v1/txt2img", json=asked).status_code == 400
+    finally:
+        broken.unlink()
+
+
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
 def test_formats(client, format):
     answer = client.images.generate(
