@@ -24,7 +24,8 @@ def animated(path: str) -> Path:
 class Film:
     """Collects the steps of a drawing, as a callback of `generate`, and writes them.
 
-    Every step but the last, which is the picture, is decoded; so at 512×512 on a CPU a film takes about as long again as its picture.
+    Every step but the last, which is the picture, is decoded; so at 512×512 on a CPU a film takes about as
+    long again as its picture.
     """
 
     def __init__(self, pipe: StableDiffusion) -> None:
