@@ -85,9 +85,11 @@ class Best:
     def x0(self, x: Tensor, t: float) -> Tensor:
         """E[x₀ | xₜ]: x (B, 2) -> (B, 2)"""
         signal, noise = shares(self.sampler, t)
-        variance = (signal * SPREAD) ** 2 + noise**2  # of the cloud around each point at t
+        # At t there is a cloud around each point, of this variance.
+        variance = (signal * SPREAD) ** 2 + noise**2
         distance = torch.cdist(x, signal * self.points).square()  # (B, N)
-        weights = torch.softmax(-distance / (2 * variance), dim=1)  # p(which cloud | xₜ)
+        # Which cloud may xₜ be from? Bayes' rule for Gaussians is a softmax.
+        weights = torch.softmax(-distance / (2 * variance), dim=1)
         centre = weights @ self.points  # (B, N) @ (N, 2) -> (B, 2)
         # Within a cloud, x₀ is drawn a little towards xₜ.
         return centre + signal * SPREAD**2 / variance * (x - signal * centre)
@@ -127,24 +129,30 @@ def asked(net: Net) -> Network:
 
 
 def train(
-    points: Tensor, steps: int, seed: int = 0, watch: Callable[[int, Net], None] = lambda step, net: None
+    points: Tensor,
+    steps: int,
+    seed: int = 0,
+    watch: Callable[[int, Net], None] = lambda step, net: None,
 ) -> tuple[Net, list[float]]:
-    """Trains a network to see the noise in noisy points; returns it, and the loss of each step.
+    """Trains a network to see the noise in noisy points.
 
-    watch(step, net): called before each step, and after the last.
+    Returns the network, and the loss of each step. watch(step, net): called
+    before each step, and after the last.
     """
     torch.manual_seed(seed)
-    net, sampler, generator = Net(), DDPMSampler(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1)
-    losses = []
+    generator = torch.Generator().manual_seed(seed)
+    net, sampler, losses = Net(), DDPMSampler(), []
+    optimizer = torch.optim.AdamW(net.parameters())
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps + 1)
     for step in range(steps):
         watch(step, net)
+        # Algorithm 1, Ho et al. 2020: take data, a time and noise …
         chosen = torch.randint(len(points), (512,), generator=generator)
-        x0 = (points[chosen] + SPREAD * torch.randn(512, 2, generator=generator)).float()
+        cloud = SPREAD * torch.randn(512, 2, generator=generator)
+        x0 = (points[chosen] + cloud).float()
         t = torch.randint(1000, (512,), generator=generator)
         eps = torch.randn(512, 2, generator=generator)
-        # Algorithm 1, Ho et al. 2020: take a point, a time and noise, and ask for the noise
+        # … and ask for the noise.
         loss = F.mse_loss(net(sampler.add_noise(x0, t, eps), t), eps)
         optimizer.zero_grad()
         loss.backward()
@@ -172,7 +180,10 @@ def loss_of(network: Network, points: Tensor, seed: int = 1) -> float:
 
 @torch.no_grad()
 def draw(sampler: Sampler, network: Network, noise: Tensor) -> list[Tensor]:
-    """From noise (B, 2) to data: the points as the network sees them, before each step and after the last."""
+    """From noise (B, 2) to data: the points before each step, and after the last.
+
+    The points are given as the network sees them.
+    """
     x = noise * sampler.init_noise_sigma
     path = []
     for t in sampler.timesteps:
@@ -326,7 +337,7 @@ def guidance(world: str = "moons", seed: int = 0, scales: Sequence[float] = (0, 
             "from_others": away(x, others).mean().item(),
         }
         with styled():
-            title = f"s = {s:g}: {found[s]['right']:.0%} right, {found[s]['off']:.0%} off the curve"
+            title = f"s = {s:g}: {found[s]['right']:.0%} right"
             axes = _panel(axes_at(figure, MARGIN + k * (cell + 20), top + 24, cell, cell), title)
             axes.plot(*mine.T, ".", markersize=2)
             axes.plot(*others.T, ".", color=GREY, markersize=2)
