@@ -110,7 +110,7 @@ def test_the_limit_is_what_this_machine_reaches():
 
 
 def test_the_command_line_says_where_the_time_went_and_keeps_a_trace(tmp_path, capsys, monkeypatch, pipe):
-    monkeypatch.setattr("reifusion.api.load", lambda *_: pipe)
+    monkeypatch.setattr("reifusion.api.load", lambda *_, **more: pipe)
     assert (
         cli.main(["generate", "a", "--profile", "--steps", "2", "--seed", "3", "--out", str(tmp_path)]) == 0
     )

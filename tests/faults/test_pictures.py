@@ -291,7 +291,7 @@ def test_a_value_of_any_length_leaves_the_message_short():
     for wrong in ({"sampler": "x" * 10**5}, {"size": [0] * 10**5}, {"cfg": "x" * 10**5}, {"seed": 10**4000}):
         with pytest.raises(ValueError) as caught:
             Request("a cat", **wrong)
-        assert len(str(caught.value)) < 300
+        assert len(str(caught.value)) < 420  # with the names of all samplers
 
 
 # Weights that are no numbers

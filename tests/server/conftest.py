@@ -102,7 +102,7 @@ def settings(models: Path) -> Settings:
     return Settings(model=str(models / "tiny.safetensors"), dtype="fp32", steps=3)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer, so that it does not run beside the tests of other parts
 def running(models, loras) -> Iterator[Running]:
     config = Config(settings(models), models, loras, port=0, device="cpu", grace=5, keep=2)
     with serving(config) as one:

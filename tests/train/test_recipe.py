@@ -71,7 +71,9 @@ def test_a_mistake_is_one_sentence(tmp_path, text, overrides, says):
 
 
 def test_an_unknown_recipe_is_refused_with_a_list_of_all(tmp_path):
-    with pytest.raises(RecipeError, match="there is no recipe 'maxi'; there are mini, mini-flow"):
+    with pytest.raises(
+        RecipeError, match="there is no recipe 'maxi'; there are mini, mini-control, mini-flow"
+    ):
         find("maxi")
     with pytest.raises(RecipeError, match="there is no recipe at"):
         find(str(tmp_path / "none.toml"))
