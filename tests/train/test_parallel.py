@@ -48,7 +48,8 @@ def some_data() -> Latents:
 
 
 def loop(**more) -> LoopConfig:
-    return LoopConfig(steps=5, warmup=1, log_every=1, ema=0.5, mixed_precision="no", **more)
+    usual = {"warmup": 1, "log_every": 1, "ema": 0.5, "mixed_precision": "no", "checkpoint_minutes": 1e6}
+    return LoopConfig(steps=5, **{**usual, **more})
 
 
 def start(kind, config) -> dict[str, torch.Tensor]:
