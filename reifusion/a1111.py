@@ -19,7 +19,8 @@ from .model.samplers import SAMPLERS
 from .model.sentences import shown
 from .sampling.elsewhere import sampler_of as sampler_of
 from .sampling.schedules import TITLES
-from .settings import ABOUT, Settings, read_size
+from .settings import ABOUT, Settings
+from .spelling import read_size
 
 RNG = {"philox": "NV", "cpu": "CPU"}  # theirs, for ours; without it, theirs is a GPU's
 NEGATIVE = "Negative prompt: "

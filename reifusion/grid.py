@@ -48,9 +48,9 @@ class Axis:
                 if about.kind is bool:
                     values.append({"true": True, "false": False}[one.lower()])
                 elif about.kind is list:
-                    values.append(about.read([part.strip() for part in one.split(";") if part.strip()]))
+                    values.append(about.parse([part.strip() for part in one.split(";") if part.strip()]))
                 else:
-                    values.append(about.read(about.kind(one)))
+                    values.append(about.parse(about.kind(one)))
             except KeyError:
                 raise ValueError(f"{name} is true or false, not {shown(one)}") from None
             except ValueError as error:

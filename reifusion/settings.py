@@ -8,16 +8,37 @@ answers at once.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from .model.sentences import shown as _shown
+from .model.sentences import shown
+from .spelling import (
+    Control,
+    ImagePrompt,
+    LoRA,
+    carried_interval,
+    carried_number,
+    carried_rows,
+    carried_sides,
+    carried_size,
+    read_control,
+    read_embedding,
+    read_image_prompt,
+    read_interval,
+    read_lora,
+    read_prediction,
+    read_sides,
+    read_size,
+    write_control,
+    write_embedding,
+    write_image_prompt,
+    write_lora,
+    write_sides,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,118 +48,6 @@ if TYPE_CHECKING:
     from .model.pipeline import StableDiffusion, Step
     from .model.request import Request
     from .steer.manners import Manner
-
-
-# A LoRA's file, its weight, and perhaps its block weights, as `weights/lora_blocks.py` reads them
-LoRA: TypeAlias = tuple[str, float] | tuple[str, float, str]
-ImagePrompt: TypeAlias = tuple[str, str, float]  # an IP-Adapter, a picture, its weight
-# A ControlNet, its hint, its weight, and the shares of the steps in which it begins and ends
-Control: TypeAlias = tuple[str, str, float, float, float]
-
-
-def read_size(text: str) -> tuple[int, int]:
-    """512x768 -> (512, 768)"""
-    found = re.fullmatch(r"(\d{1,6})[x×X](\d{1,6})", text)
-    if found is None:
-        raise ValueError(f"a size is width x height, like 512x768, not {_shown(text)}")
-    return int(found[1]), int(found[2])
-
-
-def read_interval(text: str) -> tuple[float, float]:
-    """0.3:5 -> (0.3, 5.0)"""
-    try:
-        low, high = map(float, text.split(":"))
-    except ValueError:
-        raise ValueError(f"a guidance interval is from:to, like 0.3:5, not {_shown(text)}") from None
-    return low, high
-
-
-def read_lora(text: str) -> LoRA:
-    """zork.safetensors:0.8 -> the file and its weight, which is 1 unless the text says otherwise
-
-    zork.safetensors:0.8:lbw=MIDD -> these two, and its block weights
-    """
-    whole, mark, blocks = text.rpartition(":lbw=")
-    if mark and not Path(text).exists():
-        from .weights import lora_blocks
-
-        lora_blocks.read(blocks)
-        return (*read_lora(whole)[:2], blocks)
-    file, _, number = text.rpartition(":")
-    on_the_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", file) and not Path(text).exists()
-    given = file and (Path(file).exists() or on_the_hub)
-    if Path(text).exists() or not given:  # a colon can be part of the path
-        return text, 1.0
-    with contextlib.suppress(ValueError):
-        if math.isfinite(weight := float(number)):
-            return file, weight
-    raise ValueError(f"the weight of a LoRA is a number, as in {file}:0.8, not {_shown(number)}")
-
-
-def write_lora(lora: LoRA) -> str:
-    """Writes what `read_lora` reads."""
-    file, weight, *blocks = lora
-    return f"{file}:{weight}" + "".join(f":lbw={one}" for one in blocks)
-
-
-def read_embedding(text: str) -> tuple[str, str]:
-    """zork.pt:creature -> the file and the word for prompts, "" unless the text gives one"""
-    file, _, word = text.rpartition(":")
-    if Path(text).exists() or not (file and word and Path(file).exists()):  # a colon can be part of the path
-        return text, ""
-    return file, word
-
-
-def read_control(text: str) -> Control:
-    """net.safetensors=edges.png:0.8:0-0.5 -> the ControlNet, its hint, its weight, and when it works
-
-    The weight is 1 and it works in all steps unless the text says otherwise.
-    """
-    number = r"-?\d*\.?\d+"
-    found = re.fullmatch(rf"(.+?)=(.+?)(?::({number})(?::({number})-({number}))?)?", text)
-    if found is None:
-        raise ValueError(
-            f"a ControlNet and its hint are written like canny.safetensors=edges.png:0.8, not {_shown(text)}"
-        )
-    file, hint, weight, start, end = found.groups()
-    return file, hint, float(weight or 1), float(start or 0), float(end or 1)
-
-
-def write_control(control: Control) -> str:
-    """Writes what `read_control` reads."""
-    file, hint, *numbers = control
-    weight, start, end = map(str, numbers)
-    return f"{file}={hint}:{weight}:{start}-{end}"
-
-
-def read_sides(text: str) -> tuple[int, int, int, int]:
-    """right=128,top=64 -> (0, 64, 128, 0)"""
-    from .steer.outpaint import read_sides
-
-    return read_sides(text)
-
-
-def _write_sides(sides: tuple[int, int, int, int]) -> str:
-    from .steer.outpaint import write_sides
-
-    return write_sides(sides)
-
-
-def read_image_prompt(text: str) -> ImagePrompt:
-    """ip-adapter.bin=cat.png:0.6 -> the IP-Adapter, the picture, and its weight, which is 1 unless said"""
-    found = re.fullmatch(r"(.+?)=(.+?)(?::(-?\d*\.?\d+))?", text)
-    if found is None:
-        raise ValueError(
-            f"an IP-Adapter and its picture are written like ip-adapter.bin=cat.png:0.6, not {_shown(text)}"
-        )
-    return found[1], found[2], float(found[3] or 1)
-
-
-def read_prediction(text: str) -> str:
-    """v -> v_prediction"""
-    from .model.prediction import read_prediction
-
-    return read_prediction(text)
 
 
 def sampler_names() -> list[str]:
@@ -159,65 +68,6 @@ def _named(pattern: str, *files: str) -> list[str]:
     return re.findall(pattern, "\n".join(path.read_text("utf-8") for path in paths), re.MULTILINE)
 
 
-# ---- from a picture's metadata, where a value may have the wrong type: a ValueError -----------------------
-
-
-def _carried_number(value: Any) -> float:
-    if isinstance(value, int | float):
-        return value
-    raise ValueError
-
-
-def _carried_size(value: Any) -> tuple[int, int]:
-    if isinstance(value, list) and len(value) == 2:
-        return value[0], value[1]
-    raise ValueError
-
-
-def _carried_interval(value: Any) -> tuple[float, float]:
-    return read_interval(value) if isinstance(value, str) else _carried_size(value)
-
-
-def _carried_sides(value: Any) -> tuple[int, int, int, int]:
-    if isinstance(value, list) and len(value) == 4 and all(isinstance(one, int) for one in value):
-        return value[0], value[1], value[2], value[3]
-    raise ValueError
-
-
-def _carried_loras(value: Any) -> tuple[LoRA, ...]:
-    for one in value if isinstance(value, list) else [None]:
-        kinds = [type(part) for part in one] if isinstance(one, list) else []
-        if kinds[:2] not in ([str, float], [str, int]) or kinds[2:] not in ([], [str]):
-            raise ValueError
-    return tuple(tuple(one) for one in value)
-
-
-def _carried_embeddings(value: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(value, list):
-        raise ValueError
-    for one in value:
-        if not isinstance(one, list) or [type(part) for part in one] != [str, str]:
-            raise ValueError
-    return tuple((file, word) for file, word in value)
-
-
-def _carried_controls(value: Any) -> tuple[Control, ...]:
-    for one in value if isinstance(value, list) else [None]:
-        if not (isinstance(one, list) and [type(part) for part in one[:2]] == [str, str] and len(one) == 5):
-            raise ValueError
-        if not all(isinstance(part, int | float) for part in one[2:]):
-            raise ValueError
-    return tuple((file, hint, weight, start, end) for file, hint, weight, start, end in value)
-
-
-def _carried_image_prompts(value: Any) -> tuple[ImagePrompt, ...]:
-    for one in value if isinstance(value, list) else [None]:
-        kinds = [type(part) for part in one] if isinstance(one, list) else []
-        if kinds not in ([str, str, float], [str, str, int]):
-            raise ValueError
-    return tuple((file, picture, weight) for file, picture, weight in value)
-
-
 # ---- the settings -----------------------------------------------------------------------------------------
 
 
@@ -230,9 +80,13 @@ class About:
     default: Any
     shown: str  # the default in words, or ""
     kind: type  # on a command line: str, int, float, bool, or list for an option that may be repeated
-    read: Callable[[Any], Any]  # a command line's form -> the value
-    write: Callable[[Any], str]  # the value -> text
+    read: Callable[[Any], Any]  # a command line's form -> the value; of a list, one of its values
+    write: Callable[[Any], str]  # the value -> text; the same
     carried: Callable[[Any], Any]  # metadata, JSON -> the value; ValueError for a wrong type
+
+    def parse(self, given: Any) -> Any:
+        """Reads what a command line gives: a text or a number, or for a list several texts."""
+        return tuple(map(self.read, given)) if self.kind is list else self.read(given)
 
 
 def _setting(
@@ -270,41 +124,41 @@ class Settings:
     lora: tuple[LoRA, ...] = _setting(
         "LoRA", "A LoRA, as file, file:weight or file:weight:lbw=blocks; can be given several times.",
         (), kind=list,
-        read=lambda texts: tuple(map(read_lora, texts)), carried=_carried_loras,
+        read=read_lora, write=write_lora, carried=carried_rows((str, float), (str, float, str)),
     )  # fmt: skip
     embedding: tuple[tuple[str, str], ...] = _setting(
         "Embedding", "A learned word, as file or file:word; can be given several times.", (), kind=list,
-        read=lambda texts: tuple(map(read_embedding, texts)), carried=_carried_embeddings,
+        read=read_embedding, write=write_embedding, carried=carried_rows((str, str)),
     )  # fmt: skip
     sampler: str | None = _setting("Sampler", f"One of {', '.join(sampler_names())}.", shown=_MODEL)
     steps: int | None = _setting("Steps", "1 to 1000.", kind=int, shown=_MODEL)
     cfg: float | None = _setting(
         "CFG scale", "How closely to follow the prompt; 1 is no guidance, and twice as fast.",
-        kind=float, shown=_MODEL, carried=_carried_number,
+        kind=float, shown=_MODEL, carried=carried_number,
     )  # fmt: skip
     seed: int | None = _setting("Seed", "The same seed gives the same picture.", kind=int, shown="a new one")
     size: tuple[int, int] | None = _setting(
         "Size", "Width x height, like 512x768.", shown=_MODEL,
-        read=read_size, write=lambda size: "x".join(map(str, size)), carried=_carried_size,
+        read=read_size, write=lambda size: "x".join(map(str, size)), carried=carried_size,
     )  # fmt: skip
     init_image: str | None = _setting("Init image", "Begin with this picture.")
     mask: str | None = _setting("Mask", "Redraw the init image only where this one is white.")
     strength: float = _setting(
         "Denoising strength", "How much of the init image may change, to 1.", 0.8,
-        kind=float, carried=_carried_number,
+        kind=float, carried=carried_number,
     )  # fmt: skip
     clip_skip: int = _setting("Clip skip", "Layers of the text encoder to leave out.", 0, kind=int, shown="0")
     guidance_interval: tuple[float, float] | None = _setting(
         "Guidance interval", "Guidance only at noise from:to, like 0.3:5; other steps take half the time.",
-        read=read_interval, write=lambda ends: ":".join(map(str, ends)), carried=_carried_interval,
+        read=read_interval, write=lambda ends: ":".join(map(str, ends)), carried=carried_interval,
     )  # fmt: skip
     guidance_rescale: float = _setting(
         "Guidance rescale", "How much of the contrast that guidance adds is taken back, to 1.", 0.0,
-        kind=float, shown="0", carried=_carried_number,
+        kind=float, shown="0", carried=carried_number,
     )  # fmt: skip
     image_guidance: float | None = _setting(
         "Image CFG scale", "How closely models that edit pictures follow the init image.",
-        kind=float, shown="1.5", carried=_carried_number,
+        kind=float, shown="1.5", carried=carried_number,
     )  # fmt: skip
     deepcache: int = _setting("DeepCache", "The U-Net's inside on every n-th step only.", 1, kind=int)
     int8: bool = _setting("8-bit weights", "Weights of 8 bits.", False, kind=bool)
@@ -323,11 +177,11 @@ class Settings:
     code: str | None = _setting("Code", "A Python file with samplers or schedules of your own; it is run.")
     hires: float = _setting(
         "Hires upscale", "Draw it once more so many times as large, 1 to 4.", 1.0, kind=float, shown="1",
-        carried=_carried_number,
+        carried=carried_number,
     )  # fmt: skip
     hires_strength: float = _setting(
         "Hires strength", "How much of it the larger drawing may change, to 1.", 0.5, kind=float,
-        carried=_carried_number,
+        carried=carried_number,
     )  # fmt: skip
     hires_by: str = _setting(
         "Hires upscaler", "What is enlarged: lanczos (the picture) or latent.", "lanczos"
@@ -342,20 +196,20 @@ class Settings:
     )
     eta: float | None = _setting(
         "Eta", "How much of a step is fresh noise, 0 to 1, of samplers that let you choose.",
-        kind=float, shown="the sampler's", carried=_carried_number,
+        kind=float, shown="the sampler's", carried=carried_number,
     )  # fmt: skip
     s_noise: float | None = _setting(
         "Sigma noise", "A factor of the noise that a sampler adds.", kind=float, shown="1",
-        carried=_carried_number,
+        carried=carried_number,
     )  # fmt: skip
     churn: float | None = _setting(
         "Sigma churn", "How far euler_churn goes back up, in all.", kind=float, shown="5",
-        carried=_carried_number,
+        carried=carried_number,
     )  # fmt: skip
     control: tuple[Control, ...] = _setting(
         "ControlNet", "A ControlNet and its hint, as net=picture, net=picture:weight or"
         " net=picture:weight:from-to; can be given several times.", (), kind=list,
-        read=lambda texts: tuple(map(read_control, texts)), carried=_carried_controls,
+        read=read_control, write=write_control, carried=carried_rows((str, str, float, float, float)),
     )  # fmt: skip
     control_mode: str = _setting(
         "Control mode", "balanced, guess (works without a prompt), or what counts more: prompt or control.",
@@ -364,7 +218,7 @@ class Settings:
     ip_adapter: tuple[ImagePrompt, ...] = _setting(
         "IP-Adapter", "An IP-Adapter and a picture to prompt with, as adapter=picture or"
         " adapter=picture:weight; can be given several times.", (), kind=list,
-        read=lambda texts: tuple(map(read_image_prompt, texts)), carried=_carried_image_prompts,
+        read=read_image_prompt, write=write_image_prompt, carried=carried_rows((str, str, float)),
     )  # fmt: skip
     image_encoder: str | None = _setting(
         "Image encoder", "The folder of the image encoder of IP-Adapters.", shown="the one beside the adapter"
@@ -379,14 +233,14 @@ class Settings:
     )  # fmt: skip
     variation: float = _setting(
         "Variation seed strength", "How far noise is on the way to that of --variation-seed, 0 to 1.", 0.0,
-        kind=float, shown="0", carried=_carried_number,
+        kind=float, shown="0", carried=carried_number,
     )  # fmt: skip
     variation_seed: int = _setting(
         "Variation seed", "With --variation, this seed counts up, and --seed stays.", 0, kind=int, shown="0"
     )
     mask_blur: float = _setting(
         "Mask blur", "Softens the mask's edge by so many pixels.", 0.0, kind=float, shown="0",
-        carried=_carried_number,
+        carried=carried_number,
     )  # fmt: skip
     only_masked: int | None = _setting(
         "Masked area padding", "Draw only the masked part, at --size, with so many pixels around it.",
@@ -394,7 +248,7 @@ class Settings:
     )  # fmt: skip
     outpaint: tuple[int, int, int, int] | None = _setting(
         "Outpaint", "Continue the init image beyond its border, like right=128,top=64.",
-        read=read_sides, write=_write_sides, carried=_carried_sides,
+        read=read_sides, write=write_sides, carried=carried_sides,
     )  # fmt: skip
 
     ema: bool = _setting(
@@ -624,14 +478,8 @@ class Settings:
         words = ["reifusion", "generate"]
         for name, value in self._said().items():
             flag, write = f"--{name.replace('_', '-')}", ABOUT[name].write
-            if name == "lora":
-                words += [f"{flag}={write_lora(one)}" for one in value]
-            elif name == "control":
-                words += [f"{flag}={write_control(one)}" for one in value]
-            elif name == "ip_adapter":
-                words += [f"{flag}={file}={picture}:{weight}" for file, picture, weight in value]
-            elif name == "embedding":
-                words += [f"{flag}={file}:{word}" if word else f"{flag}={file}" for file, word in value]
+            if ABOUT[name].kind is list:
+                words += [f"{flag}={write(one)}" for one in value]
             elif name != "prompt":
                 words.append(flag if value is True else f"{flag}={write(value)}")
         return shlex.join([*words, "--", self.prompt or ""])
@@ -764,7 +612,7 @@ def parsed(texts: Mapping[str, Any], manner: str | None = None) -> dict[str, Any
     manner: the one that is meant if they say none. With a manner, samplers and schedules have the program's
     names, or ours where it has none like them.
     """
-    values = {name: ABOUT[name].read(text) for name, text in texts.items()}
+    values = {name: ABOUT[name].parse(text) for name, text in texts.items()}
     manner = values.get("manner", manner)
     if manner is not None and values.get("sampler") is not None:
         from . import sampling  # noqa: F401  # adds its samplers
@@ -789,7 +637,7 @@ def from_carried(carried: Mapping[str, Any]) -> Settings:
             try:
                 values[name] = about.carried(carried[name])
             except ValueError:
-                raise ValueError(f"its {name} is {_shown(carried[name])}") from None
+                raise ValueError(f"its {name} is {shown(carried[name])}") from None
     return Settings(**values)
 
 

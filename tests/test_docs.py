@@ -21,7 +21,7 @@ def test_the_command_line_imports_the_rest_only_when_it_is_used():
     at_once = {whom for (who, whom), now in imports.imports().items() if who == "cli" and now}
     assert at_once <= {"files", "errors", "settings", "threads", "explain"}  # of explain, the texts
     at_once = {whom for (who, whom), now in imports.imports().items() if who in at_once - {"explain"} and now}
-    assert at_once <= {"model"}  # of the model, the length of a sentence
+    assert at_once <= {"model", "spelling"}  # of the model, the length of a sentence
     heavy = {"torch", "numpy", "PIL", "matplotlib"}
     code = f"import sys, reifusion.cli.explain; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"

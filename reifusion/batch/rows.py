@@ -133,12 +133,12 @@ def _value(name: str, value: Any) -> Any:
                 value = int(value)  # as tables have it in a column with gaps
             return about.carried(value)
         if about.kind is list:
-            return about.read([part.strip() for part in value.split(";") if part.strip()])
+            return about.parse([part.strip() for part in value.split(";") if part.strip()])
         if about.kind is bool:
             if value.strip().lower() not in YES + NO:
                 raise ValueError
             return value.strip().lower() in YES
-        return about.read(about.kind(value) if about.kind in (int, float) else value)
+        return about.parse(about.kind(value) if about.kind in (int, float) else value)
     except ValueError as error:
         said = str(error)
         if not said or "literal" in said or "could not convert" in said:

@@ -92,7 +92,7 @@ def _new(out: str) -> Any:
 
 def _read(texts: list[str]) -> list[Any]:
     """Reads LoRAs with their weights, and perhaps block weights, written as for `generate --lora`."""
-    from ..settings import read_lora
+    from ..spelling import read_lora
     from ..weights import find
     from ..weights.lora import load_lora
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from .words import DATA, END, START, normal, split_words
 
 END_OF_WORD = "</w>"
+CLIP_MERGES = 48_894
 
 
 class Piece(NamedTuple):
@@ -82,7 +83,9 @@ class Tokenizer:
         self._special = _any_of((START, END, pad, *self.exact))
         self._added = {normal(token): self._all_of(token) for token in added if token not in self.exact}
         self._find_added = _any_of(self._added)
-        self.is_standard = self.pad == self.end and pairs == clip_merges() and self.vocabulary == standard
+        # Whoever brings other merges need not wait for CLIP's to be read.
+        clips = merges is None or (len(pairs) == CLIP_MERGES and pairs == clip_merges())
+        self.is_standard = clips and self.pad == self.end and self.vocabulary == standard
 
     @classmethod
     def from_file(cls, path: str | Path, context_length: int = 77) -> Tokenizer:
@@ -212,7 +215,7 @@ def byte_letters() -> dict[int, str]:
 
 @cache
 def clip_merges() -> list[tuple[str, str]]:
-    """The 48,894 merges of CLIP's vocabulary."""
+    """The merges of CLIP's vocabulary."""
     return parse_merges(gzip.decompress((DATA / "clip_merges.txt.gz").read_bytes()).decode("utf-8"))
 
 

@@ -22,7 +22,8 @@ from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
 from ..model.spacing import SCHEDULES
 from ..sampling.schedules import TITLES
-from ..settings import LoRA, Settings
+from ..settings import Settings
+from ..spelling import LoRA
 from .errors import Refusal
 from .pictures import of_text
 from .service import Service

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from ..settings import Settings, read_size
+from ..settings import Settings
+from ..spelling import read_size
 from .errors import Refusal
 from .errors import body as error_body
 from .events import event, streamed

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..model.pictures import open_picture
 from ..model.request import Request
-from ..settings import read_size
+from ..spelling import read_size
 
 
 def ask(

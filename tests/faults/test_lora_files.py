@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reifusion.cli.main import main
 from reifusion.model.tensors import ModelError
-from reifusion.settings import read_lora
+from reifusion.spelling import read_lora
 from reifusion.weights.lora import apply, load_lora, remove
 from tests.tiny import SMALL, networks
 
