@@ -69,15 +69,16 @@ class Equation:
         return f"{self.path.removeprefix('reifusion/')}:{self.line}"
 
 
-def chapters() -> list[str]:
-    """Returns the names of the chapters' files, in the order of the book."""
-    return re.findall(r"book/([\w-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+def chapters() -> dict[str, str]:
+    """Returns the names of the chapters' files with their numbers, in the order of the book."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    return {name: number for number, name in re.findall(r"- (\d+) .*: book/([\w-]+\.md)", navigation)}
 
 
 def equations() -> list[Equation]:
     """Returns all equations, those of the chapters first and in their order; missing fields are empty."""
     found: dict[str, Equation] = {}
-    for number, name in enumerate(chapters(), 1):
+    for name, number in chapters().items():
         path = CHAPTERS / name
         tags = re.findall(r"\\tag\{([\w-]+)\}", path.read_text(encoding="utf-8")) if path.exists() else []
         for place, id in enumerate(tags, 1):

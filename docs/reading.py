@@ -113,7 +113,7 @@ def table() -> str:
     """Returns the path as an HTML table. Raises FileNotFoundError for a file or chapter that is missing."""
     from docs.equations import chapters
 
-    numbers = {name.removesuffix(".md"): number for number, name in enumerate(chapters(), 1)}
+    numbers = {name.removesuffix(".md"): number for name, number in chapters().items()}
     rows = []
     for stop in PATH:
         there = ", ".join(f'<a href="book/{name}.html">{numbers[name]}</a>' for name in stop.chapters)
