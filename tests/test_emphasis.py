@@ -275,5 +275,5 @@ def test_other_families_and_bad_weights_are_refused(pipe, tmp_path, capsys):
             return super().vectors(prompts, clip_skip)
 
     other = Other(replace(SMALL, name="xl"), WORDS, pipe.models)
-    with pytest.raises(ValueError, match="xl reads prompts otherwise"):
+    with pytest.raises(ValueError, match="does not know how xl reads prompts"):
         emphasis.request(other, Request("cat", **ASKED), "a1111")

@@ -18,10 +18,11 @@ from reifusion.api import load
 from reifusion.cli import main
 from reifusion.weights import save
 from reifusion.weights.hub import find_adapter
-from tests.parity.test_ip_adapter import TINY, picture, write_adapter, write_encoder
+from tests.parity.test_ip_adapter import picture, write_adapter, write_encoder
 from tests.tiny import WORDS, random_networks
+from tests.tiny_sdxl import TINY_SD
 
-SMALL = replace(TINY, size=32, steps=3, cfg=3.0)
+SMALL = replace(TINY_SD, size=32, steps=3, cfg=3.0)
 
 
 @pytest.fixture(scope="module")

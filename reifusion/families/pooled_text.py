@@ -56,13 +56,19 @@ class TextEncoder(CLIP):
 def read_prompts(
     pipe: StableDiffusion, name: str, prompts: Sequence[str], tokenizer: Tokenizer, clip_skip: int
 ) -> tuple[Tensor, Tensor | None]:
-    """B prompts -> the words (B, 77, width) of the text encoder of that name, and whole texts (B, pooled).
+    """B prompts -> what `read_tokens` makes of their tokens."""
+    return read_tokens(pipe, name, [tokenizer.encode(prompt) for prompt in prompts], tokenizer.end, clip_skip)
 
-    The second is None for an encoder without a projection. Raises FloatingPointError for numbers that are not
-    finite.
+
+def read_tokens(
+    pipe: StableDiffusion, name: str, texts: Sequence[Sequence[int]], end: int, clip_skip: int
+) -> tuple[Tensor, Tensor | None]:
+    """B × 77 tokens -> the words (B, 77, width) of the text encoder of that name, whole texts (B, pooled).
+
+    end: the token at which a text ends. The second is None for an encoder without a projection. Raises
+    FloatingPointError for numbers that are not finite.
     """
-    texts = [tokenizer.encode(prompt) for prompt in prompts]
-    tokens, ends = torch.tensor(texts), torch.tensor([text.index(tokenizer.end) for text in texts])
+    tokens, ends = torch.tensor(texts), torch.tensor([text.index(end) for text in texts])
     with pipe.borrow(name) as network:
         encoder = cast(TextEncoder, network)
 

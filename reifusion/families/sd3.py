@@ -132,34 +132,41 @@ class StableDiffusion3(StableDiffusion):
 
     skip: SkipLayers | None = None
 
+    @property
+    def encoders(self) -> list[tuple[str, Tokenizer]]:
+        """The names of both CLIPs, each with its tokenizer."""
+        return [("clip", self.tokenizer), ("clip_2", padding_with(self.tokenizer, self._config.pad_2))]
+
     def vectors(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
         """B prompts -> (B, 77 + 256 + 1, 4096), in the dtype of the text encoders"""
+        heard = [read_prompts(self, name, prompts, tokenizer, clip_skip) for name, tokenizer in self.encoders]
+        t5 = getattr(self.tokenizer, "t5", None)
+        tokens = [[] if t5 is None else t5.encode(prompt) for prompt in prompts]
+        return self.joined([words for words, _ in heard], [whole for _, whole in heard], self.t5(tokens))
+
+    def joined(self, words: Sequence[Tensor], wholes: Sequence[Tensor | None], t5: Tensor) -> Tensor:
+        """What the CLIPs make of words (B, S, width) and whole texts, and T5's words -> (B, S + 257, 4096)"""
         config = self._config
-        padded = padding_with(self.tokenizer, config.pad_2)
-        words, whole = read_prompts(self, "clip", prompts, self.tokenizer, clip_skip)
-        more, whole_2 = read_prompts(self, "clip_2", prompts, padded, clip_skip)
-        assert whole is not None and whole_2 is not None  # both encoders have a projection
         width = config.unet.context_width
         # §4, Esser et al. 2024: both CLIPs' words side by side, then zeros; and behind them T5's
-        clips = torch.cat([words, more], dim=-1)  # (B, 77, 768), (B, 77, 1280) -> (B, 77, 2048)
+        clips = torch.cat([*words], dim=-1)  # (B, 77, 768), (B, 77, 1280) -> (B, 77, 2048)
         clips = F.pad(clips, (0, width - clips.shape[-1]))  # -> (B, 77, 4096)
-        pooled = torch.cat([whole, whole_2], dim=-1)  # (B, 768), (B, 1280) -> (B, 2048)
+        assert wholes[0] is not None and wholes[1] is not None  # both encoders have a projection
+        pooled = torch.cat([wholes[0], wholes[1]], dim=-1)  # (B, 768), (B, 1280) -> (B, 2048)
         pooled = F.pad(pooled, (0, config.rows * width - pooled.shape[-1])).unflatten(1, (config.rows, width))
-        return torch.cat([clips, self._t5(prompts).to(clips), pooled], dim=1)
+        return torch.cat([clips, t5.to(clips), pooled], dim=1)
 
     @property
     def _config(self) -> SD3Config:
         return cast(SD3Config, self.config)
 
-    def _t5(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> T5's words, (B, 256, 4096); zeros without T5"""
-        config, tokenizer = self._config, getattr(self.tokenizer, "t5", None)
-        if config.t5 is None or tokenizer is None:
-            shape = len(prompts), config.t5_length, config.unet.context_width
-            return torch.zeros(shape, device=self.device)
-        tokens = torch.tensor([tokenizer.encode(prompt) for prompt in prompts])  # (B, 256)
+    def t5(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """B × 256 tokens -> T5's words, (B, 256, 4096); zeros without T5"""
+        config = self._config
+        if config.t5 is None or getattr(self.tokenizer, "t5", None) is None:
+            return torch.zeros(len(texts), config.t5_length, config.unet.context_width, device=self.device)
         with self.borrow("t5") as t5:
-            return finite(as_gradients_are(t5)(tokens.to(self.device)), "T5", t5)
+            return finite(as_gradients_are(t5)(torch.tensor(texts).to(self.device)), "T5", t5)
 
     def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:
         """The transformer, as the loop calls it: with the words, and with the vector for the whole text."""

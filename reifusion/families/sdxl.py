@@ -27,6 +27,7 @@ from ..model.modes import dtype_of
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from ..model.step import Step
+from ..model.tokenizer import Tokenizer
 from .pooled_text import BIG_G, TextEncoder, padding_with, read_prompts
 from .sdxl_unet import SDXLUNet, SDXLUNetConfig, tell
 
@@ -151,19 +152,28 @@ class StableDiffusionXL(StableDiffusion):
     def _config(self) -> SDXLConfig:
         return cast(SDXLConfig, self.config)
 
+    @property
+    def encoders(self) -> list[tuple[str, Tokenizer]]:
+        """The text encoders' names, each with its tokenizer."""
+        first = ("clip", self.tokenizer)
+        if self._config.clip_2 is None:
+            return [first]
+        return [first, ("clip_2", padding_with(self.tokenizer, self._config.pad_2))]
+
     def vectors(self, prompts: Sequence[str], clip_skip: int) -> Tensor:
         """B prompts -> (B, 78, 2048), in the dtype of the text encoders"""
-        config = self._config
-        words, whole = read_prompts(self, "clip", prompts, self.tokenizer, clip_skip)
-        if config.clip_2 is not None:
-            padded = padding_with(self.tokenizer, config.pad_2)
-            more, whole = read_prompts(self, "clip_2", prompts, padded, clip_skip)
-            # §2.1, Podell et al. 2023: both encoders' words side by side, 768 + 1280 channels
-            words = torch.cat([words, more], dim=-1)  # (B, 77, 2048)
+        heard = [read_prompts(self, name, prompts, tokenizer, clip_skip) for name, tokenizer in self.encoders]
+        return self.joined([words for words, _ in heard], [whole for _, whole in heard])
+
+    def joined(self, words: Sequence[Tensor], wholes: Sequence[Tensor | None]) -> Tensor:
+        """What each encoder makes of words (B, S, width) and of whole texts (B, 1280) -> (B, S+1, 2048)"""
+        # §2.1, Podell et al. 2023: both encoders' words side by side, 768 + 1280 channels
+        side_by_side = torch.cat([*words], dim=-1)  # (B, 77, 2048)
+        whole = wholes[-1]
         assert whole is not None  # the last encoder has a projection
-        rows = torch.stack([whole, torch.full_like(whole, self.scores[0])][: config.rows], dim=1)
-        rows = F.pad(rows, (0, words.shape[-1] - whole.shape[-1]))  # (B, 1, 1280) -> (B, 1, 2048)
-        return torch.cat([words, rows], dim=1)
+        rows = torch.stack([whole, torch.full_like(whole, self.scores[0])][: self._config.rows], dim=1)
+        rows = F.pad(rows, (0, side_by_side.shape[-1] - whole.shape[-1]))  # (B, 1, 1280) -> (B, 1, 2048)
+        return torch.cat([side_by_side, rows], dim=1)
 
     def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Encodes the prompts and, for guidance, the negative prompts: each (B, 78, 2048)."""
@@ -177,7 +187,7 @@ class StableDiffusionXL(StableDiffusion):
         if negative is not None and request.negative is None and config.zeros:
             return positive, torch.zeros_like(negative)
         if negative is not None and config.rows == 2:
-            negative[:, -1] = self.scores[1]
+            negative[..., -1, :] = self.scores[1]
         return positive, negative
 
     def denoiser(self, unet: nn.Module, request: Request) -> Denoiser:

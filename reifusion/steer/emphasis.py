@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..families.pooled_text import read_tokens
+from ..families.sd3 import StableDiffusion3
+from ..families.sdxl import StableDiffusionXL
 from ..model.finite import finite
 from ..model.pipeline import StableDiffusion, as_gradients_are
 from ..model.request import Request
@@ -192,7 +195,7 @@ def together(text: str) -> list[Piece]:
 
 def weighted(z: Tensor, weights: Tensor, rule: str, empty: Tensor | None = None) -> Tensor:
     """The vectors z (77, C) of a chunk, of weights (77,); empty (77, C): those of the empty text."""
-    w = weights[:, None].to(z)
+    w = weights[:, None].to(z)  # (77, 1)
     if rule == "comfyui":
         assert empty is not None
         return torch.where(w == 1, z, empty + w * (z - empty))
@@ -204,18 +207,57 @@ def weighted(z: Tensor, weights: Tensor, rule: str, empty: Tensor | None = None)
 
 
 def encode(pipe: StableDiffusion, text: str, rule: str, clip_skip: int = 0) -> Tensor:
-    """text -> (1, 77·k, C), in the dtype of the U-Net: k chunks side by side."""
-    parts = chunks(parse(text), pipe.tokenizer)
-    tokens = torch.tensor([ids for ids, _ in parts])  # (k, 77)
-    weights = torch.tensor([weights for _, weights in parts])
-    nothing = torch.tensor([pipe.tokenizer.encode("")])
+    """text -> (1, 77·k, C), in the dtype of the U-Net: k chunks side by side.
+
+    Of several text encoders, the words of each are weighted alone. What a family has behind the words, as
+    SDXL has the vector for the whole text, comes from the first chunk, without weights.
+    """
+    pieces = parse(text)
+    with torch.no_grad():
+        if not isinstance(pipe, StableDiffusionXL | StableDiffusion3):
+            words, _ = _heard(pipe, "clip", pipe.tokenizer, pieces, rule, clip_skip)
+            return words.to(pipe.dtype)
+        heard = [_heard(pipe, name, own, pieces, rule, clip_skip) for name, own in pipe.encoders]
+        sides, wholes = [words for words, _ in heard], [whole for _, whole in heard]
+        if isinstance(pipe, StableDiffusionXL):
+            return pipe.joined(sides, wholes).to(pipe.dtype)
+        return pipe.joined(sides, wholes, _heard_by_t5(pipe, pieces, rule)).to(pipe.dtype)
+
+
+def _heard(
+    pipe: StableDiffusion, name: str, tokenizer: Any, pieces: Sequence[Piece], rule: str, clip_skip: int
+) -> tuple[Tensor, Tensor | None]:
+    """Pieces -> the words (1, 77·k, width) of one text encoder, and the first chunk as a whole (1, pooled)"""
+    parts = chunks(pieces, tokenizer)
+    tokens = [*(ids for ids, _ in parts), tokenizer.encode("")]  # (k + 1) × 77
+    if isinstance(pipe, StableDiffusionXL | StableDiffusion3):
+        z, whole = read_tokens(pipe, name, tokens, tokenizer.end, clip_skip)
+    else:
+        z, whole = _read(pipe, tokens, clip_skip), None
+    words = [weighted(one.float(), torch.tensor(by), rule, z[-1].float()) for one, (_, by) in zip(z, parts)]
+    return torch.cat(words)[None], None if whole is None else whole[:1]
+
+
+def _read(pipe: StableDiffusion, tokens: Sequence[Sequence[int]], clip_skip: int) -> Tensor:
+    """B × 77 tokens -> (B, 77, C)"""
     if clip_skip >= pipe.config.clip.layers:
         raise ValueError(f"clip_skip must be less than {pipe.config.clip.layers}, not {clip_skip}")
-    with pipe.borrow("clip") as clip, torch.no_grad():
+    with pipe.borrow("clip") as clip:
         run = as_gradients_are(partial(clip, skip=clip_skip))
-        z = finite(run(torch.cat([tokens, nothing]).to(pipe.device)), "the text encoder", clip).float()
-    each = [weighted(one, by, rule, z[-1]) for one, by in zip(z[:-1], weights.to(z.device))]
-    return torch.cat(each)[None].to(pipe.dtype)
+        return finite(run(torch.tensor(tokens).to(pipe.device)), "the text encoder", clip)
+
+
+def _heard_by_t5(pipe: StableDiffusion3, pieces: Sequence[Piece], rule: str) -> Tensor:
+    """Pieces -> T5's words, (1, 256, 4096): breaks mean nothing to it, and what is too long is cut."""
+    tokenizer = getattr(pipe.tokenizer, "t5", None)
+    if tokenizer is None:
+        return pipe.t5([[]])
+    said = [piece for piece in pieces if piece != (BREAK, -1)]
+    tokens = [(token, weight) for words, weight in said for token in tokenizer.tokenize(words)]
+    tokens = [*tokens[: tokenizer.length - 1], (tokenizer.end, 1.0)]
+    tokens += [(tokenizer.pad, 1.0)] * (tokenizer.length - len(tokens))
+    z = pipe.t5([[token for token, _ in tokens], tokenizer.encode("")]).float()
+    return weighted(z[0], torch.tensor([weight for _, weight in tokens]), rule, z[1])[None]
 
 
 def check(rule: str, *texts: str | None) -> None:
@@ -228,8 +270,9 @@ def check(rule: str, *texts: str | None) -> None:
 
 
 def suits(pipe: StableDiffusion) -> bool:
-    """True if the model has one text encoder, whose vectors are the U-Net's words."""
-    return type(pipe).vectors is StableDiffusion.vectors
+    """True if it is known how the model reads a prompt: as one of Stable Diffusion 1 to 3, or XL."""
+    known = StableDiffusion, StableDiffusionXL, StableDiffusion3
+    return type(pipe).vectors in [kind.vectors for kind in known]
 
 
 def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
@@ -240,8 +283,9 @@ def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
     """
     check(rule)
     if not suits(pipe):
-        which = "only for Stable Diffusion 1.x and 2.x"
-        raise ValueError(f"emphasis is {which}, and {pipe.config.name} reads prompts otherwise")
+        raise ValueError(f"emphasis does not know how {pipe.config.name} reads prompts")
+    if getattr(pipe, "refiner", None) is not None:
+        raise ValueError("emphasis and a refiner do not go together: the refiner needs vectors of its own")
     asked = asked.for_model(pipe.config)
     turns = len(pipe.sampler(asked).timesteps)
     known: dict[str, Tensor] = {}
@@ -256,12 +300,16 @@ def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
 
     parts = together(asked.prompts[0])
     sides = [*(vectors(text) for text, _ in parts), vectors(asked.negatives[0])]
+    if rule != "comfyui" and asked.negatives[0] == "" and getattr(pipe.config, "zeros", False):
+        # SDXL's base learned without words by zeros; ComfyUI reads the empty text all the same
+        sides[-1] = [torch.zeros_like(one) for one in sides[-1]]
     longest = max(one.shape[1] for side in sides for one in side)
     blank = encode(pipe, "", rule, asked.clip_skip)
+    chunk = pipe.config.clip.context_length
 
     def whole(side: list[Tensor]) -> Tensor:
         """(turns, 1, S, C)"""
-        return torch.stack([_filled(one, blank, longest) for one in side])
+        return torch.stack([_filled(one, blank, longest, chunk) for one in side])
 
     first, *others = (whole(side) for side in sides[:-1])
     negative = None if asked.cfg == 1 else whole(sides[-1])
@@ -271,10 +319,11 @@ def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
     return replace(asked, prompt=first, negative=negative, guide=guide, num=1)
 
 
-def _filled(z: Tensor, blank: Tensor, length: int) -> Tensor:
-    """(1, S, C) -> (1, length, C)"""
-    missing = (length - z.shape[1]) // blank.shape[1]
-    return torch.cat([z, *[blank] * missing], dim=1)
+def _filled(z: Tensor, blank: Tensor, length: int, chunk: int) -> Tensor:
+    """(1, S, C) -> (1, length, C), with chunks of blank between the words and what comes behind them"""
+    words = z.shape[1] - (blank.shape[1] - chunk)
+    missing = (length - z.shape[1]) // chunk
+    return torch.cat([z[:, :words], *[blank[:, :chunk]] * missing, z[:, words:]], dim=1)
 
 
 def _all_of(parts: Sequence[Piece], words: Sequence[Tensor], asked: Request) -> Any:

@@ -14,9 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reifusion.api import load
-from reifusion.families.sdxl import SDXLConfig
-from reifusion.families.sdxl_unet import SDXLUNetConfig, tell
-from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from reifusion.families.sdxl_unet import tell
 from reifusion.model.ddpm import randn
 from reifusion.model.diffusion import UNet
 from reifusion.model.pipeline import StableDiffusion
@@ -26,33 +24,12 @@ from reifusion.steer.control_files import load_control, save_control
 from reifusion.steer.controlnet import MODES, Control, ControlNet, controlled
 from reifusion.weights import save
 from tests.tiny import WORDS, random_networks
+from tests.tiny_sdxl import TINY, TINY_SD
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
 
-FIRST = CLIPConfig(vocab_size=WORDS.vocab_size, context_length=16, width=24, layers=2, heads=4)
-VAE = VAEConfig(channels=(16, 32, 32), layers=1, groups=8)
-TINY = ModelConfig(
-    name="tiny",
-    size=64,
-    clip=FIRST,
-    vae=VAE,
-    unet=UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=16),
-)
-TINY_XL = SDXLConfig(
-    name="tiny-xl",
-    size=64,
-    clip=FIRST,
-    clip_2=replace(FIRST, width=32, activation="gelu"),
-    vae=replace(VAE, scale_factor=0.13025),
-    unet=SDXLUNetConfig(
-        channels=(32, 64), attention=(0, 2), middle_attention=2, layers=1, heads=(2, 4), context_width=56,
-        groups=16,
-    ),
-    pooled=20,
-    waves=8,
-)  # fmt: skip
-CONFIGS = {"sd": TINY, "xl": TINY_XL}
+CONFIGS = {"sd": TINY_SD, "xl": TINY}
 PROMPTS, NEGATIVES, SEED, STEPS = ["a cat", "a dog & a cat"], ["dog", "cat"], 3, 6
 WIDTH, HEIGHT = 72, 52  # 18×13 latents, an odd number, in the VAE's steps of 4
 
@@ -336,8 +313,10 @@ def test_what_does_not_fit_is_refused_in_one_sentence(ours, nets, tmp_path, fold
 
 
 def test_one_for_another_model_is_refused(tmp_path):
-    other = replace(TINY, unet=replace(TINY.unet, context_width=20), clip=replace(FIRST, width=20))
-    for name, config in ("one", TINY), ("other", other):
+    other = replace(
+        TINY_SD, unet=replace(TINY_SD.unet, context_width=20), clip=replace(TINY_SD.clip, width=20)
+    )
+    for name, config in ("one", TINY_SD), ("other", other):
         save(config, random_networks(config), tmp_path / name, "diffusers", WORDS)
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "other" / "unet", local_files_only=True)
     net = their_net(unet, 1, tmp_path / "net")

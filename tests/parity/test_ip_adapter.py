@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reifusion.api import load
-from reifusion.families.sdxl import SDXLConfig
-from reifusion.families.sdxl_unet import SDXLUNetConfig
-from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tensors import ModelError
@@ -36,34 +32,13 @@ from reifusion.steer.ip_adapter import (
 from reifusion.steer.ip_adapter_files import load_image_encoder, load_ip_adapter
 from reifusion.weights import save
 from tests.tiny import WORDS, native_state, random_networks
+from tests.tiny_sdxl import TINY, TINY_SD
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-FIRST = CLIPConfig(vocab_size=WORDS.vocab_size, context_length=16, width=24, layers=2, heads=4)
-VAE = VAEConfig(channels=(16, 32, 32), layers=1, groups=8)
-TINY = ModelConfig(
-    name="tiny",
-    size=64,
-    clip=FIRST,
-    vae=VAE,
-    unet=UNetConfig(channels=(32, 64), attention=(1, 1), layers=1, heads=(4, 4), context_width=24, groups=16),
-)
-TINY_XL = SDXLConfig(
-    name="tiny-xl",
-    size=64,
-    clip=FIRST,
-    clip_2=replace(FIRST, width=32, activation="gelu"),
-    vae=replace(VAE, scale_factor=0.13025),
-    unet=SDXLUNetConfig(
-        channels=(32, 64), attention=(0, 2), middle_attention=2, layers=1, heads=(2, 4), context_width=56,
-        groups=16,
-    ),
-    pooled=20,
-    waves=8,
-)  # fmt: skip
-CONFIGS = {"sd": TINY, "xl": TINY_XL}
+CONFIGS = {"sd": TINY_SD, "xl": TINY}
 KINDS = "plain", "plus", "full"
 PROMPT, NEGATIVE, SEED, STEPS = "a cat & a dog", "dog", 3, 3
 WIDTH, HEIGHT = 72, 56  # 18×14 latents, and 9×7 one level below
@@ -136,7 +111,7 @@ def home(ours, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_the_encoder_sees_what_that_of_transformers_sees(tmp_path, activation):
     write_encoder(tmp_path, activation)
-    pipe = StableDiffusion(TINY, WORDS, {"diffusion": nn.Linear(1, 1).double()})
+    pipe = StableDiffusion(TINY_SD, WORDS, {"diffusion": nn.Linear(1, 1).double()})
     net = load_image_encoder(tmp_path, pipe)
     theirs = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path).double()
     pixels = torch.randn(3, 3, 28, 28).double()

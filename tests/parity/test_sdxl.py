@@ -27,9 +27,8 @@ from reifusion.explain.steer import rewritten
 from reifusion.explain.words import watch
 from reifusion.families.sdxl import BASE, REFINER, SSD_1B, VEGA, SDXLConfig, StableDiffusionXL, build
 from reifusion.families.sdxl_files import SDXL, to_diffusers
-from reifusion.families.sdxl_unet import SDXLUNetConfig, tell
+from reifusion.families.sdxl_unet import tell
 from reifusion.model.ask import ask
-from reifusion.model.config import CLIPConfig, VAEConfig
 from reifusion.model.ddpm import randn
 from reifusion.model.model_converter import convert, load_from_standard_weights, match, rules
 from reifusion.model.model_loader import preload_models_from_standard_weights, state_dict
@@ -41,40 +40,12 @@ from reifusion.weights.lora import apply, load_lora, places, remove
 from reifusion.weights.lora_tools import extract
 from reifusion.weights.lora_tools import write as write_lora
 from tests.tiny import WORDS, random_networks
+from tests.tiny_sdxl import TINY, TINY_REFINER
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-FIRST = CLIPConfig(vocab_size=WORDS.vocab_size, context_length=16, width=24, layers=3, heads=4)
-SECOND = replace(FIRST, width=32, layers=4, activation="gelu")
-TINY = SDXLConfig(
-    name="tiny-xl",
-    size=64,
-    clip=FIRST,
-    clip_2=SECOND,
-    vae=VAEConfig(channels=(16, 32, 32), layers=1, groups=8, scale_factor=0.13025),
-    unet=SDXLUNetConfig(
-        channels=(32, 64),
-        attention=(0, 2),
-        middle_attention=2,
-        layers=1,
-        heads=(2, 4),
-        context_width=56,
-        groups=16,
-    ),
-    pooled=20,
-    waves=8,
-)
-TINY_REFINER = replace(
-    TINY,
-    name="tiny-refiner",
-    clip=SECOND,
-    clip_2=None,
-    unet=replace(TINY.unet, context_width=32, channels=(32, 64, 64), attention=(0, 1, 0), heads=(2, 4, 4)),
-    numbers=5,
-    zeros=False,
-)
 # As SSD-1B, with uneven depths on the way up; and as Segmind Vega. Neither has attention in the middle.
 TINY_SSD = replace(TINY, name="tiny-ssd", unet=replace(TINY.unet, middle_attention=0, up=(1, 3, 0, 0)))
 TINY_VEGA = replace(TINY, name="tiny-vega", unet=replace(TINY.unet, middle_attention=0, attention=(0, 1)))
