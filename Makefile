@@ -45,7 +45,7 @@ demo: .venv/ready-dev
 	.venv/bin/python notebooks/execute.py
 
 docs: .venv/ready-docs
-	.venv/bin/python -m mkdocs build --strict
+	@.venv/bin/python -m docs.build $(PAGES)
 
 equations: .venv/ready-dev
 	.venv/bin/python -m docs.equations

@@ -71,8 +71,8 @@ class Equation:
 
 def chapters() -> dict[str, str]:
     """Returns the names of the chapters' files with their numbers, in the order of the book."""
-    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    return {name: number for number, name in re.findall(r"- (\d+) .*: book/([\w-]+\.md)", navigation)}
+    navigation = (ROOT / "docs" / "contents.md").read_text(encoding="utf-8")
+    return {name: number for number, name in re.findall(r"- \[(\d+) .*\]\(book/([\w-]+\.md)\)", navigation)}
 
 
 def equations() -> list[Equation]:

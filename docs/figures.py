@@ -34,7 +34,11 @@ def sketch() -> Image.Image:
     return page.resize((128, 128), Image.Resampling.LANCZOS)
 
 
-def show(picture: Any, alt: str, caption: str = "") -> str:
+class Figure(str):
+    """HTML that a block prints between its text."""
+
+
+def show(picture: Any, alt: str, caption: str = "") -> Figure:
     """Returns a PIL picture or a matplotlib figure as HTML, to print. alt describes the picture."""
     file = io.BytesIO()
     if isinstance(picture, Image.Image):
@@ -45,4 +49,6 @@ def show(picture: Any, alt: str, caption: str = "") -> str:
         kind = "svg+xml"
     data = base64.b64encode(file.getvalue()).decode()
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{text}</figure>'
+    return Figure(
+        f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{text}</figure>'
+    )
