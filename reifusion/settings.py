@@ -162,6 +162,7 @@ class Settings:
     )  # fmt: skip
     deepcache: int = _setting("DeepCache", "The U-Net's inside on every n-th step only.", 1, kind=int)
     int8: bool = _setting("8-bit weights", "Weights of 8 bits.", False, kind=bool)
+    fp8: bool = _setting("FP8 weight", "Weights kept in 8-bit floating point.", False, kind=bool)
     dtype: str | None = _setting("dtype", "bf16, fp16 or fp32.", shown="what suits the device")
     vae: str | None = _setting("VAE", "A VAE for the model: a file, a folder, or owner/name.", shown=_MODEL)
     unet: str | None = _setting(
@@ -355,6 +356,7 @@ class Settings:
         from .api import load
         from .families.sdxl import with_refiner
         from .shortcuts.deepcache import deepcached
+        from .shortcuts.fp8 import store
         from .shortcuts.int8 import quantize
         from .weights import find
         from .weights.inversion import load_embedding, teach
@@ -371,6 +373,8 @@ class Settings:
         pipe = replace(pipe, config=self._as_loras_ask(pipe.config))
         if self.int8:
             quantize(pipe)
+        if self.fp8:
+            store(pipe)
         if self.refiner:
             pipe = with_refiner(pipe, load(self.refiner, device, self.dtype, idle_device=idle_device))
         if self.control:
@@ -505,6 +509,9 @@ class Settings:
         if self.int8:
             imports.append("from reifusion.shortcuts.int8 import quantize")
             pipe.append("quantize(pipe)")
+        if self.fp8:
+            imports.append("from reifusion.shortcuts.fp8 import store")
+            pipe.append("store(pipe)")
         if self.refiner:
             imports.append("from reifusion.families.sdxl import with_refiner")
             pipe.append(f"pipe = with_refiner(pipe, reifusion.load({self.refiner!r}, dtype={self.dtype!r}))")

@@ -25,14 +25,14 @@ SETTINGS = Settings("", sampler="ddim", steps=3, cfg=7.5, seed=1, size=(64, 64),
 OTHERS = Settings(
     "a cat", "a dog", "x.safetensors", (("zork.safetensors", 0.5), ("blot.safetensors", -1.0, "MIDD")),
     (("blob.pt", "blob"), ("e.bin", "")), "euler_a", 3, 2.5, 7, (64, 96), "photo.png", "mask.png", 0.7, 1,
-    (0.3, 5.0), 0.25, 1.2, 2, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
+    (0.3, 5.0), 0.25, 1.2, 2, True, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
     2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
     (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess",
     (("ip.bin", "cat.png", 0.5),), "encoder", "comfyui", "philox", 0.5, 9, 4.0, 32,
     (0, 64, 128, 0), True,
 )  # fmt: skip
 NOT_BY_NAME = (
-    "prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "refiner", "emphasis",
+    "prompt", "model", "lora", "embedding", "code", "deepcache", "int8", "fp8", "refiner", "emphasis",
     "control", "control_mode", "ip_adapter", "image_encoder",
 )  # fmt: skip
 

@@ -41,7 +41,6 @@ RELATIVES = (
     (r"lora_|lycoris_|.*\.(lora[_.]|hada_|lokr_)", "a LoRA, which changes a model but is not a model itself"),
     (r"control_model\.|controlnet_", "a ControlNet, which guides a model but is not a model itself"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which prompts a model but is not a model itself"),
-    (r"(.*\.)?(scaled_fp8|scale_weight)$", "in scaled float8, which is not built in"),
 )
 # The same for a model that would otherwise count as Stable Diffusion 1.x or 2.x.
 STRANGERS = (

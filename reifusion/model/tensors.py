@@ -55,16 +55,20 @@ class TensorFile:
 
     def tensors(self) -> dict[str, Stored]:
         """Returns the file's tensors by name, none of them read yet. A scale is a part of its tensor."""
-        return {
-            name: Stored(self, name)
-            for name in self.shapes
-            if not (name.endswith(SCALE) and self.scaled(name.removesuffix(SCALE)))
-        }
+        scales = {self.scale(name) for name in self.shapes} - {None}
+        beside = [name for name in self.shapes if scales and BESIDE_FLOAT8.fullmatch(name)]
+        return {name: Stored(self, name) for name in self.shapes if name not in scales.union(beside)}
 
-    def scaled(self, name: str) -> bool:
-        """True if the tensor has 8 bits a number, and beside it a scale for each of its rows."""
-        rows = self.shapes.get(name, torch.Size())[:1]
-        return self.dtypes.get(name) == torch.int8 and self.shapes.get(name + SCALE) == rows
+    def scale(self, name: str) -> str | None:
+        """Returns the name of the tensor's scale, one for each row or one for all; None if it has none."""
+        dtype, rows = self.dtypes.get(name), self.shapes.get(name, torch.Size())[:1]
+        if dtype == torch.int8 and self.shapes.get(name + SCALE) == rows:
+            return name + SCALE
+        if dtype in FLOAT8 and name.endswith("weight"):
+            for scale in (f"{name.removesuffix('weight')}scale_weight", f"{name}_scale"):
+                if scale in self.shapes and self.shapes[scale].numel() in (1, *rows):
+                    return scale
+        return None
 
     def read(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
         """Reads and converts one tensor. A convolution's weights have their channels last in memory."""
@@ -75,8 +79,8 @@ class TensorFile:
             self._get = self._reopen()
         tensor = self._get(name).detach()
         self._mapped += tensor.nbytes
-        if self.scaled(name):  # W_ij = s_i · n_ij, the s in float32, the n whole numbers up to 127
-            tensor = tensor * self._get(name + SCALE).reshape(-1, *[1] * (tensor.ndim - 1))
+        if (scale := self.scale(name)) is not None:  # W_ij = s_i · n_ij, the s in float32, the n of 8 bits
+            tensor = tensor.float() * self._get(scale).float().reshape(-1, *[1] * (tensor.ndim - 1))
         # Convolutions are fastest in this order. Copying into it here saves a second copy later.
         order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
         return tensor.to(device, dtype or tensor.dtype, copy=True, memory_format=order)
@@ -102,6 +106,9 @@ class TensorFile:
 
 
 SCALE = ".scale"  # ends the name of a tensor's scales
+FLOAT8 = torch.float8_e4m3fn, torch.float8_e5m2
+# What lies beside weights of float8 and their scales, as ComfyUI writes them: a mark, and scales of inputs
+BESIDE_FLOAT8 = re.compile(r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)")
 
 
 class Stored(NamedTuple):
@@ -121,7 +128,7 @@ class Stored(NamedTuple):
     @property
     def is_floating_point(self) -> bool:
         """True if it is one once it has been read, as is one of 8 bits with its scales."""
-        return self.dtype.is_floating_point or self.file.scaled(self.name)
+        return self.dtype.is_floating_point or self.file.scale(self.name) is not None
 
     def read(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         return self.file.read(self.name, device, dtype)

@@ -269,6 +269,34 @@ def test_weights_of_eight_bits_are_read_and_kept(tmp_path, single, dtype):
     assert kept["diffusion"].get_parameter("conv_out.weight").dtype == dtype
 
 
+@pytest.mark.parametrize("ending", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scaled_float8_is_read_as_the_weights_that_were_scaled(tmp_path, single, dtype, ending):
+    """As ComfyUI writes it: the large weights times a number that makes them fit, and that number beside."""
+    state = load_file(single)
+    scaled: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(0, dtype=dtype)}
+    for name, x in state.items():
+        if name.endswith(".weight") and x.ndim > 1 and "embedding" not in name:
+            scale = x.abs().max() / torch.finfo(dtype).max
+            stem = name.removesuffix("weight")
+            scaled |= {
+                name: (x / scale).to(dtype),
+                stem + ending: scale,
+                f"{stem}scale_input": torch.ones(()),
+            }
+        else:
+            scaled[name] = x
+    path = changed(tmp_path / "x.safetensors", single, scaled)
+    expected, found = load(single)[1], load(path, dtype=torch.float32)[1]
+    for part, network in expected.items():
+        for name, x in network.named_parameters():
+            other = found[part].get_parameter(name)
+            limit = 0.13 if dtype == torch.float8_e5m2 else 0.065  # half of the last of 2, or 3, bits
+            assert ((x - other).abs() <= limit * x.abs() + 1e-3 * x.abs().max()).all(), name
+    kept = load(path)[1]["diffusion"].get_parameter("conv_out.weight")
+    assert kept.dtype == torch.float32  # no number of 8 bits without its scale
+
+
 # Folders of diffusers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import reifusion
-from reifusion import cli
+from reifusion import cli, kernels
 from reifusion.model.clip import CLIP
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
@@ -27,8 +28,10 @@ from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.shortcuts.deepcache import DeepCache, deepcached
+from reifusion.shortcuts.fp8 import Fp8Linear, store
 from reifusion.shortcuts.int8 import Int8Conv2d, Int8Linear, quantize, quantize_layer
 from reifusion.weights import save
+from tests.tiny import SMALL, networks
 
 TINY = ModelConfig(
     name="tiny",
@@ -345,6 +348,39 @@ def test_a_network_of_8_bits_is_smaller_and_almost_the_same(dtype):
     assert share < (0.6 if dtype == torch.float32 else 0.8)  # norms and some layers stay
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plain", [True, False])
+@torch.inference_mode()
+def test_weights_kept_in_float8_are_the_rounded_ones(dtype, plain):
+    config = UNetConfig(channels=(64, 128), attention=(1, 1), layers=1, heads=(4, 4), context_width=512)
+    unet = randomized(UNet(config)).to(dtype)
+    unet.middle[0].conv_1.weight[0, 0, 0, 0] = 1000.0  # more than float8 has
+    if not plain:
+        kernels.install({"diffusion": unet})
+    rounded = copy.deepcopy(unet)
+    for layer in rounded.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer is not rounded.down[0][0]:
+            layer.weight.copy_(layer.weight.clamp(max=448).to(torch.float8_e4m3fn))
+    call = normal(2, 4, 8, 8).to(dtype), normal(2, 7, 512).to(dtype), torch.tensor([500.0])
+    weighed = sum(x.nbytes for x in unet.state_dict().values())
+    store({"diffusion": unet, "decoder": nn.Linear(2, 2)})
+    assert error(unet(*call), rounded(*call)) < (1e-5 if dtype == torch.float32 else 0.03)
+    share = sum(x.nbytes for x in unet.state_dict().values()) / weighed
+    assert share < (0.27 if dtype == torch.float32 else 0.53)
+    again = pickle.loads(pickle.dumps(unet))
+    assert torch.equal(again(*call), unet(*call)) and torch.equal(copy.deepcopy(unet)(*call), unet(*call))
+
+
+def test_the_vae_and_norms_keep_their_weights_beside_float8():
+    models = networks(SMALL)
+    before = {name: copy.deepcopy(models[name].state_dict()) for name in ("encoder", "decoder")}
+    store(models)
+    for name, state in before.items():
+        assert all(torch.equal(x, state[key]) for key, x in models[name].state_dict().items())
+    assert isinstance(models["clip"].layers[0].linear_1, Fp8Linear)  # type: ignore[union-attr, index]
+    assert models["clip"].get_parameter("norm.weight").dtype == torch.float32
+
+
 @torch.inference_mode()
 def test_layers_of_short_sums_keep_their_weights():
     unet = randomized(UNet(TINY.unet))
@@ -402,6 +438,7 @@ def draw(model, tmp_path, monkeypatch, capsys):
         (["--guidance-interval", "0.3:5"], {"guidance_interval": [0.3, 5.0]}),
         (["--deepcache", 2], {"deepcache": 2}),
         (["--int8"], {"int8": True}),
+        (["--fp8"], {"fp8": True}),
     ],
 )
 def test_a_shortcut_is_taken_remembered_and_given_up_again(draw, model, flags, kept):
@@ -411,7 +448,7 @@ def test_a_shortcut_is_taken_remembered_and_given_up_again(draw, model, flags, k
     assert carried | kept == carried
     assert not np.array_equal(pixels, plain)
     assert np.array_equal(draw("--like", path)[1], pixels)
-    off = ["--guidance-interval", "0:inf", "--deepcache", 1, "--no-int8"]
+    off = ["--guidance-interval", "0:inf", "--deepcache", 1, "--no-int8", "--no-fp8"]
     assert np.array_equal(draw("--like", path, *off)[1], plain)
 
 
