@@ -152,6 +152,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         (Own(option("to", "The prompt at the other end.", argument=True, required=True)), STOPS),
         subject=lambda values: f"{values['prompt']} to {values['to']}",
     ),
+    "swap": Experiment(
+        "keys.swap",
+        "Swaps the keys of two words, and their things change places.",
+        "swap-{subject}-{seed}",
+        (
+            Own(
+                option("words", "The two, with a comma between.", None, "--words", shown="the most telling"),
+                _names,
+            ),
+            Own(option("seeds", "How many seeds.", 3, kind=int, min=1)),
+        ),
+    ),
     "ablate": Experiment("ablate.ablate", "Without a word, a layer, a head.", "ablate-{subject}-{seed}"),
     "latents": Experiment(
         "latents.latents", "The latents' channels, and what each is for.", "latents-{subject}-{seed}"

@@ -41,6 +41,17 @@ def distance(one: Image.Image, other: Image.Image) -> float:
     return float(np.sqrt(np.mean(difference**2)))
 
 
+def contrast(picture: Image.Image) -> float:
+    """Returns the standard deviation of a picture's brightness, in levels."""
+    return float(np.asarray(picture.convert("L"), dtype=float).std())
+
+
+def difference(one: Image.Image, other: Image.Image, times: float = 8) -> Image.Image:
+    """Returns how far apart two pictures are, pixel by pixel and enlarged: black where they are equal."""
+    apart = np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float))
+    return Image.fromarray((times * apart).clip(0, 255).round().astype(np.uint8))
+
+
 def saturation(picture: Image.Image) -> float:
     """Returns how colourful a picture is on average: from 0, grey, to 1, pure colours."""
     return float(np.asarray(picture.convert("HSV"))[..., 1].mean() / 255)
@@ -60,6 +71,7 @@ def cfg(
         for k in range(seeds)
     ]
     saturations = [[saturation(picture) for picture in row] for row in rows]
+    apart = [distance(rows[0][k], rows[-1][k]) for k in range(len(scales))]
     figure = picture_grid(
         rows,
         "How much the words decide",
@@ -72,8 +84,13 @@ def cfg(
     alt = (
         f"“{request.prompts[0]}” drawn from {seeds} seeds, with guidance scales {listed} from left to right."
     )
-    numbers = {"scales": list(scales), "saturation": saturations}
-    return Exhibit(figure, "How much the words decide", alt, GUIDE["cfg"], numbers)
+    numbers = {"scales": list(scales), "saturation": saturations, "apart": apart}
+    low, high = (sum(row[k] for row in saturations) / seeds for k in (0, -1))
+    found = f"From s = {scales[0]:g} to s = {scales[-1]:g} the saturation goes from {low:.2f} to {high:.2f}"
+    found += ", which is hardly a change" * (abs(high - low) < 0.05)
+    if seeds > 1:
+        found += f", and two seeds are {apart[0]:.0f} and then {apart[-1]:.0f} levels apart"
+    return Exhibit(figure, "How much the words decide", alt, f"{found}. {GUIDE['cfg']}", numbers)
 
 
 def steps(
@@ -124,7 +141,10 @@ def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
         turns = list(pipe.denoise(replace(request, sampler=name)))
         pictures += pipe.decode(turns[-1].latents)
         calls.append(len(turns))
-    captions = [f"{name}\n{count} calls" for name, count in zip(names, calls)]
+    away = [distance(picture, pictures[0]) for picture in pictures]
+    captions = [f"{name}\n{count} calls, {far:.0f} away" for name, count, far in zip(names, calls, away)]
+    farthest = max(range(len(names)), key=lambda k: away[k])
+    found = f"Of all, {names[farthest]} is farthest from {names[0]}: {away[farthest]:.0f} levels."
     lines = [slice(i, i + 6) for i in range(0, len(names), 6)]
     figure = picture_grid(
         [pictures[line] for line in lines],
@@ -134,7 +154,11 @@ def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
     )
     alt = f"“{request.prompts[0]}” drawn from one noise by {len(names)} samplers: {', '.join(names)}."
     return Exhibit(
-        figure, "Every way back from the same noise", alt, GUIDE["samplers"], dict(zip(names, calls))
+        figure,
+        "Every way back from the same noise",
+        alt,
+        f"{found} {GUIDE['samplers']}",
+        dict(zip(names, calls)),
     )
 
 
@@ -171,20 +195,28 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
     noises = [[walk(one, other, u) for u in way] for walk in (slerp, lerp)]
     lengths = [[noise.square().mean().sqrt().item() for noise in row] for row in noises]
     rows = [draw_all(pipe, (replace(request, noise=noise) for noise in row)) for row in noises]
+    contrasts = [[contrast(picture) for picture in row] for row in rows]
+    half, ends = stops // 2, distance(rows[0][0], rows[0][-1])
+    found = one_line(f"""
+        The pictures of the two seeds are {ends:.0f} levels apart. Half-way the contrast is
+        {contrasts[0][half]:.0f} on the sphere, and {contrasts[1][half]:.0f} straight through, where the noise
+        has length {lengths[1][half]:.2f}.""")
     figure = picture_grid(
         rows,
         f"From seed {begin} to seed {to}",
         describe(request, "seed"),
         columns=[f"seed {begin}", *(f"{u:.0%}" for u in way[1:-1]), f"seed {to}"],
         rows=["on the\nsphere", "straight"],
-        captions=[[f"length {value:.2f}" for value in row] for row in lengths],
+        captions=[
+            [f"length {long:.2f}, contrast {value:.0f}" for long, value in zip(*row)]
+            for row in zip(lengths, contrasts)
+        ],
     )
     alt = one_line(f"""
         Two rows of {stops} pictures of “{request.prompts[0]}”, which go from seed {begin} to seed {to}.
         Above, the noise is turned; below, it is mixed.""")
-    return Exhibit(
-        figure, f"From seed {begin} to seed {to}", alt, GUIDE["seeds"], {"at": way, "lengths": lengths}
-    )
+    numbers = {"at": way, "lengths": lengths, "contrasts": contrasts, "ends": ends}
+    return Exhibit(figure, f"From seed {begin} to seed {to}", alt, f"{found} {GUIDE['seeds']}", numbers)
 
 
 def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, seeds: int = 2) -> Exhibit:

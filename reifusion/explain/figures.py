@@ -221,6 +221,19 @@ def overlay(picture: Image.Image, heat: Tensor | np.ndarray) -> Image.Image:
     return Image.fromarray((faded * (255 * (1 - tint) + colours * tint)).round().astype(np.uint8))
 
 
+BAR = 30  # pixels that `heat_bar` takes at the bottom of a figure
+
+
+def heat_bar(figure: Figure, highest: str) -> None:
+    """Writes what the colours of a figure's `overlay`s mean into the `BAR` pixels left free below them."""
+    height = round(figure.get_size_inches()[1] * DPI)
+    ramp = np.tile(np.linspace(0, 1, 200), (12, 1))
+    y = height - MARGIN - 12
+    write(figure, MARGIN, y + 6, "0", size=9, color=GREY)
+    place(figure, overlay(Image.new("L", (200, 12), 255), ramp), MARGIN + 12, y)
+    write(figure, MARGIN + 220, y + 6, highest, size=9, color=GREY)
+
+
 def two_heats(picture: Image.Image, one: Tensor, other: Tensor) -> Image.Image:
     """Returns the picture, faded and grey; red where one heat (H, W) leads, blue where the other does."""
     lead = np.asarray(one / one.max().clamp(min=1e-12) - other / other.max().clamp(min=1e-12))

@@ -40,56 +40,61 @@ _TEXTS = {
         solvers falls to a quarter. Heun pays two calls for each step; DPM-Solver++ 2M remembers the last
         one instead.""",
     "words": """
-        Dark red marks the places that looked at a word most, each word on its own scale; the number below is
-        the word's share of all attention. In a well-trained model nouns light up on their things, colours on
-        the things that they colour, and small words like “a” or “on” everywhere, or nowhere in particular.
-        The start token is no word: it takes the attention that no word needs.""",
+        Dark red marks the places that looked at a word most; all words have one scale, the bar below, and the
+        number under each is its share of all attention. In a well-trained model nouns light up on their
+        things, colours on the things that they colour, and small words like “a” or “on” everywhere, or
+        nowhere in particular. The start token is no word: it takes the attention that no word needs.""",
     "words-by-step": """
-        Each row is a word, from the first step to the last. Early maps are broad, because only the layout is
-        being decided; later maps follow edges. A word whose map stays even has little to say about
-        places.""",
+        Each row is a word, from the first step to the last. On large models early maps are broad, as only the
+        layout is being decided, and later maps follow edges; a small model may know from the first step. A
+        word whose map stays even has little to say about places.""",
     "words-by-layer": """
         Each row is a word, and each column is a layer of the U-Net, from its way down through the middle to
-        its way up; the grid below says how finely the layer sees. Coarse layers decide what goes where, and
-        fine layers decide which edge belongs to which word. Layers disagree, and no single one is the
-        explanation.""",
+        its way up; the grid below says how finely the layer sees. Layers share the work, and no single one is
+        the explanation: look where a noun is read, and where a colour.""",
     "words-by-head": """
-        Each row is a layer, and each column is one of its heads, all for one word. Heads of the same layer
+        Each column is a layer, and below each other are its heads, all for one word. Heads of the same layer
         look at different things: some follow the subject's outline, some the background, and some never look
         at the word at all.""",
     "pixel": """
         Through self-attention a place in the picture learns about other places. The cross is the chosen
-        place; red marks where it looks. A place looks at places that are like it: the rest of its own thing,
-        or all of the background.""",
+        place; red marks where it looks, on one scale in all panels. A place looks at places that are like it.
+        On things that are symmetric, the place most like it is often its mirror image.""",
     "cfg": """
         Guidance exaggerates what the prompt changes: ε = ε_uncond + s (ε_cond − ε_uncond). At s = 1 there is
-        no guidance, and the picture is one that the network thinks likely: soft, and now and then of
-        something else. With more guidance, the subject gets clearer and the seeds get more alike. With too
-        much, colours burn out and shapes break, because the latents leave the range that the decoder knows.
-        Look for the smallest s that gives the picture you asked for.""",
+        no guidance, and the picture is one that the network thinks likely. A model that knows many pictures
+        for a prompt may then draw something else now and then; with more guidance the subject gets clearer
+        and the seeds get more alike. With too much, colours burn and shapes break, because the latents leave
+        the range that the decoder knows. Look for the smallest s that gives the picture you asked for.""",
     "steps": """
         From left to right the same noise gets more steps. Few steps give a blurred picture, the mean of all
-        pictures that could be meant; the number below says how far a picture is from the one with most steps.
-        A sampler that adds no noise (ddim, dpmpp_2m) settles on one picture, and higher-order samplers settle
-        sooner; a sampler that adds noise (ddpm, euler_a) keeps finding other pictures. With a single step
+        pictures that could be meant; the number below says how far a picture is from the one with most steps
+        in its row. A sampler that adds no noise (ddim, dpmpp_2m) settles on one picture; one that adds noise
+        (ddpm, euler_a) goes on changing it, by as much as the prompt leaves open. Which settles soonest is
+        measured in chapter 9, with the same noise levels for all. With a single step
         ddim and euler_a leave nearly all the noise where it is, because the only timestep that they look at
         is the last, t = 1.""",
     "samplers": """
         All pictures have the same noise and the same number of steps, and each has another sampler. Samplers
-        that solve the same equation without adding noise agree in layout and differ in finish; samplers that
-        add noise (ddpm, euler_a, dpmpp_sde) draw another picture altogether. “Calls” says how often the U-Net
-        ran, which decides how long a picture takes.""",
+        that solve the same equation without adding noise agree; samplers that add noise (ddpm, euler_a,
+        dpmpp_sde) end elsewhere, as far away as the prompt leaves room for. “Calls” says how often the U-Net
+        ran, which decides how long a picture takes; “away” is the distance from the first picture.""",
     "seeds": """
         Both rows walk from the noise of one seed to that of another. The upper row walks on the sphere
         (slerp, Shoemake 1985), where the noise at every stop is as long as Gaussian noise should be and gives
         a good picture. The lower row walks straight through the ball: half-way the noise is too short, by a
-        factor of 1/√2, and the picture loses contrast and detail. The walk is smooth in places and jumps in
-        others, where the network changes its mind.""",
+        factor of 1/√2. A sampler that adds no noise on the way (ddim) then draws a flatter picture; one that
+        adds noise (euler_a) replaces it, and hardly notices. The contrast below each picture tells.""",
     "prompts": """
         Each row walks from the vectors of one prompt to those of another and keeps the noise. Nothing was
         trained to give the stops in between a meaning, yet most are good pictures. Look for where the change
         happens: often in a single step, when one reading wins over the other, while nothing moves at places
         that both pictures share.""",
+    "swap": """
+        A place finds a word by the word's key, and receives its value. Here the keys of two words have
+        changed places, and nothing else: every place that looks for the one receives the other. “Likeness”
+        compares the colours of the things on the left, less those on the right, of a picture and the one
+        below it: 1 if nothing has changed, -1 if the things have changed places.""",
     "ablate": """
         One thing at a time is taken away; the number says how far the picture moves. First row: a word's
         vectors are replaced by those of the empty prompt at the same places. Second row: the word is left out
@@ -97,9 +102,9 @@ _TEXTS = {
         vectors after it, because the text encoder lets later words look back. Third row: a layer's
         cross-attention is silent. Fourth row: one head is silent, in the layer that mattered most.""",
     "latents": """
-        This is the picture as the U-Net knows it: a few small channels, which are neither colours nor layers
-        of a picture. Blue is below zero, red is above. Below each channel is the decoded picture when that
-        channel is evened out to its mean: whatever goes missing is the channel's task.""",
+        This is the picture as the U-Net knows it: a few small channels in which its shapes can be seen,
+        though no channel is a colour. Blue is below zero, red is above. Below each channel is the decoded
+        picture when that channel is evened out to its mean: whatever goes missing is the channel's task.""",
     "vae": """
         The encoder turns 192 numbers, 8×8 pixels in three colours, into 4, and the decoder has to guess the
         rest. Flat areas and large shapes survive; thin lines, small letters and fine stripes do not, and no
@@ -124,9 +129,9 @@ _TEXTS = {
         would be one half. IoU compares the word's map, cut at 0.4 of its maximum, with the pixels of its side
         that are not background.""",
     "bugs": """
-        The left picture of each pair is correct, and the right one has the mistake, from the same words and
-        seed. Some mistakes scream, some whisper: the quiet ones stay in code for years. Below each pair is
-        the number that gives the mistake away, first when right, then with the mistake.
-        `reifusion/explain/bugs.py` names the test that finds it.""",
+        The left picture of each three is correct, the next one has the mistake, from the same words and seed,
+        and the third shows eight times the difference. Some mistakes scream, some whisper: the quiet ones
+        stay in code for years. Below is the number that gives the mistake away, first when right, then with
+        the mistake, and what it measures. `reifusion/explain/bugs.py` names the test that finds it.""",
 }
 GUIDE = {name: one_line(text) for name, text in _TEXTS.items()}

@@ -12,7 +12,7 @@ prompt in two sets of tokens, CLIP's and T5's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -34,7 +34,7 @@ from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from ..settings import of_request
 from ..weights.writing import write_tensors
-from .figures import INK, PAPER, Exhibit, overlay, picture_grid, plain
+from .figures import BAR, INK, PAPER, Exhibit, heat_bar, overlay, picture_grid, plain
 from .guide import GUIDE, one_line
 from .trajectory import describe
 
@@ -135,7 +135,9 @@ class Attention:
     def by_word(self, picture: Image.Image, special: bool = False) -> Exhibit:
         """Shows the picture with each word's heat over it, the mean over all layers, heads and steps."""
         words = [*self.words, *(self.special if special or not self.words else [])]
-        cells = [picture, *(overlay(picture, relative(self.heat(word))) for word in words)]
+        heats = [self.heat(word) for word in words]
+        most = _highest(heats)
+        cells = [picture, *(overlay(picture, heat / most) for heat in heats)]
         captions = ["", *(f"{plain(word.text, 24)}\n{self.share(word):.1%}" for word in words)]
         rows = [slice(i, i + 7) for i in range(0, len(cells), 7)]
         figure = picture_grid(
@@ -143,13 +145,17 @@ class Attention:
             "Which word made which pixel",
             describe(self.request),
             captions=[captions[row] for row in rows],
+            below=BAR,
         )
+        heat_bar(figure, f"{most:.0%} of a place's attention")
         shares = ", ".join(f"{word.text} {self.share(word):.1%}" for word in words)
         alt = one_line(f"""
             The picture of “{self.request.prompts[0]}”, then once more for each word, with the places marked
             in red that looked at the word: {shares}.""")
         numbers = {"shares": [[word.text, self.share(word)] for word in words]}
-        return Exhibit(figure, "Which word made which pixel", alt, GUIDE["words"], numbers)
+        top = words[max(range(len(words)), key=lambda k: heats[k].max().item())]
+        guide = f"One place gives “{top.text}” {most:.0%} of its attention, more than any gives another word."
+        return Exhibit(figure, "Which word made which pixel", alt, f"{guide} {GUIDE['words']}", numbers)
 
     def by_step(self, picture: Image.Image, words: Sequence[Word], most: int = 8) -> Exhibit:
         """Shows a row for each word: the mean over groups of steps, from noise to picture."""
@@ -158,56 +164,93 @@ class Attention:
         spans = [slice(int(a), int(b)) for a, b in pairwise(edges)]
         labels = [f"step {s.start + 1}" + f"–{s.stop}" * (s.stop > s.start + 1) for s in spans]
         heats = [[self.heat(word, steps=span) for span in spans] for word in words]
-        return self._overlays(picture, words, heats, labels, "Words, step by step", "words-by-step")
+        found = " ".join(
+            f"The tenth of the places that look most at “{word.text}” have {focus(row[0]):.0%} of what it "
+            f"gets in the first steps and {focus(row[-1]):.0%} in the last."
+            for word, row in list(zip(words, heats))[:2]
+        )
+        return self._overlays(picture, words, heats, labels, "Words, step by step", "words-by-step", found)
 
     def by_layer(self, picture: Image.Image, words: Sequence[Word]) -> Exhibit:
         """Shows a row for each word: one layer after the other, down and up the U."""
         heats = [[self.heat(word, layers=[name]) for name in self.maps] for word in words]
         grids = [f"{maps.shape[-1]}×{maps.shape[-2]}" for maps in self.maps.values()]
         labels = [f"{label(name)}\n{grid}" for name, grid in zip(self.maps, grids)]
-        return self._overlays(picture, words, heats, labels, "Words, layer by layer", "words-by-layer")
+        names = [label(name) for name in self.maps]
+        found = []
+        for word, row in zip(words, heats):
+            means = [heat.mean().item() for heat in row]
+            high, low = means.index(max(means)), means.index(min(means))
+            found.append(
+                f"“{word.text}” is read most in {names[high]} ({means[high]:.1%}) and least in {names[low]} "
+                f"({means[low]:.1%})."
+            )
+        title = "Words, layer by layer"
+        return self._overlays(picture, words, heats, labels, title, "words-by-layer", " ".join(found[:3]))
 
     def by_head(self, picture: Image.Image, word: Word) -> Exhibit:
-        """Shows a row for each layer: one head after the other, all for one word."""
+        """Shows a column for each layer: one head below the other, all for one word."""
+        rows = [f"head {k}" for k in range(max(maps.shape[1] for maps in self.maps.values()))]
         heats = [
-            [self.heat(word, layers=[name], heads=slice(k, k + 1)) for k in range(maps.shape[1])]
-            for name, maps in self.maps.items()
+            [
+                self.heat(word, layers=[name], heads=slice(k, k + 1)) if k < maps.shape[1] else None
+                for name, maps in self.maps.items()
+            ]
+            for k in range(len(rows))
         ]
-        labels = [f"head {k}" for k in range(max(map(len, heats)))]
-        rows = [label(name) for name in self.maps]
+        labels = [label(name) for name in self.maps]
         title = f"“{word.text}”, head by head"
-        return self._overlays(picture, rows, heats, labels, title, "words-by-head")
+        means = [heat.mean().item() for row in heats for heat in row if heat is not None]
+        deaf = sum(mean < 0.001 for mean in means)
+        found = f"Of {len(means)} heads, {deaf} give it less than 0.1%, and one {max(means):.0%}."
+        return self._overlays(picture, rows, heats, labels, title, "words-by-head", found)
 
     def of_pixel(self, picture: Image.Image) -> Exhibit:
         """Shows where the chosen pixel looked: in all layers, then at each resolution."""
         if self.pixel is None or not self.looks:
             raise ValueError("no pixel was chosen when the picture was drawn")
         grids = dict.fromkeys(tuple(looks.shape[-2:]) for looks in self.looks.values())
-        cells, labels = [overlay(picture, relative(self.look()))], ["all layers"]
+        looks, labels = [self.look()], ["all layers"]
         for grid in grids:
-            alike = [name for name, looks in self.looks.items() if tuple(looks.shape[-2:]) == grid]
-            cells.append(overlay(picture, relative(self.look(alike))))
+            alike = [name for name, maps in self.looks.items() if tuple(maps.shape[-2:]) == grid]
+            looks.append(self.look(alike))
             labels.append(f"{grid[1]}×{grid[0]}, {len(alike)} layer{'s' * (len(alike) > 1)}")
-        cells = [_crossed(cell, self.pixel) for cell in (picture, *cells)]
+        most = max(look.max().item() for look in looks)
+        cells = [picture, *(overlay(picture, look / most) for look in looks)]
+        cells = [_crossed(cell, self.pixel) for cell in cells]
         title = f"What the place ({self.pixel[0]}, {self.pixel[1]}) looks at"
-        figure = picture_grid([cells], title, describe(self.request), columns=["the picture", *labels])
+        figure = picture_grid(
+            [cells], title, describe(self.request), columns=["the picture", *labels], below=BAR
+        )
+        heat_bar(figure, f"{most:.0f} times the average")
         alt = f"The picture with a cross at {self.pixel}, and in red where it looks: {', '.join(labels)}."
-        return Exhibit(figure, title, alt, GUIDE["pixel"], {"pixel": list(self.pixel)})
+        x, y = self.pixel
+        finest = looks[1 + max(range(len(grids)), key=lambda k: list(grids)[k])]  # the layers that see finest
+        there = int(finest.argmax())
+        at = (there % self.size[0], there // self.size[0])
+        mirror = finest[y, self.size[0] - 1 - x].item()
+        found = (
+            f"In the finest layers this place looks most at ({at[0]}, {at[1]}), {finest.max():.0f} times as "
+            f"much as on average; at itself {finest[y, x]:.0f} times; at its mirror image {mirror:.0f} times."
+        )
+        numbers = {"pixel": [x, y], "most": list(at), "itself": finest[y, x].item(), "mirror": mirror}
+        return Exhibit(figure, title, alt, f"{found} {GUIDE['pixel']}", numbers)
 
     def _overlays(
         self,
         picture: Image.Image,
         rows: Sequence[Word | str],
-        heats: list[list[Tensor]],
+        heats: Sequence[Sequence[Tensor | None]],
         columns: list[str],
         title: str,
         guide: str,
+        found: str,
     ) -> Exhibit:
-        """Shows rows of overlays. A row has one scale, so that the cells in the row can be compared."""
+        """Shows rows of overlays, all on one scale; None leaves a gap. found: what these numbers say."""
         names = [row if isinstance(row, str) else row.text for row in rows]
-        highest = [max(heat.max().item() for heat in row) for row in heats]
-        cells = [[overlay(picture, heat / most) for heat in row] for row, most in zip(heats, highest)]
-        captions = [[f"{heat.mean():.1%}" for heat in row] for row in heats]
+        most = _highest(heat for row in heats for heat in row if heat is not None)
+        cells = [[None if heat is None else overlay(picture, heat / most) for heat in row] for row in heats]
+        captions = [["" if heat is None else f"{heat.mean():.1%}" for heat in row] for row in heats]
         figure = picture_grid(
             cells,
             title,
@@ -215,12 +258,15 @@ class Attention:
             columns=columns,
             rows=[plain(name, 24) for name in names],
             captions=captions,
+            below=BAR,
         )
+        heat_bar(figure, f"{most:.0%} of a place's attention")
         shown = [column.replace("\n", " ") for column in columns]
         listed = f"Rows: {', '.join(names)}. Columns: {', '.join(shown)}."
         alt = f"The picture of “{self.request.prompts[0]}” many times, with heat maps over it. {listed}"
-        means = [[heat.mean().item() for heat in row] for row in heats]
-        return Exhibit(figure, title, alt, GUIDE[guide], {"rows": names, "columns": shown, "shares": means})
+        means = [[None if heat is None else heat.mean().item() for heat in row] for row in heats]
+        numbers = {"rows": names, "columns": shown, "shares": means}
+        return Exhibit(figure, title, alt, f"{found} {GUIDE[guide]}", numbers)
 
 
 def words(
@@ -401,6 +447,17 @@ def _kept(weights: Tensor, h: int, w: int) -> Tensor:
 
 def _grid(maps: Tensor) -> tuple[int, int]:
     return maps.shape[-2], maps.shape[-1]
+
+
+def focus(heat: Tensor) -> float:
+    """Returns the share of a map (H, W) that is in the tenth of its places where it is strongest."""
+    strongest = heat.flatten().sort(descending=True).values[: heat.numel() // 10]
+    return (strongest.sum() / heat.sum().clamp(min=1e-12)).item()
+
+
+def _highest(heats: Iterable[Tensor]) -> float:
+    """Returns the highest share of attention in any map; at most 1, though bicubic curves overshoot."""
+    return min(1.0, max(heat.max().item() for heat in heats))
 
 
 def relative(heat: Tensor) -> Tensor:

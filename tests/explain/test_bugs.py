@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import reifusion
-from reifusion.explain.bugs import BUGS
+from reifusion.explain.bugs import BUGS, gallery
+from reifusion.model.request import Request
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,6 +37,12 @@ def test_the_picture_changes_unless_the_bug_sleeps(pipe, bug):
     assert np.array_equal(np.asarray(right), np.asarray(again))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_the_picture_shows_what_its_text_claims(pipe, bug):
+    assert bug.claim is not None and bug.claim(*bug.draw(pipe, seed=1))
+
+
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_the_test_that_would_catch_it_exists(bug):
     path, _, name = bug.test.partition("::")
@@ -45,3 +52,10 @@ def test_the_test_that_would_catch_it_exists(bug):
 def test_there_are_at_least_twelve_and_each_says_what_it_does():
     assert len(BUGS) >= 12
     assert all(bug.title and bug.effect and bug.number for bug in BUGS.values())
+    assert all(bug.made.startswith("https://") for bug in BUGS.values())
+
+
+def test_the_gallery_shows_the_difference_and_names_the_number(pipe):
+    exhibit = gallery(pipe, Request("a cat", steps=1, sampler="ddim", seed=0), ["wrong-gelu"])
+    texts = [text.get_text() for text in exhibit.figure.texts]
+    assert "difference × 8" in texts and BUGS["wrong-gelu"].number in texts

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import reifusion
 from reifusion.explain.halves import foreground, halves, iou, measure, pairs
-from reifusion.explain.words import Attention, row_grids, watch
+from reifusion.explain.words import Attention, focus, row_grids, watch
 from reifusion.model.attention import CrossAttention, SelfAttention
 from reifusion.model.config import SD15
 from reifusion.model.diffusion import UNet
@@ -175,7 +175,23 @@ def test_every_view_says_what_it_shows(attention):
         assert (view.guide and view.alt and "cat on a rocket" in view.alt) or "(50, 10)" in view.alt
     assert views[1].numbers["columns"] == ["step 1", "step 2", "step 3"]
     assert views[2].numbers["rows"] == [word.text for word in words]
-    assert np.shape(views[3].numbers["shares"]) == (7, 2)  # layers, heads
+    assert np.shape(views[3].numbers["shares"]) == (2, 7)  # heads, layers
+    assert all("of a place's attention" in view.figure.texts[-1].get_text() for view in views[:4])  # the bar
+
+
+def test_captions_say_what_the_numbers_say(attention):
+    picture, word = Image.new("RGB", (64, 64), "white"), attention.find("cat")
+    view = attention.by_layer(picture, [word])
+    shares = dict(zip(view.numbers["columns"], view.numbers["shares"][0]))
+    name, share = max(shares.items(), key=lambda item: item[1])
+    assert view.guide.startswith(f"“cat” is read most in {' '.join(name.split()[:-1])} ({share:.1%})")
+    even, peak = torch.ones(20, 20), torch.zeros(20, 20)
+    peak[:2] = 1
+    assert focus(even) == pytest.approx(0.1) and focus(peak) == 1
+    assert (
+        f"at ({', '.join(map(str, attention.of_pixel(picture).numbers['most']))})"
+        in attention.of_pixel(picture).guide
+    )
 
 
 # Ground truth: a U-Net that does not draw, but calls its hooks with known weights
