@@ -27,9 +27,9 @@ def studio(
     ] = None,
 ) -> None:
     """Opens a page, on this machine only: draw, watch the picture form, look inside."""
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError('the studio needs Gradio; install it with: pip install "reifusion[studio]"')
-    from ..studio.page import run
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise ValueError('the studio needs FastAPI; install it with: pip install "reifusion[studio]"')
+    from ..studio.serve import run
 
     with writable(Path(out)):
         run(given["model"], port, browser, out, preview_vae)

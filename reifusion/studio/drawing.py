@@ -4,85 +4,136 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, cast
 
 from PIL import Image
+from torch import Tensor
 
 from .. import album
-from ..api import load
 from ..errors import sentence
 from ..explain.schedule import signal_and_noise
-from ..explain.trajectory import decode_noisy, rms, spread
+from ..explain.trajectory import decode_noisy
 from ..explain.words import Attention, watch
 from ..families import taesd
 from ..model.ddpm import Sampler
 from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
 from ..model.tensors import ModelError
-from ..settings import Settings
+from ..settings import ABOUT, DRAWING, Settings, requested
 from ..weights import find
+from .wishes import fitting
 
 # One model draws for all pages, one picture at a time, because recording puts hooks into the model.
-_LOCK = threading.Lock()
-model = functools.lru_cache(maxsize=2)(load)  # two, so that two pages can compare two models
+_LOCK, _LOADING, _LOOKING = threading.Lock(), threading.Lock(), threading.Lock()
+# With these the network's inside runs otherwise than once a step at one size, or reads other words
+_UNWATCHED = ("hires", "emphasis", "manner", "deepcache", "refiner", "only_masked", "outpaint", "ip_adapter")
+SHARE = 0.25  # of the time, for pictures of steps while it draws: at full size, one takes as long as a step
+TICK = 0.5  # seconds between two notes about something that takes long
 
-MOST = 25  # steps that are decoded, evenly spread: at full size, a preview takes as long as a step
+
+def model(settings: Settings) -> StableDiffusion:
+    """Returns the model of the settings, with all that is put into it. Raises ValueError for a wrong file."""
+    usual = {name: ABOUT[name].default for name in (*requested(), *DRAWING)}
+    with _LOADING:
+        return _model(replace(settings, **usual))
+
+
+@functools.lru_cache(maxsize=2)  # two, so that two pages can compare two models
+def _model(settings: Settings) -> StableDiffusion:
+    return settings.pipe()
 
 
 @dataclass
 class Frame:
-    """The view at one place of the slider."""
+    """One place of the slider: the noise, a step, or the picture. Latents are (1, C, h, w), on the CPU."""
 
-    picture: Image.Image
+    x_t: Tensor  # the latents before the step; at both ends, those that are there
     step: int | None = None  # 0 … total - 1; None: before the first, or after the last
     t: float | None = None  # the timestep
-    push: float | None = None  # RMS of ε_cond - ε_uncond; None without guidance
+    x0: Tensor | None = None  # the clean latents that the network sees in x_t
+    cond: Tensor | None = None  # the noise that it sees with the prompt
+    uncond: Tensor | None = None  # … and without; None without guidance
+    sigma: float = 0.0
 
 
 @dataclass
 class Drawing:
     """One picture: what was asked for, and what has come about so far."""
 
-    request: Request  # with nothing left open, as soon as the model is loaded
+    settings: Settings  # as the picture's file says, as soon as it is complete
     note: str = ""  # how far the work is, in one sentence
     failed: bool = False  # then `note` says why
+    warning: str = ""
     done: bool = False
-    frames: list[Frame] = field(default_factory=list)  # the noise, what each step saw, the picture
+    request: Request | None = None  # with nothing left open, as soon as the model is loaded
+    pipe: StableDiffusion | None = None
+    looking: StableDiffusion | None = None  # what decodes the steps
+    frames: list[Frame] = field(default_factory=list)
     total: int = 0  # steps
     sampler: Sampler | None = None
     signal: list[float] = field(default_factory=list)  # the share of picture in the network's input at each t
     noise: list[float] = field(default_factory=list)  # … and the share of noise
+    words: Tensor | None = None  # the prompt's vectors, (77, 768)
     attention: Attention | None = None
-    path: Path | None = None  # where the picture is; None until it is complete
-    settings: Settings | None = None  # as the picture's file says; None until it is complete
+    picture: Image.Image | None = None  # when it is complete, or what was there when it was stopped
+    path: Path | None = None  # where it is; None until it is complete
+    decoded: dict[tuple[int, str], Image.Image] = field(default_factory=dict)
+    newest: int | None = None  # the last place that was decoded while drawing
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def look(self, place: int, what: str) -> Image.Image:
+        """Returns the picture of x_t ("given") or x0 ("seen") at a place; decoded when first looked at.
+
+        At both ends there is one thing to see; what is "given" there is its latents, a grey picture for each
+        channel.
+        """
+        frame = self.frames[place]
+        if (place, what) not in self.decoded:
+            with _LOOKING:
+                self.decoded[place, what] = self._decode(frame, what)
+        return self.decoded[place, what]
+
+    def _decode(self, frame: Frame, what: str) -> Image.Image:
+        from .views import tiles
+
+        assert self.looking is not None
+        if frame.step is None and what == "given":
+            return tiles(frame.x_t)
+        if frame.step is None and frame is not self.frames[0]:
+            assert self.picture is not None
+            return self.picture
+        if what == "given" or frame.x0 is None:
+            return decode_noisy(self.looking, frame.x_t)
+        return self.looking.decode(frame.x0)[0]
 
 
-def draw(
-    request: Request, source: str, folder: Path, stop: threading.Event, preview: str | None = None
-) -> Iterator[Drawing]:
-    """Draws with the model of that name; yields the same `Drawing` whenever there is something new.
+def draw(drawing: Drawing, folder: Path, preview: str | None = None) -> Iterator[Drawing]:
+    """Draws; yields the same `Drawing` whenever there is something new, and at least twice a second.
 
     preview: a tiny VAE, which decodes the steps of models that it fits; None: the model's own decodes them.
     The work is done in a thread of its own, so that the lock is released however the work ends: when the
     picture is done, when `stop` is set, or when nobody listens any more. Errors are in the drawing's note.
     """
-    drawing, news = Drawing(request, "Waiting for the picture of another page."), SimpleQueue[None]()
+    news = queue.SimpleQueue[None]()
+    stop = drawing.stop
 
     def tell() -> None:
         news.put(None)
 
     def work() -> None:
         try:
+            pipe = model(drawing.settings)
+            drawing.note = "Waiting for another picture."
             while not _LOCK.acquire(timeout=0.2):
                 if stop.is_set():
                     return _stopped(drawing)
             try:
-                _draw(drawing, source, folder, stop, tell, preview)
+                _draw(drawing, pipe, folder, tell, preview)
             finally:
                 _LOCK.release()
         except Exception as error:  # of any kind: the page goes on and says so
@@ -91,70 +142,84 @@ def draw(
             drawing.done = True
             tell()
 
-    if _LOCK.locked():
-        yield drawing
+    begun = time.monotonic()
+    loading = drawing.note = f"Loading {drawing.settings.model}."
+    yield drawing
     threading.Thread(target=work, daemon=True).start()
     try:
         done = False
         while not done:
-            news.get()
-            while not news.empty():  # a slow listener misses some
-                news.get()
+            with contextlib.suppress(queue.Empty):
+                news.get(timeout=TICK)
+                while not news.empty():  # a slow listener misses some
+                    news.get()
             done = drawing.done
+            if drawing.note.startswith(loading[:-1]):
+                if stop.is_set():  # what loads goes on, and is there the next time
+                    drawing.note, drawing.done, done = "Stopped.", True, True
+                else:
+                    drawing.note = f"{loading[:-1]}: {time.monotonic() - begun:.0f} s."
             yield drawing
     finally:
         stop.set()
 
 
-def previewing(source: str, preview: str | None) -> StableDiffusion:
+def previewing(pipe: StableDiffusion, preview: str | None) -> StableDiffusion:
     """Returns the model, with that tiny VAE. Raises ModelError for a tiny VAE of another family."""
-    pipe = model(source)
     return pipe if preview is None else taesd.beside(pipe, find(preview, "vae"))
 
 
 def _draw(
-    drawing: Drawing,
-    source: str,
-    folder: Path,
-    stop: threading.Event,
-    tell: Callable[[], None],
-    preview: str | None,
+    drawing: Drawing, pipe: StableDiffusion, folder: Path, tell: Callable[[], None], preview: str | None
 ) -> None:
-    drawing.note = f"Loading {source}."
-    tell()
-    pipe = looking = model(source)
+    settings, stop = drawing.settings, drawing.stop
+    drawing.pipe = drawing.looking = pipe
     with contextlib.suppress(ModelError):  # the page may draw with another model than it began with
-        looking = previewing(source, preview)
-    drawing.request = request = drawing.request.for_model(pipe.config)
+        drawing.looking = previewing(pipe, preview)
+    drawing.request = request = settings.request().for_model(pipe.config)
+    drawing.warning = fitting(request, pipe.config, settings.hires)
     drawing.sampler = pipe.sampler(request)
     _, signal, noise = signal_and_noise(drawing.sampler)
     drawing.signal, drawing.noise = signal.tolist(), noise.tolist()
+    begun, looked, last = time.monotonic(), 0.0, None
 
     def look(step: Step) -> bool:
-        if step.index == 0:
-            drawing.frames, drawing.total = [Frame(decode_noisy(looking, step.x_t))], step.total
-        if step.index in spread(range(step.total), MOST):
-            push = None if step.eps_uncond is None else rms(step.eps_cond - step.eps_uncond)
-            drawing.frames.append(Frame(looking.decode(step.x0)[0], step.index, step.t, push))
+        nonlocal begun, looked, last
+        cpu = {name: getattr(step, name) for name in ("x_t", "x0", "eps_cond", "eps_uncond")}
+        x_t, x0, cond, uncond = (None if x is None else x[:1].detach().float().cpu() for x in cpu.values())
+        assert x_t is not None
+        last = step.latents[:1].detach().float().cpu()
+        if not drawing.frames:
+            drawing.words = step.words[0].detach().float().cpu()
+            drawing.frames.append(Frame(x_t, sigma=step.sigma))
+        drawing.total = step.total
+        drawing.frames.append(Frame(x_t, step.index, float(step.t), x0, cond, uncond, step.sigma))
+        now = time.monotonic()
+        if looked <= SHARE * (now - begun):
+            place = len(drawing.frames) - 1
+            for what in ("given", "seen"):
+                drawing.look(place, what)
+            drawing.newest = place
+            looked += time.monotonic() - now
         drawing.note = f"Step {step.index + 1} of {step.total}."
         tell()
         return not stop.is_set()
 
     if stop.is_set():
         return _stopped(drawing)
-    with watch(pipe, request) as attention:
-        picture = cast(Image.Image, pipe.generate(request, callback=look, progress=False))
+    watched = all(getattr(settings, name) == ABOUT[name].default for name in _UNWATCHED)
+    with watch(pipe, request) if watched else contextlib.nullcontext() as attention:
+        drawing.picture = settings.draw(pipe, request, callback=look)
     drawing.attention = attention
-    drawing.frames.append(Frame(picture))
+    assert last is not None
     if stop.is_set():  # the frames can be looked at, but no command would repeat them
+        x0 = drawing.frames[-1].x0
+        drawing.frames.append(Frame(last if x0 is None else x0))
         return _stopped(drawing)
+    drawing.frames.append(Frame(last))
     folder.mkdir(parents=True, exist_ok=True)
-    given = {"init_image": request.init_image, "mask": request.mask}
-    kept: dict[str, Any] = {
-        name: album.keep(one, folder) for name, one in given.items() if isinstance(one, Image.Image)
-    }
-    entry = album.entry(Settings(model=source, **kept), request, pipe)
-    drawing.path = album.save(picture, entry, folder / album.file_name(entry.settings))
+    entry = album.entry(settings, request, pipe)
+    drawing.path = album.save(drawing.picture, entry, folder / album.file_name(entry.settings))
     drawing.settings = entry.settings
     drawing.note = f"Done: {drawing.path}"
 

@@ -1,119 +1,188 @@
-"""Explains the stage on view: the equations, and the lines that compute them.
+"""The stations of the pipeline, from the prompt to the picture: what each does at a place of the slider.
 
-Both are read from the code itself. An equation is a comment that begins with `# [id] source: …`; the
-statement below it computes it.
+A station says in a sentence what happens there, which numbers enter, and has the tensors that are there now,
+the lines of code that are at work, and its chapter of the book.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from ..explain.trajectory import rms
+from ..explain.words import label
 from ..model.attention import softmax_attention
-from ..model.clip import CLIPEmbedding
+from ..model.clip import CLIP, CLIPEmbedding
 from ..model.ddpm import Sampler, randn
-from ..model.encoder import scale_latents, unscale_latents
+from ..model.encoder import unscale_latents
 from ..model.guidance import Guidance
 from ..model.pictures import to_picture
+from ..model.tokenizer import Tokenizer
 from .drawing import Drawing
+from .excerpts import Excerpt, coloured, excerpts, whole
+from .views import caption, heats, push, shares, tensor, under
 
-PACKAGE = Path(__file__).parents[2]
-MOST = 14  # lines of an excerpt
+BOOK = Path(__file__).parents[2] / "site"  # the rendered book, where this is a checkout that has it
+CHAPTERS = {
+    "words": "Words", "forward": "Noise, and the forward process", "attention": "Attention",
+    "guidance": "Guidance", "reverse": "The reverse step, derived", "samplers": "Samplers as solvers",
+    "vae": "The VAE, and why latents", "flow": "From DDPM to rectified flow",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Excerpt:
-    equation: str  # with its source: "Eq. 4, Ho et al. 2020: q(xₜ | x₀) = …"; empty for code without one
-    code: str
-    place: str  # "reifusion/model/ddpm.py:181"
+@dataclass
+class Station:
+    """One box of the map."""
+
+    title: str
+    now: str  # what is written in the box: a few letters
+    said: str
+    chapter: str
+    code: Sequence[Excerpt] = ()
+    tensors: dict[str, str] = field(default_factory=dict)  # the name that `views.tensor` knows -> a label
+    rows: list[tuple[str, str]] = field(default_factory=list)  # what else is there: a name and a value
 
 
-def excerpts(thing: Callable | type, *ids: str) -> list[Excerpt]:
-    """Returns the equations in the source of a function or class: those with the ids, or all without ids."""
-    lines, first = inspect.getsourcelines(thing)
-    found, i = [], 0
-    while i < len(lines):
-        mark = re.match(r"(\s*)# \[([a-z][\w-]*)\] (.*)", lines[i])
-        i += 1
-        if mark is None or (ids and mark[2] not in ids):
-            continue
-        text = [mark[3]]
-        while i < len(lines) and lines[i].strip().startswith("#"):
-            text.append(lines[i].strip("# \n"))
-            i += 1
-        end = i  # the statements of this paragraph, at the equation's indentation or deeper
-        while end < min(len(lines), i + MOST) and re.match(rf"{mark[1]}(?!# \[)\s*\S", lines[end]):
-            end += 1
-        found.append(_excerpt(thing, " ".join(text), lines[i:end], first + i))
+def stations(drawing: Drawing, place: int) -> dict[str, Station]:
+    """Returns the boxes of the map in the order of the work."""
+    frame, sampler, request, pipe = drawing.frames[place], drawing.sampler, drawing.request, drawing.pipe
+    assert sampler is not None and request is not None and pipe is not None
+    prompt, room = request.prompts[0] or drawing.settings.prompt or "", pipe.config.clip.context_length
+    pieces = pipe.tokenizer.pieces(prompt)[: room - 2]
+    running, begun = frame.step is not None, request.init_image is not None
+    at = f"At t = {frame.t:g}" if running else "In each step"
+    shape = " × ".join(map(str, frame.x_t.shape[1:]))
+    found = {
+        "tokens": Station(
+            "Tokens", f"{len(pieces) + 2} of {room}",
+            f"Each word becomes one or more of {pipe.tokenizer.vocab_size:,} tokens; a start, an end and "
+            f"padding make {room}.", "words", [whole(Tokenizer.encode)],
+            rows=[(piece.text, str(piece.id)) for piece in pieces],
+        ),
+        "clip": Station(
+            "CLIP", "" if drawing.words is None else " × ".join(map(str, drawing.words.shape)),
+            "Each token has a vector, and then reads those before it: a row for each token.",
+            "words", [*excerpts(CLIPEmbedding.forward), whole(CLIP.forward)],
+            {"words": "the words' vectors, start first"},
+        ),
+        "noise": Station(
+            "Noise", f"seed {request.seeds[0]}",
+            "The loop begins with your picture under noise, and not with noise alone." if begun
+            else f"From the seed, {request.seeds[0]}, on the CPU: everywhere the same.",
+            "forward", excerpts(type(sampler).add_noise) if begun else [whole(randn)],
+            {"x_t": "x_t"} if place == 0 else {},
+        ),
+        "unet": Station(
+            "U-Net", f"t = {frame.t:g}" if running else f"{drawing.total} times",
+            f"{at} the network looks at the noisy latents and, by attention, at the words.",
+            "attention", excerpts(softmax_attention, "attention"),
+            {"x_t": "x_t, which it is given", "cond": "the noise that it sees"} if running else {},
+            _layers(drawing, place),
+        ),
+        "guidance": _guidance(drawing, place),
+        "sampler": _sampler(drawing, place),
+        "vae": Station(
+            "VAE", shape,
+            f"The latents, a small picture of {frame.x_t.shape[1]} numbers a place, become pixels.",
+            "vae", [whole(unscale_latents), whole(to_picture)],
+            {"x_t": "the latents"} if not running and place else {"x0": "x̂₀"} if running else {},
+        ),
+    }  # fmt: skip
     return found
 
 
-def whole(thing: Callable) -> Excerpt:
-    """Returns the source of a function without an equation, as far as there is room."""
-    lines, first = inspect.getsourcelines(thing)
-    more = ["    …\n"] if len(lines) > MOST else []
-    return _excerpt(thing, "", lines[:MOST] + more, first)
+def _layers(drawing: Drawing, place: int) -> list[tuple[str, str]]:
+    """Returns each layer in which pixels look at words, with the word that they look at most."""
+    attention, step = drawing.attention, drawing.frames[place].step
+    if attention is None or not attention.words:
+        return []
+    rows = []
+    for name, maps in attention.maps.items():  # (N, heads, T, h, w)
+        mean = (maps if step is None else maps[step : step + 1]).float().mean((0, 1, 3, 4))  # (T,)
+        shares = [(sum(mean[k].item() for k in word.tokens), word.text) for word in attention.words]
+        share, text = max(shares)
+        rows.append((f"{label(name)}, {maps.shape[-1]} × {maps.shape[-2]}", f"{text} {share:.1%}"))
+    return rows
 
 
-def _excerpt(thing: Callable | type, equation: str, lines: list[str], line: int) -> Excerpt:
-    path = Path(inspect.getsourcefile(inspect.unwrap(thing)) or "").resolve()
-    return Excerpt(
-        equation, inspect.cleandoc("\n" + "".join(lines)), f"{path.relative_to(PACKAGE).as_posix()}:{line}"
-    )
+def _guidance(drawing: Drawing, place: int) -> Station:
+    request, pushed = drawing.request, push(drawing, place)
+    assert request is not None
+    said = f"What the prompt changes is multiplied by s = {request.cfg:g}."
+    if pushed is not None:
+        said = f"The prompt's push, {pushed:.4f} on average, is multiplied by s = {request.cfg:g}."
+    elif request.cfg == 1:
+        said = "At s = 1 there is no guidance: the network runs once a step, with the prompt alone."
+    elif drawing.frames[place].step is not None:
+        said = "There is no guidance in this step: the network runs once, with the prompt alone."
+    found = excerpts(Guidance.__call__, "guidance")
+    return Station(
+        "Guidance", f"s = {request.cfg:g}", said, "guidance", found,
+        {} if pushed is None else {"uncond": "without the prompt", "push": "where the prompt pushes"},
+    )  # fmt: skip
 
 
-def _way_back(sampler: Sampler) -> list[Excerpt]:
+def _sampler(drawing: Drawing, place: int) -> Station:
+    frame, sampler = drawing.frames[place], drawing.sampler
+    assert sampler is not None
+    kind = {"epsilon": ["x0-from-eps"], "v_prediction": ["x0-from-v"]}.get(sampler.prediction_type, [])
+    sees = excerpts(type(sampler).predict, *kind) or [whole(type(sampler).predict)]
+    rows = []
+    if frame.step is not None and frame.x0 is not None and (share := shares(drawing, place)) is not None:
+        names = ("1 − σ", "σ") if sampler.prediction_type == "flow" else ("√ᾱₜ", "√(1 − ᾱₜ)")
+        rows = [(name, f"{value:.3f}") for name, value in zip(names, share)]
+        rows += [("σₜ", f"{frame.sigma:.3f}"), ("size of x̂₀", f"{rms(frame.x0):.3f}")]
+    return Station(
+        "Sampler", sampler.title,
+        f"From the noise that was seen follows x̂₀, the clean picture; {sampler.title} then goes on to the "
+        "next, less noisy latents.",
+        "samplers", [*sees, *way_back(type(sampler))],
+        {"x_t": "x_t", "x0": "x̂₀", "next": "the next x_t"} if frame.step is not None else {}, rows,
+    )  # fmt: skip
+
+
+def way_back(kind: type[Sampler]) -> tuple[Excerpt, ...]:
     """Returns the equations of a sampler's step: its own, and those of the class that defines the step."""
-    kind = type(sampler)
     giver = next(one for one in kind.__mro__ if "_step" in vars(one) or "step" in vars(one))
     found = [excerpt for one in dict.fromkeys((kind, giver)) for excerpt in excerpts(one)]
-    return found or [whole(kind._step)]
+    return tuple(found) or (whole(kind._step),)
 
 
-def happens(drawing: Drawing, place: int) -> str:
-    """Returns HTML that explains what happens at that place of the slider."""
-    frame, sampler, request = drawing.frames[place], drawing.sampler, drawing.request
-    assert sampler is not None
-    if frame.step is None and place == 0:
-        sections = [
-            ("The prompt becomes numbers", "Each token has a vector; then the tokens read each other.",
-             excerpts(CLIPEmbedding.forward)),
-            ("Noise is drawn", f"From the seed, {request.seed}, on the CPU: everywhere the same.",
-             [whole(randn)]),
-        ]  # fmt: skip
-        if request.init_image is not None:
-            said = "The loop begins with your picture under noise, and not with noise alone."
-            sections.append(("Your picture", said, excerpts(type(sampler).add_noise)))
-    elif frame.step is None:
-        said = "The latents, a small picture of four numbers a place, become pixels."
-        found = [*excerpts(scale_latents), whole(unscale_latents), whole(to_picture)]
-        sections = [("The picture is decoded", said, found)]
-    else:
-        kind = {"epsilon": ["x0-from-eps"], "v_prediction": ["x0-from-v"]}.get(sampler.prediction_type, [])
-        said = f"At t = {frame.t:g} the network looks at the noisy latents and, by attention, at the words."
-        sections = [("The pixels look at the words", said, excerpts(softmax_attention, "attention"))]
-        if frame.push is not None:
-            said = f"The prompt's push, {frame.push:.4f} on average, is multiplied by {request.cfg:g}."
-            sections.append(("Guidance", said, excerpts(Guidance.__call__, "guidance")))
-        said = "The clean picture above follows from the noise that the network sees."
-        sees = excerpts(type(sampler).predict, *kind) or [whole(type(sampler).predict)]
-        sections.append(("What it sees", said, sees))
-        said = f"{sampler.title} goes on to the next, less noisy latents."
-        sections.append(("One step back", said, _way_back(sampler)))
-    stages = "".join(
-        f'<section class="stage"><h3>{escape(title)}</h3><p>{escape(said)}</p>'
-        + "".join(map(_html, found))
-        + "</section>"
-        for title, said, found in sections
-    )
-    return f'<div class="stages">{stages}</div>'
+def facts(drawing: Drawing, place: int) -> dict[str, Any]:
+    """Returns all that the page shows at a place of the slider, ready for JSON."""
+    frame, share = drawing.frames[place], shares(drawing, place)
+    return {
+        "place": place,
+        "caption": caption(drawing, place),
+        "under": under(drawing, place),
+        "step": frame.step,
+        "t": frame.t,
+        "share": share,
+        "heats": heats(drawing, place),
+        "stations": {name: _as_json(drawing, place, one) for name, one in stations(drawing, place).items()},
+    }
 
 
-def _html(excerpt: Excerpt) -> str:
-    equation = f'<p class="equation">{escape(excerpt.equation)}</p>' if excerpt.equation else ""
-    code = f"<pre><code>{escape(excerpt.code)}</code></pre>"
-    return f'{equation}{code}<p class="place">{escape(excerpt.place)}</p>'
+def _as_json(drawing: Drawing, place: int, station: Station) -> dict[str, Any]:
+    chapter = station.chapter
+    page = BOOK / "book" / f"{chapter}.html"
+    shown = []
+    for name, said in station.tensors.items():
+        if (values := tensor(drawing, place, name)) is not None:
+            shape = " × ".join(map(str, values.shape[-3:]))
+            mean, std = values.mean().item(), values.std(correction=0).item()
+            shown.append({"name": name, "label": said, "shape": shape, "mean": mean, "std": std})
+    return {
+        "title": station.title,
+        "now": station.now,
+        "said": station.said,
+        "chapter": CHAPTERS[chapter],
+        "book": f"/book/{chapter}.html" if page.is_file() else None,
+        "code": [
+            {"equation": one.equation, "html": coloured(one.code), "place": one.place} for one in station.code
+        ],
+        "tensors": shown,
+        "rows": station.rows,
+    }

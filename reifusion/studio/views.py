@@ -1,117 +1,150 @@
-"""How a drawing looks in the page: the picture with its words, and its place on the noise schedule."""
+"""What the page shows of a drawing, as data and as pictures: words with their heat, the schedule, tensors."""
 
 from __future__ import annotations
 
 import base64
-import io
-import json
-from html import escape
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
+from ..explain.trajectory import rms
 from ..explain.words import relative
 from .drawing import Drawing
+from .known import LITTLE, unknown_words
 
 GRID = 64  # the finest grid on which heat maps are sent; only the attention of large pictures is finer
 
 
-def view(drawing: Drawing, place: int) -> str:
-    """Returns HTML: the frame at that place of the slider, and the prompt's words with their heat there.
-
-    `studio.js` connects pixels and words, by mouse and by keyboard.
-    """
-    frame = drawing.frames[place]
-    stream = io.BytesIO()
-    frame.picture.save(stream, "PNG")
-    words, heats = _heats(drawing, place)
-    chips = "".join(
-        f'<button type="button" class="word" data-word="{i}">{escape(text)}'
-        f" <small>{share:.1%}</small></button>"
-        for i, (text, share) in enumerate(words)
-    )
-    hint = (
-        "Point at a word to see its pixels, or at the picture to see its words. Keyboard: Tab to a word, or "
-        "to the picture and move about with the arrows."
-    )
-    return f"""<figure class="view" data-heats="{escape(json.dumps(heats))}">
-<div class="canvas" {'tabindex="0" role="application"' if words else ""}
- aria-label="The picture, word by word">
-<img alt="{escape(caption(drawing, place))}: {escape(drawing.request.prompts[0])}"
- src="data:image/png;base64,{_base64(stream.getvalue())}"><canvas aria-hidden="true"></canvas></div>
-<figcaption><b>{escape(caption(drawing, place))}</b>
-<div class="words" role="group" aria-label="Words of the prompt">{chips}</div>
-<p class="here" role="status">{hint if words else ""}</p></figcaption></figure>"""
-
-
 def caption(drawing: Drawing, place: int) -> str:
+    """Returns what the slider says at that place."""
     frame = drawing.frames[place]
     if frame.step is not None:
-        return (
-            f"step {frame.step + 1} of {drawing.total}, t = {frame.t:g}: what the network sees in the noise"
-        )
+        return f"step {frame.step + 1} of {drawing.total}, t = {frame.t:g}"
     if place == 0:
         return "the noise it began with"
-    return "the picture" if drawing.path else "what the network saw when drawing was stopped"
+    return "the picture" if drawing.path else "what was there when drawing was stopped"
 
 
-def _heats(drawing: Drawing, place: int) -> tuple[list[tuple[str, float]], dict[str, object]]:
-    """Returns each word with its share of all attention, and the words' maps in bytes, each up to 255."""
+def under(drawing: Drawing, place: int) -> tuple[str, str]:
+    """Returns what is written under the two pictures of a place."""
+    frame = drawing.frames[place]
+    if frame.step is not None:
+        return "x_t: what the network is given", "x̂₀: what it sees in it"
+    channels, height, width = frame.x_t.shape[1:]
+    size = f"{channels} × {height} × {width}"
+    if place == 0:
+        return f"the latents, {size}: noise", "the same, decoded"
+    return f"the latents, {size}", "decoded: " + caption(drawing, place)
+
+
+def heats(drawing: Drawing, place: int) -> dict[str, Any]:
+    """Returns the prompt's words at that place: each with its share of all attention and its heat map.
+
+    A map is bytes in base64, up to 255 where it is `peak`, row by row. "little" are words that join others.
+    """
     frame, attention = drawing.frames[place], drawing.attention
     if attention is None or not attention.maps or (place == 0 and frame.step is None):
-        return [], {}
+        return {"width": 0, "height": 0, "words": []}
     steps = slice(None) if frame.step is None else slice(frame.step, frame.step + 1)
-    heats = [attention.heat(word, steps) for word in attention.words]  # each (H, W)
-    words = [(word.text, heat.mean().item()) for word, heat in zip(attention.words, heats)]
     scale = min(1, GRID / max(attention.size))
-    grid = [max(1, round(side * scale)) for side in attention.size]
-    small = [F.interpolate(relative(heat)[None, None], grid[::-1], mode="area")[0, 0] for heat in heats]
-    maps = [_base64((heat.numpy() * 255).round().astype(np.uint8).tobytes()) for heat in small]
-    return words, {"width": grid[0], "height": grid[1], "maps": maps}
-
-
-def schedule(drawing: Drawing, place: int) -> str:
-    """Returns an SVG: the shares of picture and noise at each t, the sampler's timesteps, the current t."""
-    width, height, left, foot = 560, 150, 8, 26
-    last = len(drawing.signal) - 1
-    timesteps = [float(t) for t in drawing.sampler.timesteps] if drawing.sampler else []
-
-    def x(t: float) -> float:  # from noise to picture, as time goes
-        return round(left + (width - 2 * left) * (1 - t / last), 1)
-
-    def curve(values: list[float], name: str) -> str:
-        points = (
-            f"{x(t)},{height * (1 - values[t]) + 6:.1f}" for t in range(0, last + 1, max(1, last // 100))
+    width, height = (max(1, round(side * scale)) for side in attention.size)
+    words = []
+    for word in attention.words:
+        heat = attention.heat(word, steps)  # (H, W)
+        small = F.interpolate(relative(heat)[None, None], (height, width), mode="area")[0, 0]
+        words.append(
+            {
+                "text": word.text,
+                "share": heat.mean().item(),
+                "peak": heat.max().item(),
+                "little": word.text in LITTLE or not any(map(str.isalnum, word.text)),
+                "map": base64.b64encode((small.numpy() * 255).round().astype(np.uint8).tobytes()).decode(),
+            }
         )
-        return f'<polyline class="{name}" points="{" ".join(points)}"/>'
+    return {"width": width, "height": height, "words": words}
 
-    ticks = "".join(f'<path class="tick" d="M{x(t)},{height + 8}v8"/>' for t in timesteps)
+
+def curve(drawing: Drawing) -> dict[str, Any]:
+    """Returns the shares of picture and noise over t, at most 100 points, and where the sampler looks."""
+    last = len(drawing.signal) - 1
+    at = range(0, last + 1, max(1, last // 100))
+    timesteps = [] if drawing.sampler is None else [float(t) for t in drawing.sampler.timesteps]
+    return {
+        "last": last,
+        "t": list(at),
+        "signal": [round(drawing.signal[t], 4) for t in at],
+        "noise": [round(drawing.noise[t], 4) for t in at],
+        "timesteps": timesteps,
+    }
+
+
+def shares(drawing: Drawing, place: int) -> tuple[float, float] | None:
+    """Returns how much picture and noise the network's input holds at a place; None for the finished one."""
     frame = drawing.frames[place]
-    t = frame.t if frame.t is not None else timesteps[0] if place == 0 and timesteps else 0
-    here = f'<path class="marker" d="M{x(t)},2V{height + 20}"/>'
-    at = min(last, max(0, round(t)))
-    now = f"t = {t:g}: picture × {drawing.signal[at]:.3f}, noise × {drawing.noise[at]:.3f}"
-    return f"""<figure class="schedule"><svg viewBox="0 0 {width} {height + foot}" role="img"
- aria-label="The noise schedule, from noise to picture; here {now}">{curve(drawing.signal, "signal")}
-{curve(drawing.noise, "noise")}{ticks}{here}</svg>
-<figcaption>{now}. <span class="signal">Picture</span> rises, <span class="noise">noise</span> falls; below,
-the timesteps at which the sampler looks.</figcaption></figure>"""
+    if frame.step is None and place > 0:
+        return None
+    t = float(drawing.sampler.timesteps[0]) if frame.t is None and drawing.sampler else frame.t or 0.0
+    at = min(len(drawing.signal) - 1, max(0, round(t)))
+    return drawing.signal[at], drawing.noise[at]
 
 
-def carries(settings: dict[str, Any]) -> str:
-    """Returns HTML with what a picture's file says of the picture."""
-    rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in settings.items()
-    )
-    return f'<dl class="facts">{rows}</dl>'
+def push(drawing: Drawing, place: int) -> float | None:
+    """Returns the RMS of ε_cond - ε_uncond; None without guidance."""
+    frame = drawing.frames[place]
+    return None if frame.cond is None or frame.uncond is None else rms(frame.cond - frame.uncond)
 
 
-def says(text: str, failed: bool = False) -> str:
-    """Returns HTML with one sentence about the state of the work."""
-    role, kind = ("alert", "failed") if failed else ("status", "fine")
-    return f'<p role="{role}" class="says {kind}">{escape(text)}</p>'
+def notes(pipe: Any, prompt: str) -> list[str]:
+    """Returns what a reader of the prompt should know before drawing, each in one sentence."""
+    pieces = pipe.tokenizer.pieces(prompt)
+    said, room = [], pipe.config.clip.context_length - 2
+    if not prompt.strip():
+        said.append("An empty prompt: the model draws whatever comes.")
+    if len(pieces) > room:
+        lost = pipe.tokenizer.decode([piece.id for piece in pieces[room:]])
+        said.append(f"The prompt has {len(pieces)} tokens and there is room for {room}; cut off: {lost}")
+    if pipe.config.name == "mini" and (unknown := unknown_words(prompt)):
+        one = "this word" if len(unknown) == 1 else "these words"
+        said.append(f"The mini has never read {one}: {', '.join(unknown)}")
+    return said
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+# Tensors as pictures
+
+
+def tensor(drawing: Drawing, place: int, name: str) -> Tensor | None:
+    """Returns a tensor of a place by the name that the page has for it; None if there is none."""
+    frame = drawing.frames[place]
+    if name == "words":
+        return drawing.words
+    if name == "next":
+        return drawing.frames[place + 1].x_t if place + 1 < len(drawing.frames) else None
+    if name == "push":
+        return None if frame.cond is None or frame.uncond is None else frame.cond - frame.uncond
+    return {"x_t": frame.x_t, "x0": frame.x0, "cond": frame.cond, "uncond": frame.uncond}.get(name)
+
+
+def tensor_picture(values: Tensor) -> Image.Image:
+    """(1, C, h, w) -> a tile for each channel; (L, width) -> a pixel for each number, blue to red."""
+    return tiles(values) if values.ndim == 4 else _coloured(values)
+
+
+def tiles(latents: Tensor) -> Image.Image:
+    """(1, C, h, w) -> the channels as tiles, as square as they go."""
+    channels, height, width = latents.shape[1:]
+    across = next(k for k in range(max(1, round(channels**0.5)), channels + 1) if channels % k == 0)
+    rows = latents[0].unflatten(0, (channels // across, across))  # (r, c, h, w)
+    return _coloured(rows.transpose(1, 2).reshape(channels // across * height, across * width))
+
+
+def _coloured(values: Tensor) -> Image.Image:
+    """(H, W) -> blue below 0, white at 0, red above; the ends are at three standard deviations."""
+    x = (values / (3 * values.std(correction=0)).clamp(min=1e-12)).clamp(-1, 1)[..., None]
+    high, low = torch.tensor([178.0, 24.0, 43.0]), torch.tensor([33.0, 102.0, 172.0])
+    white = torch.tensor([250.0, 250.0, 250.0])
+    levels = white + (high - white) * x.clamp(min=0) + (low - white) * (-x).clamp(min=0)
+    return Image.fromarray(levels.round().to(torch.uint8).numpy())

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from reifusion.settings import Settings
+
 from ..explain.conftest import model  # noqa: F401
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -29,12 +31,12 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def address(folder) -> Iterator[str]:
     """The address of a studio that draws with the mini."""
-    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
-    from reifusion.studio.page import serve
+    pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
+    from reifusion.studio.serve import serve
 
-    blocks, address = serve("mini", None, False, str(folder))
-    yield address
-    blocks.close(verbose=False)
+    running = serve("mini", None, False, str(folder))
+    yield running.address
+    running.close()
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +61,7 @@ def artifacts(tmp_path) -> Path:
 @contextmanager
 def _opener(browser: Any, address: str) -> Iterator[Callable[[], Any]]:
     """Opens pages; at the end, no page may have failed, or have asked another server for anything."""
-    context, wrong = browser.new_context(viewport={"width": 1280, "height": 900}), []
+    context, wrong = browser.new_context(viewport={"width": 1280, "height": 800}), []
 
     def note(request: Any) -> None:
         if not request.url.startswith((address, "data:", "blob:")):
@@ -71,7 +73,7 @@ def _opener(browser: Any, address: str) -> Iterator[Callable[[], Any]]:
         page.on("request", note)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(address)
-        page.wait_for_selector("#draw")
+        page.wait_for_selector("#more [data-name]", state="attached")  # it knows the model
         return page
 
     yield open_page
@@ -97,18 +99,26 @@ def pipe(model) -> Any:  # noqa: F811
     """The tiny model as the studio uses it."""
     from reifusion.studio import drawing
 
-    return drawing.model(model)
+    return drawing.model(Settings(model=model))
 
 
 @pytest.fixture
-def finish(model, tmp_path) -> Any:  # noqa: F811
-    """Draws with the tiny model to the end; returns the Drawing."""
-    import threading
+def wanted(model) -> Callable[..., Settings]:  # noqa: F811
+    """Makes settings for the tiny model."""
 
-    from reifusion.studio.drawing import draw
+    def make(prompt: str = "a cat on a dog", **more: Any) -> Settings:
+        return Settings(prompt, **{"model": model, "seed": 3, "sampler": "ddim", "steps": 4, **more})
 
-    def run(request: Any) -> Any:
-        *_, drawing = draw(request, model, tmp_path / "out", threading.Event())
+    return make
+
+
+@pytest.fixture
+def finish(tmp_path) -> Callable[..., Any]:
+    """Draws to the end; returns the Drawing."""
+    from reifusion.studio.drawing import Drawing, draw
+
+    def run(settings: Settings, preview: str | None = None) -> Any:
+        *_, drawing = draw(Drawing(settings), tmp_path / "out", preview)
         assert not drawing.failed, drawing.note
         return drawing
 

@@ -10,15 +10,15 @@ import pytest
 from reifusion import cli
 
 
-def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
+def test_without_fastapi_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["studio"]) == 2
-    said = 'reifusion: the studio needs Gradio; install it with: pip install "reifusion[studio]"\n'
+    said = 'reifusion: the studio needs FastAPI; install it with: pip install "reifusion[studio]"\n'
     assert capsys.readouterr() == ("", said)
 
 
 def test_a_source_that_is_no_model_is_refused_before_the_page_opens(monkeypatch, capsys, tmp_path):
-    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
+    pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["studio", "--no-browser", "--model", "nowhere.safetensors"]) == 2
     said = capsys.readouterr()
@@ -26,7 +26,7 @@ def test_a_source_that_is_no_model_is_refused_before_the_page_opens(monkeypatch,
 
 
 def test_a_tiny_vae_that_does_not_fit_is_refused_before_the_page_opens(monkeypatch, capsys, model, tmp_path):
-    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
+    pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["studio", "--no-browser", "--model", model, "--preview-vae", model]) == 2
     said = capsys.readouterr()
@@ -34,7 +34,7 @@ def test_a_tiny_vae_that_does_not_fit_is_refused_before_the_page_opens(monkeypat
 
 
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch, capsys, model, tmp_path):
-    pytest.importorskip("gradio", reason="the studio needs: pip install reifusion[studio]")
+    pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

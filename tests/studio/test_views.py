@@ -1,63 +1,98 @@
-"""The views of a drawing: its words with their heat, the schedule, the equations of each stage."""
+"""What the page shows of a drawing: its words with their heat, its tensors, the equations of each station."""
 
 from __future__ import annotations
 
 import base64
 import json
-import re
-from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import reifusion
 from reifusion.model import attention, ddpm, samplers
-from reifusion.model.request import Request
-from reifusion.studio.stages import PACKAGE, excerpts, happens
-from reifusion.studio.views import carries, says, schedule, view
+from reifusion.model.encoder import unscale_latents
+from reifusion.studio import views
+from reifusion.studio.excerpts import PACKAGE, coloured, excerpts, whole
+from reifusion.studio.stages import BOOK, CHAPTERS, facts, stations, way_back
 
 EVIL = "a <b onclick=alert(1)> cat \" ' ${1+1} {{x}} &amp;"
 
 
 @pytest.fixture
-def drawing(finish):
-    return finish(Request("a cat on a dog", seed=3, sampler="ddpm", steps=4))
-
-
-def heats(html: str) -> dict:
-    return json.loads(unescape(re.findall('data-heats="(.*?)"', html)[0]))
+def drawing(wanted, finish):
+    return finish(wanted(sampler="ddpm"))
 
 
 @pytest.mark.parametrize("place", [1, 3, 5])
 def test_each_word_carries_its_heat_at_that_step(drawing, place):
-    html = view(drawing, place)
-    sent = heats(html)
+    sent = views.heats(drawing, place)
     step = drawing.frames[place].step
-    assert len(sent["maps"]) == html.count('class="word"') == 5
-    for word, map in zip(drawing.attention.words, sent["maps"]):
+    assert [word["text"] for word in sent["words"]] == ["a", "cat", "on", "a", "dog"]
+    assert [word["little"] for word in sent["words"]] == [True, False, True, True, False]
+    for word, told in zip(drawing.attention.words, sent["words"]):
         heat = drawing.attention.heat(word, slice(None) if step is None else slice(step, step + 1)).numpy()
-        shown = np.frombuffer(base64.b64decode(map), np.uint8).reshape(sent["height"], sent["width"])
+        shown = np.frombuffer(base64.b64decode(told["map"]), np.uint8).reshape(sent["height"], sent["width"])
         assert np.abs(shown / 255 - heat / heat.max()).max() <= 1 / 255  # 64 × 64: not made any coarser here
+        assert told["peak"] == pytest.approx(heat.max()) and told["share"] == pytest.approx(heat.mean())
 
 
 def test_noise_has_no_words(drawing):
-    assert heats(view(drawing, 0)) == {} and 'class="word"' not in view(drawing, 0)
+    assert views.heats(drawing, 0)["words"] == []
 
 
-def test_a_prompt_is_text_and_never_markup(finish):
-    html = view(drawing := finish(Request(EVIL, seed=3, sampler="ddpm", steps=2)), 1)
-    assert "<b onclick" not in html + happens(drawing, 1) + says(EVIL) + carries({"prompt": EVIL})
-    assert "a &lt;b onclick=alert(1)&gt; cat &quot;" in html
+def test_a_place_says_what_its_two_pictures_are(drawing):
+    assert views.under(drawing, 0) == ("the latents, 4 × 8 × 8: noise", "the same, decoded")
+    assert [text[:3] for text in views.under(drawing, 2)] == ["x_t", "x̂₀"]
+    assert views.under(drawing, 5)[1] == "decoded: the picture"
+    assert views.caption(drawing, 2).startswith("step 2 of 4, t = ")
 
 
-def test_the_marker_moves_from_noise_to_picture(drawing):
-    marks = [
-        float(re.findall(r'class="marker" d="M([\d.]+)', schedule(drawing, place))[0])
-        for place in range(len(drawing.frames))
-    ]
-    assert marks == sorted(marks) and marks[0] < marks[2] < marks[-1] and marks[0] == marks[1]
-    assert schedule(drawing, 2).count('class="tick"') == 4
+def test_shares_go_from_noise_to_picture(drawing):
+    share: list[Any] = [views.shares(drawing, place) for place in range(5)]
+    assert share == sorted(share) and share[0] == share[1] and views.shares(drawing, 5) is None
+    for place in (1, 4):
+        t = int(drawing.frames[place].t)
+        bar = drawing.sampler.alphas_cumprod[t].item()
+        assert views.shares(drawing, place) == pytest.approx((bar**0.5, (1 - bar) ** 0.5))
+    assert views.curve(drawing)["timesteps"] == [frame.t for frame in drawing.frames[1:-1]]
+
+
+def test_a_tensor_s_picture_has_a_tile_for_each_channel_red_above_zero():
+    latents = torch.stack([torch.full((3, 5), value) for value in (9.0, -9.0, 0.0, 9.0)])[None]
+    pixels = np.asarray(views.tiles(latents)).astype(int)
+    assert pixels.shape == (6, 10, 3)
+    red, blue = pixels[0, 0], pixels[0, 9]
+    assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50
+    assert (pixels[5, 0] == 250).all() and (pixels[5, 9] == red).all()
+
+
+def test_a_station_has_the_tensors_of_its_step(drawing, pipe, wanted):
+    for place, step in enumerate(pipe.denoise(wanted(sampler="ddpm").request()), 1):
+        expected: dict[str, Any] = {
+            "push": step.eps_cond - step.eps_uncond, "next": step.latents, "words": step.words[0],
+        }  # fmt: skip
+        for name, values in expected.items():
+            shown: Any = views.tensor(drawing, place, name)
+            assert torch.equal(values, shown)
+    told = facts(drawing, 2)["stations"]
+    assert [one["name"] for one in told["guidance"]["tensors"]] == ["uncond", "push"]
+    assert told["clip"]["tensors"][0]["shape"] == "40 × 16" and told["unet"]["now"].startswith("t = ")
+    assert "next" in [one["name"] for one in told["sampler"]["tensors"]]
+    rows = dict(told["tokens"]["rows"])
+    assert rows["cat"] == str(pipe.tokenizer.tokenize("cat")[0])
+    assert len(told["unet"]["rows"]) == len(drawing.attention.maps)
+
+
+def test_a_prompt_is_text_and_never_markup(wanted, finish):
+    drawing = finish(wanted(EVIL, steps=2))
+    told = json.dumps([one for one in facts(drawing, 1)["stations"].values() for one in one["code"]])
+    assert "onclick" not in told
+    assert coloured("if x < 1:  # <b>") == (
+        '<i class="word">if</i> x &lt; <i class="number">1</i>:  <i class="remark"># &lt;b&gt;</i>'
+    )
 
 
 def test_the_equation_and_its_line_are_those_of_the_code():
@@ -74,11 +109,14 @@ def test_the_lines_of_an_equation_are_those_that_compute_it_to_the_end():
     assert found.code.splitlines()[-1] == "return weights @ v, weights" and ".softmax(dim=-1)" in found.code
 
 
+def test_a_function_without_an_equation_is_shown_without_its_docstring():
+    code = whole(unscale_latents).code
+    assert code.startswith("def unscale_latents") and '"""' not in code and "/ config.scale_factor" in code
+
+
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_every_sampler_has_lines_to_show(name):
-    from reifusion.studio.stages import _way_back
-
-    found = _way_back(samplers.SAMPLERS[name](None))
+    found = way_back(samplers.SAMPLERS[name])
     for excerpt in found:
         path, line = excerpt.place.split(":")
         first = (PACKAGE / path).read_text("utf-8").splitlines()[int(line) - 1]
@@ -86,19 +124,41 @@ def test_every_sampler_has_lines_to_show(name):
     assert found and any(excerpt.code.strip() for excerpt in found)
 
 
-def test_each_stage_shows_its_own_equations(drawing):
-    noise, first, end = (happens(drawing, place) for place in (0, 1, 5))
-    assert "Radford et al. 2018" in noise and "def randn" in noise
-    for source in ("Vaswani et al. 2017", "Ho &amp; Salimans 2022", "x₀ ≈", "μ̃ₜ ="):
-        assert source in first and source not in noise + end
-    assert "x₀ = αₜ" not in first  # this model predicts ε
-    assert "def to_picture" in end
+def sources(drawing, place) -> dict[str, str]:
+    return {
+        name: " ".join(one.equation + one.code for one in station.code)
+        for name, station in stations(drawing, place).items()
+    }
 
 
-def test_without_guidance_nothing_is_said_of_it(finish):
-    drawing = finish(Request("a cat", seed=3, sampler="ddim", steps=2, cfg=1))
-    assert "Salimans 2022" not in happens(drawing, 1) and "Song et al. 2021" in happens(drawing, 1)
+def test_each_station_shows_its_own_equations(drawing):
+    told = sources(drawing, 1)
+    assert "Radford et al. 2018" in told["clip"] and "def randn" in told["noise"]
+    assert "Vaswani et al. 2017" in told["unet"] and "Ho & Salimans 2022" in told["guidance"]
+    assert "x₀ ≈" in told["sampler"] and "μ̃ₜ =" in told["sampler"]
+    assert "x₀ = αₜ" not in told["sampler"]  # this model predicts ε
+    assert "def to_picture" in told["vae"] and "latents / config.scale_factor" in told["vae"]
+    assert "* config.scale_factor" not in told["vae"]  # that is the encoder's
 
 
-def test_errors_are_alerts():
-    assert 'role="alert"' in says("no", failed=True) and 'role="status"' in says("yes")
+def test_without_guidance_it_says_so(wanted, finish):
+    drawing = finish(wanted(steps=2, cfg=1.0))
+    station = stations(drawing, 1)["guidance"]
+    assert "there is no guidance" in station.said and not station.tensors
+    assert "Song et al. 2021" in sources(drawing, 1)["sampler"]
+
+
+def test_every_chapter_is_one_of_the_book(drawing):
+    chapters = {one.chapter for place in (0, 1, 5) for one in stations(drawing, place).values()}
+    folder = BOOK.parent / "docs" / "book"
+    for chapter in chapters:
+        head = (folder / f"{chapter}.md").read_text("utf-8").splitlines()[0]
+        assert head.startswith("# ") and head.endswith(f" {CHAPTERS[chapter]}")
+
+
+def test_the_reader_is_told_what_was_cut_and_what_an_empty_prompt_does(pipe):
+    assert views.notes(pipe, "a cat") == []
+    [said] = views.notes(pipe, "cat " * 50 + "dog dog")
+    assert said.startswith("The prompt has 52 tokens and there is room for 38; cut off: cat cat")
+    assert said.endswith("dog dog")
+    assert views.notes(pipe, " ")[0].startswith("An empty prompt")

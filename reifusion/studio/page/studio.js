@@ -1,0 +1,127 @@
+// The page: draws what the fields ask for, one picture or several, or two beside each other.
+import {$, $$, ask, follow, say} from "./api.js";
+import * as brush from "./brush.js";
+import * as fields from "./fields.js";
+import * as known from "./known.js";
+import * as map from "./map.js";
+import * as shelf from "./shelf.js";
+import * as view from "./view.js";
+
+const work = {turn: 0, id: null, wanted: ""};
+
+// Draws one picture; returns it when it is complete, null when it was stopped or failed.
+async function draw(settings, k, turn, second = false) {
+  let one = null, shown = null;
+  const last = await follow("/api/draw", {settings, picture: brush.picture(), mask: brush.mask(), k}, news => {
+    if (turn !== work.turn) return;
+    work.id = news.id;
+    one ??= {id: news.id};
+    if (!news.done) {
+      say(news.warning ? `${news.note} ${news.warning}` : news.note);
+      if (news.size && !shown) view.shape(news.size);
+      map.running(news.total ? news.places - 1 : 0, news.total);
+      if (news.newest !== null && news.newest !== shown) view.step(one, news, second), shown = news.newest;
+    }
+  });
+  if (turn !== work.turn) return null;
+  say(last.note, last.failed);
+  const prompt = settings.prompt;
+  if (last.failed || !last.places) return null;
+  return Object.assign(one, last, {prompt, said: "", complete: Boolean(last.name)});
+}
+
+async function start() {
+  const turn = ++work.turn, settings = fields.read(), num = Math.max(1, Number($("#num").value) || 1);
+  const two = $("#compare").checked;
+  stop();  // a page draws one picture at a time: the newest
+  work.wanted = JSON.stringify(settings);
+  view.begin(two);
+  try {
+    if (two) return await beside(settings, turn);
+    for (let k = 0; k < num && turn === work.turn; k++) {
+      const one = await draw(settings, k, turn);
+      if (!one) return settle(turn);
+      if (!settings.seed) settings.seed = String(one.seed - k);  // the others follow the first
+      await finish(one, null);
+      if (!one.complete) return;
+    }
+  } catch (error) {
+    if (turn === work.turn) say(error.message, true), settle(turn);
+  }
+}
+
+async function beside(settings, turn) {
+  const name = $("#b-name").value, value = $("#b-value").value;
+  const a = await draw(settings, 0, turn);
+  if (!a) return settle(turn);
+  await finish(a, null, false);
+  if (!a.complete || turn !== work.turn) return;
+  const b = await draw({...settings, seed: settings.seed ?? String(a.seed), [name]: value}, 0, turn, true);
+  if (!b) return settle(turn, a);
+  const own = a.settings[name] ?? "as usual", title = fields.title(name);
+  Object.assign(a, {said: `${title} ${own}`});
+  Object.assign(b, {said: `${title} ${value || "as usual"}`});
+  if (b.complete) shelf.add(b);
+  await finish(a, b, false);
+}
+
+async function finish(a, b, listed = true) {
+  if (a.complete && (listed || !b)) shelf.add(a);
+  shelf.repeat(a.complete ? a : null);
+  await view.end(a, b);
+}
+
+function settle(turn, a = null) {
+  if (turn !== work.turn) return;
+  map.running(null, 0);
+  if (a) view.end(a, null);
+}
+
+const stop = () => work.id && fetch(`/api/drawings/${work.id}/stop`, {method: "POST"}).catch(() => null);
+
+async function load() {
+  const turn = ++work.turn;
+  $("#load").disabled = true;
+  try {
+    const last = await follow("/api/model", {model: $("#model").value.trim()}, news => turn === work.turn && say(news.note, news.failed));
+    if (last.failed) return;
+    fit(last);
+    say(last.note);
+  } catch (error) {
+    say(error.message, true);
+  } finally {
+    $("#load").disabled = false;
+  }
+}
+
+function fit(page) {
+  fields.fit(page);
+  known.fit(page.known);
+  $("#prompt").dataset.model = page.model;
+  known.notes();
+}
+
+$("#ask").addEventListener("submit", event => { event.preventDefault(); start(); });
+$("#cancel").addEventListener("click", stop);
+$("#load").addEventListener("click", load);
+$("#model").addEventListener("keydown", event => event.key === "Enter" && load());
+$("#compare").addEventListener("change", event => { $("#other").hidden = !event.target.checked; });
+$("#settings").addEventListener("change", event => {
+  if ($("#live").checked && event.target.matches("[data-name]") && work.wanted && JSON.stringify(fields.read()) !== work.wanted) start();
+});
+$("#map").addEventListener("click", event => {
+  const box = event.target.closest("button");
+  if (box?.dataset.station) map.choose(box.dataset.station);
+  else if (box?.dataset.go === "prompt") $("#prompt").focus();
+  else if (box?.dataset.go === "picture" && view.drawing()) {
+    $("#place").value = view.drawing().places - 1;
+    view.look(view.drawing().places - 1);
+  }
+});
+$("#scheme").addEventListener("click", () => {
+  const dark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.style.colorScheme && matchMedia("(prefers-color-scheme: dark)").matches);
+  localStorage.scheme = document.documentElement.style.colorScheme = dark ? "light" : "dark";
+});
+addEventListener("pagehide", stop);
+
+ask("/api/page").then(page => { $("#folder").textContent = page.folder; fit(page); }, error => say(error.message, true));
