@@ -5,6 +5,7 @@
 # make slow     runs those that take long
 # make docs     builds the book               make equations ties each equation to its line and its test
 # make demo     executes the notebooks        make bench     measures the speed, beside others
+# make book     builds the book and opens it  make wheel     the package, with the book in it
 PYTHON ?= python3
 PROMPT ?= a cat stretching on the floor
 SEED ?= 0
@@ -13,7 +14,7 @@ LINE ?= $(shell sed -n 's/^make equation LINE=\([^ ]*\).*/\1/p' README.md)
 # On Linux without a GPU, TORCH_INDEX=<PyTorch's CPU index, see pytorch.org> spares gigabytes of CUDA.
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: run explain bug equation studio test slow check demo docs equations quality bench clean
+.PHONY: run explain bug equation studio test slow check demo docs book wheel equations quality bench clean
 
 run: .venv/ready
 	@.venv/bin/reifusion generate "$(PROMPT)"
@@ -46,6 +47,13 @@ demo: .venv/ready-dev
 
 docs: .venv/ready-docs
 	@.venv/bin/python -m docs.build $(PAGES)
+
+book: docs
+	@.venv/bin/reifusion book
+
+wheel: docs
+	rm -rf reifusion/data/book && cp -r site reifusion/data/book
+	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .; rm -r reifusion/data/book
 
 equations: .venv/ready-dev
 	.venv/bin/python -m docs.equations

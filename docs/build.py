@@ -152,7 +152,8 @@ def _find(name: str) -> tuple[str, int, str]:
             continue
         for part in parts[split:]:
             thing = getattr(thing, part)
-        thing = inspect.unwrap(thing.fget if isinstance(thing, property) else thing)  # past decorators
+        code: Any = thing.fget if isinstance(thing, property) else thing
+        thing = inspect.unwrap(code)  # past decorators
         lines, first = inspect.getsourcelines(thing)
         path = Path(inspect.getsourcefile(thing) or "").relative_to(ROOT).as_posix()
         return path, max(1, first), textwrap.dedent("".join(lines)).rstrip()

@@ -170,7 +170,7 @@ def _surroundings() -> str:
     whole = hashlib.sha256(f"{sys.version} {importlib.metadata.version('torch')}".encode())
     for path in sorted(path for pattern in REACH for path in ROOT.glob(pattern)):
         name = path.relative_to(ROOT).as_posix()
-        if path.is_file() and path.suffix != ".pyc" and name not in BESIDE and "/site/" not in name:
+        if path.is_file() and path.suffix != ".pyc" and name not in BESIDE:
             whole.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()
 

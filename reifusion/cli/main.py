@@ -24,6 +24,7 @@ from .. import __version__
 from ..errors import cut, sentence
 from ..threads import wait_briefly
 from .batch import batch
+from .book import book
 from .check import check
 from .draw import generate
 from .edges import edges
@@ -67,6 +68,7 @@ def explain(context: typer.Context) -> None:
     raise typer.Exit(explain_main(context.args))
 
 
+app.command()(book)
 app.command()(studio)
 app.command()(serve)
 app.command()(check)
