@@ -20,7 +20,7 @@ from reifusion.files import whole
 
 HERE = Path(__file__).parent
 LARGEST = 60_000  # bytes of a picture
-SECONDS = 300  # the time that a cell may take on a slow machine
+SECONDS = 1800  # the time that a cell may take on a slow machine
 
 
 def notebooks() -> list[Path]:

@@ -20,9 +20,12 @@ from .model.sentences import shown
 from .sampling.elsewhere import sampler_of as sampler_of
 from .sampling.schedules import TITLES
 from .settings import ABOUT, Settings
-from .spelling import read_size
+from .spelling import Control, read_size
 
 RNG = {"philox": "NV", "cpu": "CPU"}  # theirs, for ours; without it, theirs is a GPU's
+MODES = {
+    "balanced": "Balanced", "prompt": "My prompt is more important", "control": "ControlNet is more important"
+}  # fmt: skip
 NEGATIVE = "Negative prompt: "
 FACT = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
@@ -52,6 +55,7 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         "RNG": RNG.get(settings.there().rng) if settings.rng or settings.manner else None,
         "Mask blur": settings.mask_blur or None,
         "Masked area padding": settings.only_masked,
+        **{f"ControlNet {k}": _unit(one, settings.control_mode) for k, one in enumerate(settings.control)},
         "Version": f"reifusion {__version__}",
     }
     written = [
@@ -63,6 +67,16 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         lines.append(NEGATIVE + settings.negative)
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value is not None))
     return "\n".join(lines)
+
+
+def _unit(control: Control, mode: str) -> str:
+    """A ControlNet as its extension there writes it, with our names."""
+    file, _, weight, start, end = control
+    facts = {
+        "Module": "none", "Model": Path(file).stem, "Weight": weight, "Resize Mode": "Crop and Resize",
+        "Guidance Start": start, "Guidance End": end, "Control Mode": MODES.get(mode, mode),
+    }  # fmt: skip
+    return ", ".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def _quoted(value: Any) -> str:

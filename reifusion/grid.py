@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .batch.work import of_model
+from .in_memory import Models, of_model
 from .model.sentences import shown
 from .settings import ABOUT, Settings
 
@@ -94,14 +94,10 @@ def draw(
 ) -> Iterator[tuple[int, int, Image.Image]]:
     """Yields row, column and picture of each cell. Those of one model follow one another."""
     places = [(y, x) for y, row in enumerate(rows) for x in range(len(row))]
-    pipe, loaded = None, ""
+    models = Models(device)
     for y, x in sorted(places, key=lambda place: (of_model(rows[place[0]][place[1]]), place)):
         settings = rows[y][x]
-        if of_model(settings) != loaded:
-            pipe = None  # its memory, before the next needs it
-            pipe, loaded = settings.pipe(device), of_model(settings)
-        assert pipe is not None
-        yield y, x, settings.draw(pipe, settings.request())
+        yield y, x, settings.draw(models.pipe(settings), settings.request())
 
 
 def table(pictures: Sequence[Sequence[Image.Image]], x: Axis, y: Axis) -> Image.Image:

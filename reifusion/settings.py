@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .model.config import ModelConfig
+    from .model.pictures import Picture
     from .model.pipeline import StableDiffusion, Step
     from .model.request import Request
     from .steer.manners import Manner
@@ -352,10 +353,21 @@ class Settings:
         compile: bool = False,
         idle_device: torch.device | str | None = None,
     ) -> StableDiffusion:
-        """Loads the model, with LoRAs and shortcuts. Raises ValueError, in one sentence, for a wrong file."""
+        """Loads the model, with LoRAs, shortcuts and what steers it.
+
+        Raises ValueError, in one sentence, for a wrong file.
+        """
+        return self.steered(self.loaded(device, compile, idle_device), {})
+
+    def loaded(
+        self,
+        device: torch.device | str | None = None,
+        compile: bool = False,
+        idle_device: torch.device | str | None = None,
+    ) -> StableDiffusion:
+        """Loads the model with its LoRAs. Raises ValueError, in one sentence, for a wrong file."""
         from .api import load
         from .families.sdxl import with_refiner
-        from .shortcuts.deepcache import deepcached
         from .shortcuts.fp8 import store
         from .shortcuts.int8 import quantize
         from .weights import find
@@ -377,35 +389,59 @@ class Settings:
             store(pipe)
         if self.refiner:
             pipe = with_refiner(pipe, load(self.refiner, device, self.dtype, idle_device=idle_device))
+        return pipe
+
+    def steered(self, pipe: StableDiffusion, known: dict[Any, Any]) -> StableDiffusion:
+        """The same model with ControlNets, IP-Adapters and DeepCache, whose weights are not in the model.
+
+        known: ControlNets and adapters that were read for this model before, by their files; what is read
+        now is added. Raises ValueError, in one sentence, for a wrong file.
+        """
+        from .shortcuts.deepcache import deepcached
+
         if self.control:
-            pipe = self._controlled(pipe)
+            pipe = self._controlled(pipe, known)
         if self.ip_adapter:
-            pipe = self._with_image_prompts(pipe)
+            pipe = self._with_image_prompts(pipe, known)
         return deepcached(pipe, self.deepcache)
 
-    def _with_image_prompts(self, pipe: StableDiffusion) -> StableDiffusion:
+    def _with_image_prompts(self, pipe: StableDiffusion, known: dict[Any, Any]) -> StableDiffusion:
         from .steer.ip_adapter import ImagePrompt, with_image_prompts
         from .steer.ip_adapter_files import load_ip_adapter
         from .weights.hub import find_adapter
 
-        files = dict.fromkeys(file for file, *_ in self.ip_adapter)
-        read = {file: load_ip_adapter(find_adapter(file), pipe, self.image_encoder) for file in files}
-        prompts = (ImagePrompt(*read[file], picture, weight) for file, picture, weight in self.ip_adapter)
+        prompts = []
+        for file, picture, weight in self.ip_adapter:
+            if (key := (file, self.image_encoder)) not in known:
+                known[key] = load_ip_adapter(find_adapter(file), pipe, self.image_encoder)
+            adapter, encoder = known[key]
+            prompts.append(ImagePrompt(adapter, encoder, picture, weight))
         return with_image_prompts(pipe, *prompts)
 
-    def _controlled(self, pipe: StableDiffusion) -> StableDiffusion:
+    def _controlled(self, pipe: StableDiffusion, known: dict[Any, Any]) -> StableDiffusion:
         from .steer.control_files import load_control
         from .steer.controlnet import Control, controlled
         from .weights import find
 
-        nets = {file: load_control(find(file, "control"), pipe) for file, *_ in self.control}
-        return controlled(
-            pipe,
-            *(
-                Control(nets[file], hint, weight, start, end, self.control_mode)
-                for file, hint, weight, start, end in self.control
-            ),
-        )
+        controls = []
+        for file, hint, weight, start, end in self.control:
+            if file not in known:
+                known[file] = load_control(find(file, "control"), pipe)
+            seen = self._seen(hint, pipe.config)
+            controls.append(Control(known[file], seen, weight, start, end, self.control_mode))
+        return controlled(pipe, *controls)
+
+    def _seen(self, hint: str, config: ModelConfig) -> Picture:
+        """The part of a hint that belongs to what is drawn: of the masked part alone, that part."""
+        if self.only_masked is None:
+            return hint
+        from .model.pictures import fit, read_picture
+        from .steer import masks
+
+        request = self.request().for_model(config)
+        mask = cast("Image", request.mask)
+        box = masks.region(mask, self.only_masked, cast(Any, request.size))
+        return masks.cut(fit(read_picture(hint), *mask.size), box)
 
     def draw(
         self,
@@ -592,6 +628,8 @@ BY_SETTINGS = (
 )  # fmt: skip
 # What changes neither the model nor a request, but how it is drawn.
 DRAWING = (*BY_SETTINGS, "hires", "hires_strength", "hires_by", "emphasis")
+# What steers a model that is loaded.
+STEERING = ("control", "control_mode", "ip_adapter", "image_encoder", "deepcache")
 
 
 def pictures_of(path: str | None) -> list[str | None]:

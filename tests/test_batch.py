@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -9,16 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 
 from reifusion import album
 from reifusion.batch.rows import read_rows
 from reifusion.cli.main import main
+from reifusion.model.diffusion import UNet
 from reifusion.settings import Settings
+from reifusion.steer import control_files
+from reifusion.steer.control_files import save_control
+from reifusion.steer.controlnet import ControlNet
 from reifusion.train.images import open_pictures
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, networks
@@ -165,18 +172,46 @@ def test_rows_of_one_model_are_drawn_together(model, tmp_path, monkeypatch):
     other = tmp_path / "other.safetensors"
     save(SMALL, networks(SMALL, noise=0.04), other, tokenizer=WORDS)
     loads: list[str] = []
-    real = Settings.pipe
+    real = Settings.loaded
 
     def counting(self, *given):
         loads.append(self.model)
         return real(self, *given)
 
-    monkeypatch.setattr(Settings, "pipe", counting)
+    monkeypatch.setattr(Settings, "loaded", counting)
     rows = "".join(f"cat,{path},1\n" for path in (model, other, model, other))
     table = written(tmp_path / "t.csv", f"prompt,model,steps\n{rows}")
     assert main(["batch", str(table), f"--out={tmp_path / 'out'}"]) == 0
     assert sorted(loads) == sorted(map(str, (model, other)))
     assert len(set(pixels(tmp_path / "out").values())) == 4
+
+
+def test_neither_models_nor_controlnets_are_read_again_for_the_next_hint(model, tmp_path, monkeypatch):
+    net = ControlNet(copy.deepcopy(cast(UNet, networks(SMALL)["diffusion"])), (4, 8))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1, generator=torch.Generator().manual_seed(1))
+    save_control(net, SMALL, tmp_path / "net.safetensors")
+    reads: list[str] = []
+
+    def counting(real: Any) -> Any:
+        def call(*given: Any, **more: Any) -> Any:
+            reads.append(real.__name__)
+            return real(*given, **more)
+
+        return call
+
+    monkeypatch.setattr(Settings, "loaded", counting(Settings.loaded))
+    monkeypatch.setattr(control_files, "load_control", counting(control_files.load_control))
+    rows = []
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        control = [[str(tmp_path / "net.safetensors"), f"{tmp_path}/{i}.png", 1, 0, 1]]
+        rows.append({"prompt": "cat", "control": control})
+    table = written(tmp_path / "t.jsonl", "\n".join(json.dumps(row | {"seed": 1}) for row in rows))
+    line = ["batch", str(table), f"--model={model}", "--steps=2", "--dtype=fp32", f"--out={tmp_path / 'out'}"]
+    assert main(line) == 0
+    assert sorted(reads) == ["load_control", "loaded"]
+    assert len(set(pixels(tmp_path / "out").values())) == 3
 
 
 @pytest.mark.slow

@@ -133,3 +133,28 @@ def test_metadata_with_odd_controls_is_refused(home, capsys):
     for odd in ("x", [["a", "b"]], [["a", "b", 1, 0, "1"]], [[1, "b", 1.0, 0.0, 1.0]]):
         with pytest.raises(ValueError, match="its control is"):
             album.from_carried(carried | {"control": odd})
+
+
+def test_of_the_masked_part_alone_the_hint_is_that_part(home, capsys):
+    """Drawn alone, a part sees the same hint as a picture of that part would."""
+    size = (64, 64)
+    picture, mask, whole = (Image.new(mode, size, "black") for mode in ("RGB", "L", "RGB"))
+    mask.paste(255, (32, 32, 64, 64))
+    ImageDraw.Draw(whole).line((32, 40, 64, 60), "white", 2)
+    ImageDraw.Draw(whole).line((0, 5, 30, 25), "white", 2)  # where nothing is drawn
+    for name, one in ("picture", picture), ("mask", mask), ("hint", whole):
+        one.save(home / f"{name}.png")
+    for name, one in ("picture", picture), ("mask", mask), ("hint", whole):
+        one.crop((32, 32, 64, 64)).save(home / f"part-{name}.png")
+
+    def drawn(prefix: str, *more: str) -> np.ndarray:
+        files = [f"--init-image={home}/{prefix}picture.png", f"--mask={home}/{prefix}mask.png"]
+        control = f"--control={home}/net.safetensors={home}/{prefix}hint.png:3"
+        return pixels(draw(home, capsys, *files, control, "--size=32x32", "--strength=1", *more))
+
+    part = drawn("", "--only-masked=0")[32:, 32:]
+    assert np.array_equal(part, drawn("part-"))
+    assert not np.array_equal(part, pixels(draw(home, capsys, *[
+        f"--init-image={home}/picture.png", f"--mask={home}/mask.png", "--size=32x32", "--strength=1",
+        "--only-masked=0",
+    ]))[32:, 32:])  # fmt: skip

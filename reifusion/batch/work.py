@@ -16,15 +16,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import sentence
 from ..files import whole
-from ..settings import DRAWING, Settings, requested
+from ..in_memory import Models, of_model
 from .rows import Row
-
-if TYPE_CHECKING:
-    from ..model.pipeline import StableDiffusion
 
 MANIFEST = "manifest.jsonl"
 
@@ -71,15 +68,11 @@ def draw(rows: Sequence[Row], out: Path, device: str | None = None, compile: boo
     """
     from .. import album
 
-    pipe: StableDiffusion | None = None
-    loaded = ""
+    models = Models(device, compile)
     for row in rows:
         begun = time.monotonic()
         try:
-            if of_model(row.settings) != loaded or pipe is None:
-                pipe, loaded = None, ""  # the memory of the last one, before the next needs it
-                pipe = row.settings.pipe(device, compile)
-                loaded = of_model(row.settings)
+            pipe = models.pipe(row.settings)
             request = row.settings.request().for_model(pipe.config)
             entry = album.entry(row.settings, request, pipe)
             picture = row.settings.draw(pipe, request)
@@ -185,10 +178,3 @@ def write_table(rows: Sequence[Row], out: Path) -> Path | None:
 def _cell(value: Any) -> Any:
     """A value that a column of a table can hold: lists, such as those of LoRAs, as JSON."""
     return json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def of_model(settings: Settings) -> str:
-    """Tells settings apart that need another model in memory."""
-    asked = {*requested(), *DRAWING, "code"}
-    own = {name: x for name, x in settings.carried().items() if name not in asked}
-    return json.dumps(own, sort_keys=True)

@@ -14,7 +14,7 @@ from ..settings import Settings, parsed
 from .options import setting, takes
 
 
-@takes(setting("model", "mini"), *map(setting, ("vae", "dtype", "int8", "manner")))
+@takes(setting("model", "mini"), *map(setting, ("vae", "dtype", "int8", "fp8", "manner")))
 def serve(
     given: dict[str, Any],
     models: Annotated[
@@ -22,6 +22,10 @@ def serve(
     ] = None,
     loras: Annotated[
         str | None, typer.Option(help="A folder; its LoRAs can be asked for by name.", show_default=False)
+    ] = None,
+    controls: Annotated[
+        str | None,
+        typer.Option(help="A folder; its ControlNets can be asked for by name.", show_default=False),
     ] = None,
     host: Annotated[str, typer.Option(help="Where it listens; other than here, with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 7861,
@@ -57,8 +61,8 @@ def serve(
     limits = Limits(max_side, max_pixels, max_steps, max_pictures, body=max_body * 2**20)
     run(
         Config(
-            replace(Settings(), **parsed(given)), _folder(models), _folder(loras), host, port,
-            _token(token_file), queue, keep, grace, limits, device, compile,
+            replace(Settings(), **parsed(given)), _folder(models), _folder(loras), _folder(controls), host,
+            port, _token(token_file), queue, keep, grace, limits, device, compile,
         )
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from ..model.samplers import SAMPLERS
 from ..model.spacing import SCHEDULES
 from ..sampling.schedules import TITLES
 from ..settings import Settings
+from .a1111_control import Steering, steer, steering_of, units_of
 from .a1111_request import Img2Img, Options, Txt2Img, inputs_of, settings_of
 from .pictures import infotext, of_text, to_bytes, to_text, without_paths
 from .queue import Job
@@ -151,9 +152,18 @@ def routes(service: Service) -> APIRouter:
 async def _draw(
     service: Service, http: Http, asked: Txt2Img, settings: Settings, inputs: dict[str, Image.Image]
 ) -> Drawn:
-    job = await service.begin(http, settings, asked.batch_size * asked.n_iter, inputs, dialect="a1111")
+    steering = Steering()
+    if units := units_of(asked.alwayson_scripts):
+        usual = inputs.get("init_image")
+        size = await asyncio.to_thread(service.size_of, settings)
+        steering = await asyncio.to_thread(steering_of, service, units, usual, size)
+    settings, hints = steer(settings, steering)
+    count = asked.batch_size * asked.n_iter
+    job = await service.begin(http, settings, count, inputs | hints, dialect="a1111")
     await service.finish(http, job)
     files = await service.encoded(job) if asked.send_images else []
+    if asked.send_images:
+        files += [to_bytes(hint, None) for hint in steering.shown]  # behind the pictures, as there
     info = _info(service, job, asked)
     said = asked.model_dump(exclude={"init_images", "mask"})
     return Drawn(images=list(map(to_text, files)), parameters=_as_json(said), info=json.dumps(info))

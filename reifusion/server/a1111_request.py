@@ -141,9 +141,6 @@ def _common(service: Service, options: Options, asked: Txt2Img) -> Settings:
     for name, value in (asked.model_extra or {}).items():
         if name in WITHOUT and value not in WITHOUT[name]:
             raise Refusal(422, f"{name} cannot be {shown(value)} here", name)
-    for name, script in (asked.alwayson_scripts or {}).items():
-        if not isinstance(script, dict) or script.get("args"):
-            raise Refusal(422, f"there is no script {shown(name)}", "alwayson_scripts")
     said = options.with_(asked.override_settings or {}, "override_settings")
     prompt, loras = _loras(service, asked.prompt)
     negative = asked.negative_prompt or ""

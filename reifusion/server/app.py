@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..settings import Settings
-from . import a1111, events, openai
+from . import a1111, a1111_control, events, openai
 from .catalog import Catalog
 from .errors import Refusal, answer
 from .limits import Limits
@@ -36,6 +36,7 @@ class Config:
     usual: Settings = field(default_factory=Settings)  # the model, and what requests leave open
     models_folder: Path | None = None
     loras_folder: Path | None = None
+    controls_folder: Path | None = None
     host: str = "127.0.0.1"
     port: int = 7861
     token: str | None = None
@@ -60,7 +61,8 @@ def build(config: Config) -> FastAPI:
     metrics = Metrics()
     drawer = Drawer(config.usual, metrics, config.device, config.compile, config.keep)
     queue = Queue(drawer, metrics, config.queue)
-    catalog = Catalog(config.usual.model, config.models_folder, config.loras_folder)
+    folders = config.models_folder, config.loras_folder, config.controls_folder
+    catalog = Catalog(config.usual.model, *folders)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -78,7 +80,7 @@ def build(config: Config) -> FastAPI:
         description="Pictures by Stable Diffusion, over OpenAI's images API and that of A1111.",
     )  # fmt: skip
     app.state.service = service
-    for routes in (openai.routes, a1111.routes, events.routes):
+    for routes in (openai.routes, a1111.routes, a1111_control.routes, events.routes):
         app.include_router(routes(service))
     _add_health(app, queue, metrics)
     _add_errors(app)

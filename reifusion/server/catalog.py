@@ -1,4 +1,4 @@
-"""The models and LoRAs that a request may name.
+"""The models, LoRAs and ControlNets that a request may name.
 
 A name is looked up in the listing of a folder and never becomes a part of a path, so no name leads anywhere
 else; a link that leads out of the folder is not listed.
@@ -24,6 +24,7 @@ class Catalog:
     model: str  # a source, as `load` takes it
     models_folder: Path | None = None
     loras_folder: Path | None = None
+    controls_folder: Path | None = None
 
     @property
     def usual(self) -> str:
@@ -39,6 +40,10 @@ class Catalog:
         """Returns the LoRAs as they are listed now: name -> file."""
         return _listed(self.loras_folder, LORAS)
 
+    def controls(self) -> dict[str, str]:
+        """Returns the ControlNets as they are listed now: name -> file."""
+        return _listed(self.controls_folder, MODELS)
+
     def model_of(self, name: str) -> str:
         """Returns the model's source; the name may have its suffix, or a hash in brackets as A1111 shows it.
 
@@ -50,9 +55,13 @@ class Catalog:
         """Returns the LoRA's file, in the same way."""
         return _found(name, self.loras(), "lora", "lora_not_found")
 
+    def control_of(self, name: str) -> str:
+        """Returns the ControlNet's file, in the same way."""
+        return _found(name, self.controls(), "ControlNet", "control_not_found")
+
     def name_of(self, source: str) -> str:
-        """Returns the name for a source, or for a LoRA's file."""
-        known = self.models() | self.loras()
+        """Returns the name for a source, or for the file of a LoRA or a ControlNet."""
+        known = self.models() | self.loras() | self.controls()
         return next((name for name, where in known.items() if where == source), Path(source).name)
 
 

@@ -73,6 +73,10 @@ def without_paths(entry: Entry, catalog: Catalog) -> Entry:
             settings,
             model=catalog.name_of(settings.model),
             lora=tuple((catalog.name_of(file), *rest) for file, *rest in settings.lora),
+            control=tuple(
+                (catalog.name_of(file), Path(hint).name, weight, start, end)
+                for file, hint, weight, start, end in settings.control
+            ),
             **named,
         ),
     )

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 from PIL import Image
 
 from .. import album
-from ..batch.work import of_model
 from ..errors import sentence
+from ..in_memory import Models
 from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
 from ..settings import Settings
@@ -285,15 +285,14 @@ class Drawer:
         keep: int = 1,
     ) -> None:
         """usual: of the model that is loaded first. keep: how many models stay in memory."""
-        self._usual, self._metrics, self._keep = usual, metrics, keep
-        self._device, self._compile = device, compile
-        self._pipes: OrderedDict[str, StableDiffusion] = OrderedDict()
+        self._usual, self._metrics = usual, metrics
+        self._models = Models(device, compile, keep, lambda: metrics.stage("load"))
         self.not_ready = "the model is being loaded"
 
     def get_ready(self) -> None:
         """Loads the usual model. If that fails, `not_ready` says why."""
         try:
-            self._pipe(self._usual)
+            self._models.pipe(self._usual)
             self.not_ready = ""
         except Exception as error:
             self.not_ready = sentence(error)
@@ -303,7 +302,7 @@ class Drawer:
         """Draws the pictures of a job into it. Raises Cancelled, and what loading and drawing raise."""
         job.check()
         job.become("loading")
-        pipe = self._pipe(job.settings)
+        pipe = self._models.pipe(job.settings)
         self.not_ready = ""
         job.become("drawing")
         request = job.request.for_model(pipe.config)
@@ -334,14 +333,3 @@ class Drawer:
         self._metrics.took("sample", last - begun)
         self._metrics.took("decode", time.monotonic() - last)
         return picture
-
-    def _pipe(self, settings: Settings) -> StableDiffusion:
-        """The model, with the LoRAs, that these settings need; the one used longest ago makes room for it."""
-        key = of_model(settings)
-        if key not in self._pipes:
-            while len(self._pipes) >= self._keep:  # its memory, before the next model needs it
-                self._pipes.popitem(last=False)
-            with self._metrics.stage("load"):
-                self._pipes[key] = settings.pipe(self._device, self._compile)
-        self._pipes.move_to_end(key)
-        return self._pipes[key]

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Request as Http
 from PIL import Image
@@ -44,8 +44,8 @@ class Service:
     ) -> Job:
         """Checks what is asked for, and puts it in the queue.
 
-        inputs: pictures that were sent, by their names in `Settings`. more: of `Job`. Raises Refusal: 400 for
-        what cannot be drawn, and what `Queue.put` raises.
+        inputs: pictures that were sent, by their names in `Settings`, or those of hints in `control`. more:
+        of `Job`. Raises Refusal: 400 for what cannot be drawn, and what `Queue.put` raises.
         """
         if why := "the server is stopping" if self.queue.closing else "":
             raise Refusal(503, why, retry_after=5)
@@ -76,7 +76,8 @@ class Service:
             if inputs:
                 folder.mkdir(exist_ok=True)
                 kept: dict[str, Any] = {name: album.keep(one, folder) for name, one in inputs.items()}
-                settings = replace(settings, **kept)
+                control = tuple((file, kept.pop(hint, hint), *rest) for file, hint, *rest in settings.control)
+                settings = replace(settings, control=cast(Any, control), **kept)
             config = settings.config()
             if not config.edits:  # A1111's clients send it whatever the model is
                 settings = replace(settings, image_guidance=None)
@@ -87,6 +88,17 @@ class Service:
             raise Refusal(400, self._without_paths(str(error).splitlines()[0])) from None
         self.limits.check_drawn(settings, request, pictures)
         return settings, request
+
+    def size_of(self, settings: Settings) -> tuple[int, int] | None:
+        """Returns the size of the picture; None for a part of one, and for what `begin` will refuse."""
+        if settings.only_masked is not None:
+            return None
+        try:
+            request = replace(settings, mask_blur=0).request().for_model(settings.config())
+            self.limits.check_drawn(settings, request, 1)
+        except (ValueError, Refusal):
+            return None
+        return cast("tuple[int, int]", request.size)
 
     async def finish(self, http: Http, job: Job) -> None:
         """Waits until the job is over; cancels it if the client leaves. Raises Refusal if it failed."""
@@ -107,7 +119,12 @@ class Service:
 
     def _without_paths(self, message: str) -> str:
         """Returns the message without the folders of this machine, which are nothing to a client."""
-        for folder in (self.catalog.models_folder, self.catalog.loras_folder, self.scratch):
+        for folder in (
+            self.catalog.models_folder,
+            self.catalog.loras_folder,
+            self.catalog.controls_folder,
+            self.scratch,
+        ):
             message = message if folder is None else message.replace(f"{folder}{os.sep}", "")
         return message
 

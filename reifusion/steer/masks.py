@@ -80,11 +80,11 @@ def only(request: Request, box: Box) -> Request:
     """The request for that part of the picture alone."""
     picture, mask = cast("Image.Image", request.init_image), cast("Image.Image", request.mask)
     size = cast("tuple[int, int]", request.size)
-    cut = [_cut(one, box).resize(size, Image.Resampling.LANCZOS) for one in (picture, mask)]
-    return replace(request, init_image=cut[0], mask=cut[1])
+    parts = [cut(one, box).resize(size, Image.Resampling.LANCZOS) for one in (picture, mask)]
+    return replace(request, init_image=parts[0], mask=parts[1])
 
 
-def _cut(picture: Image.Image, box: Box) -> Image.Image:
+def cut(picture: Image.Image, box: Box) -> Image.Image:
     """That part of a picture; beyond its border, the border goes on."""
     left, top, right, bottom = box
     rows = np.arange(top, bottom).clip(0, picture.height - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,8 +22,11 @@ import httpx
 import torch
 from safetensors.torch import save_file
 
+from reifusion.model.diffusion import UNet
 from reifusion.server.app import Config, Server
 from reifusion.settings import Settings
+from reifusion.steer.control_files import save_control
+from reifusion.steer.controlnet import ControlNet
 from reifusion.weights import save
 
 from ..explain.conftest import TINY, TOKENIZER, tiny
@@ -74,6 +78,18 @@ def loras(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def controls(tmp_path_factory) -> Path:
+    """A folder with a ControlNet for these models."""
+    folder = tmp_path_factory.mktemp("controls")
+    net = ControlNet(copy.deepcopy(cast(UNet, tiny().models["diffusion"])), (4, 8, 8, 8))
+    torch.manual_seed(1)
+    for parameter in net.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    save_control(net, TINY, folder / "canny.safetensors")
+    return folder
+
+
 @contextlib.contextmanager
 def serving(config: Config, ready: bool = True) -> Iterator[Running]:
     server = Server(config)
@@ -103,8 +119,8 @@ def settings(models: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")  # no longer, so that it does not run beside the tests of other parts
-def running(models, loras) -> Iterator[Running]:
-    config = Config(settings(models), models, loras, port=0, device="cpu", grace=5, keep=2)
+def running(models, loras, controls) -> Iterator[Running]:
+    config = Config(settings(models), models, loras, controls, port=0, device="cpu", grace=5, keep=2)
     with serving(config) as one:
         yield one
 
