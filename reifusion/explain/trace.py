@@ -90,15 +90,22 @@ class Trace:
     def html(self) -> str:
         """Returns a page with the table, and below it the source that the rows lead to."""
         total = {row.name: row.seconds for row in self.networks}
-        lines = []
-        for row in self.rows:
+        lines, open_ones = [], 0
+        for row, following in zip(self.rows, [*self.rows[1:], None]):
+            lines += ["</details>"] * (open_ones - row.depth)
             part = row.seconds / max(total[row.name.partition(".")[0]], 1e-12)
-            cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row))
-            lines.append(
-                f'<tr class="d{row.depth}" style="--depth:{row.depth};--part:{part:.4f}">'
-                f'<th scope="row"><a href="#{row.source}-{row.line}">{escape(_short(row))}</a> '
-                f"<i>{row.kind}</i></th>{cells}<td>{row.source}:{row.line}</td></tr>"
-            )
+            cells = "".join(f"<span>{escape(cell)}</span>" for cell in _cells(row))
+            link = f'<a href="#{row.source}-{row.line}">{escape(_short(row))}</a>'
+            line = f"<span>{link} <i>{row.kind}</i></span>{cells}<span>{row.source}:{row.line}</span>"
+            kind, style = f"row d{row.depth}", f"--depth:{row.depth};--part:{part:.4f}"
+            if inside := following is not None and following.depth > row.depth:
+                # The first is a whole network: its parts are in sight.
+                lines.append(f"<details{' open' if row.depth == 0 else ''}>")
+                lines.append(f'<summary class="{kind}" style="{style}">{line}</summary>')
+            else:
+                lines.append(f'<div class="{kind}" style="{style}">{line}</div>')
+            open_ones = row.depth + inside
+        lines += ["</details>"] * open_ones
         kinds = "\n".join(
             f'<tr><th scope="row">{kind}</th>'
             f"<td>{calls}</td><td>{_human(flops)}</td><td>{1e3 * own:.2f}</td></tr>"
@@ -106,7 +113,7 @@ class Trace:
         )
         body = _BODY.format(
             about=escape(f"{describe(self.request)} · {self.machine}"),
-            head="".join(f'<th scope="col">{head}</th>' for head in ("module", *_HEAD, "called at")),
+            head="".join(f"<span>{head}</span>" for head in ("module", *_HEAD, "called at")),
             rows="\n".join(lines),
             kinds=kinds,
             listings="\n".join(_listing(source) for source in dict.fromkeys(row.source for row in self.rows)),
@@ -293,34 +300,54 @@ def _listing(source: str) -> str:
         f'<span id="{source}-{number}"><b>{number:4}</b> {escape(line)}</span>'
         for number, line in enumerate(lines, 1)
     )
-    return f"<h2>{source}</h2>\n<pre>{numbered}</pre>"
+    return f"<details><summary>{source}</summary>\n<pre>{numbered}</pre></details>"
 
 
 _STYLE = """
-body { font-size: 14px; line-height: 1.45; margin: 2rem; }
+body { font-size: 14px; line-height: 1.45; margin: 1.5rem; }
 i { color: var(--grey); font-style: normal; }
-table { border-collapse: collapse; white-space: nowrap; }
-th, td { padding: .15rem .7rem; border-bottom: 1px solid var(--rule); }
-th[scope=row] { text-align: left; padding-left: calc(.7rem + var(--depth, 0) * 1.1rem); }
-thead th { position: sticky; top: 0; background: var(--paper); font-weight: 600; }
-thead th:first-child, td:last-child { text-align: left; }
-tr.d0 th, tr.d0 td { font-weight: 600; border-top: 2px solid var(--ink); }
-tr[class] td:nth-child(6) { --bar: light-dark(#dfe7fb, #22315c);
+.tree { font-variant-numeric: tabular-nums; }
+.row { display: grid; border-bottom: 1px solid var(--rule);
+  grid-template-columns: minmax(14rem, 3fr) minmax(7rem, 2fr) 8rem 7.5rem 5rem repeat(3, 4.6rem)
+  minmax(9rem, 2fr); }
+.row > span { padding: .2rem .5rem; text-align: right; }
+.row > span:first-child { text-align: left; overflow-wrap: anywhere;
+  padding-left: calc(1.5rem + var(--depth, 0) * .9rem); }
+.row > span:last-child { text-align: left; color: var(--grey); }
+.head { position: sticky; top: 0; background: var(--paper); font-weight: 600; z-index: 1; }
+.d0 { font-weight: 600; border-top: 2px solid var(--ink); }
+summary.row { cursor: pointer; }
+summary.row > span:first-child::before { content: "▸"; display: inline-block; width: 1em; margin-left: -1em; }
+details[open] > summary.row > span:first-child::before { content: "▾"; }
+.row[style] > span:nth-child(6) { --bar: light-dark(#dfe7fb, #22315c);
   background: linear-gradient(to left, var(--bar) calc(var(--part) * 100%), transparent 0); }
+table { border-collapse: collapse; }
+th, td { padding: .15rem .7rem; border-bottom: 1px solid var(--rule); }
+th[scope=row] { text-align: left; }
+details > summary:not(.row) { font-size: 1.15em; font-weight: 600; cursor: pointer; padding: .3rem 0; }
 pre { font: 12.5px/1.5 ui-monospace, monospace; overflow-x: auto; }
 pre b { color: var(--grey); font-weight: 400; }
 pre span { display: inline-block; min-width: 100%; scroll-margin-top: 40vh; }
 pre span:target { background: light-dark(#fff1b8, #574a12); }
+@media (max-width: 1100px) { /* without what it takes, mean and std */
+  .row { grid-template-columns: minmax(9rem, 3fr) 8rem 7rem 4.6rem 4.6rem minmax(7rem, 2fr); }
+  .row > span:is(:nth-child(2), :nth-child(7), :nth-child(8)) { display: none; }
+}
+@media (max-width: 700px) { /* the name, what it gives, and the time */
+  body { margin: .7rem; }
+  .row { grid-template-columns: minmax(0, 1fr) 7rem 4.4rem; }
+  .row > span:is(:nth-child(4), :nth-child(5), :last-child) { display: none; }
+}
 """
 
 _BODY = """<h1>Every module, in order</h1>
 <p class="about">{about}</p>
 <p>For a picture, the text encoder runs once, the U-Net once in every step, of which this is the first, and
-the decoder once. The numbers of a row include those of all rows that are indented below the row. The bar
-behind the milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
-<table><thead><tr>{head}</tr></thead><tbody>
+the decoder once. A row opens to the rows inside it, and its numbers include theirs. The bar behind the
+milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
+<div class="tree"><div class="row head">{head}</div>
 {rows}
-</tbody></table>
+</div>
 <h2>Where time and arithmetic go</h2>
 <p>Each kind of module, without the modules inside. A FLOP is one addition or multiplication.</p>
 <table><thead><tr><th scope="col">kind</th><th scope="col">calls</th><th scope="col">FLOPs</th>

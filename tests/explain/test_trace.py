@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 import torch
@@ -152,6 +153,14 @@ def test_the_page_needs_nothing_else_and_its_links_lead_somewhere(table):
         "http" not in re.sub(r"<pre>.*?</pre>", "", table.html(), flags=re.S)
         and "<script" not in table.html()
     )
+
+
+def test_a_row_opens_to_the_rows_inside_it(table):
+    html = table.html()
+    inside = sum(one.depth < other.depth for one, other in pairwise(table.rows))
+    assert html.count('<summary class="row') == inside > 20
+    assert html.count("<details open>") == len(table.networks)
+    assert html.count('<div class="row d') == len(table.rows) - inside
 
 
 def test_the_files_say_the_same(table, tmp_path):
