@@ -1,6 +1,6 @@
 """The equation behind a line: `python -m docs.equation model/ddpm.py:295` (or `make equation LINE=…`).
 
-Prints the equation whose comment stands nearest above the line: its source, the book's LaTeX, the line that
+Prints the equation whose comment stands nearest above the line: its source, the book's formula, the line that
 computes it, and how far that line is from NumPy. A name such as `forward` finds the equation too.
 """
 
@@ -10,6 +10,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 from docs.equations import CHAPTERS, ROOT, Equation, equations
 
@@ -48,6 +49,39 @@ def latex(equation: Equation) -> str:
     return next((" ".join(block.replace(tag, "").split()) for block in blocks if tag in block), "")
 
 
+SIGNS = {
+    "epsilon": "ε", "alpha": "α", "beta": "β", "sigma": "σ", "mu": "μ", "theta": "θ", "lambda": "λ",
+    "gamma": "γ", "omega": "ω", "tau": "τ", "rho": "ρ", "ell": "ℓ", "nabla": "∇", "sum": "Σ", "prod": "Π",
+    "int": "∫", "odot": "⊙", "otimes": "⊗", "cdot": "·", "cdots": "···", "dots": "…", "infty": "∞",
+    "in": "∈", "sim": "~", "mid": "|", "leftarrow": "←", "approx": "≈", "le": "≤", "times": "×", "top": "ᵀ",
+    "circ": "∘", "quad": "  ", "qquad": "    ",
+    "sqrt": "√", "lfloor": "⌊", "rfloor": "⌋", "Sigma": "Σ", "varepsilon": "ε", "phi": "φ", "pi": "π",
+    "Longleftrightarrow": "⟺", "varnothing": "∅",
+}  # fmt: skip
+OVER = {"bar": "\u0304", "hat": "\u0302", "tilde": "\u0303"}
+
+
+def readable(formula: str) -> str:
+    """Returns a formula of LaTeX as plain text for a terminal: \\frac{a}{b} is (a) / (b)."""
+    text = re.sub(r"\\(left|right|textstyle|[bB]igl?|[bB]igr?)(?![a-z])", "", formula)
+    text = re.sub(r"\\[,;!]", " ", text)
+    text = re.sub(r"\\(?:text|mathrm|mathbb|mathcal|textstyle)\s*{([^{}]*)}", r"\1", text)
+    text = re.sub(r"\\[td]?frac\s*(\d)\s*(\d)", r"\1/\2", text)
+    text = re.sub(r"\\(bar|hat|tilde)\s*\\?([a-zA-Z]+)", lambda m: _over(m[1], m[2]), text)
+    for _ in range(6):  # from the innermost braces outwards
+        text = re.sub(r"\\[td]?frac\s*{([^{}]*)}\s*{([^{}]*)}", r"(\1) / (\2)", text)
+        text = re.sub(r"\\sqrt\s*{([^{}]*)}", lambda m: f"√{m[1]}" if len(m[1]) < 3 else f"√({m[1]})", text)
+        text = re.sub(r"([_^]){([^{}]*)}", lambda m: m[1] + (m[2] if len(m[2]) < 2 else f"({m[2]})"), text)
+    text = re.sub(r"\\([a-zA-Z]+)", lambda m: SIGNS.get(m[1], m[1]), text)
+    text = re.sub(r"[\\{}]", "", text.replace("\\|", "‖"))
+    return normalize("NFC", " ".join(text.split()))
+
+
+def _over(sign: str, name: str) -> str:
+    """A letter with a bar, a hat or a tilde."""
+    return SIGNS.get(name, name)[0] + OVER[sign] + SIGNS.get(name, name)[1:]
+
+
 def statement(equation: Equation) -> str:
     """Returns the comment and the line below it, without their indentation."""
     lines = (ROOT / equation.path).read_text(encoding="utf-8").splitlines()
@@ -72,7 +106,7 @@ def main(arguments: list[str]) -> int:
         print(wrong, file=sys.stderr)
         return 2
     away, within = error(equation)
-    print(f"({equation.number}) {equation.id}: {equation.source}\n\n    {latex(equation)}\n")
+    print(f"({equation.number}) {equation.id}: {equation.source}\n\n    {readable(latex(equation))}\n")
     print(f"{equation.path}, line {equation.line}:\n\n{statement(equation)}\n")
     print(f"in the book:  docs/book/{equation.chapter}")
     print(f"its test:     {equation.test_path}, line {equation.test_line}")

@@ -130,7 +130,7 @@ def write_readme(path: Path = ROOT / "README.md") -> None:
         raise ValueError(f"{path.name} has no table of equations with text below it")
     text = f"{before}{head}{''.join(rows)}\n{after}"
     step = known["reverse-step"]  # the README's example of `make equation`
-    text = re.sub(r"LINE=model/ddpm\.py:\d+", f"LINE=model/ddpm.py:{step.mark}", text)
+    text = re.sub(r"LINE=model/ddpm\.py:\d+", f"LINE=model/ddpm.py:{step.line}", text)
     write_text(path, text)
 
 

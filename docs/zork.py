@@ -1,9 +1,10 @@
 """The book's own LoRA: 20 pictures of a creature that nobody has seen, and a LoRA that learned from them.
 
-    python -m docs.zork            # draws them, learns from them, and writes docs/assets/zork.safetensors
+    python -m docs.zork            # draws them, learns from them, and writes docs/assets/zork*
     python -m docs.zork FOLDER     # only draws them, into the folder
 
-The training takes minutes. So the book's build does not repeat it, but draws with the stored file.
+The training takes minutes. So the book's build does not repeat it, but draws with the stored file, and shows
+what was seen on the way: the losses, and the sheets of some checkpoints.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from reifusion.files import whole
+from reifusion.files import whole, write_json
+from reifusion.train.plot import losses as read_losses
 
 ROOT = Path(__file__).parent.parent
 LORA = ROOT / "docs" / "assets" / "zork.safetensors"
+SEEN = ROOT / "docs" / "assets" / "zork-training.json"
+SHEETS = ROOT / "docs" / "assets" / "zork-training.png"
 
 BACKGROUNDS = {
     "white": "#ffffff",
@@ -76,18 +80,36 @@ def keep(lora: Path, out: Path) -> None:
         save_file(tensors, temporary, {"format": "pt"})
 
 
+def keep_seen(run: Path, rows: int = 4) -> None:
+    """Stores a run's losses, and the pictures of some of its sheets, one row each."""
+    sheets = sorted(run.glob("sheet-*.png"))
+    chosen = [sheets[round(k * (len(sheets) - 1) / (rows - 1))] for k in range(rows)]
+    pictures = [Image.open(sheet).convert("RGB") for sheet in chosen]
+    page = Image.new("RGB", (pictures[0].width, 128 * rows), "white")
+    for k, picture in enumerate(pictures):
+        page.paste(picture.crop((0, 0, picture.width, 128)), (0, 128 * k))  # without its captions
+    with whole(SHEETS) as temporary:
+        page.quantize(256).save(temporary, "PNG")
+    losses = {step: round(loss, 4) for step, loss in read_losses(run).items()}
+    write_json(SEEN, {"losses": losses, "sheets": [int(sheet.stem.split("-")[1]) for sheet in chosen]})
+
+
 def main() -> int:
     from reifusion.train.__main__ import main as train
 
     if len(sys.argv) > 1:
         draw_zorks(Path(sys.argv[1]))
         return 0
+    often = ["checkpoint_minutes=0.5", "log_every=10"]
     with tempfile.TemporaryDirectory() as run:  # always from the start: the mini may have changed
         pictures, lora = Path(run) / "pictures", Path(run) / "lora.safetensors"
         draw_zorks(pictures)
-        code = train(["lora", "--config", "mini-lora", f"data={pictures}", f"folder={run}", f"out={lora}"])
+        code = train(
+            ["lora", "--config", "mini-lora", f"data={pictures}", f"folder={run}", f"out={lora}", *often]
+        )
         if code == 0:
             keep(lora, LORA)
+            keep_seen(Path(run))
     return code
 
 

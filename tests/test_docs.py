@@ -99,3 +99,11 @@ def test_its_error_is_that_of_its_test():
 def test_a_line_without_an_equation_gets_one_sentence(what):
     with pytest.raises(NotFound, match="equation"):
         find(what, equations())
+
+
+def test_formulas_can_be_read_in_a_terminal():
+    from docs.equation import readable
+
+    assert readable(r"\sqrt{\bar\alpha_t}\,x_0 + \frac{a}{b}\;\hat\epsilon") == "√(ᾱ_t) x_0 + (a) / (b) ε̂"
+    texts = [readable(latex(equation)) for equation in equations() if equation.chapter]
+    assert all(text and not set(text) & set("\\{}") for text in texts)

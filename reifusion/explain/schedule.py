@@ -76,7 +76,7 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
         picture = pipe.decode(sampler.add_noise(z, at, eps))[0]
         x = MARGIN + k * (cell + GAP)
         place(figure, resized(picture, (cell, cell)), x, pictures_at)
-        label = f"t = {at}\nSNR {snr[at]:.3g}"
+        label = f"t = {at}\nSNR {snr[at]:,.0f}" if snr[at] >= 100 else f"t = {at}\nSNR {snr[at]:.2g}"
         write(figure, x + cell / 2, pictures_at + cell + 22, label, size=9, ha="center", color=GREY)
 
     timesteps: dict[str, list[float]] = {}
@@ -85,7 +85,9 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
     with styled():
         axes = axes_at(figure, MARGIN + 130, ticks_at + 20, WIDTH - 2 * MARGIN - 130, 20 * len(names))
         axes.set(
-            title="Where the samplers look", xlabel="timestep t, from noise to picture", xlim=(len(t), -10)
+            title="Where the samplers look",
+            xlabel="timestep t; a sampler goes from right to left",
+            xlim=(-10, len(t)),
         )
         axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
         for row, steps in enumerate(timesteps.values()):

@@ -465,10 +465,11 @@ def relative(heat: Tensor) -> Tensor:
 
 
 def _crossed(picture: Image.Image, pixel: tuple[int, int]) -> Image.Image:
-    """Returns the picture with a cross at the pixel."""
+    """Returns the picture with four strokes around the pixel, which leave it free."""
     picture, (x, y) = picture.copy(), pixel
-    pen, arm = ImageDraw.Draw(picture), max(3, picture.width // 24)
+    pen, arm, gap = ImageDraw.Draw(picture), max(5, picture.width // 20), max(2, picture.width // 60)
     for colour, width in ((PAPER, 3), (INK, 1)):
-        pen.line((x - arm, y, x + arm, y), fill=colour, width=width)
-        pen.line((x, y - arm, x, y + arm), fill=colour, width=width)
+        for near, far in ((-gap, -arm), (gap, arm)):
+            pen.line((x + near, y, x + far, y), fill=colour, width=width)
+            pen.line((x, y + near, x, y + far), fill=colour, width=width)
     return picture
