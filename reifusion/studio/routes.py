@@ -28,7 +28,7 @@ from .drawing import TICK, Drawing
 from .known import EXAMPLES, known
 
 PAGE = Path(__file__).parent / "page"
-KEPT = 10  # drawings that can be looked into
+KEPT = 6  # drawings that can be looked into: at full size, one's attention is 100 MB
 BODY = 2**26  # bytes that the page may send
 
 
@@ -192,9 +192,8 @@ def build(studio: Studio) -> FastAPI:
         return FileResponse(shelf.path_of(studio.folder, name))
 
     app.mount("/page", StaticFiles(directory=PAGE))
-    if stages.BOOK.is_dir():
-        app.mount("/book", StaticFiles(directory=stages.BOOK / "book"))
-        app.mount("/assets", StaticFiles(directory=stages.BOOK / "assets"))
+    if stages.BOOK is not None:
+        app.mount("/book", StaticFiles(directory=stages.BOOK))
     app.add_middleware(Guard, token=None, hosts=HERE, most=BODY)
     return app
 

@@ -24,7 +24,9 @@ from .drawing import Drawing
 from .excerpts import Excerpt, coloured, excerpts, whole
 from .views import caption, heats, push, shares, tensor, under
 
-BOOK = Path(__file__).parents[2] / "site"  # the rendered book, where this is a checkout that has it
+# The book, where it is built: in the package, or in a clone
+BOOKS = (Path(__file__).parents[1] / "data" / "book", Path(__file__).parents[2] / "site")
+BOOK = next((folder for folder in BOOKS if (folder / "index.html").is_file()), None)
 CHAPTERS = {
     "words": "Words", "forward": "Noise, and the forward process", "attention": "Attention",
     "guidance": "Guidance", "reverse": "The reverse step, derived", "samplers": "Samplers as solvers",
@@ -167,7 +169,7 @@ def facts(drawing: Drawing, place: int) -> dict[str, Any]:
 
 def _as_json(drawing: Drawing, place: int, station: Station) -> dict[str, Any]:
     chapter = station.chapter
-    page = BOOK / "book" / f"{chapter}.html"
+    there = BOOK is not None and (BOOK / "book" / f"{chapter}.html").is_file()
     shown = []
     for name, said in station.tensors.items():
         if (values := tensor(drawing, place, name)) is not None:
@@ -179,7 +181,7 @@ def _as_json(drawing: Drawing, place: int, station: Station) -> dict[str, Any]:
         "now": station.now,
         "said": station.said,
         "chapter": CHAPTERS[chapter],
-        "book": f"/book/{chapter}.html" if page.is_file() else None,
+        "book": f"/book/book/{chapter}.html" if there else None,
         "code": [
             {"equation": one.equation, "html": coloured(one.code), "place": one.place} for one in station.code
         ],

@@ -16,7 +16,7 @@ from reifusion.model import attention, ddpm, samplers
 from reifusion.model.encoder import unscale_latents
 from reifusion.studio import views
 from reifusion.studio.excerpts import PACKAGE, coloured, excerpts, whole
-from reifusion.studio.stages import BOOK, CHAPTERS, facts, stations, way_back
+from reifusion.studio.stages import CHAPTERS, facts, stations, way_back
 
 EVIL = "a <b onclick=alert(1)> cat \" ' ${1+1} {{x}} &amp;"
 
@@ -150,7 +150,7 @@ def test_without_guidance_it_says_so(wanted, finish):
 
 def test_every_chapter_is_one_of_the_book(drawing):
     chapters = {one.chapter for place in (0, 1, 5) for one in stations(drawing, place).values()}
-    folder = BOOK.parent / "docs" / "book"
+    folder = PACKAGE / "docs" / "book"
     for chapter in chapters:
         head = (folder / f"{chapter}.md").read_text("utf-8").splitlines()[0]
         assert head.startswith("# ") and head.endswith(f" {CHAPTERS[chapter]}")

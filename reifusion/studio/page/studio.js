@@ -1,5 +1,5 @@
 // The page: draws what the fields ask for, one picture or several, or two beside each other.
-import {$, $$, ask, follow, say} from "./api.js";
+import {$, ask, follow, say} from "./api.js";
 import * as brush from "./brush.js";
 import * as fields from "./fields.js";
 import * as known from "./known.js";
@@ -7,14 +7,15 @@ import * as map from "./map.js";
 import * as shelf from "./shelf.js";
 import * as view from "./view.js";
 
-const work = {turn: 0, id: null, wanted: ""};
+const work = {turn: 0, id: null, wanted: "", loads: 0};
 
 // Draws one picture; returns it when it is complete, null when it was stopped or failed.
-async function draw(settings, k, turn, second = false) {
+async function draw(settings, k, turn, two, second = false) {
   let one = null, shown = null;
   const last = await follow("/api/draw", {settings, picture: brush.picture(), mask: brush.mask(), k}, news => {
     if (turn !== work.turn) return;
     work.id = news.id;
+    if (!one && !second) view.begin(two);
     one ??= {id: news.id};
     if (!news.done) {
       say(news.warning ? `${news.note} ${news.warning}` : news.note);
@@ -32,66 +33,65 @@ async function draw(settings, k, turn, second = false) {
 
 async function start() {
   const turn = ++work.turn, settings = fields.read(), num = Math.max(1, Number($("#num").value) || 1);
-  const two = $("#compare").checked;
+  const two = $("#compare").checked, before = view.both();
   stop();  // a page draws one picture at a time: the newest
   work.wanted = JSON.stringify(settings);
-  view.begin(two);
+  const settle = () => turn === work.turn && (map.running(null, 0), view.end(before.a, before.b));
   try {
-    if (two) return await beside(settings, turn);
+    if (two) return await beside(settings, turn, settle);
     for (let k = 0; k < num && turn === work.turn; k++) {
-      const one = await draw(settings, k, turn);
-      if (!one) return settle(turn);
+      const one = await draw(settings, k, turn, false);
+      if (!one) return settle();
       if (!settings.seed) settings.seed = String(one.seed - k);  // the others follow the first
-      await finish(one, null);
+      await finish(one, false);
       if (!one.complete) return;
     }
   } catch (error) {
-    if (turn === work.turn) say(error.message, true), settle(turn);
+    if (turn === work.turn) say(error.message, true), settle();
   }
 }
 
-async function beside(settings, turn) {
+async function beside(settings, turn, settle) {
   const name = $("#b-name").value, value = $("#b-value").value;
-  const a = await draw(settings, 0, turn);
-  if (!a) return settle(turn);
-  await finish(a, null, false);
+  const a = await draw(settings, 0, turn, true);
+  if (!a) return settle();
+  await finish(a, true);
   if (!a.complete || turn !== work.turn) return;
-  const b = await draw({...settings, seed: settings.seed ?? String(a.seed), [name]: value}, 0, turn, true);
-  if (!b) return settle(turn, a);
+  const b = await draw({...settings, seed: settings.seed ?? String(a.seed), [name]: value}, 0, turn, true, true);
+  if (!b) return turn === work.turn && view.end(a, null);
   const own = a.settings[name] ?? "as usual", title = fields.title(name);
   Object.assign(a, {said: `${title} ${own}`});
   Object.assign(b, {said: `${title} ${value || "as usual"}`});
   if (b.complete) shelf.add(b);
-  await finish(a, b, false);
-}
-
-async function finish(a, b, listed = true) {
-  if (a.complete && (listed || !b)) shelf.add(a);
-  shelf.repeat(a.complete ? a : null);
   await view.end(a, b);
 }
 
-function settle(turn, a = null) {
-  if (turn !== work.turn) return;
-  map.running(null, 0);
-  if (a) view.end(a, null);
+async function finish(one, two) {
+  if (one.complete) shelf.add(one);
+  shelf.repeat(one.complete ? one : null);
+  await view.end(one, null, two);
+}
+
+function cancel() {
+  stop();
+  if (!$("#load").disabled) return;
+  work.loads++;  // the studio goes on, and has it the next time
+  $("#load").disabled = false;
+  say("Stopped waiting for the model.");
 }
 
 const stop = () => work.id && fetch(`/api/drawings/${work.id}/stop`, {method: "POST"}).catch(() => null);
 
 async function load() {
-  const turn = ++work.turn;
+  const turn = ++work.loads, mine = () => turn === work.loads;
   $("#load").disabled = true;
   try {
-    const last = await follow("/api/model", {model: $("#model").value.trim()}, news => turn === work.turn && say(news.note, news.failed));
-    if (last.failed) return;
-    fit(last);
-    say(last.note);
+    const last = await follow("/api/model", {model: $("#model").value.trim()}, news => mine() && say(news.note, news.failed));
+    if (mine() && !last.failed) fit(last);
   } catch (error) {
-    say(error.message, true);
-  } finally {
-    $("#load").disabled = false;
+    if (mine()) say(error.message, true);
   }
+  if (mine()) $("#load").disabled = false;
 }
 
 function fit(page) {
@@ -102,7 +102,7 @@ function fit(page) {
 }
 
 $("#ask").addEventListener("submit", event => { event.preventDefault(); start(); });
-$("#cancel").addEventListener("click", stop);
+$("#cancel").addEventListener("click", cancel);
 $("#load").addEventListener("click", load);
 $("#model").addEventListener("keydown", event => event.key === "Enter" && load());
 $("#compare").addEventListener("change", event => { $("#other").hidden = !event.target.checked; });

@@ -8,7 +8,7 @@ const seen = new Map();  // drawing/place -> its facts
 const url = (one, place, what) => `/api/drawings/${one.id}/${place}/${what}.png`;
 
 export const drawing = () => view.a;
-export const reached = () => view.place;
+export const both = () => ({a: view.a, b: view.b});
 
 async function facts(one, place) {
   const key = `${one.id}/${place}/${one.places ? "done" : ""}`;
@@ -72,10 +72,12 @@ export async function step(one, news, second) {
   map.curve(news.curve, now);
 }
 
-export async function end(a, b) {
+// A finished drawing, or two of them; two: there is room for the other one, which is still to come.
+export async function end(a, b, two = Boolean(b)) {
+  if (!a) return;
   Object.assign(view, {a, b});
-  pane("given").hidden = Boolean(b);
-  pane("other").hidden = pane("difference").hidden = !b;
+  pane("given").hidden = two;
+  pane("other").hidden = pane("difference").hidden = !two;
   const slider = $("#place");
   slider.max = Math.max(1, a.places - 1);
   slider.value = a.places - 1;
