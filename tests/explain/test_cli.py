@@ -53,9 +53,8 @@ def test_a_prompt_gives_a_folder_with_everything_to_see(run, model):
     assert len(os.listdir(folder / "words")) == 5  # a, cat, on, a, rocket
     for name in ("film-strip", "words", "pixel"):
         with Image.open(folder / f"{name}.png") as picture:
-            assert (
-                picture.info["Description"]
-                and picture.info["Comment"].endswith(GUIDE[{"film-strip": "strip"}.get(name, name)])
+            assert picture.info["Description"] and picture.info["Comment"].endswith(
+                GUIDE[{"film-strip": "strip"}.get(name, name)]
             )
 
     # and a second time, beside it; the picture is the one that generate draws
