@@ -8,7 +8,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
+
+from reifusion.explain.figures import STYLE
+
+matplotlib.rcParams.update(STYLE)  # plots that are made in a chapter look like those of `reifusion explain`
 
 
 def strip(pictures: Sequence[Image.Image], labels: Sequence[str] = (), side: int = 128) -> Image.Image:
