@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ..explain import web
+
 PACKAGE = Path(__file__).parents[2]
 MOST = 14  # lines of an excerpt
 
@@ -70,9 +72,38 @@ _MARKS = re.compile(
 
 
 def coloured(code: str) -> str:
-    """Returns Python as HTML: texts, remarks, numbers, keywords and defined names in `<i class=…>`."""
+    """Returns Python as HTML: texts, remarks, numbers, keywords and defined names in `<i class=…>`.
+
+    Each line is whole by itself.
+    """
     parts, at = [], 0
     for mark in _MARKS.finditer(code):
-        parts += [escape(code[at : mark.start()]), f'<i class="{mark.lastgroup}">{escape(mark[0])}</i>']
+        pieces = (f'<i class="{mark.lastgroup}">{escape(one)}</i>' for one in mark[0].split("\n"))
+        parts += [escape(code[at : mark.start()]), "\n".join(pieces)]
         at = mark.end()
     return "".join([*parts, escape(code[at:])])
+
+
+def listing(name: str) -> str:
+    """Returns a page with a file of the package, "reifusion/model/ddpm.py"; line 12 has the id L12.
+
+    Raises ValueError for what is no Python of the package.
+    """
+    path = (PACKAGE / name).resolve()
+    if PACKAGE / "reifusion" not in path.parents or path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"there is no file {name} in the package")
+    lines = coloured(path.read_text("utf-8")).split("\n")
+    numbered = "\n".join(f'<span id="L{k}"><b>{k:4}</b> {line}</span>' for k, line in enumerate(lines, 1))
+    return web.page(name, _STYLE, f"<h1>{escape(name)}</h1>\n<pre>{numbered}</pre>")
+
+
+_STYLE = """
+body { margin: 1rem 1.5rem; } h1 { font: 600 16px ui-monospace, monospace; }
+pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre b { color: var(--grey); font-weight: 400; } pre i { font-style: normal; }
+pre span { display: block; padding-left: 7ch; text-indent: -5ch; }
+pre span:target { background: light-dark(#fff1b8, #4d431a); }
+.word { color: light-dark(#8a1c9c, #e0a1f0); } .remark { color: light-dark(#5f6472, #98a0b3); }
+.text { color: light-dark(#1b6b36, #8fd6a3); } .number { color: light-dark(#9a4a00, #ffb680); }
+.name { color: light-dark(#1f4fb0, #9fc0ff); font-weight: 600; }
+"""

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import Body, FastAPI
 from fastapi import Request as Http
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 
@@ -25,6 +25,7 @@ from ..settings import Settings
 from . import drawing as drawing_module
 from . import shelf, stages, views, wishes
 from .drawing import TICK, Drawing
+from .excerpts import listing
 from .known import EXAMPLES, known
 
 PAGE = Path(__file__).parent / "page"
@@ -190,6 +191,10 @@ def build(studio: Studio) -> FastAPI:
     @app.get("/pictures/{name}")
     def file(name: str) -> Response:
         return FileResponse(shelf.path_of(studio.folder, name))
+
+    @app.get("/source/{name:path}")
+    def source(name: str) -> Response:
+        return HTMLResponse(listing(name))
 
     app.mount("/page", StaticFiles(directory=PAGE))
     if stages.BOOK is not None:

@@ -45,6 +45,7 @@ class Station:
     code: Sequence[Excerpt] = ()
     tensors: dict[str, str] = field(default_factory=dict)  # the name that `views.tensor` knows -> a label
     rows: list[tuple[str, str]] = field(default_factory=list)  # what else is there: a name and a value
+    filled: str = ""  # the equation with the numbers of this place
 
 
 def stations(drawing: Drawing, place: int) -> dict[str, Station]:
@@ -123,6 +124,7 @@ def _guidance(drawing: Drawing, place: int) -> Station:
     return Station(
         "Guidance", f"s = {request.cfg:g}", said, "guidance", found,
         {} if pushed is None else {"uncond": "without the prompt", "push": "where the prompt pushes"},
+        filled="" if pushed is None else f"ε = ε_uncond + {request.cfg:g} (ε_cond − ε_uncond)",
     )  # fmt: skip
 
 
@@ -131,18 +133,27 @@ def _sampler(drawing: Drawing, place: int) -> Station:
     assert sampler is not None
     kind = {"epsilon": ["x0-from-eps"], "v_prediction": ["x0-from-v"]}.get(sampler.prediction_type, [])
     sees = excerpts(type(sampler).predict, *kind) or [whole(type(sampler).predict)]
-    rows = []
+    rows, filled = [], ""
     if frame.step is not None and frame.x0 is not None and (share := shares(drawing, place)) is not None:
-        names = ("1 − σ", "σ") if sampler.prediction_type == "flow" else ("√ᾱₜ", "√(1 − ᾱₜ)")
-        rows = [(name, f"{value:.3f}") for name, value in zip(names, share)]
-        rows += [("σₜ", f"{frame.sigma:.3f}"), ("size of x̂₀", f"{rms(frame.x0):.3f}")]
+        filled = _filled(sampler.prediction_type, *share)
+        rows = [("σₜ", f"{frame.sigma:.3f}"), ("size of x̂₀", f"{rms(frame.x0):.3f}")]
     return Station(
         "Sampler", sampler.title,
         f"From the noise that was seen follows x̂₀, the clean picture; {sampler.title} then goes on to the "
         "next, less noisy latents.",
         "samplers", [*sees, *way_back(type(sampler))],
         {"x_t": "x_t", "x0": "x̂₀", "next": "the next x_t"} if frame.step is not None else {}, rows,
+        filled,
     )  # fmt: skip
+
+
+def _filled(prediction: str, signal: float, noise: float) -> str:
+    """Returns how x̂₀ follows, with the shares of picture and noise in x_t as numbers."""
+    if prediction == "flow":
+        return f"x̂₀ = xₜ − {noise:.3f} v"
+    if prediction == "epsilon":
+        return f"x̂₀ = (xₜ − {noise:.3f} ε) / {signal:.3f}"
+    return f"x̂₀ = {signal:.3f} xₜ − {noise:.3f} v"
 
 
 def way_back(kind: type[Sampler]) -> tuple[Excerpt, ...]:
@@ -187,4 +198,5 @@ def _as_json(drawing: Drawing, place: int, station: Station) -> dict[str, Any]:
         ],
         "tensors": shown,
         "rows": station.rows,
+        "filled": station.filled,
     }

@@ -119,6 +119,13 @@ def test_only_pictures_of_the_folder_are_served(page, tmp_path, model):
         assert page.get(f"/pictures/{name}").status_code in (400, 404)
 
 
+def test_a_line_of_code_leads_to_its_file(page):
+    html = page.get("/source/reifusion/model/guidance.py").text
+    assert '<span id="L42"><b>  42</b> ' in html and "<script" not in html
+    for name in ("reifusion/../pyproject.toml", "tests/conftest.py", "reifusion/data/mini.safetensors"):
+        assert page.get(f"/source/{name}").status_code in (400, 404)
+
+
 def test_another_model_brings_its_own_settings_and_what_it_knows(page, model):
     def last(name: str) -> dict[str, Any]:
         return json.loads(page.post("/api/model", json={"model": name}).text.splitlines()[-1])

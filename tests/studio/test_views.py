@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,23 @@ def test_each_station_shows_its_own_equations(drawing):
     assert "x₀ = αₜ" not in told["sampler"]  # this model predicts ε
     assert "def to_picture" in told["vae"] and "latents / config.scale_factor" in told["vae"]
     assert "* config.scale_factor" not in told["vae"]  # that is the encoder's
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_a"])  # one in ᾱ, one in σ
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_equation_with_its_numbers_gives_the_clean_latents(prediction, name, wanted, finish):
+    settings = wanted(sampler=name, prediction_type=prediction)
+    drawing, pipe = finish(settings), settings.pipe()
+    for place, step in enumerate(pipe.denoise(settings.request()), 1):
+        filled = stations(drawing, place)["sampler"].filled
+        signal, noise = (float(x) for x in re.findall(r"\d\.\d+", filled))
+        x_t, seen = step.scaled, step.output
+        if prediction == "epsilon":
+            signal, noise = noise, signal  # (x_t - noise ε) / signal
+            x0 = (x_t - noise * seen) / signal
+        else:
+            x0 = signal * x_t - noise * seen
+        assert (x0 - drawing.frames[place].x0).abs().max() < 0.02 * x0.abs().max()
 
 
 def test_without_guidance_it_says_so(wanted, finish):

@@ -44,8 +44,10 @@ function draw() {
   const code = station.code.flatMap(one => {
     const pre = make("pre"), [, source, equation] = one.equation.match(/^(.*?): (.*)$/s) ?? [];
     pre.innerHTML = one.html;  // made by the studio from its own source
-    return [...(equation ? [make("p", {class: "equation"}, equation, make("small", {}, source))] : []), pre, make("p", {class: "place"}, one.place)];
+    return [...(equation ? [make("p", {class: "equation"}, equation, make("small", {}, source))] : []), pre,
+      make("p", {class: "place"}, make("a", {href: `/source/${one.place.replace(":", "#L")}`, target: "_blank"}, one.place))];
   });
+  if (station.filled) code.splice(station.code[0].equation ? 1 : 0, 0, make("p", {class: "filled"}, station.filled));
   const tensors = make("div", {class: chosen === "clip" ? "tensors long" : "tensors"}, ...station.tensors.map(one => make("figure", {},
     make("img", {src: `/api/drawings/${id}/${facts.place}/${one.name}.png`, alt: `${one.label}: blue below zero, red above`}),
     make("figcaption", {}, make("b", {}, one.label), `${one.shape}; mean ${number(one.mean)}, std ${number(one.std)}`))));
