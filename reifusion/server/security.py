@@ -14,7 +14,7 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import GONE, Refusal, answer
 from .logs import log
-from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
 
 HERE = ("127.0.0.1", "localhost", "::1")
 OPEN = ("/healthz", "/readyz")  # without a token: they tell nothing but whether the server is well

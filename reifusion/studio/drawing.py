@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import queue
 import threading
 import time
@@ -30,22 +29,25 @@ from .wishes import fitting
 
 # One model draws for all pages, one picture at a time, because recording puts hooks into the model.
 _LOCK, _LOADING, _LOOKING = threading.Lock(), threading.Lock(), threading.Lock()
+_MODELS: dict[Settings, StableDiffusion] = {}
 # With these the network's inside runs otherwise than once a step at one size, or reads other words
 _UNWATCHED = ("hires", "emphasis", "manner", "deepcache", "refiner", "only_masked", "outpaint", "ip_adapter")
 SHARE = 0.25  # of the time, for pictures of steps while it draws: at full size, one takes as long as a step
+MODELS = 2  # in memory, so that two pages can compare two
 TICK = 0.5  # seconds between two notes about something that takes long
 
 
 def model(settings: Settings) -> StableDiffusion:
     """Returns the model of the settings, with all that is put into it. Raises ValueError for a wrong file."""
-    usual = {name: ABOUT[name].default for name in (*requested(), *DRAWING)}
+    key = replace(settings, **{name: ABOUT[name].default for name in (*requested(), *DRAWING)})
+    if (pipe := _MODELS.get(key)) is not None:  # at once, also while another one is being loaded
+        return pipe
     with _LOADING:
-        return _model(replace(settings, **usual))
-
-
-@functools.lru_cache(maxsize=2)  # two, so that two pages can compare two models
-def _model(settings: Settings) -> StableDiffusion:
-    return settings.pipe()
+        if key not in _MODELS:
+            _MODELS[key] = key.pipe()
+            for old in list(_MODELS)[:-MODELS]:
+                del _MODELS[old]
+        return _MODELS[key]
 
 
 @dataclass

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +47,24 @@ def test_a_port_that_is_taken_is_one_sentence(monkeypatch, capsys, model, tmp_pa
         said.out == ""
         and said.err == f"reifusion: port {port} is taken, or no port is free: try another --port\n"
     )
+
+
+ALONE = """
+import sys
+class Missing:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("prometheus_client", "python_multipart", "multipart"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+from pathlib import Path
+from reifusion.studio.routes import Studio, build
+print(len(build(Studio("mini", Path("pictures"))).routes))
+"""
+
+
+def test_it_needs_nothing_of_the_server_s_extra(tmp_path):
+    pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0 and int(done.stdout) > 10, done.stderr

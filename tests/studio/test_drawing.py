@@ -91,17 +91,29 @@ def test_a_failure_is_one_sentence_and_the_next_picture_is_drawn(wanted, tmp_pat
     assert finish(wanted()).path is not None
 
 
-def test_loading_is_told_and_can_be_stopped(wanted, tmp_path, monkeypatch):
-    go = threading.Event()
-    monkeypatch.setattr(drawing_module, "_model", lambda settings: go.wait(30))
+def test_loading_is_told_can_be_stopped_and_keeps_nobody_else(wanted, finish, tmp_path, monkeypatch):
+    go, pipe = threading.Event(), Settings.pipe
+    monkeypatch.setattr(Settings, "pipe", lambda self: pipe(self) if self.model != "a/b" else go.wait(30))
+    finish(wanted())
     notes = []
     for drawing in draw(Drawing(wanted(model="a/b")), tmp_path):
         notes.append(drawing.note)
         if len(notes) == 4:
+            assert finish(wanted()).path is not None  # with the model that is there
             drawing.stop.set()
     go.set()
     assert notes[0] == "Loading a/b." and notes[-1] == "Stopped." and len(notes) <= 6
     assert any(note.startswith("Loading a/b: ") for note in notes)
+
+
+def test_models_are_kept_by_what_was_put_into_them(wanted):
+    one = drawing_module.model(wanted("a cat", steps=9, hires=2.0, variation=0.5))
+    assert drawing_module.model(wanted("a dog")) is one
+    other = drawing_module.model(wanted("a dog", int8=True))
+    assert other is not one and drawing_module.model(wanted(int8=True)) is other
+    drawing_module.model(wanted(prediction_type="v_prediction"))
+    assert len(drawing_module._MODELS) == drawing_module.MODELS
+    assert drawing_module.model(wanted()) is not one  # it had to make room
 
 
 def test_two_pages_at_once_do_not_mix(pipe, wanted, tmp_path):
