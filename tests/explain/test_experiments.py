@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reifusion.explain import ablate, experiments, latents, schedule
-from reifusion.explain.experiments import distance, draw, lerp, saturation, slerp
+from reifusion.explain.experiments import contrast, difference, distance, draw, lerp, saturation, slerp
 from reifusion.explain.steer import muted, rewritten
 from reifusion.explain.trajectory import record
 from reifusion.explain.words import prompt_words
@@ -55,6 +55,19 @@ def test_distance_and_saturation():
     black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (30, 30, 30))
     assert distance(black, grey) == 30 and distance(grey, grey) == 0
     assert saturation(grey) == 0 and saturation(Image.new("RGB", (4, 4), "red")) == 1
+    assert np.array_equal(difference(black, grey), np.full((4, 4, 3), 240)) and contrast(grey) == 0
+    halves = Image.new("L", (4, 4), 0)
+    halves.paste(100, (0, 0, 2, 4))
+    assert contrast(halves.convert("RGB")) == 50
+
+
+def test_captions_are_computed(pipe):
+    exhibit = experiments.cfg(pipe, ask(), scales=(1, 3), seeds=2)
+    low, high = np.mean(exhibit.numbers["saturation"], axis=0)
+    assert exhibit.guide.startswith(f"From s = 1 to s = 3 the saturation goes from {low:.2f} to {high:.2f}")
+    exhibit = experiments.seeds(pipe, ask(), to=2, stops=3)
+    assert f"{exhibit.numbers['ends']:.0f} levels apart" in exhibit.guide
+    assert f"{exhibit.numbers['contrasts'][1][1]:.0f} straight through" in exhibit.guide
 
 
 # Guidance, steps, samplers
