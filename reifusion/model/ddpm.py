@@ -75,7 +75,7 @@ class Sampler:
         self._roots_beside: dict[Any, tuple[Tensor, ...]] = {}
         self.betas = betas(schedule)
         self.alphas = 1.0 - self.betas
-        # [alphas-cumprod] §2, Ho et al. 2020: ᾱₜ = α₀ α₁ … αₜ, from almost 1 to almost 0
+        # [alphas-cumprod] §2, Ho et al. 2020: ᾱₜ = α₁ α₂ … αₜ; there t counts from 1, in code from 0
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         if schedule.zero_terminal_snr:
             # [zero-snr] Algorithm 1, Lin et al. 2023: √ᾱₜ ← (√ᾱₜ - √ᾱ_T) √ᾱ₁ / (√ᾱ₁ - √ᾱ_T), as it was at 1
