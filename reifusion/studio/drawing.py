@@ -175,6 +175,8 @@ def _draw(
     drawing: Drawing, pipe: StableDiffusion, folder: Path, tell: Callable[[], None], preview: str | None
 ) -> None:
     settings, stop = drawing.settings, drawing.stop
+    drawing.note = "Reading the prompt."
+    tell()
     drawing.pipe = drawing.looking = pipe
     with contextlib.suppress(ModelError):  # the page may draw with another model than it began with
         drawing.looking = previewing(pipe, preview)

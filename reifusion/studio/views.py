@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..explain.trajectory import rms
 from ..explain.words import relative
+from ..model.sentences import cut
 from .drawing import Drawing
 from .known import LITTLE, unknown_words
 
@@ -106,10 +107,12 @@ def notes(pipe: Any, prompt: str) -> list[str]:
         said.append("An empty prompt: the model draws whatever comes.")
     if len(pieces) > room:
         lost = pipe.tokenizer.decode([piece.id for piece in pieces[room:]])
-        said.append(f"The prompt has {len(pieces)} tokens and there is room for {room}; cut off: {lost}")
+        said.append(
+            f"The prompt has {len(pieces)} tokens and there is room for {room}; cut off: {cut(lost, 60)}."
+        )
     if pipe.config.name == "mini" and (unknown := unknown_words(prompt)):
         one = "this word" if len(unknown) == 1 else "these words"
-        said.append(f"The mini has never read {one}: {', '.join(unknown)}")
+        said.append(f"The mini has never read {one}: {cut(', '.join(unknown), 60)}.")
     return said
 
 

@@ -304,7 +304,7 @@ def test_what_it_knows_is_offered_and_what_it_does_not_is_said(open_tab):
     assert value(page, "prompt") == "an octopus"
     page.fill("#prompt", "an astronaut riding a horse")
     page.wait_for_function(
-        "document.querySelector('#notes').innerText === 'The mini has never read this word: riding'"
+        "document.querySelector('#notes').innerText === 'The mini has never read this word: riding.'"
     )
     page.fill("#prompt", "a cat " * 20)
     page.wait_for_function("document.querySelector('#notes').innerText.includes('room for 30; cut off: ')")

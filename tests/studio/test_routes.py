@@ -136,7 +136,7 @@ def test_another_model_brings_its_own_settings_and_what_it_knows(page, model):
     assert last("nowhere.safetensors")["failed"] and "nowhere" in last("nowhere.safetensors")["note"]
     assert len(last("mini")["known"]["subjects"]) > 900
     said = page.post("/api/notes", json={"model": "mini", "prompt": "un chat"}).json()
-    assert said == ["The mini has never read these words: un, chat"]
+    assert said == ["The mini has never read these words: un, chat."]
 
 
 def test_a_page_of_another_origin_and_another_name_of_this_machine_are_refused(page):

@@ -178,5 +178,4 @@ def test_the_reader_is_told_what_was_cut_and_what_an_empty_prompt_does(pipe):
     assert views.notes(pipe, "a cat") == []
     [said] = views.notes(pipe, "cat " * 50 + "dog dog")
     assert said.startswith("The prompt has 52 tokens and there is room for 38; cut off: cat cat")
-    assert said.endswith("dog dog")
     assert views.notes(pipe, " ")[0].startswith("An empty prompt")

@@ -66,6 +66,6 @@ export function curve(known, now) {
   const said = now.share ? `picture × ${now.share[0].toFixed(3)}, noise × ${now.share[1].toFixed(3)}` : "picture × 1, noise × 0";
   svg.setAttribute("aria-label", `The noise schedule, from noise to picture. Here: ${said}`);
   svg.innerHTML = line("signal", known.signal) + line("noise", known.noise)
-    + known.timesteps.map(at => `<path class="tick" d="M${x(at)},68v6"/>`).join("") + `<path class="marker" d="M${x(t)},0V76"/>`
-    + `<text x="8" y="84">noise</text><text x="${width / 2}" y="84" text-anchor="middle">${said}</text><text x="${width - 8}" y="84" text-anchor="end">picture</text>`;
+    + known.timesteps.map(at => `<path class="tick" d="M${x(at)},68v6"/>`).join("") + `<path class="marker" d="M${x(t)},0V76"/>`;
+  $("#shares").textContent = said;
 }

@@ -55,7 +55,7 @@ export function begin(two) {
 }
 
 export function shape([width, height]) {
-  $("#panes").style.setProperty("--ratio", `${width} / ${height}`);
+  document.documentElement.style.setProperty("--ratio", `${width} / ${height}`);
 }
 
 // A step while it is drawn.
@@ -105,7 +105,7 @@ export async function look(place) {
   words(now, other);
   const shown = [put("seen", url(a, place, "seen"), `${now.caption}: ${a.prompt}`)];
   if (b) {
-    pane("other").querySelector("figcaption").textContent = `B: ${b.said}`;
+    pane("other").querySelector("figcaption").textContent = `B: ${b.said}${other.step === now.step ? "" : `, step ${other.step + 1} of ${b.total}`}`;
     shown.push(put("other", url(b, there, "seen"), `${other.caption}: ${b.prompt}`));
     difference(await Promise.all(shown), turn);
   } else await Promise.all([...shown, put("given", url(a, place, "given"), now.under[0], ends)]);
