@@ -25,6 +25,7 @@ from ..model.request import Request
 from ..model.tensors import ModelError
 from ..settings import ABOUT, DRAWING, Settings, requested
 from ..weights import find
+from .views import tiles
 from .wishes import fitting
 
 # One model draws for all pages, one picture at a time, because recording puts hooks into the model.
@@ -69,6 +70,8 @@ class Drawing:
 
     settings: Settings  # as the picture's file says, as soon as it is complete
     note: str = ""  # how far the work is, in one sentence
+    begun: float = field(default_factory=time.monotonic)
+    loaded: bool = False  # True as soon as the model is there
     failed: bool = False  # then `note` says why
     warning: str = ""
     done: bool = False
@@ -88,6 +91,12 @@ class Drawing:
     newest: int | None = None  # the last place that was decoded while drawing
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def said(self) -> str:
+        """The note; while the model is being loaded, with the seconds that this takes."""
+        waiting = not (self.loaded or self.done)
+        return f"{self.note[:-1]}: {time.monotonic() - self.begun:.0f} s." if waiting else self.note
+
     def look(self, place: int, what: str) -> Image.Image:
         """Returns the picture of x_t ("given") or x0 ("seen") at a place; decoded when first looked at.
 
@@ -101,8 +110,6 @@ class Drawing:
         return self.decoded[place, what]
 
     def _decode(self, frame: Frame, what: str) -> Image.Image:
-        from .views import tiles
-
         assert self.looking is not None
         if frame.step is None and what == "given":
             return tiles(frame.x_t)
@@ -130,6 +137,7 @@ def draw(drawing: Drawing, folder: Path, preview: str | None = None) -> Iterator
     def work() -> None:
         try:
             pipe = model(drawing.settings)
+            drawing.loaded = True
             drawing.note = "Waiting for another picture."
             while not _LOCK.acquire(timeout=0.2):
                 if stop.is_set():
@@ -144,8 +152,7 @@ def draw(drawing: Drawing, folder: Path, preview: str | None = None) -> Iterator
             drawing.done = True
             tell()
 
-    begun = time.monotonic()
-    loading = drawing.note = f"Loading {drawing.settings.model}."
+    drawing.note = f"Loading {drawing.settings.model}."
     yield drawing
     threading.Thread(target=work, daemon=True).start()
     try:
@@ -156,11 +163,8 @@ def draw(drawing: Drawing, folder: Path, preview: str | None = None) -> Iterator
                 while not news.empty():  # a slow listener misses some
                     news.get()
             done = drawing.done
-            if drawing.note.startswith(loading[:-1]):
-                if stop.is_set():  # what loads goes on, and is there the next time
-                    drawing.note, drawing.done, done = "Stopped.", True, True
-                else:
-                    drawing.note = f"{loading[:-1]}: {time.monotonic() - begun:.0f} s."
+            if stop.is_set() and not drawing.loaded:  # what loads goes on, and is there the next time
+                drawing.note, drawing.done, done = "Stopped.", True, True
             yield drawing
     finally:
         stop.set()

@@ -102,7 +102,7 @@ def about(source: str, pipe: StableDiffusion) -> dict[str, Any]:
 def _news(id: str, one: Drawing) -> dict[str, Any]:
     news: dict[str, Any] = {
         "id": id,
-        "note": one.note,
+        "note": one.said,
         "failed": one.failed,
         "done": one.done,
         "warning": one.warning,
@@ -117,7 +117,7 @@ def _news(id: str, one: Drawing) -> dict[str, Any]:
     if one.done and one.path is not None:
         news |= {
             "name": one.path.name,
-            "about": shelf.about(shelf._entry(one.path)),
+            "about": shelf.about(one.settings),
             "settings": wishes.texts(one.settings),
             "command": one.settings.as_command(),
             "python": one.settings.as_python(),

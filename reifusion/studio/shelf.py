@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import album
 from ..model.samplers import SAMPLERS
+from ..settings import Settings
 from . import wishes
 
 MOST = 60  # pictures that are listed
@@ -19,7 +20,7 @@ def listed(folder: Path) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for path in newest_first:
         try:
-            found.append({"name": path.name, "about": about(_entry(path))})
+            found.append({"name": path.name, "about": about(_entry(path).settings)})
         except ValueError:  # a picture from elsewhere
             continue
         if len(found) == MOST:
@@ -47,9 +48,8 @@ def taken(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def about(entry: album.Entry) -> str:
-    """Returns a line about a picture."""
-    told = entry.settings
+def about(told: Settings) -> str:
+    """Returns a line about a picture of these settings."""
     sampler = SAMPLERS[told.sampler].title if told.sampler in SAMPLERS else told.sampler
     return f"{told.prompt}: seed {told.seed}, {sampler}, {told.steps} steps, CFG {told.cfg:g}"
 

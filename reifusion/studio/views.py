@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from ..explain.trajectory import rms
 from ..explain.words import relative
 from ..model.sentences import cut
-from .drawing import Drawing
 from .known import LITTLE, unknown_words
+
+if TYPE_CHECKING:
+    from .drawing import Drawing
 
 GRID = 64  # the finest grid on which heat maps are sent; only the attention of large pictures is finer
 

@@ -97,13 +97,13 @@ def test_loading_is_told_can_be_stopped_and_keeps_nobody_else(wanted, finish, tm
     finish(wanted())
     notes = []
     for drawing in draw(Drawing(wanted(model="a/b")), tmp_path):
-        notes.append(drawing.note)
+        notes.append(drawing.said)
         if len(notes) == 4:
             assert finish(wanted()).path is not None  # with the model that is there
             drawing.stop.set()
     go.set()
-    assert notes[0] == "Loading a/b." and notes[-1] == "Stopped." and len(notes) <= 6
-    assert any(note.startswith("Loading a/b: ") for note in notes)
+    assert notes[0] == "Loading a/b: 0 s." and notes[-1] == "Stopped." and len(notes) <= 6
+    assert "Loading a/b: 1 s." in notes
 
 
 def test_models_are_kept_by_what_was_put_into_them(wanted):

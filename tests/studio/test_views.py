@@ -87,6 +87,7 @@ def test_a_station_has_the_tensors_of_its_step(drawing, pipe, wanted):
     assert len(told["unet"]["rows"]) == len(drawing.attention.maps)
 
 
+@pytest.mark.filterwarnings("ignore:the prompt has")
 def test_a_prompt_is_text_and_never_markup(wanted, finish):
     drawing = finish(wanted(EVIL, steps=2))
     told = json.dumps([one for one in facts(drawing, 1)["stations"].values() for one in one["code"]])
