@@ -7,6 +7,7 @@ hides its plumbing. In a page,
                                     with links to the line that computes it and the test that checks it
     {{ source reifusion.model.ddpm.Sampler.add_noise }}   is that function's current code, with a link
     {{ value reifusion.model.model_converter.TABLE }}     is the text of that constant
+    {{ file docs/assets/live.mjs denoise }}               is that function of a file in JavaScript
     [[reifusion/model/ddpm.py:forward]]   links to the line of equation `forward`; without `:…`, to the file
 
 The result is plain files in site/ that open from a disk. Every link in it is checked.
@@ -41,7 +42,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from docs import execute
+from docs import execute, live
 from docs.equations import Equation, equations
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ SETTINGS = {
     "pymdownx.arithmatex": {"generic": True},
     "pymdownx.highlight": {"line_spans": "line"},  # so that a line that wraps knows where it began
 }
-ASSETS = (".css", ".js", ".png", ".jpg", ".svg")
+ASSETS = (".css", ".js", ".mjs", ".png", ".jpg", ".svg")
 
 
 class Wrong(Exception):
@@ -137,6 +138,15 @@ def _shorthands(page: Page, text: str) -> str:
         shown = f"{path.removeprefix('reifusion/')}:{line}" if target else path.removeprefix("reifusion/")
         return f"[`{shown}`]({page.up}source/{path}.html{f'#L{line}' if line else ''})"
 
+    def script(match: re.Match[str]) -> str:
+        code = (ROOT / match[1]).read_text(encoding="utf-8")
+        found = re.search(rf"^(?:export )?(?:async )?function\*? {match[2]}\(.*?^\}}$", code, re.M | re.S)
+        if found is None:
+            raise Wrong(f"{page.name} quotes {match[2]} of {match[1]}, which is not there")
+        line, address = code[: found.start()].count("\n") + 1, match[1].removeprefix("docs/")
+        return f"[{match[1]}, line {line}]({page.up}{address}){{.source}}\n\n```js\n{found[0]}\n```\n"
+
+    text = re.sub(r"^\{\{ file ([\w/.]+) (\w+) \}\}$", script, text, flags=re.M)
     text = re.sub(r"^\{\{ value ([\w.]+) \}\}$", lambda m: f"```\n{_value(m[1])}\n```\n", text, flags=re.M)
     text = re.sub(r"^\{\{ source ([\w.]+) \}\}$", excerpt, text, flags=re.M)
     return re.sub(r"\[\[([\w/.]+\.py(?::[\w-]+)?)\]\]", link, text)
@@ -296,7 +306,7 @@ def broken(out: Path) -> list[str]:
     }
     wrong = []
     for path, text in texts.items():
-        for link in sorted(set(re.findall(r"\b(?:href|src)=[\"']([^\"':]+)[\"']", text))):
+        for link in sorted(set(re.findall(r"<\w[^<>]*? (?:href|src)=[\"']([^\"':]+)[\"']", text))):
             address, _, anchor = html.unescape(link).partition("#")
             target = (path.parent / address).resolve() if address else path
             if not target.is_file():
@@ -334,6 +344,9 @@ def build(names: list[str], out: Path) -> None:
     for page in wanted:
         write_page(out, page, pages)
     write_search(out, wanted)
+    if not names or "play.md" in names:
+        print("the networks of play.md", flush=True)
+        live.write(out / "live")
     print("the pages of the source", flush=True)
     write_sources(out)
     if not names:

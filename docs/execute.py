@@ -50,8 +50,9 @@ REACH = (
     "notebooks/*.ipynb",
 )
 BESIDE = {
-    "docs/build.py",
-    *(f"docs/assets/{name}" for name in ("book.css", "book.js", "theme.js", "page.html", "source.html")),
+    *("docs/build.py", "docs/live.py"),
+    *(f"docs/assets/{name}" for name in ("book.css", "book.js", "live.mjs", "play.mjs", "theme.js")),
+    *(f"docs/assets/{name}" for name in ("page.html", "source.html")),
 }
 
 
@@ -159,14 +160,15 @@ def _run(block: Block, module: types.ModuleType) -> list[str]:
 
 def key(members: Sequence[Block]) -> str:
     """Returns the hash of all that the blocks' output is made of."""
-    whole = hashlib.sha256(_surroundings().encode())
+    whole = hashlib.sha256(surroundings().encode())
     for block in members:
         whole.update(json.dumps([block.options, block.code]).encode())
     return whole.hexdigest()
 
 
 @cache
-def _surroundings() -> str:
+def surroundings() -> str:
+    """Returns the hash of all that a block can reach."""
     whole = hashlib.sha256(f"{sys.version} {importlib.metadata.version('torch')}".encode())
     for path in sorted(path for pattern in REACH for path in ROOT.glob(pattern)):
         name = path.relative_to(ROOT).as_posix()

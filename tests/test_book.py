@@ -50,7 +50,7 @@ def test_what_succeeded_is_not_run_again_until_something_changes(cache, capsys):
 def test_a_change_of_the_package_runs_all_again(cache, capsys, monkeypatch):
     execute.outputs("p.md", PAGE)
     capsys.readouterr()
-    monkeypatch.setattr(execute, "_surroundings", lambda: "the package after a change")
+    monkeypatch.setattr(execute, "surroundings", lambda: "the package after a change")
     execute.outputs("p.md", PAGE)
     assert "p.md, block 1" in capsys.readouterr().out
 
