@@ -13,8 +13,10 @@ from typing import Any
 
 from ..explain.trajectory import rms
 from ..explain.words import label
+from ..families.mmdit import JointAttention
 from ..model.attention import softmax_attention
 from ..model.clip import CLIP, CLIPEmbedding
+from ..model.config import UNetConfig
 from ..model.ddpm import Sampler, randn
 from ..model.encoder import unscale_latents
 from ..model.guidance import Guidance
@@ -30,7 +32,7 @@ BOOK = next((folder for folder in BOOKS if (folder / "index.html").is_file()), N
 CHAPTERS = {
     "words": "Words", "forward": "Noise, and the forward process", "attention": "Attention",
     "guidance": "Guidance", "reverse": "The reverse step, derived", "samplers": "Samplers as solvers",
-    "vae": "The VAE, and why latents", "flow": "From DDPM to rectified flow",
+    "vae": "The VAE, and why latents", "flow": "From DDPM to rectified flow", "sd3": "Words and pixels at one table",
 }  # fmt: skip
 
 
@@ -54,6 +56,7 @@ def stations(drawing: Drawing, place: int) -> dict[str, Station]:
     assert sampler is not None and request is not None and pipe is not None
     prompt, room = request.prompts[0] or drawing.settings.prompt or "", pipe.config.clip.context_length
     pieces = pipe.tokenizer.pieces(prompt)[: room - 2]
+    joint = not isinstance(pipe.config.unet, UNetConfig)  # Stable Diffusion 3
     running, begun = frame.step is not None, request.init_image is not None
     at = f"At t = {frame.t:g}" if running else "In each step"
     shape = " × ".join(map(str, frame.x_t.shape[1:]))
@@ -78,9 +81,10 @@ def stations(drawing: Drawing, place: int) -> dict[str, Station]:
             {"x_t": "x_t"} if place == 0 else {},
         ),
         "unet": Station(
-            "U-Net", f"t = {frame.t:g}" if running else f"{drawing.total} times",
+            "Transformer" if joint else "U-Net", f"t = {frame.t:g}" if running else f"{drawing.total} times",
             f"{at} the network looks at the noisy latents and, by attention, at the words.",
-            "attention", excerpts(softmax_attention, "attention"),
+            "sd3" if joint else "attention",
+            excerpts(*((JointAttention, "joint-attention") if joint else (softmax_attention, "attention"))),
             {"x_t": "x_t, which it is given", "cond": "the noise that it sees"} if running else {},
             _layers(drawing, place),
         ),
@@ -133,6 +137,8 @@ def _sampler(drawing: Drawing, place: int) -> Station:
     assert sampler is not None
     kind = {"epsilon": ["x0-from-eps"], "v_prediction": ["x0-from-v"]}.get(sampler.prediction_type, [])
     sees = excerpts(type(sampler).predict, *kind) or [whole(type(sampler).predict)]
+    flow = sampler.prediction_type == "flow"
+    chapter = "flow" if flow else "reverse" if sampler.name == "ddpm" else "samplers"
     rows, filled = [], ""
     if frame.step is not None and frame.x0 is not None and (share := shares(drawing, place)) is not None:
         filled = _filled(sampler.prediction_type, *share)
@@ -141,7 +147,7 @@ def _sampler(drawing: Drawing, place: int) -> Station:
         "Sampler", sampler.title,
         f"From the noise that was seen follows x̂₀, the clean picture; {sampler.title} then goes on to the "
         "next, less noisy latents.",
-        "samplers", [*sees, *way_back(type(sampler))],
+        chapter, [*sees, *way_back(type(sampler))],
         {"x_t": "x_t", "x0": "x̂₀", "next": "the next x_t"} if frame.step is not None else {}, rows,
         filled,
     )  # fmt: skip

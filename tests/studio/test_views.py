@@ -13,11 +13,16 @@ import pytest
 import torch
 
 import reifusion
+from reifusion.families.sd3 import StableDiffusion3
+from reifusion.families.sdxl import StableDiffusionXL
 from reifusion.model import attention, ddpm, samplers
 from reifusion.model.encoder import unscale_latents
+from reifusion.settings import Settings
 from reifusion.studio import views
 from reifusion.studio.excerpts import PACKAGE, coloured, excerpts, whole
 from reifusion.studio.stages import CHAPTERS, facts, stations, way_back
+from tests import tiny_sd3, tiny_sdxl
+from tests.tiny import WORDS, random_networks
 
 EVIL = "a <b onclick=alert(1)> cat \" ' ${1+1} {{x}} &amp;"
 
@@ -170,9 +175,10 @@ def test_without_guidance_it_says_so(wanted, finish):
 def test_every_chapter_is_one_of_the_book(drawing):
     chapters = {one.chapter for place in (0, 1, 5) for one in stations(drawing, place).values()}
     folder = PACKAGE / "docs" / "book"
-    for chapter in chapters:
+    assert chapters < set(CHAPTERS)
+    for chapter in CHAPTERS:
         head = (folder / f"{chapter}.md").read_text("utf-8").splitlines()[0]
-        assert head.startswith("# ") and head.endswith(f" {CHAPTERS[chapter]}")
+        assert re.match(rf"# \d+ {re.escape(CHAPTERS[chapter])}", head)
 
 
 def test_the_reader_is_told_what_was_cut_and_what_an_empty_prompt_does(pipe):
@@ -180,3 +186,37 @@ def test_the_reader_is_told_what_was_cut_and_what_an_empty_prompt_does(pipe):
     [said] = views.notes(pipe, "cat " * 50 + "dog dog")
     assert said.startswith("The prompt has 52 tokens and there is room for 38; cut off: cat cat")
     assert views.notes(pipe, " ")[0].startswith("An empty prompt")
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_the_larger_families_are_shown_too(family, monkeypatch, tmp_path):
+    from reifusion import album
+    from reifusion.studio import drawing as drawing_module
+
+    pipe: Any
+    if family == "sdxl":
+        pipe = StableDiffusionXL(tiny_sdxl.TINY, WORDS, random_networks(tiny_sdxl.TINY))
+    else:
+        pipe = StableDiffusion3(tiny_sd3.TINY, tiny_sd3.tokenizers(), tiny_sd3.networks())
+    monkeypatch.setattr(drawing_module, "model", lambda settings: pipe)
+    monkeypatch.setattr(
+        album, "entry", lambda asked, request, _: album.Entry(asked.filled(request), {"model": "0123456789"})
+    )
+    size = (6 * pipe.config.multiple, 4 * pipe.config.multiple)
+    settings = Settings(
+        "a cat", seed=1, steps=2, cfg=3.0, size=size, sampler="euler" if family == "sdxl" else None
+    )
+    *_, drawing = drawing_module.draw(drawing_module.Drawing(settings), tmp_path)
+    assert drawing.path is not None and len(drawing.frames) == 4, drawing.note
+    for place in range(4):
+        told = json.loads(json.dumps(facts(drawing, place)))
+        for station in told["stations"].values():
+            for one in station["tensors"]:
+                values: Any = views.tensor(drawing, place, one["name"])
+                assert views.tensor_picture(values).width > 1
+        assert drawing.look(place, "seen").size == size
+    assert [word["text"] for word in told["heats"]["words"]] == ["a", "cat"]
+    title, source = ("U-Net", "Vaswani") if family == "sdxl" else ("Transformer", "Esser")
+    assert told["stations"]["unet"]["title"] == title
+    assert told["stations"]["sampler"]["chapter"] == CHAPTERS["samplers" if family == "sdxl" else "flow"]
+    assert source in told["stations"]["unet"]["code"][0]["equation"]

@@ -29,6 +29,7 @@ export function running(step, total) {
 function draw() {
   for (const box of $$("#map [data-station]")) {
     const station = facts.stations[box.dataset.station];
+    box.querySelector("b").textContent = station.title;
     box.querySelector("small").textContent = station.now;
     box.title = station.said;
     box.toggleAttribute("aria-current", box.dataset.station === chosen);
