@@ -32,7 +32,8 @@ BOOK = next((folder for folder in BOOKS if (folder / "index.html").is_file()), N
 CHAPTERS = {
     "words": "Words", "forward": "Noise, and the forward process", "attention": "Attention",
     "guidance": "Guidance", "reverse": "The reverse step, derived", "samplers": "Samplers as solvers",
-    "vae": "The VAE, and why latents", "flow": "From DDPM to rectified flow", "sd3": "Words and pixels at one table",
+    "vae": "The VAE, and why latents", "flow": "From DDPM to rectified flow",
+    "sd3": "Words and pixels at one table",
 }  # fmt: skip
 
 
