@@ -1,7 +1,9 @@
 """The book: built once, read anywhere, and never with a failed claim in it."""
 
 import json
+import shutil
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 from docs import build, execute
 from reifusion.cli import book
 from reifusion.cli.main import main
+
+from .studio.conftest import CHROMIUM, FLAGS
 
 PAGE = """# A page
 
@@ -124,6 +128,56 @@ def test_every_page_is_in_the_contents_once():
     names = [page.name for page in build.contents()]
     files = {path.relative_to(build.DOCS).as_posix() for path in build.DOCS.rglob("*.md")}
     assert sorted(names) == sorted(files)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 360])
+def test_nothing_is_cut_off_and_the_search_works_from_a_disk(tmp_path, monkeypatch, width):
+    sync = pytest.importorskip("playwright.sync_api", reason="a browser test needs: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("a browser test needs Chromium: apt-get install chromium")
+    long = f"numbers = {' + '.join(str(n) for n in range(100, 116))}  # {'x' * 20}"
+    text = f"""# A page
+
+```python
+{long}
+```
+
+Text with {"a_very_long_name_" * 8} and $x_t = {" + ".join(f"x_{{{n}}}" for n in range(30))}$.
+
+$$ {" + ".join(f"x_{{{n}}}" for n in range(40))} $$
+
+| {" | ".join(f"`column_{n}`" for n in range(12))} |
+|{"---|" * 12}
+| {" | ".join("cell" for _ in range(12))} |
+
+## Of swallows
+
+They fly.
+"""
+    monkeypatch.setattr(build, "DOCS", tmp_path / "docs")
+    shutil.copytree(execute.ROOT / "docs" / "assets", tmp_path / "docs" / "assets")
+    shutil.copytree(tmp_path / "docs" / "assets", tmp_path / "site" / "assets")
+    (tmp_path / "docs" / "p.md").write_text(text)
+    page = build.Page("p.md", "A page")
+    build.render(page, [])
+    build.write_page(tmp_path / "site", page, [page])
+    build.write_search(tmp_path / "site", [page])
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        view = browser.new_page(viewport={"width": width, "height": 800})
+        view.goto((tmp_path / "site" / "p.html").as_uri())
+        assert view.evaluate("document.documentElement.scrollWidth") == width
+        for inside in ("pre", "p"):  # what wraps; formulas and tables scroll
+            assert view.evaluate(f"[...document.querySelectorAll('main {inside}')]"
+                                 ".every(e => e.scrollWidth <= e.clientWidth + 1)")  # fmt: skip
+        assert view.evaluate("document.querySelector('main .wide').scrollWidth") > 360
+        view.fill(".search input", "swallows fly")
+        view.wait_for_selector(".search li")
+        assert view.get_attribute(".search li a", "href") == "p.html#of-swallows"
+        view.click("button.theme")
+        assert view.evaluate("document.documentElement.style.colorScheme") == "dark"
+        browser.close()
 
 
 # `reifusion book`
