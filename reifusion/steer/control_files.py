@@ -76,6 +76,9 @@ def load_control(source: str | Path, pipe: StableDiffusion, fast: bool = True) -
     if not isinstance(unet, UNet):
         raise ModelError(f"{path} is for models with a U-Net, which {pipe.config.name} does not have")
     config, channels = _config(named, format, pipe.config), _channels(named, format)
+    if (pixels := 2 ** (len(channels) - 1)) != pipe.config.vae.factor * pipe.config.unet.patch:
+        wrong = f"its hints have {pixels} pixels at a latent's side, and not {pipe.config.vae.factor}"
+        raise ModelError(f"{path} is no ControlNet for {pipe.config.name}: {wrong}")
     net = without_memory(lambda: {"control": _empty(config, channels)})["control"]
     assert isinstance(net, ControlNet)
     state, expected = {}, net.state_dict()

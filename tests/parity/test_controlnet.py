@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -322,3 +322,10 @@ def test_one_for_another_model_is_refused(tmp_path):
     net = their_net(unet, 1, tmp_path / "net")
     with pytest.raises(ModelError, match="no ControlNet for one"):
         load_control(net, load(tmp_path / "one", "cpu", "fp32"))
+
+
+def test_one_for_latents_of_another_size_is_refused(tmp_path, ours):
+    net = ControlNet(cast(UNet, random_networks(ours.config)["diffusion"]), (4, 8))  # 2 pixels, and not 4
+    save_control(net, ours.config, tmp_path / "net.safetensors")
+    with pytest.raises(ModelError, match="its hints have 2 pixels at a latent's side, and not 4"):
+        load_control(tmp_path / "net.safetensors", ours)
