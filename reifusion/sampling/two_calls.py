@@ -57,7 +57,8 @@ class DPMPP2SAncestralSampler(DPM2AncestralSampler):
 class DPMPP2SSDESampler(Solver):
     """DPM++ SDE of k-diffusion: as DPM++ 2S, and fresh noise on the way to the middle as well.
 
-    The two noises of a step are independent; k-diffusion takes both from one Brownian path.
+    The two noises of a step are independent; k-diffusion takes both from one Brownian path, as does
+    `steer/brownian.py`.
     """
 
     name, title = "dpmpp_2s_sde", "DPM++ SDE"

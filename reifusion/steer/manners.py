@@ -2,8 +2,8 @@
 
 With the same weights and settings, programs draw different pictures, each for a few small reasons. `MANNERS`
 lists them, one program a `Manner`, and the functions below put them into a request. Read in diffusers 0.42,
-A1111's web UI 1.10, ComfyUI and stable-diffusion.cpp of 2026. What is not repeated: the Brownian paths that
-DPM++ SDE samplers have for noise there, and the sampling of the VAE's encoder, which takes its mean here.
+A1111's web UI 1.10, ComfyUI and stable-diffusion.cpp of 2026. What is not repeated: stable-diffusion.cpp's
+own Brownian paths, and the sampling of the VAE's encoder, which takes its mean here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..model.request import Request
 from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
 from ..sampling.elsewhere import AUTOMATIC, ELSEWHERE, SCHEDULES_ELSEWHERE, sampler_of
+from . import brownian
 from .noises import NOISES, First
 from .variations import slerp, slerp_of_columns, varied
 
@@ -41,15 +42,21 @@ class Manner:
     sigma: bool = False  # True if the first noise is multiplied by σ alone, and not by √(σ² + 1)
     cut: bool = False  # True if pixels are cut off to whole levels, and not rounded
     columns: bool = False  # True if variations have an angle for each column
+    path: str = ""  # what draws the Brownian paths of DPM++ SDE samplers: "" (there are none), "rng" or "cpu"
+    whole: bool = (
+        False  # True if a path's ends are those of all steps, of those that a strength leaves out too
+    )
 
 
 MANNERS = {
     "diffusers": Manner("diffusers"),
     "a1111": Manner(
         "A1111", "philox", "a1111", "normal", True, "down to 8", "one more", sigma=True, cut=True,
-        columns=True,
+        columns=True, path="rng", whole=True,
     ),
-    "comfyui": Manner("ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", cut=True),
+    "comfyui": Manner(
+        "ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", cut=True, path="cpu"
+    ),
     "sdcpp": Manner(
         "stable-diffusion.cpp", "philox", "a1111", "normal", False, "up to 64", "one more", sigma=True
     ),
@@ -60,7 +67,6 @@ K_DIFFUSION = (
     "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde",
 )  # fmt: skip
 UNSCALED = ("ddim", "pndm", "unipc")  # which A1111 has from others than k-diffusion
-BROWNIAN = ("dpmpp_2s_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 
 
 def check(manner: str | None, rng: str | None, sampler: str | None = None) -> None:
@@ -121,7 +127,7 @@ def asked(request: Request, manner: Manner, variation: float = 0.0, variation_se
     variation: how far the first noise is on the way to that of variation_seed, in [0, 1]. Warns of a sampler
     whose noise cannot be repeated.
     """
-    if manner.title not in ("reifusion", "diffusers") and request.sampler in BROWNIAN:
+    if manner.title == MANNERS["sdcpp"].title and request.sampler in brownian.SAMPLERS:
         warnings.warn(
             f"the noise of {request.sampler} comes from a Brownian path in {manner.title}, which is not"
             " repeated here, so the picture will differ",
@@ -141,12 +147,21 @@ def asked(request: Request, manner: Manner, variation: float = 0.0, variation_se
 
 
 def begun(pipe: StableDiffusion, request: Request, manner: Manner) -> Request:
-    """The request for one pass of the loop: its noise as loud as the program's, if it begins with noise."""
+    """The request for one pass of the loop: its noise as the program has it, at first and in the steps."""
     make = request.source
-    if not manner.sigma or make is None or request.init_image is not None or request.latents is not None:
+    if make is None:
         return request
     sampler = pipe.sampler(request)
-    if sampler.prediction_type == "flow" or sampler.name in UNSCALED:
+    if sampler.prediction_type == "flow":
+        return request
+    if manner.path and sampler.name in brownian.SAMPLERS:
+        all_steps = replace(request, init_image=None, mask=None, latents=None)
+        whole = pipe.sampler(all_steps) if manner.whole else sampler
+        draw = NOISES["cpu" if manner.path == "cpu" else manner.rng]
+        make = brownian.on_a_path(make, sampler, whole, draw)
+        request = replace(request, source=make)
+    loud = manner.sigma and sampler.name not in UNSCALED
+    if not loud or request.init_image is not None or request.latents is not None:
         return request
     sigma = sampler.sigma(sampler.timesteps[0])
     factor = sigma / (sigma**2 + 1) ** 0.5 if sigma < float("inf") else 1.0

@@ -168,8 +168,8 @@ def test_the_shell_line_of_any_sampler_in_any_manner_says_what_was_meant():
 
 
 def test_a_brownian_path_that_is_not_repeated_is_said(pipe):
-    with pytest.warns(UserWarning, match="Brownian path in A1111"):
-        drawn(pipe, Settings("a cat", manner="a1111", sampler="dpmpp_2m_sde", **USUAL))
+    with pytest.warns(UserWarning, match="Brownian path in stable-diffusion.cpp"):
+        drawn(pipe, Settings("a cat", manner="sdcpp", sampler="dpmpp_2m_sde", **USUAL))
 
 
 def test_prompts_are_read_as_there_unless_another_rule_is_asked_for():
