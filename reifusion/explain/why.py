@@ -19,7 +19,7 @@ from ..model.pictures import open_picture
 from ..model.pipeline import StableDiffusion
 from ..settings import ABOUT, Settings
 from ..shortcuts.deepcache import deepcached
-from ..steer import manners
+from ..steer import brownian, manners
 from ..steer.manners import Manner
 
 # Settings that only have a meaning together
@@ -37,12 +37,13 @@ FILES = tuple(
     if name not in (*ALONE, *SAMPLING, *SECOND_PASS, *VARIATION, "manner", "rng", "emphasis")
 )  # fmt: skip
 # What programs do, in words, and the two words for what they do or do not
-MANNERS = {
+MANNERS: dict[str, tuple[str, Any]] = {
     "rng": ("where noise comes from", ()),
     "emphasis": ("how words are weighted", ()),
     "sigma": ("the first noise times", ("√(σ² + 1)", "σ")),
     "cut": ("pixels", ("rounded", "cut off")),
     "columns": ("variations turn", ("as a whole", "by columns")),
+    "path": ("the noise of SDE samplers", {"": "drawn alone", "rng": "a path's", "cpu": "a CPU's path's"}),
 }
 
 
@@ -85,7 +86,7 @@ def differences(
             found.append(Difference(name, _said(values[0]), _said(values[1]), levels))
     for name, (title, words) in MANNERS.items():
         ours, theirs = getattr(one.manner, name), getattr(other.manner, name)
-        if ours != theirs and not (name == "columns" and one.settings.variation == 0):
+        if ours != theirs and _counts(name, one.settings):
             levels = _levels(
                 plain, _drawn(pipe, replace(usual, manner=replace(one.manner, **{name: theirs})))
             )
@@ -134,6 +135,13 @@ def _same(name: str, one: _Side, other: _Side) -> bool:
     if name == "variation":
         return one.settings.variation == other.settings.variation == 0
     return name == "hires" and one.settings.hires == other.settings.hires == 1
+
+
+def _counts(name: str, settings: Settings) -> bool:
+    """True if what a program does has an effect with these settings."""
+    if name == "path":
+        return settings.sampler in brownian.SAMPLERS
+    return name != "columns" or settings.variation != 0
 
 
 def _tried(settings: Settings, pipe: StableDiffusion, model: str, steps: int) -> Settings:

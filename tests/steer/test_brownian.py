@@ -84,9 +84,7 @@ def test_samplers_take_the_noise_of_each_step_from_the_path(pipe, sampler, manne
     except ValueError:  # a name that means something else there
         pytest.skip("the program has another sampler of this name")
     settings.draw(pipe, request.for_model(pipe.config), callback=seen.append)
-    sigmas = list(dict.fromkeys([step.sigma for step in seen if step.index % step_calls(sampler) == 0])) + [
-        0.0
-    ]
+    sigmas = [*(step.sigma for step in seen if step.index % step_calls(sampler) == 0), 0.0]
     every = sigmas if manner == "comfyui" or strength == 1 else all_sigmas(n)
     kind = Philox if manner == "a1111" else Torch
     path = BrownianPath(single(every[-2]), single(every[0]), 9, (4, 12, 20), kind)
