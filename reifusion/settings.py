@@ -372,7 +372,7 @@ class Settings:
         from .shortcuts.int8 import quantize
         from .weights import find
         from .weights.inversion import load_embedding, teach
-        from .weights.lora import apply, load_lora
+        from .weights.lora import attach, load_lora
 
         loras = [(load_lora(find(file, "lora")), *rest) for file, *rest in self.lora]
         words = [load_embedding(find(file), word) for file, word in self.embedding]
@@ -381,7 +381,7 @@ class Settings:
         for word in words:
             teach(pipe, word)
         for lora, weight, *blocks in loras:
-            apply(pipe, lora, weight, blocks=blocks[0] if blocks else None)
+            attach(pipe, lora, weight, blocks[0] if blocks else None)
         pipe = replace(pipe, config=self._as_loras_ask(pipe.config))
         if self.int8:
             quantize(pipe)
@@ -535,13 +535,10 @@ class Settings:
             imports.append("from reifusion.weights.inversion import load_embedding, teach")
             pipe += [f"teach(pipe, load_embedding({file!r}, {word!r}))" for file, word in self.embedding]
         if self.lora:
-            imports += [
-                "from reifusion.weights import find",
-                "from reifusion.weights.lora import apply, load_lora",
-            ]
+            imports.append("from reifusion.weights.lora import attach")
             for file, weight, *blocks in self.lora:
                 more = "".join(f", blocks={one!r}" for one in blocks)
-                pipe.append(f'apply(pipe, load_lora(find({file!r}, "lora")), {weight!r}{more})')
+                pipe.append(f"attach(pipe, {file!r}, {weight!r}{more})")
         if self.int8:
             imports.append("from reifusion.shortcuts.int8 import quantize")
             pipe.append("quantize(pipe)")

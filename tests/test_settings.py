@@ -75,9 +75,9 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
     adapter = "*load_ip_adapter(find_adapter('ip.bin'), pipe, 'encoder')"
     assert f"    ImagePrompt({adapter}, 'cat.png', 0.5)," in python
     assert "--ip-adapter=ip.bin=cat.png:0.5" in command
-    blot = "apply(pipe, load_lora(find('blot.safetensors', \"lora\")), -1.0, blocks='MIDD')"
+    blot = "attach(pipe, 'blot.safetensors', -1.0, blocks='MIDD')"
     assert "--lora=blot.safetensors:-1.0:lbw=MIDD" in command and blot in python
-    assert "deepcached(pipe, 2)" in python and "load_lora(find('zork.safetensors', \"lora\")), 0.5" in python
+    assert "deepcached(pipe, 2)" in python and "attach(pipe, 'zork.safetensors', 0.5)" in python
 
 
 def test_every_flag_that_is_said_exists():

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ..model.pipeline import StableDiffusion
 
 # The names of the vectors in files that do not name the word, by the programs that write them.
-NAMELESS = ("emb_params", "*", "clip_l", "string_to_param.*")
+NAMELESS = ("emb_params", "*", "clip_l", "clip_g", "string_to_param.*")
+SECOND = "clip_g"  # where a word has vectors for two text encoders, those for the second
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Embedding:
     word: str
     vectors: Tensor  # (n, width of the text encoder)
     path: str = "the embedding"  # for messages
+    second: Tensor | None = None  # (n, width of the second text encoder), for models that have two
 
 
 def load_embedding(source: str | Path, word: str = "") -> Embedding:
@@ -45,17 +47,27 @@ def load_embedding(source: str | Path, word: str = "") -> Embedding:
     """
     path = Path(source)
     tensors, called = _read(path)
+    return embedding_of(tensors, path, word or called)
+
+
+def embedding_of(tensors: Mapping[str, Tensor], path: Path, word: str = "") -> Embedding:
+    """Makes a word of the tensors of a file. word: "" for the tensor's name, or else the file's.
+
+    Raises ModelError for tensors that are no word's.
+    """
     found = {name: x for name, x in tensors.items() if x.ndim in (1, 2) and x.is_floating_point()}
-    if "clip_g" in found:
-        raise ModelError(f"{path} is an embedding for the two text encoders of Stable Diffusion XL")
-    if len(found) != 1 or len(found) != len(tensors):
+    # one vector is (width,) in some files
+    shaped = {name: x.detach().float().reshape(-1, x.shape[-1]) for name, x in found.items()}
+    second = shaped.pop(SECOND, None)
+    if len(shaped) != 1 or len(found) != len(tensors):
         raise ModelError(f"{path} is not an embedding: it holds {len(tensors)} tensors, and one has one")
-    ((name, vectors),) = found.items()
-    word = word or called or (path.stem if name in NAMELESS else name)
-    vectors = vectors.detach().float().reshape(-1, vectors.shape[-1])  # one vector is (width,) in some files
-    if not (vectors.numel() and vectors.isfinite().all()):
+    ((name, vectors),) = shaped.items()
+    if second is not None and len(second) != len(vectors):
+        counts = f"{len(vectors)} for the first text encoder and {len(second)} for the second"
+        raise ModelError(f"{path} has different numbers of vectors: {counts}")
+    if not all(x.numel() and x.isfinite().all() for x in (vectors, vectors if second is None else second)):
         raise ModelError(f"{path} is damaged: its vectors are not finite numbers")
-    return Embedding(word, vectors, str(path))
+    return Embedding(word or (path.stem if name in NAMELESS else name), vectors, str(path), second)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], str]:
@@ -73,38 +85,47 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], str]:
 
 
 def save_embedding(embedding: Embedding, path: str | Path) -> None:
-    """Writes a file that AUTOMATIC1111, ComfyUI and diffusers read: the vectors under the word."""
+    """Writes a file that AUTOMATIC1111, ComfyUI and diffusers read: the vectors under the word.
+
+    Those for two text encoders stand under "clip_l" and "clip_g", and the file's name is the word.
+    """
+    tensors = {embedding.word: embedding.vectors}
+    if embedding.second is not None:
+        tensors = {"clip_l": embedding.vectors, SECOND: embedding.second}
     with whole(path) as temporary:
-        save_file({embedding.word: embedding.vectors.float().contiguous()}, temporary)
+        save_file({name: x.float().contiguous() for name, x in tensors.items()}, temporary)
 
 
 def teach(pipe: StableDiffusion, embedding: Embedding) -> None:
-    """Gives a model the word.
+    """Gives a model the word. Of three text encoders, the third reads its letters.
 
-    Raises ValueError if its vectors do not fit, the model knows such a word, or has several text encoders.
+    Raises ValueError if its vectors do not fit, or the model knows such a word.
     """
-    if "clip_2" in pipe.models or "t5" in pipe.models:
-        raise ModelError(
-            f"{embedding.path} has vectors for one text encoder, and {pipe.config.name} has more"
-        )
-    clip, vectors = cast(CLIP, pipe.models["clip"]), embedding.vectors
-    table = clip.embedding.token
-    many, width = table.weight.shape
-    if vectors.shape[1] != width:
-        raise ModelError(
-            f"{embedding.path} is for text encoders of {vectors.shape[1]} numbers a word, and that of"
-            f" {pipe.config.name} has {width}"
-        )
-    new = range(many, many + len(vectors))
+    path, name = embedding.path, pipe.config.name
+    parts = {"clip": embedding.vectors}
+    if "clip_2" in pipe.models:
+        if embedding.second is None:
+            raise ModelError(f"{path} has vectors for one text encoder, and {name} has more")
+        parts["clip_2"] = embedding.second
+    elif embedding.second is not None:
+        raise ModelError(f"{path} has vectors for two text encoders, and {name} has one")
+    tables = {part: cast(CLIP, pipe.models[part]).embedding.token for part in parts}
+    for part, vectors in parts.items():
+        if vectors.shape[1] != (width := tables[part].embedding_dim):
+            which = f"is for text encoders of {vectors.shape[1]} numbers a word"
+            raise ModelError(f"{path} {which}, and that of {name} has {width}")
+    many = tables["clip"].num_embeddings
     try:
-        pipe.tokenizer = with_word(pipe.tokenizer, embedding.word, new)
+        pipe.tokenizer = with_word(pipe.tokenizer, embedding.word, range(many, many + len(embedding.vectors)))
     except ValueError as error:
-        raise ValueError(f"{embedding.path}: {error}, as in {Path(embedding.path).name}:name") from None
-    with torch.no_grad():
-        weight = torch.cat([table.weight, vectors.to(table.weight)])
-    clip.embedding.token = nn.Embedding.from_pretrained(weight, freeze=not table.weight.requires_grad)
-    clip.config = replace(clip.config, vocab_size=len(weight))
-    pipe.config = replace(pipe.config, clip=clip.config)
+        raise ValueError(f"{path}: {error}, as in {Path(path).name}:name") from None
+    for part, vectors in parts.items():
+        clip, table = cast(CLIP, pipe.models[part]), tables[part]
+        with torch.no_grad():
+            weight = torch.cat([table.weight, vectors.to(table.weight)])
+        clip.embedding.token = nn.Embedding.from_pretrained(weight, freeze=not table.weight.requires_grad)
+        clip.config = replace(clip.config, vocab_size=len(weight))
+        pipe.config = replace(cast(Any, pipe.config), **{part: clip.config})
 
 
 def with_word(tokenizer: Tokenizer, word: str, ids: Sequence[int]) -> Tokenizer:

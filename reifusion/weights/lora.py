@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from .. import families
 from ..model.config import ModelConfig
 from ..model.model_converter import rules
 from ..model.tensors import ModelError, TensorFile
+from .inversion import Embedding, embedding_of, teach
 from .lora_blocks import block_of, factors
 from .lora_kinds import LYCORIS, AnyUpdate, Difference, DoRA, Update, read_update
 
@@ -44,7 +44,7 @@ ENDINGS = {
 }
 
 # Embeddings that were learned together with a LoRA, and that some programs write into its file.
-BUNDLED = r"bundle_emb\.(?P<word>.+?)\."
+BUNDLED = r"bundle_emb\.(?P<word>.+?)\.(?P<name>string_to_param\.\*|[^.]+)"
 
 # Other methods whose files are called LoRAs. Read as if it were plain, such a file would draw something else.
 OTHERS = {
@@ -84,6 +84,7 @@ class LoRA:
     metadata: dict[str, str] = field(default_factory=dict)
     path: str = "the LoRA"  # for messages
     biases: Mapping[str, Difference] = field(default_factory=dict)  # of biases, by the layer's name
+    words: tuple[Embedding, ...] = ()  # that were learned with it, for `teach`
 
     def __deepcopy__(self, memo: Any) -> LoRA:
         """Returns itself: a copy of a model has the same LoRAs in it, and `remove` finds them."""
@@ -136,8 +137,8 @@ def load_lora(source: str | Path) -> LoRA:
     """Reads a LoRA, `.safetensors` or a pickle, in the layout of kohya, LyCORIS, PEFT, or old diffusers.
 
     source: the file, or a folder of diffusers or PEFT with one. No code in the file is run. A layer without
-    its α has α = r. Embeddings in the file are passed over, with a warning. Raises ModelError, in one
-    sentence, for a file that is not a LoRA, is of a kind that is not in `lora_kinds.py`, or is damaged.
+    its α has α = r. Raises ModelError, in one sentence, for a file that is not a LoRA, is of a kind that is
+    not in `lora_kinds.py`, or is damaged.
     """
     path = Path(source)
     if not path.is_dir():
@@ -148,14 +149,16 @@ def load_lora(source: str | Path) -> LoRA:
     updates: dict[str, AnyUpdate] = {}
     biases: dict[str, Difference] = {}
     metadata: dict[str, str] = {}
+    words: tuple[Embedding, ...] = ()
     for name in files:
         part = Path(name).parent.name  # "unet", "text_encoder", or ""
         before = f"{part}." if part else ""
         lora = _load_file(path / name)
         metadata |= lora.metadata
+        words += lora.words
         updates |= {before + layer: x for layer, x in lora.updates.items()}
         biases |= {before + layer: x for layer, x in lora.biases.items()}
-    return LoRA(updates, metadata, str(path), biases)
+    return LoRA(updates, metadata, str(path), biases, words)
 
 
 def _load_file(file: Path) -> LoRA:
@@ -163,7 +166,8 @@ def _load_file(file: Path) -> LoRA:
     path, config = opened.path, _peft_config(opened)
     updates: dict[str, AnyUpdate] = {}
     biases: dict[str, Difference] = {}
-    for layer, parts in _read(opened).items():
+    layers, words = _read(opened)
+    for layer, parts in layers.items():
         if "alpha" in parts and parts["alpha"].numel() != 1:
             raise ModelError(f"{path} is damaged: {layer}.alpha is not one number")
         alpha = parts["alpha"].item() if "alpha" in parts else _peft_alpha(path, config, layer, parts)
@@ -185,16 +189,17 @@ def _load_file(file: Path) -> LoRA:
             biases[layer] = Difference(torch.stack([one.float().flatten() for one in bias]).sum(0))
     if not updates and not biases:
         raise ModelError(f"{path} is not a LoRA: it has no tensors")
-    return LoRA(updates, opened.metadata, str(path), biases)
+    return LoRA(updates, opened.metadata, str(path), biases, words)
 
 
-def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
-    """Reads the tensors of each layer, by `ENDINGS`."""
+def _read(file: TensorFile) -> tuple[dict[str, dict[str, Tensor]], tuple[Embedding, ...]]:
+    """Reads the tensors of each layer, by `ENDINGS`, and the words that are in the file too."""
     layers: dict[str, dict[str, Tensor]] = {}
-    adapters, words, unknown = set(), set(), []
+    words: dict[str, dict[str, Tensor]] = {}
+    adapters, unknown = set(), []
     for name in file.shapes:
-        if bundled := re.match(BUNDLED, name):
-            words.add(bundled["word"])
+        if bundled := re.fullmatch(BUNDLED, name):
+            words.setdefault(bundled["word"], {})[bundled["name"]] = file.read(name, "cpu", None)
             continue
         for pattern, kind in OTHERS.items():
             if re.search(pattern, name):
@@ -217,10 +222,7 @@ def _read(file: TensorFile) -> dict[str, dict[str, Tensor]]:
     if len(adapters) > 1:
         names = " and ".join(sorted((name or ".(no name)")[1:] for name in adapters))
         raise ModelError(f"{file.path} holds several LoRAs, {names}; save one of them alone")
-    if layers and words:
-        text = f"{file.path} also holds an embedding for {', '.join(sorted(words))}"
-        warnings.warn(f"{text}, which is not used: only the LoRA is", stacklevel=2)
-    return layers
+    return layers, tuple(embedding_of(tensors, file.path, word) for word, tensors in words.items())
 
 
 def _peft_config(file: TensorFile) -> dict[str, Any]:
@@ -299,6 +301,26 @@ def places(config: ModelConfig, whole: bool = False) -> list[Place]:
                 diffusers, compvis = (name.removesuffix(".weight") for name in names)
                 found.append(Place(network, layer, part, parts, diffusers, compvis, one.convolution))
     return found
+
+
+def attach(
+    pipe: StableDiffusion,
+    source: str | Path | LoRA,
+    weight: float = 1.0,
+    blocks: str | Sequence[float] | None = None,
+) -> None:
+    """Adds a LoRA to a model, and teaches the model the words in its file, unless it knows such words.
+
+    source: a file, a folder, a hub id, or a LoRA that was read. weight, blocks: as for `apply`. Raises what
+    `load_lora`, `apply` and `teach` raise.
+    """
+    from .hub import find
+
+    lora = source if isinstance(source, LoRA) else load_lora(find(source, "lora"))
+    apply(pipe, lora, weight, blocks=blocks)
+    for word in lora.words:
+        if word.word not in pipe.tokenizer.vocabulary:
+            teach(pipe, word)
 
 
 def apply(

@@ -91,12 +91,13 @@ def test_two_adapters_in_a_file_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["string_to_param.*", "clip_l", "emb_params"])
-def test_an_embedding_beside_a_lora_is_named_and_not_used(tmp_path, end):
-    tensors = named(U_NET["kohya"]) | {f"bundle_emb.zork.{end}": torch.ones(2, 24)}
-    with pytest.warns(
-        UserWarning, match="also holds an embedding for zork, which is not used: only the LoRA is"
-    ):
-        assert torch.allclose(change(written(tmp_path / "x.safetensors", tensors)), UP @ DOWN, atol=1e-5)
+def test_a_word_beside_a_lora_is_read_with_it(tmp_path, end):
+    wanted = torch.arange(48.0).reshape(2, 24)
+    tensors = named(U_NET["kohya"]) | {f"bundle_emb.zork.{end}": wanted}
+    path = written(tmp_path / "x.safetensors", tensors)
+    assert torch.allclose(change(path), UP @ DOWN, atol=1e-5)
+    (word,) = load_lora(path).words
+    assert word.word == "zork" and torch.equal(word.vectors, wanted)
 
 
 def test_an_embedding_alone_is_no_lora(tmp_path):
