@@ -342,6 +342,8 @@ def watch(
             places, words = not isinstance(layer, CrossAttention), not isinstance(layer, SelfAttention)
             if name.endswith("second_attention"):
                 words = False  # pixels alone
+            if not words and pixel is None:
+                continue  # its weights would be computed for nothing
             before.append((layer, layer.hook))
             layer.hook = watched(name, h, w, places, words)
         yield attention

@@ -33,7 +33,7 @@ _LOCK, _LOADING, _LOOKING = threading.Lock(), threading.Lock(), threading.Lock()
 _MODELS: dict[Settings, StableDiffusion] = {}
 # With these the network's inside runs otherwise than once a step at one size, or reads other words
 _UNWATCHED = ("hires", "emphasis", "manner", "deepcache", "refiner", "only_masked", "outpaint", "ip_adapter")
-SHARE = 0.25  # of the time, for pictures of steps while it draws: at full size, one takes as long as a step
+SHARE = 0.2  # of the time, for pictures of steps while it draws: at full size, one takes as long as a step
 MODELS = 2  # in memory, so that two pages can compare two
 TICK = 0.5  # seconds between two notes about something that takes long
 

@@ -94,7 +94,7 @@ def about(source: str, pipe: StableDiffusion) -> dict[str, Any]:
         "name": config.name,
         "side": config.size,
         "note": said,
-        "known": mini if config.name == "mini" else None,
+        "known": mini if config.name.startswith("mini") else None,
         **wishes.fields(config),
     }
 

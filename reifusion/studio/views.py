@@ -112,7 +112,7 @@ def notes(pipe: Any, prompt: str) -> list[str]:
         said.append(
             f"The prompt has {len(pieces)} tokens and there is room for {room}; cut off: {cut(lost, 60)}."
         )
-    if pipe.config.name == "mini" and (unknown := unknown_words(prompt)):
+    if pipe.config.name.startswith("mini") and (unknown := unknown_words(prompt)):
         one = "this word" if len(unknown) == 1 else "these words"
         said.append(f"The mini has never read {one}: {cut(', '.join(unknown), 60)}.")
     return said
