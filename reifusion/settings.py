@@ -462,7 +462,7 @@ class Settings:
         whole, box = request, None
         if manner != manners.Manner() or self.variation:
             request = manners.asked(request, manner, self.variation, self.variation_seed)
-            pipe = manners.cut(pipe) if manner.cut else pipe
+            pipe = manners.stepped(manners.cut(pipe) if manner.cut else pipe, manner)
         rule = manner.emphasis if self.emphasis is not None or emphasis.suits(pipe) else None
         if self.only_masked is not None:
             box = masks.region(cast("Image", request.mask), self.only_masked, cast(Any, request.size))

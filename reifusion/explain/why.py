@@ -43,6 +43,7 @@ MANNERS: dict[str, tuple[str, Any]] = {
     "sigma": ("the first noise times", ("√(σ² + 1)", "σ")),
     "cut": ("pixels", ("rounded", "cut off")),
     "columns": ("variations turn", ("as a whole", "by columns")),
+    "drops": ("the last σ but one", ("visited", "left out")),
     "path": ("the noise of SDE samplers", {"": "drawn alone", "rng": "a path's", "cpu": "a CPU's path's"}),
 }
 
@@ -85,11 +86,10 @@ def differences(
                 levels = None
             found.append(Difference(name, _said(values[0]), _said(values[1]), levels))
     for name, (title, words) in MANNERS.items():
-        ours, theirs = getattr(one.manner, name), getattr(other.manner, name)
+        ours, theirs = (_does(side.manner, name, one.settings) for side in (one, other))
         if ours != theirs and _counts(name, one.settings):
-            levels = _levels(
-                plain, _drawn(pipe, replace(usual, manner=replace(one.manner, **{name: theirs})))
-            )
+            mixed = replace(one.manner, **{name: getattr(other.manner, name)})
+            levels = _levels(plain, _drawn(pipe, replace(usual, manner=mixed)))
             said = [words[value] if words else _shown(value) for value in (ours, theirs)]
             found.append(Difference(title, said[0], said[1], levels))
     return sorted(found, key=lambda one: -(one.levels or 0)) + _files(first, second)
@@ -135,6 +135,11 @@ def _same(name: str, one: _Side, other: _Side) -> bool:
     if name == "variation":
         return one.settings.variation == other.settings.variation == 0
     return name == "hires" and one.settings.hires == other.settings.hires == 1
+
+
+def _does(manner: Manner, name: str, settings: Settings) -> Any:
+    """What a program does with these settings."""
+    return settings.sampler in manner.drops if name == "drops" else getattr(manner, name)
 
 
 def _counts(name: str, settings: Settings) -> bool:

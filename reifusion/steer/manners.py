@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..model.ddpm import Sampler
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from ..model.samplers import SAMPLERS
@@ -43,19 +44,19 @@ class Manner:
     cut: bool = False  # True if pixels are cut off to whole levels, and not rounded
     columns: bool = False  # True if variations have an angle for each column
     path: str = ""  # what draws the Brownian paths of DPM++ SDE samplers: "" (there are none), "rng" or "cpu"
-    whole: bool = (
-        False  # True if a path's ends are those of all steps, of those that a strength leaves out too
-    )
+    drops: tuple[str, ...] = ()  # samplers that leave out the last σ but one, of n + 1 steps
+    whole: bool = False  # True if the ends of a path are those of all steps, whatever a strength leaves out
 
 
 MANNERS = {
     "diffusers": Manner("diffusers"),
     "a1111": Manner(
         "A1111", "philox", "a1111", "normal", True, "down to 8", "one more", sigma=True, cut=True,
-        columns=True, path="rng", whole=True,
+        columns=True, path="rng", drops=("dpm2", "dpm2_a", "dpmpp_3m_sde"), whole=True,
     ),
     "comfyui": Manner(
-        "ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", cut=True, path="cpu"
+        "ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", cut=True, path="cpu",
+        drops=("dpm2", "dpm2_a", "unipc"),
     ),
     "sdcpp": Manner(
         "stable-diffusion.cpp", "philox", "a1111", "normal", False, "up to 64", "one more", sigma=True
@@ -166,6 +167,31 @@ def begun(pipe: StableDiffusion, request: Request, manner: Manner) -> Request:
     sigma = sampler.sigma(sampler.timesteps[0])
     factor = sigma / (sigma**2 + 1) ** 0.5 if sigma < float("inf") else 1.0
     return replace(request, source=lambda seed: First(make(seed), lambda noise: factor * noise))
+
+
+def stepped(pipe: StableDiffusion, manner: Manner) -> StableDiffusion:
+    """The pipe, whose steps go to the σ that the program has, where it leaves out the last but one."""
+    if not manner.drops:
+        return pipe
+    pipe = copy.copy(pipe)
+    plain = pipe.sampler
+
+    def sampler(request: Request, generators: Any = None) -> Sampler:
+        request = request.for_model(pipe.config)
+        if request.sampler not in manner.drops or request.schedule is None:
+            return plain(request, generators)
+        more = replace(request, steps=(request.steps or 1) + 1, init_image=None, mask=None, latents=None)
+        found = plain(more, generators)
+        found._every = found._every[:-1]
+        found.num_inference_steps = len(found._every)
+        if request.latents is not None:
+            found.skip(request.start)
+        else:
+            found.set_strength(request.strength if request.init_image is not None else 1.0)
+        return found
+
+    pipe.sampler = sampler  # type: ignore[method-assign]
+    return pipe
 
 
 def cut(pipe: StableDiffusion) -> StableDiffusion:

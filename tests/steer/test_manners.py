@@ -172,6 +172,19 @@ def test_a_brownian_path_that_is_not_repeated_is_said(pipe):
         drawn(pipe, Settings("a cat", manner="sdcpp", sampler="dpmpp_2m_sde", **USUAL))
 
 
+@pytest.mark.parametrize(("manner", "sampler"), [("a1111", "DPM2"), ("comfyui", "dpm_2"), ("sdcpp", "dpm2")])
+def test_the_last_sigma_but_one_is_left_out_where_it_is_there(pipe, manner, sampler):
+    n, given = 4, parsed({"manner": manner, "sampler": sampler, "schedule": "karras"})
+    settings = Settings("a cat", steps=n, cfg=1.0, seed=9, size=(32, 24), **given)
+    seen = steps_of(pipe, settings)
+    sigmas = [seen[2 * k].sigma for k in range(n)]
+    # Karras et al. 2022, Eq. 5, from the training's largest σ to its smallest
+    ends, count = (14.6146 ** (1 / 7), 0.02917 ** (1 / 7)), n if manner == "sdcpp" else n + 1
+    karras = [(ends[0] + k / (count - 1) * (ends[1] - ends[0])) ** 7 for k in range(count)]
+    assert sigmas == pytest.approx(karras[:n], rel=1e-3)
+    assert len(seen) == 2 * n - 1  # the last step, to 0, has one call
+
+
 def test_prompts_are_read_as_there_unless_another_rule_is_asked_for():
     rules = {name: Settings(manner=name).there().emphasis for name in MANNERS}
     assert rules == {"diffusers": None, "a1111": "a1111", "comfyui": "comfyui", "sdcpp": "a1111"}
