@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from reifusion.explain.trajectory import decode_noisy
+from reifusion.explain.words import watch
+from reifusion.model.attention import CrossAttention, SelfAttention
 from reifusion.settings import Settings
 from reifusion.studio import drawing as drawing_module
 from reifusion.studio.drawing import Drawing, draw
@@ -178,3 +180,13 @@ def test_a_tiny_vae_shows_the_steps_and_the_picture_is_the_model_s_own(pipe, wan
     diffusers.AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / "other")
     again = finish(wanted(), str(tmp_path / "other"))  # does not fit: the model's own
     assert same(again.look(2, "seen"), finish(wanted()).look(2, "seen"))
+
+
+def test_only_attention_to_words_is_recorded(pipe, wanted):
+    request = wanted().request()
+    with watch(pipe, request):
+        hooked = {type(layer) for layer in pipe.models["diffusion"].modules() if getattr(layer, "hook", None)}
+    assert hooked == {CrossAttention}
+    with watch(pipe, request, (3, 3)):  # a place that looks at other places is asked for
+        hooked = {type(layer) for layer in pipe.models["diffusion"].modules() if getattr(layer, "hook", None)}
+    assert hooked == {CrossAttention, SelfAttention}
