@@ -32,8 +32,12 @@ function draw() {
     box.querySelector("b").textContent = station.title;
     box.querySelector("small").textContent = station.now;
     box.title = station.said;
-    box.toggleAttribute("aria-current", box.dataset.station === chosen);
-    if (box.dataset.station === chosen) box.setAttribute("aria-current", "true");
+    if (box.dataset.station !== chosen) box.removeAttribute("aria-current");
+    else {
+      box.setAttribute("aria-current", "true");
+      const map = $("#map"), [here, frame] = [box, map].map(one => one.getBoundingClientRect());
+      map.scrollLeft += here.left + here.width / 2 - frame.left - frame.width / 2;  // on a phone it is longer than the screen
+    }
   }
   const station = facts.stations[chosen], panel = $("#station");
   const top = panel.dataset.chosen === chosen ? panel.scrollTop : 0;
