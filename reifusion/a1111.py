@@ -52,6 +52,7 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         "Sigma churn": settings.churn,
         "Variation seed": settings.variation_seed if settings.variation else None,
         "Variation seed strength": settings.variation or None,
+        "ENSD": settings.ensd or None,
         "RNG": RNG.get(settings.there().rng) if settings.rng or settings.manner else None,
         "Mask blur": settings.mask_blur or None,
         "Masked area padding": settings.only_masked,
@@ -110,6 +111,7 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
         "Sigma churn": ("churn", float),
         "Variation seed": ("variation_seed", int),
         "Variation seed strength": ("variation", float),
+        "ENSD": ("ensd", lambda value: int(value) if value != "None" else 0),
     }
     values = {}
     for title, (name, kind) in numbers.items():

@@ -240,6 +240,10 @@ class Settings:
     variation_seed: int = _setting(
         "Variation seed", "With --variation, this seed counts up, and --seed stays.", 0, kind=int, shown="0"
     )
+    ensd: int = _setting(
+        "ENSD", "The noise in the steps is that of a seed so much higher, as A1111's eta noise seed delta.",
+        0, kind=int, shown="0",
+    )  # fmt: skip
     mask_blur: float = _setting(
         "Mask blur", "Softens the mask's edge by so many pixels.", 0.0, kind=float, shown="0",
         carried=carried_number,
@@ -298,6 +302,7 @@ class Settings:
             settings["sampler"], settings["schedule"] = named
         variations.check(self.variation)
         whole_number(self.variation_seed, "variation_seed", 0, 2**63 - 1)
+        whole_number(self.ensd, "ensd", 0, 2**32 - 1)
         if self.hires != 1:
             from .steer import hires
 
@@ -460,8 +465,8 @@ class Settings:
 
         manner, request = manner or self.there(), request.for_model(pipe.config)
         whole, box = request, None
-        if manner != manners.Manner() or self.variation:
-            request = manners.asked(request, manner, self.variation, self.variation_seed)
+        if manner != manners.Manner() or self.variation or self.ensd:
+            request = manners.asked(request, manner, self.variation, self.variation_seed, self.ensd)
             pipe = manners.stepped(manners.cut(pipe) if manner.cut else pipe, manner)
         rule = manner.emphasis if self.emphasis is not None or emphasis.suits(pipe) else None
         if self.only_masked is not None:
@@ -621,7 +626,7 @@ class Settings:
 
 
 BY_SETTINGS = (
-    "manner", "rng", "variation", "variation_seed", "mask_blur", "only_masked", "outpaint",
+    "manner", "rng", "variation", "variation_seed", "ensd", "mask_blur", "only_masked", "outpaint",
 )  # fmt: skip
 # What changes neither the model nor a request, but how it is drawn.
 DRAWING = (*BY_SETTINGS, "hires", "hires_strength", "hires_by", "emphasis")

@@ -28,7 +28,7 @@ OTHERS = Settings(
     (0.3, 5.0), 0.25, 1.2, 2, True, True, "float32", "v.pt", "u.pt", "r.pt", "v_prediction", "late.py",
     2.0, 0.25, "latent", "a1111", "karras", 0.5, 1.1, 4.0,
     (("net.safetensors", "edges.png", 0.5, 0.0, 0.75),), "guess",
-    (("ip.bin", "cat.png", 0.5),), "encoder", "comfyui", "philox", 0.5, 9, 4.0, 32,
+    (("ip.bin", "cat.png", 0.5),), "encoder", "comfyui", "philox", 0.5, 9, 31337, 4.0, 32,
     (0, 64, 128, 0), True,
 )  # fmt: skip
 NOT_BY_NAME = (

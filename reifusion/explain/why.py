@@ -29,7 +29,7 @@ VARIATION = ("variation", "variation_seed")
 TOGETHER = {"sampler": SAMPLING, "hires": SECOND_PASS, "variation": VARIATION}
 ALONE = (
     "prompt", "negative", "seed", "steps", "cfg", "size", "clip_skip", "guidance_interval",
-    "guidance_rescale", "deepcache",
+    "guidance_rescale", "deepcache", "ensd",
 )  # fmt: skip
 # What only the model that drew the pictures could tell
 FILES = tuple(

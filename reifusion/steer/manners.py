@@ -25,7 +25,7 @@ from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
 from ..sampling.elsewhere import AUTOMATIC, ELSEWHERE, SCHEDULES_ELSEWHERE, sampler_of
 from . import brownian
-from .noises import NOISES, First
+from .noises import NOISES, First, Then
 from .variations import slerp, slerp_of_columns, varied
 
 
@@ -122,11 +122,14 @@ def sampled(sampler: str, schedule: str | None, manner: Manner) -> tuple[str, st
     return sampler, AUTOMATIC.get(sampler, manner.schedule) if manner.automatic else manner.schedule
 
 
-def asked(request: Request, manner: Manner, variation: float = 0.0, variation_seed: int = 0) -> Request:
+def asked(
+    request: Request, manner: Manner, variation: float = 0.0, variation_seed: int = 0, ensd: int = 0
+) -> Request:
     """The request with the noise and the steps of a program. The request is one that a model has completed.
 
-    variation: how far the first noise is on the way to that of variation_seed, in [0, 1]. Warns of a sampler
-    whose noise cannot be repeated.
+    variation: how far the first noise is on the way to that of variation_seed, in [0, 1].
+    ensd: the noise in the steps is that of a seed so much higher. Warns of a sampler whose noise cannot be
+    repeated.
     """
     if manner.title == MANNERS["sdcpp"].title and request.sampler in brownian.SAMPLERS:
         warnings.warn(
@@ -138,6 +141,9 @@ def asked(request: Request, manner: Manner, variation: float = 0.0, variation_se
     if variation:
         mix = slerp_of_columns if manner.columns else slerp
         source = varied(variation_seed, variation, source, mix)
+    if ensd:
+        first, later = source, NOISES[manner.rng]
+        source = lambda seed: Then(first(seed), later(seed + ensd))  # noqa: E731
     request = replace(request, source=source)
     if request.init_image is None:
         return request

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from reifusion import a1111
 from reifusion.families import adapted
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.settings import ABOUT, Settings, parsed
@@ -183,6 +184,22 @@ def test_the_last_sigma_but_one_is_left_out_where_it_is_there(pipe, manner, samp
     karras = [(ends[0] + k / (count - 1) * (ends[1] - ends[0])) ** 7 for k in range(count)]
     assert sigmas == pytest.approx(karras[:n], rel=1e-3)
     assert len(seen) == 2 * n - 1  # the last step, to 0, has one call
+
+
+def test_noise_in_the_steps_may_be_that_of_another_seed(pipe, tmp_path):
+    """A1111's ImageRNG: after the first noise, generators of seed + ENSD draw anew."""
+    settings = Settings("a cat", steps=2, cfg=1.0, seed=9, size=(32, 24), sampler="euler_a", manner="a1111")
+    plain, moved = (steps_of(pipe, replace(settings, ensd=delta)) for delta in (0, 31337))
+    assert torch.equal(plain[0].x_t, moved[0].x_t)
+    up = (plain[0].latents - moved[0].latents).flatten()
+    first, later = Philox(9), Philox(9 + 31337)
+    first.randn((4, 12, 16))
+    other = (first.randn((4, 12, 16)) - later.randn((4, 12, 16))).flatten()
+    factor = (up @ other) / (other @ other)
+    assert torch.allclose(up, factor * other, atol=1e-5) and factor > 0.02
+    text = "a cat\nSteps: 2, Sampler: Euler a, CFG scale: 1, Seed: 9, Size: 32x24, ENSD: 31337"
+    assert a1111.read(text)[0].ensd == 31337
+    assert "ENSD: 31337" in a1111.write(replace(settings, ensd=31337), "m", "0")
 
 
 def test_prompts_are_read_as_there_unless_another_rule_is_asked_for():
