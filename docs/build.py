@@ -114,7 +114,7 @@ def render(page: Page, printed: list[str]) -> None:
     for number, output in enumerate(raw):
         body = body.replace(f'<div id="printed-{number}"></div>', f'<div class="printed">{output}</div>')
     body = re.sub(r"<table>.*?</table>", r'<div class="table">\g<0></div>', body, flags=re.S)
-    body = re.sub(r'href="([^":]+)\.md(#[^"]*)?"', r'href="\1.html\2"', body)
+    body = re.sub(r'href="([^":]+)\.md([?#][^"]*)?"', r'href="\1.html\2"', body)
     page.body = _formulas(page, body)
     for id, heading in re.findall(r"<h2 id=[\"'](.+?)[\"']>(.*?)</h2>", page.body, flags=re.S):
         page.headings.append((id, _text(re.sub(r'<a class="headerlink".*?</a>', "", heading))))
@@ -308,7 +308,7 @@ def broken(out: Path) -> list[str]:
     for path, text in texts.items():
         for link in sorted(set(re.findall(r"<\w[^<>]*? (?:href|src)=[\"']([^\"':]+)[\"']", text))):
             address, _, anchor = html.unescape(link).partition("#")
-            target = (path.parent / address).resolve() if address else path
+            target = (path.parent / address.partition("?")[0]).resolve() if address else path
             if not target.is_file():
                 wrong.append(f"{path.relative_to(out)} links to {link}, which is not there")
             elif anchor and anchor not in anchors.get(target, {anchor}):

@@ -186,3 +186,16 @@ def test_a_word_lights_what_the_network_looked_at_for_it(page):
         heat = attention.heat(word).numpy()[plain.min(-1) > 60]
         assert np.corrcoef(lit, heat)[0, 1] > 0.9
     assert lit.min() < 0.4  # it darkens the rest
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_link_fills_in_the_form(page):
+    page.goto(page.url.partition("?")[0] + "?prompt=a+cat&steps=5&bug=no-offset&name=ddim")
+    page.wait_for_selector("form:not([hidden])")
+    assert [page.input_value(f"[name={name}]") for name in ("prompt", "steps", "name")] == [
+        "a cat",
+        "5",
+        "ddim",
+    ]
+    assert page.is_checked("[value=no-offset]") and not page.is_checked("[value=unscaled-start]")

@@ -84,6 +84,13 @@ try {
   mini = JSON.parse(new TextDecoder().decode(await get("mini.json")));
   form.elements.name.value = mini.sampler;
   form.elements.scale.value = mini.cfg;
+  // play.html?prompt=a+cat&bug=no-offset: what a chapter's link asks for.
+  for (const [name, value] of new URLSearchParams(location.search)) {
+    for (const field of form.querySelectorAll(`[name="${CSS.escape(name)}"]`)) {
+      if (field.type !== "checkbox") field.value = value;
+      else if (field.value === value) field.checked = true;
+    }
+  }
   form.hidden = false;
   status.textContent = "";
 } catch {
