@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import logging
 import shutil
 import tarfile
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +84,9 @@ def export(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str]) -> 
     """Returns the network as ONNX whose weights are elsewhere, and the names of these weights in order."""
     from onnx.external_data_helper import set_external_data
 
-    with written_out(module), torch.no_grad():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of packages that are not needed
+    with written_out(module), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module, tuple(inputs.values()), input_names=list(inputs), output_names=outputs, dynamo=True,
             optimize=False, verbose=False,
