@@ -26,6 +26,7 @@ from ..model.model_converter import FORMATS, Rule, rules
 from ..model.pipeline import StableDiffusion
 from ..model.tensors import ModelError, Stored, TensorFile
 from .controlnet import ControlNet
+from .t2i_adapter import MARK, T2IAdapter, load_t2i_adapter
 
 # What the names of a U-Net in a whole model begin with, and what a ControlNet's begin with in its place
 UNET = {"compvis": ("model.diffusion_model.", "control_model."), "diffusers": ("unet.", "")}
@@ -44,7 +45,6 @@ RELATIVES = (
         r"(.*\.)?(task_embedding|control_add_embedding\.)",
         "a ControlNet for several kinds of hints, which is not built in",
     ),
-    (r"(adapter\.)?body\.\d+\.", "a T2I-Adapter, which is not built in"),
     (r"image_proj\.|ip_adapter\.", "an IP-Adapter, which has an option of its own"),
     (
         r"transformer_blocks\.\d+\.(attn|ff_context|norm1_context)",
@@ -53,8 +53,8 @@ RELATIVES = (
 )
 
 
-def load_control(source: str | Path, pipe: StableDiffusion, fast: bool = True) -> ControlNet:
-    """Reads a ControlNet for a model, to the model's device and dtype.
+def load_control(source: str | Path, pipe: StableDiffusion, fast: bool = True) -> ControlNet | T2IAdapter:
+    """Reads a ControlNet, or a T2I-Adapter, for a model, to the model's device and dtype.
 
     source: a `.safetensors` file or a pickle, with the names of its authors or of diffusers, or a folder of
     diffusers. fast: installs the fast forms of its layers. Raises ModelError, in one sentence, for a file
@@ -67,6 +67,8 @@ def load_control(source: str | Path, pipe: StableDiffusion, fast: bool = True) -
     for pattern, what in RELATIVES:
         if any(re.match(pattern, name) for name in tensors):
             raise ModelError(f"{path} is {what}")
+    if any(re.match(MARK, name) for name in tensors):
+        return load_t2i_adapter(tensors, path, pipe)
     format = next((key for key, mark in MARKS.items() if any(re.match(mark, name) for name in tensors)), None)
     if format is None:
         raise ModelError(f"{path} is not a ControlNet: it has no layers that look at a hint")

@@ -8,7 +8,7 @@ Zhang, Rao & Agrawala 2023, "Adding Conditional Control to Text-to-Image Diffusi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
@@ -24,6 +24,7 @@ from ..model.modes import dtype_of
 from ..model.pictures import Picture, fit, open_picture, to_tensor
 from ..model.pipeline import StableDiffusion, as_it_is
 from ..model.request import Request
+from .t2i_adapter import MIDDLE, SOFT, T2IAdapter
 
 CHANNELS = (16, 32, 96, 256)  # of the hint's encoder, one for each resolution, full size first
 
@@ -85,17 +86,31 @@ class ControlNet(nn.Module):
 
 
 def steered(
-    unet: UNet, added: Sequence[Tensor], latents: Tensor, context: Tensor, t: Tensor, **more: Tensor
+    unet: UNet,
+    added: Sequence[Tensor],
+    features: Mapping[int, Tensor],
+    latents: Tensor,
+    context: Tensor,
+    t: Tensor,
+    **more: Tensor,
 ) -> Tensor:
-    """The U-Net's output, with something added to each skip and to the middle: (B, 4, h, w) -> (B, 4, h, w)
+    """The U-Net's output, with something added on its way: (B, 4, h, w) -> (B, 4, h, w)
 
-    The way down reads its own outputs as they were: what is added is seen on the way up alone.
+    added: to each skip and to the middle, by ControlNets; the way down reads its own outputs as they were, so
+    that it is seen on the way up alone. features: to rows of the way down, by adapters; what follows sees it.
     """
-    *skips, middle = added
     given = Given(unet.time_embedding(t, **more), context)
-    pile = unet.descend(latents, given)
-    x = unet.middle(pile[-1], given) + middle
-    return unet.ascend(x, [skip + one for skip, one in zip(pile, skips, strict=True)], given)
+    pile, x = [], latents
+    for i, row in enumerate(unet.down):
+        x = row(x, given)
+        x = x + features[i] if i in features else x
+        pile.append(x)
+    x = unet.middle(x, given)
+    x = x + features[MIDDLE] if MIDDLE in features else x
+    if added:
+        *skips, middle = added
+        x, pile = x + middle, [skip + one for skip, one in zip(pile, skips, strict=True)]
+    return unet.ascend(x, pile, given)
 
 
 # How strongly each of the n outputs counts, from the first skip to the middle, and whether the half without
@@ -123,9 +138,9 @@ def check(weight: float, start: float, end: float, mode: str) -> None:
 
 @dataclass
 class Control:
-    """A ControlNet, and the picture that it goes by."""
+    """A ControlNet, or a T2I-Adapter, and the picture that it goes by."""
 
-    net: ControlNet
+    net: ControlNet | T2IAdapter
     hint: Picture  # light lines on dark, for edges and scribbles; it is used as it is
     weight: float = 1.0  # how much of what the network says is added
     start: float = 0.0  # the share of the steps before it begins
@@ -160,7 +175,7 @@ class Controlled(nn.Module):
         super().__init__()
         self.unet = unet
         self.controls, self.timesteps, self.size, self.count = controls, timesteps, size, count
-        self._seen: dict[int, Tensor] = {}
+        self._seen: dict[int, Any] = {}
 
     def forward(self, latents: Tensor, context: Tensor, t: Tensor, **more: Any) -> Tensor:
         """Takes the arguments of the U-Net, and returns its output."""
@@ -168,14 +183,22 @@ class Controlled(nn.Module):
         if not working:
             return self.unet(latents, context, t, **more)
         told = {name: value for name, value in more.items() if name == "told"}
-        said = zip(*(self._says(control, latents, context, t, **told) for control in working))
-        # Several ControlNets: their outputs are added up
+        nets = [control for control in working if isinstance(control.net, ControlNet)]
+        said = zip(*(self._says(control, latents, context, t, **told) for control in nets))
+        # Several: what they say is added up
         added = {f"added_{i}": torch.stack(ones).sum(0) for i, ones in enumerate(said)}
+        for control in working:
+            if isinstance(control.net, T2IAdapter):
+                for row, feature in self._features(control, control.net, latents).items():
+                    name = f"feature_{row}"
+                    added[name] = added[name] + feature if name in added else feature
         return played(self.unet, self._steered, latents, context, t, **more, **added)
 
     def _steered(self, latents: Tensor, context: Tensor, t: Tensor, **more: Tensor) -> Tensor:
         added = [more.pop(name) for name in list(more) if name.startswith("added_")]
-        return steered(self.unet, added, latents, context, t, **more)
+        names = [name for name in more if name.startswith("feature_")]
+        features = {int(name.removeprefix("feature_")): more.pop(name) for name in names}
+        return steered(self.unet, added, features, latents, context, t, **more)
 
     def _works(self, control: Control, t: Tensor) -> bool:
         if control.start == 0 and control.end == 1:
@@ -188,31 +211,43 @@ class Controlled(nn.Module):
     ) -> list[Tensor]:
         """What a ControlNet adds to each skip and to the middle, each (B, C, h, w)."""
         net, (factors, both) = control.net, MODES[control.mode]
+        assert isinstance(net, ControlNet)
         whole = len(latents)
         rows = whole if both else min(self.count, whole)
         x = latents[:rows, : net.config.in_channels]  # of an inpainting U-Net's nine channels, the first four
         words, time, *others = (
             one[:rows] if len(one) == whole else one for one in (context, t, *told.values())
         )
-        outputs = net(x, words, time, self._encoded(control, x), **dict(zip(told, others)))
+        outputs = net(x, words, time, self._encoded(control, x, net.hint), **dict(zip(told, others)))
         made = []
         for factor, output in zip(factors(len(outputs)), outputs, strict=True):
             output = control.weight * factor * output
             made.append(F.pad(output, (0, 0) * 3 + (0, whole - rows)) if rows < whole else output)
         return made
 
-    def _encoded(self, control: Control, x: Tensor) -> Tensor:
-        """The encoded hint (1, C, h, w). It is the same in all steps, so that it is made once."""
-        if torch.is_grad_enabled():
-            return self._encode(control, x)
-        if id(control) not in self._seen:
-            self._seen[id(control)] = self._encode(control, x)
-        return self._seen[id(control)]
+    def _features(self, control: Control, net: T2IAdapter, latents: Tensor) -> dict[int, Tensor]:
+        """What an adapter adds to rows of the way down, each (1, C, h, w), or (B, C, h, w)."""
+        both = MODES[control.mode][1]
+        soft = SOFT if control.mode in ("prompt", "control") else (1.0,) * len(SOFT)
+        made = {}
+        for factor, (row, feature) in zip(soft, self._encoded(control, latents, net).items()):
+            feature = control.weight * factor * feature
+            if not both and len(latents) > self.count:  # the half without the prompt is not steered
+                feature = feature.expand(self.count, -1, -1, -1)
+                feature = F.pad(feature, (0, 0) * 3 + (0, len(latents) - self.count))
+            made[row] = feature
+        return made
 
-    def _encode(self, control: Control, x: Tensor) -> Tensor:
-        assert isinstance(control.hint, Image.Image)
-        hint = (to_tensor(fit(control.hint, *self.size)) + 1) / 2  # (1, 3, H, W) in [0, 1]
-        return control.net.hint(hint.to(x))
+    def _encoded(self, control: Control, x: Tensor, encode: Callable[[Tensor], Any]) -> Any:
+        """What `encode` makes of the hint. It is the same in all steps, so that it is made once."""
+        if torch.is_grad_enabled() or id(control) not in self._seen:
+            assert isinstance(control.hint, Image.Image)
+            hint = (to_tensor(fit(control.hint, *self.size)) + 1) / 2  # (1, 3, H, W) in [0, 1]
+            made = encode(hint.to(x))
+            if torch.is_grad_enabled():
+                return made
+            self._seen[id(control)] = made
+        return self._seen[id(control)]
 
 
 def controlled(pipe: StableDiffusion, *controls: Control) -> StableDiffusion:

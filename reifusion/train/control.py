@@ -79,7 +79,7 @@ class TextToControl(nn.Module):
         hint = F.pixel_shuffle(packed, self.side).expand(-1, 3, -1, -1)  # (B, 3, H, W) in [0, 1]
         words = self.clip(tokens)
         added = self.control(x, words, t, self.control.hint(hint))
-        return steered(self.diffusion, added, x, words, t).to(x_t.dtype)
+        return steered(self.diffusion, added, {}, x, words, t).to(x_t.dtype)
 
 
 def fresh(unet: nn.Module, config: ModelConfig, channels: Sequence[int] = ()) -> ControlNet:

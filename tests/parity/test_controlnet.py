@@ -147,7 +147,7 @@ def test_the_latents_are_those_of_diffusers(folder, ours, nets, case):
 
 
 def test_guess_mode_is_that_of_diffusers(folder, ours, nets):
-    net = load_control(nets[0], ours)
+    net: Any = load_control(nets[0], ours)
     guessed = drawn(ours, Control(net, hint(0), mode="guess"))
     assert_close(guessed, drawn_by_diffusers(folder, nets[:1], guess_mode=[True]))
 
@@ -155,7 +155,7 @@ def test_guess_mode_is_that_of_diffusers(folder, ours, nets):
 @torch.inference_mode()
 def test_what_is_added_is_what_diffusers_adds_in_float64(folder, theirs, nets):
     ours = load(folder, "cpu", "fp64")
-    net = load_control(nets[0], ours, fast=False)
+    net: Any = load_control(nets[0], ours, fast=False)
     other = diffusers.ControlNetModel.from_pretrained(nets[0], local_files_only=True).double()
     torch.manual_seed(4)
     width = ours.config.unet.context_width
@@ -177,9 +177,9 @@ def test_what_is_added_is_what_diffusers_adds_in_float64(folder, theirs, nets):
 
 @pytest.mark.parametrize("format", ["compvis", "diffusers"])
 def test_files_are_read_and_written_bit_for_bit(ours, nets, tmp_path, format):
-    net = load_control(nets[0], ours)
+    net: Any = load_control(nets[0], ours)
     save_control(net, ours.config, tmp_path / "net.safetensors", format)
-    again = load_control(tmp_path / "net.safetensors", ours)
+    again: Any = load_control(tmp_path / "net.safetensors", ours)
     assert again.state_dict().keys() == net.state_dict().keys()
     for name, x in net.state_dict().items():
         assert torch.equal(x, again.state_dict()[name]), name
@@ -197,7 +197,7 @@ def test_the_authors_names_are_those_that_diffusers_reads_in_single_files(folder
         pytest.skip("diffusers finds the sizes of SDXL's by its own configs alone")
     from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 
-    net = load_control(nets[0], ours)
+    net: Any = load_control(nets[0], ours)
     save_control(net, ours.config, tmp_path / "net.safetensors", "compvis")
     config = diffusers.ControlNetModel.load_config(nets[0])
     theirs = convert_controlnet_checkpoint(load_file(tmp_path / "net.safetensors"), dict(config))
@@ -238,11 +238,12 @@ def test_a_small_one_with_fewer_transformers_is_read(theirs, ours, nets, tmp_pat
         with pytest.raises(ModelError, match=r"lacks mid_block\.resnets\.1"):
             load_control(tmp_path / "net.safetensors", ours)
     else:
-        assert load_control(tmp_path / "net.safetensors", ours).config.middle_attention == depth
+        again: Any = load_control(tmp_path / "net.safetensors", ours)
+        assert again.config.middle_attention == depth
 
 
 def test_without_weight_nothing_changes_to_the_bit(ours, nets):
-    net = load_control(nets[0], ours)
+    net: Any = load_control(nets[0], ours)
     plain = drawn(ours)
     assert np.array_equal(drawn(ours, Control(net, hint(0), weight=0.0)), plain)
     unet = random_networks(ours.config)["diffusion"]
@@ -253,7 +254,7 @@ def test_without_weight_nothing_changes_to_the_bit(ours, nets):
 
 
 def test_each_mode_weighs_in_its_own_way(ours, nets):
-    net = load_control(nets[0], ours)
+    net: Any = load_control(nets[0], ours)
     made = {mode: drawn(ours, Control(net, hint(0), mode=mode)) for mode in MODES}
     values = list(made.values())
     for i, one in enumerate(values):
@@ -274,7 +275,7 @@ def test_it_follows_the_samplers_and_the_places_in_a_batch(ours, nets):
 
 
 def test_gradients_reach_the_network_and_a_hint_changes_with_the_size(ours, nets):
-    net = load_control(nets[0], ours, fast=False)
+    net: Any = load_control(nets[0], ours, fast=False)
     pipe = controlled(ours, Control(net, hint(0)))
     steps = pipe.denoise(PROMPTS[0], cfg=1.0, steps=2, seed=1, width=64, height=40, grad=True)
     next(steps).latents.square().sum().backward()
@@ -298,7 +299,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(ours, nets, tmp_path, fold
     refused({**tensors, name: torch.ones(3, 3, 1, 1)}, "has shape")
     with pytest.raises(ModelError, match="no file or folder"):
         load_control(tmp_path / "missing.safetensors", ours)
-    net = load_control(nets[0], ours)
+    net: Any = load_control(nets[0], ours)
     for wrong, said in (
         ({"start": 0.5, "end": 0.5}, "from one share"),
         ({"weight": float("nan")}, "finite"),

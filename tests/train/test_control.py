@@ -93,7 +93,7 @@ def test_the_right_hint_explains_a_noisy_picture_better_and_the_model_stays(pipe
         model = TextToControl(pipe.models["clip"], pipe.models["diffusion"], net, 8)
         return measured_loss(model, data, forward_process(SMALL.schedule), 8, 0)["_high_noise"]
 
-    net = load_control(out, pipe, fast=False)
+    net: Any = load_control(out, pipe, fast=False)
     assert loss(net, data) < 0.85 * loss(net, Wrong(data))
     assert loss(net, data) < 0.7 * loss(fresh(pipe.models["diffusion"], SMALL), data)
     assert (tmp_path / "sheet-000150.png").exists()
