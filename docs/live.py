@@ -12,8 +12,8 @@ import hashlib
 import io
 import logging
 import shutil
+import subprocess
 import tarfile
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from reifusion.files import write_json
 from reifusion.model.attention import CrossAttention, SelfAttention, softmax_attention
 
 MINI = Path(reifusion.__file__).parent / "data" / "mini.safetensors"
-RUNTIME = "https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-1.30.0.tgz"
+RUNTIME = "onnxruntime-web@1.30.0"
 # SHA-512
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 PARTS = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
@@ -165,11 +165,17 @@ def _in_file(name: str, stored: set[str]) -> str:
 
 
 def fetch(folder: Path) -> None:
-    """Puts onnxruntime-web into the folder, from npm if need be. Raises ValueError for other bytes."""
-    archive = folder / Path(RUNTIME).name
+    """Puts onnxruntime-web into the folder, from npm if need be.
+
+    Raises OSError if it cannot be fetched, and ValueError for other bytes.
+    """
+    archive = folder / f"{RUNTIME.replace('@', '-')}.tgz"
     if not archive.is_file():
-        with urllib.request.urlopen(RUNTIME) as answer:
-            archive.write_bytes(answer.read())
+        if (npm := shutil.which("npm")) is None:
+            raise OSError("it is fetched with npm, and that command was not found")
+        done = subprocess.run([npm, "pack", "--silent", RUNTIME], cwd=folder, capture_output=True, text=True)
+        if done.returncode != 0 or not archive.is_file():
+            raise OSError((done.stderr.strip().splitlines() or ["npm gave no reason"])[-1])
     content = archive.read_bytes()
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != INTEGRITY:
         archive.unlink()
