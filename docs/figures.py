@@ -6,14 +6,16 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from reifusion.explain.figures import STYLE
 
-matplotlib.rcParams.update(STYLE)  # plots that are made in a chapter look like those of `reifusion explain`
+matplotlib.rcParams.update(
+    cast(Any, STYLE)
+)  # plots that are made in a chapter look like those of `reifusion explain`
 
 
 def strip(pictures: Sequence[Image.Image], labels: Sequence[str] = (), side: int = 128) -> Image.Image:

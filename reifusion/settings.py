@@ -190,7 +190,7 @@ class Settings:
     )
 
     emphasis: str | None = _setting(
-        "Emphasis", "Reads (word:1.3), BREAK, [a:b:0.5], AND, by the rule of a1111, plain or comfyui.",
+        "Emphasis", "Reads (word:1.3), BREAK, [a:b:0.5], AND, by a rule: a1111, plain, comfyui or compel.",
         shown="brackets are text",
     )  # fmt: skip
     schedule: str | None = _setting(

@@ -19,7 +19,7 @@ from reifusion.model.tokenizer import Tokenizer
 from reifusion.steer import emphasis
 from reifusion.steer.emphasis import chunks, encode, parse, schedule, together, weighted
 from reifusion.weights import save
-from tests.tiny import SMALL, WORDS, networks
+from tests.tiny import SMALL, WORDS, networks, random_networks
 
 ASKED: dict[str, Any] = {"steps": 4, "cfg": 3.0, "seed": 5, "size": (32, 32)}
 
@@ -197,6 +197,34 @@ def test_a_weight_of_zero_by_comfyuis_rule_is_the_empty_text(pipe):
     assert not torch.allclose(found[:, 2:], nothing[:, 2:], atol=1e-3)  # what comes later has seen the cat
 
 
+@pytest.mark.parametrize(
+    "fragments",
+    [
+        [("a", 1.0), ("cat", 1.4), ("dog", 1.0)],
+        [("a cat", 1.0), ("dog", 0.5)],
+        [("a", 0.8), ("cat", 1.0), ("dog", 0.3), ("cat", 1.2)],
+        [("cat", 0.0), ("dog", 1.0)],
+    ],
+)
+def test_compels_rule_is_compels(tmp_path, fragments):
+    """compel itself, on the same text encoder in transformers."""
+    compel = pytest.importorskip("compel.embeddings_provider", reason="an oracle: pip install compel")
+    transformers = pytest.importorskip("transformers")
+    models = random_networks(SMALL)
+    save(SMALL, models, tmp_path / "model", "diffusers", WORDS)
+    theirs = compel.EmbeddingsProvider(
+        transformers.CLIPTokenizer.from_pretrained(tmp_path / "model" / "tokenizer"),
+        transformers.CLIPTextModel.from_pretrained(tmp_path / "model" / "text_encoder"),
+        model_max_length=16,
+    )
+    texts, weights = [[text for text, _ in fragments]], [[weight for _, weight in fragments]]
+    expected = theirs.get_embeddings_for_weighted_prompt_fragments(texts, weights)
+    written = " ".join(text if weight == 1 else f"({text}:{weight})" for text, weight in fragments)
+    found = encode(StableDiffusion(SMALL, WORDS, models), written, "compel")
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert models["clip"].layers[0].attention.kernel.__name__ == "attention"  # type: ignore[union-attr, index]
+
+
 def test_both_sides_are_as_long_as_the_longer(pipe):
     asked = emphasis.request(pipe, Request("cat " * 40, "dog", **ASKED), "a1111")
     assert isinstance(asked.prompt, Tensor) and isinstance(asked.negative, Tensor)
@@ -263,7 +291,7 @@ def test_the_command_draws_repeats_and_says_it_in_python(pipe, tmp_path: Path):
 
 def test_other_families_and_bad_weights_are_refused(pipe, tmp_path, capsys):
     for given, said in (
-        (["--emphasis=compell"], "emphasis must be a1111, plain, comfyui"),
+        (["--emphasis=compell"], "emphasis must be a1111, plain, comfyui, compel"),
         ([], "is no weight"),
     ):
         line = ["generate", "a (cat:1.5.2)", "--emphasis=a1111", *given, f"--out={tmp_path / 'out'}"]

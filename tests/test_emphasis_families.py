@@ -40,6 +40,10 @@ def asked(**more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rule", emphasis.RULES)
 def test_without_signs_nothing_changes(pipe, rule):
+    if rule == "compel" and isinstance(pipe, StableDiffusion3):
+        with pytest.raises(ValueError, match="compel's rule is for CLIP alone"):
+            emphasis.request(pipe, Request("a cat", "dog", **asked()), rule)
+        return
     assert torch.allclose(encode(pipe, "a cat", rule), pipe.encode_text(["a cat"]), atol=1e-5)
     plain = pipe.generate("a cat", "dog", progress=False, **asked())
     same = emphasis.request(pipe, Request("a cat", "dog", **asked()), rule)
@@ -68,6 +72,14 @@ def test_a_weight_of_zero_by_comfyuis_rule_is_the_empty_text(pipe):
     found, nothing = encode(pipe, "(cat:0)", "comfyui"), pipe.encode_text([""])
     assert torch.allclose(found[:, 1], nothing[:, 1], atol=1e-5)
     assert not torch.allclose(found[:, 2], nothing[:, 2], atol=1e-3)
+
+
+def test_compels_rule_mixes_in_a_text_without_the_words_in_both_encoders(xl):
+    light, plain = encode(xl, "a (cat:0.00001) dog", "compel"), xl.encode_text(["a cat dog"])
+    for words in (slice(0, TINY.clip.width), slice(TINY.clip.width, None)):
+        change = (light - plain)[0, :, words].abs().amax(1)
+        assert change[1] < 1e-4 < change[3]  # "dog" has not seen the cat; "a" is before it
+    assert torch.allclose(light[:, -1], plain[:, -1], atol=1e-5)
 
 
 def test_weights_reach_t5(sd3):

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..families.pooled_text import read_tokens
 from ..families.sd3 import StableDiffusion3
 from ..families.sdxl import StableDiffusionXL
+from ..model.attention import SelfAttention
 from ..model.finite import finite
 from ..model.pipeline import StableDiffusion, as_gradients_are
 from ..model.request import Request
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 RULES = {
     "a1111": "w·z, and then the mean of before: AUTOMATIC1111's",
     "plain": "w·z: AUTOMATIC1111's without the mean",
-    "comfyui": "e + w(z − e), e being the empty text's vector at the same place: ComfyUI's and compel's",
+    "comfyui": "e + w(z − e), e being the empty text's vector at the same place: ComfyUI's",
+    "compel": "the same, and with w < 1 mixed with a text in which these words are not seen: compel's",
 }
 BREAK = "BREAK"
 ROUND, SQUARE = 1.1, 1 / 1.1
@@ -196,7 +200,7 @@ def together(text: str) -> list[Piece]:
 def weighted(z: Tensor, weights: Tensor, rule: str, empty: Tensor | None = None) -> Tensor:
     """The vectors z (77, C) of a chunk, of weights (77,); empty (77, C): those of the empty text."""
     w = weights[:, None].to(z)  # (77, 1)
-    if rule == "comfyui":
+    if rule in ("comfyui", "compel"):
         assert empty is not None
         return torch.where(w == 1, z, empty + w * (z - empty))
     heavy = w * z
@@ -229,13 +233,59 @@ def _heard(
 ) -> tuple[Tensor, Tensor | None]:
     """Pieces -> the words (1, 77·k, width) of one text encoder, and the first chunk as a whole (1, pooled)"""
     parts = chunks(pieces, tokenizer)
-    tokens = [*(ids for ids, _ in parts), tokenizer.encode("")]  # (k + 1) × 77
-    if isinstance(pipe, StableDiffusionXL | StableDiffusion3):
-        z, whole = read_tokens(pipe, name, tokens, tokenizer.end, clip_skip)
-    else:
-        z, whole = _read(pipe, tokens, clip_skip), None
-    words = [weighted(one.float(), torch.tensor(by), rule, z[-1].float()) for one, (_, by) in zip(z, parts)]
+
+    def read(texts: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+        if isinstance(pipe, StableDiffusionXL | StableDiffusion3):
+            z, whole = read_tokens(pipe, name, texts, tokenizer.end, clip_skip)
+            return z.float(), whole
+        return _read(pipe, texts, clip_skip).float(), None
+
+    z, whole = read([*(ids for ids, _ in parts), tokenizer.encode("")])  # (k + 1, 77, width)
+    words = []
+    for one, (ids, by) in zip(z, parts):
+        made = weighted(one, torch.tensor(by), rule, z[-1])
+        runs = light(by) if rule == "compel" else []
+        if runs:
+            with pipe.borrow(name) as clip, unseen(clip, runs, len(ids)):
+                without, _ = read([ids] * len(runs))
+            # Each text without a piece counts as much as the piece is light: 0 for w = 1, ∞ for w = 0
+            shares = [math.tan((1 - max(by[run.start], 1e-5)) * math.pi / 2) for run in runs]
+            others = [weighted(other, torch.tensor(by), rule, z[-1]) for other in without]
+            made = (made + sum(s * x for s, x in zip(shares, others))) / (1 + sum(shares))
+        words.append(made)
     return torch.cat(words)[None], None if whole is None else whole[:1]
+
+
+def light(weights: Sequence[float]) -> list[slice]:
+    """Where pieces with weights below 1 are, in the weights of a chunk's tokens."""
+    runs, begin = [], 0
+    for end in range(1, len(weights) + 1):
+        if end == len(weights) or weights[end] != weights[begin]:
+            if weights[begin] < 1:
+                runs.append(slice(begin, end))
+            begin = end
+    return runs
+
+
+@contextmanager
+def unseen(clip: nn.Module, runs: Sequence[slice], length: int) -> Generator[None, None, None]:
+    """Inside, no token of text k in the batch sees those of the k-th run, while all keep their places."""
+    seen = torch.ones(len(runs), 1, length, length, dtype=torch.bool).tril()  # (B, 1, L, S)
+    for text, run in zip(seen, runs):
+        text[..., run] = False
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.to(q.device))
+
+    layers = [layer for layer in clip.modules() if isinstance(layer, SelfAttention)]
+    before = [layer.kernel for layer in layers]
+    try:
+        for layer in layers:
+            layer.kernel = masked
+        yield
+    finally:
+        for layer, kernel in zip(layers, before):
+            layer.kernel = kernel
 
 
 def _read(pipe: StableDiffusion, tokens: Sequence[Sequence[int]], clip_skip: int) -> Tensor:
@@ -286,6 +336,8 @@ def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
         raise ValueError(f"emphasis does not know how {pipe.config.name} reads prompts")
     if getattr(pipe, "refiner", None) is not None:
         raise ValueError("emphasis and a refiner do not go together: the refiner needs vectors of its own")
+    if rule == "compel" and isinstance(pipe, StableDiffusion3):
+        raise ValueError("compel's rule is for CLIP alone, and Stable Diffusion 3 has T5 too")
     asked = asked.for_model(pipe.config)
     turns = len(pipe.sampler(asked).timesteps)
     known: dict[str, Tensor] = {}
@@ -300,8 +352,8 @@ def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
 
     parts = together(asked.prompts[0])
     sides = [*(vectors(text) for text, _ in parts), vectors(asked.negatives[0])]
-    if rule != "comfyui" and asked.negatives[0] == "" and getattr(pipe.config, "zeros", False):
-        # SDXL's base learned without words by zeros; ComfyUI reads the empty text all the same
+    if rule in ("a1111", "plain") and asked.negatives[0] == "" and getattr(pipe.config, "zeros", False):
+        # SDXL's base learned without words by zeros; ComfyUI and compel read the empty text all the same
         sides[-1] = [torch.zeros_like(one) for one in sides[-1]]
     longest = max(one.shape[1] for side in sides for one in side)
     blank = encode(pipe, "", rule, asked.clip_skip)

@@ -55,7 +55,9 @@ def test_distance_and_saturation():
     black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (30, 30, 30))
     assert distance(black, grey) == 30 and distance(grey, grey) == 0
     assert saturation(grey) == 0 and saturation(Image.new("RGB", (4, 4), "red")) == 1
-    assert np.array_equal(difference(black, grey), np.full((4, 4, 3), 240)) and contrast(grey) == 0
+    assert (
+        np.array_equal(np.asarray(difference(black, grey)), np.full((4, 4, 3), 240)) and contrast(grey) == 0
+    )
     halves = Image.new("L", (4, 4), 0)
     halves.paste(100, (0, 0, 2, 4))
     assert contrast(halves.convert("RGB")) == 50
