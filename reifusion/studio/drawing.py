@@ -25,6 +25,7 @@ from ..model.request import Request
 from ..model.tensors import ModelError
 from ..settings import ABOUT, DRAWING, Settings, requested
 from ..weights import find
+from .heard import heard
 from .views import tiles
 from .wishes import fitting
 
@@ -73,7 +74,7 @@ class Drawing:
     begun: float = field(default_factory=time.monotonic)
     loaded: bool = False  # True as soon as the model is there
     failed: bool = False  # then `note` says why
-    warning: str = ""
+    warnings: list[str] = field(default_factory=list)  # in sentences
     done: bool = False
     request: Request | None = None  # with nothing left open, as soon as the model is loaded
     pipe: StableDiffusion | None = None
@@ -134,18 +135,22 @@ def draw(drawing: Drawing, folder: Path, preview: str | None = None) -> Iterator
     def tell() -> None:
         news.put(None)
 
+    def drawn() -> None:
+        pipe = model(drawing.settings)
+        drawing.loaded = True
+        drawing.note = "Waiting for another picture."
+        while not _LOCK.acquire(timeout=0.2):
+            if stop.is_set():
+                return _stopped(drawing)
+        try:
+            _draw(drawing, pipe, folder, tell, preview)
+        finally:
+            _LOCK.release()
+
     def work() -> None:
         try:
-            pipe = model(drawing.settings)
-            drawing.loaded = True
-            drawing.note = "Waiting for another picture."
-            while not _LOCK.acquire(timeout=0.2):
-                if stop.is_set():
-                    return _stopped(drawing)
-            try:
-                _draw(drawing, pipe, folder, tell, preview)
-            finally:
-                _LOCK.release()
+            with heard(drawing.warnings):
+                drawn()
         except Exception as error:  # of any kind: the page goes on and says so
             drawing.note, drawing.failed = sentence(error), True
         finally:
@@ -185,7 +190,8 @@ def _draw(
     with contextlib.suppress(ModelError):  # the page may draw with another model than it began with
         drawing.looking = previewing(pipe, preview)
     drawing.request = request = settings.request().for_model(pipe.config)
-    drawing.warning = fitting(request, pipe.config, settings.hires)
+    if large := fitting(request, pipe.config, settings.hires):
+        drawing.warnings.append(large)
     drawing.sampler = pipe.sampler(request)
     _, signal, noise = signal_and_noise(drawing.sampler)
     drawing.signal, drawing.noise = signal.tolist(), noise.tolist()

@@ -26,6 +26,7 @@ from . import drawing as drawing_module
 from . import shelf, stages, views, wishes
 from .drawing import TICK, Drawing
 from .excerpts import listing
+from .heard import listen
 from .known import EXAMPLES, known
 
 PAGE = Path(__file__).parent / "page"
@@ -105,7 +106,7 @@ def _news(id: str, one: Drawing) -> dict[str, Any]:
         "note": one.said,
         "failed": one.failed,
         "done": one.done,
-        "warning": one.warning,
+        "warnings": one.warnings,
         "places": len(one.frames),
         "newest": one.newest,
         "total": one.total,
@@ -127,6 +128,7 @@ def _news(id: str, one: Drawing) -> dict[str, Any]:
 
 def build(studio: Studio) -> FastAPI:
     """Returns the application."""
+    listen()
     app = FastAPI(title="reifusion studio", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(ValueError)

@@ -143,7 +143,10 @@ def _sampler(drawing: Drawing, place: int) -> Station:
     rows, filled = [], ""
     if frame.step is not None and frame.x0 is not None and (share := shares(drawing, place)) is not None:
         filled = _filled(sampler.prediction_type, *share)
-        rows = [("σₜ", f"{frame.sigma:.3f}"), ("size of x̂₀", f"{rms(frame.x0):.3f}")]
+        rows = [
+            ("σ, noise beside one part of picture", f"{frame.sigma:.3f}"),
+            ("size of x̂₀", f"{rms(frame.x0):.3f}"),
+        ]
     return Station(
         "Sampler", sampler.title,
         f"From the noise that was seen follows x̂₀, the clean picture; {sampler.title} then goes on to the "

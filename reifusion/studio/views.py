@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..explain.trajectory import rms
 from ..explain.words import relative
 from ..model.sentences import cut
+from .heard import sentence
 from .known import LITTLE, unknown_words
 
 if TYPE_CHECKING:
@@ -109,9 +110,8 @@ def notes(pipe: Any, prompt: str) -> list[str]:
         said.append("An empty prompt: the model draws whatever comes.")
     if len(pieces) > room:
         lost = pipe.tokenizer.decode([piece.id for piece in pieces[room:]])
-        said.append(
-            f"The prompt has {len(pieces)} tokens and there is room for {room}; cut off: {cut(lost, 60)}."
-        )
+        has = f"the prompt has {len(pieces)} tokens and there is room for {room}, so this is cut off: "
+        said.append(sentence(has + lost))  # in the words of the warning, which comes with the picture
     if pipe.config.name.startswith("mini") and (unknown := unknown_words(prompt)):
         one = "this word" if len(unknown) == 1 else "these words"
         said.append(f"The mini has never read {one}: {cut(', '.join(unknown), 60)}.")

@@ -307,7 +307,7 @@ def test_what_it_knows_is_offered_and_what_it_does_not_is_said(open_tab):
         "document.querySelector('#notes').innerText === 'The mini has never read this word: riding.'"
     )
     page.fill("#prompt", "a cat " * 20)
-    page.wait_for_function("document.querySelector('#notes').innerText.includes('room for 30; cut off: ')")
+    page.wait_for_function("document.querySelector('#notes').innerText.includes('room for 30, so this')")
     fill(page, steps=4)
     page.locator("#examples button").first.click()  # draws at once
     assert carried_by(drawn(page))["prompt"] == "a red apple"

@@ -80,7 +80,17 @@ def test_what_is_wrong_is_one_sentence(page, wrong, says):
 
 def test_a_large_picture_is_warned_of(page):
     *_, last = draw(page, settings={"size": "128x192"})
-    assert last["name"] and last["warning"].startswith("128x192 has 6 times the pixels")
+    assert last["name"] and last["warnings"][0].startswith("128x192 has 6 times the pixels")
+
+
+def test_the_page_hears_what_the_model_warns_of(page):
+    """A word on a LoRA is no LoRA, and a negative prompt may be too long; each is said once."""
+    *_, last = draw(page, settings={"prompt": "a cat <lora:zork:1>", "negative": "dog " * 50})
+    assert last["name"] and len(last["warnings"]) == len(set(last["warnings"])) == 2
+    assert any("<lora:zork:1> counts as plain words" in said for said in last["warnings"])
+    assert any(said.startswith("The prompt has 50 tokens") for said in last["warnings"])
+    *_, last = draw(page)
+    assert last["warnings"] == []
 
 
 def test_what_is_no_longer_there_is_one_sentence(page):

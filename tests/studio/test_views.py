@@ -184,7 +184,7 @@ def test_every_chapter_is_one_of_the_book(drawing):
 def test_the_reader_is_told_what_was_cut_and_what_an_empty_prompt_does(pipe):
     assert views.notes(pipe, "a cat") == []
     [said] = views.notes(pipe, "cat " * 50 + "dog dog")
-    assert said.startswith("The prompt has 52 tokens and there is room for 38; cut off: cat cat")
+    assert said.startswith("The prompt has 52 tokens and there is room for 38, so this is cut off: cat cat")
     assert views.notes(pipe, " ")[0].startswith("An empty prompt")
 
 

@@ -17,8 +17,9 @@ async function draw(settings, k, turn, two, second = false) {
     work.id = news.id;
     if (!one && !second) view.begin(two);
     one ??= {id: news.id};
+    warned(news.warnings ?? []);
     if (!news.done) {
-      say(news.warning ? `${news.note} ${news.warning}` : news.note);
+      say(news.note);
       if (news.size && !shown) view.shape(news.size);
       map.running(news.total ? news.places - 1 : 0, news.total);
       if (news.newest !== null && news.newest !== shown) view.step(one, news, second), shown = news.newest;
@@ -29,6 +30,12 @@ async function draw(settings, k, turn, two, second = false) {
   const prompt = settings.prompt;
   if (last.failed || !last.places) return null;
   return Object.assign(one, last, {prompt, said: "", complete: Boolean(last.name)});
+}
+
+// What the model warns of, unless it stands there already: what was cut off is told while one writes.
+function warned(sentences) {
+  const said = sentences.filter(one => !$("#notes").textContent.includes(one)).join(" ");
+  if ($("#warned").textContent !== said) $("#warned").textContent = said;
 }
 
 async function start() {
