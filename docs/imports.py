@@ -125,7 +125,7 @@ def diagram() -> str:
         )
     boxes = [
         f'<rect x="{x - BOX[0] / 2:.0f}" y="{y - BOX[1] / 2:.0f}" width="{BOX[0]}" height="{BOX[1]}" rx="6"'
-        f' fill="var(--md-default-bg-color, white)" stroke="currentColor"/>'
+        f' fill="var(--paper, white)" stroke="currentColor"/>'
         f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" fill="currentColor">{name}</text>'
         for name, (x, y) in place.items()
     ]
