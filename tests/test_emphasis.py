@@ -17,7 +17,8 @@ from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.steer import emphasis
-from reifusion.steer.emphasis import chunks, encode, parse, schedule, together, weighted
+from reifusion.steer.emphasis import encode, weighted
+from reifusion.steer.grammar import chunks, parse, schedule, together
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, networks, random_networks
 
