@@ -1,4 +1,4 @@
-"""The map at the beginning of chapter 1: the stations of a picture, each linked to its chapter and its code."""
+"""The map in chapter 1: the stations of a picture, each linked to its chapter and its code."""
 
 from __future__ import annotations
 
