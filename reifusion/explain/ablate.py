@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from ..bar import Bar
 from ..model.attention import CrossAttention
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
@@ -57,7 +57,7 @@ def ablate(pipe: StableDiffusion, request: Request, most: int = 10) -> Exhibit:
     }
     whole = draw(pipe, request)
     rows: dict[str, dict[str, Image.Image]] = {}
-    bar = tqdm(unit="picture", disable=None, leave=False)
+    bar = Bar(unit="picture", leave=False)
 
     def each(kind: str, things: dict[str, Any], drawn: Callable[[Any], Image.Image]) -> None:
         rows[kind] = {}

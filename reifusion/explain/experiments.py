@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from ..bar import Bar
 from ..model.ddpm import randn
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
@@ -29,10 +29,8 @@ def draw(pipe: StableDiffusion, request: Request) -> Image.Image:
 
 
 def draw_all(pipe: StableDiffusion, requests: Iterable[Request]) -> list[Image.Image]:
-    """Draws one picture after the other, so that none depends on its neighbours; a terminal shows a bar."""
-    return [
-        draw(pipe, request) for request in tqdm(list(requests), unit="picture", disable=None, leave=False)
-    ]
+    """Draws one picture after the other, so that none depends on its neighbours; shows how far it is."""
+    return [draw(pipe, request) for request in Bar(list(requests), unit="picture", leave=False)]
 
 
 def distance(one: Image.Image, other: Image.Image) -> float:
@@ -137,7 +135,7 @@ def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
     request = request.for_model(pipe.config)
     names = names or suiting(pipe)
     pictures, calls = [], []
-    for name in tqdm(names, unit="picture", disable=None, leave=False):
+    for name in Bar(names, unit="picture", leave=False):
         turns = list(pipe.denoise(replace(request, sampler=name)))
         pictures += pipe.decode(turns[-1].latents)
         calls.append(len(turns))
@@ -228,7 +226,7 @@ def prompts(pipe: StableDiffusion, request: Request, to: str, stops: int = 7, se
     rows = []
     for k in range(seeds):
         row = []
-        for u in tqdm(way, unit="picture", disable=None, leave=False):
+        for u in Bar(way, unit="picture", leave=False):
             steered = rewritten(pipe, _replacing_prompt(lerp(context[:1], context[1:], u)))
             row.append(draw(steered, replace(request, seed=request.seeds[0] + k)))
         rows.append(row)

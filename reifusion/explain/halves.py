@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from ..bar import Bar
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
 from .figures import Exhibit, picture_grid, two_heats
@@ -75,7 +75,7 @@ def halves(pipe: StableDiffusion, request: Request, num: int = 12) -> Exhibit:
     findings: list[Finding] = []
     cells: list[Image.Image] = []
     captions = []
-    for k, things in enumerate(tqdm(pairs(num, request.seeds[0]), unit="picture", disable=None, leave=False)):
+    for k, things in enumerate(Bar(pairs(num, request.seeds[0]), unit="picture", leave=False)):
         one, other = (f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in things)
         asked = replace(
             request, prompt=f"{one} on the left and {other} on the right", seed=request.seeds[0] + k

@@ -14,15 +14,17 @@ from ..threads import wait_briefly
 
 DESCRIPTION = """Trains a VAE, sharpens one, or trains a text-to-image model, a LoRA, a new word or a
 ControlNet, as a recipe says; `mini` trains a whole model like the built-in one from nothing, in ten minutes
-on a GPU or in a night on two CPU cores. The same command resumes a run that was stopped, by Ctrl-C or by a
-power cut."""
+on a GPU or in a night on two CPU cores, and `tiny` a very small one, in ten minutes on two CPU cores. The
+same command resumes a run that was stopped, by Ctrl-C or by a power cut."""
 
-# The recipes of `reifusion train mini`, in order: on a GPU, and on a CPU.
+# The recipes of `reifusion train mini` and `tiny`, in order: on a GPU, and on a CPU.
+TINY = (("vae", "tiny-vae"), ("text2image", "tiny"))
 MINI = {
     "gpu": (("vae", "mini-vae"), ("text2image", "mini")),
     "cpu": (("vae", "mini-laptop-vae"), ("text2image", "mini-laptop")),
 }
-# Of the minutes that `train mini` is given; what is left is for writing the model and drawing the last sheet.
+WHOLE = {"mini": MINI, "tiny": {"gpu": TINY, "cpu": TINY}}
+# Of the minutes that they are given; what is left is for writing the model and drawing the last sheet.
 SHARES = {"vae": 0.25, "text2image": 0.7}
 
 
@@ -31,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument(
         "what",
-        choices=("vae", "sharpen", "text2image", "lora", "inversion", "control", "mini"),
+        choices=("vae", "sharpen", "text2image", "lora", "inversion", "control", *WHOLE),
         help="what to train",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
@@ -100,10 +102,13 @@ def _follow(given: argparse.Namespace) -> Any:
     """Does what was asked for; yields the lines to print."""
     from . import recipe as recipes
 
-    stages = _stages() if given.what == "mini" else ((given.what, given.config or ""),)
-    if given.what == "mini" and given.config:
+    whole = given.what in WHOLE
+    stages = _stages(given.what) if whole else ((given.what, given.config or ""),)
+    if whole and given.config:
         names = " and ".join(name for _, name in stages)
-        raise recipes.RecipeError(f"mini is the recipes {names}, one after the other; give no --config")
+        raise recipes.RecipeError(
+            f"{given.what} is the recipes {names}, one after the other; give no --config"
+        )
     if given.minutes is not None and not 0 < given.minutes < float("inf"):
         raise recipes.RecipeError(f"--minutes must be above 0, not {given.minutes:g}")
     for what, name in stages:
@@ -112,23 +117,24 @@ def _follow(given: argparse.Namespace) -> Any:
             continue
         overrides = given.overrides
         if given.minutes is not None:
-            share = SHARES[what] if given.what == "mini" else 1.0
+            share = SHARES[what] if whole else 1.0
             overrides = [*overrides, f"minutes={share * given.minutes!r}"]
-        if given.what == "mini":
-            overrides = _of_stage(stages, what, overrides, {each: recipes.keys(each) for each, _ in stages})
+        if whole:
+            known = {each: recipes.keys(each) for each, _ in stages}
+            overrides = _of_stage(stages, what, overrides, known)
         recipe = recipes.read(what, recipes.find(name) if name else None, overrides)
-        if given.what == "mini" and what == "vae" and Path(recipe.out).exists():
+        if whole and what == "vae" and Path(recipe.out).exists():
             yield f"the VAE is already in {recipe.out}"
             continue
         with _ahead(given, stages) if what == "vae" else nullcontext():
             yield from _stage(recipe, given)
 
 
-def _stages() -> tuple[tuple[str, str], ...]:
-    """Returns the recipes of `train mini` that suit this machine."""
+def _stages(model: str) -> tuple[tuple[str, str], ...]:
+    """Returns the recipes of `train mini` or `train tiny` that suit this machine."""
     from .loop import processes
 
-    return MINI["cpu" if processes().device.type == "cpu" else "gpu"]
+    return WHOLE[model]["cpu" if processes().device.type == "cpu" else "gpu"]
 
 
 def _of_stage(
@@ -137,7 +143,7 @@ def _of_stage(
     overrides: list[str],
     known: Mapping[str, Container[str]],
 ) -> list[str]:
-    """Returns the overrides of `train mini` for one of its recipes: those that it knows.
+    """Returns the overrides of `train mini` or `train tiny` for one of its recipes: those that it knows.
 
     The last recipe is also given those that none knows, and refuses them. `out` is the file of the last, and
     each recipe has a folder of its own in `folder`. known: the keys of each recipe.
@@ -154,9 +160,10 @@ def _of_stage(
         return mine
     names = dict(stages)
     vae = f"{top}/{names['vae']}/vae.safetensors"
+    kind = names["text2image"].partition("-")[0]  # mini or tiny
     files = {
         "vae": [f"out={vae}"],
-        "text2image": [f"vae={vae}", f"out={top}/{names['text2image']}/mini.safetensors"],
+        "text2image": [f"vae={vae}", f"out={top}/{names['text2image']}/{kind}.safetensors"],
     }
     mine = [override for override in mine if not override.startswith("folder=")]
     return [*files[what], *mine, f"folder={top}/{names[what]}"]
@@ -166,7 +173,7 @@ def _ahead(given: argparse.Namespace, stages: tuple[tuple[str, str], ...]) -> An
     """Returns what to do beside the training of the mini's VAE: on a GPU, to compile the U-Net's steps."""
     name = dict(stages).get("text2image")
     checking = given.dry_run or given.overfit_one or given.check_gradients or given.plot
-    if name is None or checking or "compile=false" in given.overrides or stages == MINI["cpu"]:
+    if name is None or checking or "compile=false" in given.overrides or stages in (MINI["cpu"], TINY):
         return nullcontext()
     from . import recipe as recipes
     from .warm import warming
@@ -192,8 +199,8 @@ def _stage(recipe: Any, given: argparse.Namespace) -> Any:
     if given.dry_run:
         from .price import dry_run
 
-        mini = given.what == "mini" and recipe.train == "text2image"
-        yield dry_run(recipe, before_its_vae=mini and not Path(recipe.vae).exists())
+        second = given.what in WHOLE and recipe.train == "text2image"
+        yield dry_run(recipe, before_its_vae=second and not Path(recipe.vae).exists())
     elif given.overfit_one:
         yield checks.overfit_one(recipe)
     elif given.check_gradients:

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from ..bar import Bar
 from ..files import whole
 from ..model.config import ModelConfig
 from ..model.diffusion import UNet
@@ -258,7 +258,7 @@ def edges_of(latents: Tensor, pipe: StableDiffusion, folder: Path, thresholds: t
             bits = file.get_tensor("edges").numpy()
     else:
         found = []
-        for z in tqdm(latents.split(1), desc="edges", unit="picture", disable=None):
+        for z in Bar(latents.split(1), desc="edges", unit="picture"):
             picture = to_picture(pipe.decode_image(z.float())[0])
             found.append(np.asarray(edges(picture, *thresholds).convert("L")) > 0)  # (H, W)
         bits = np.packbits(np.stack(found))

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from ..bar import Bar
 from ..files import whole
 from ..model.diffusion import UNet
 from ..model.pictures import fit, to_tensor
@@ -151,13 +151,13 @@ def evaluate(
     prompts = list(prompts) or _some(captions, count // seeds)
     prompts = prompts[: count // seeds]
     rows = []
-    for k in tqdm(range(seeds), desc="drawing", unit=f"× {len(prompts)} pictures"):
+    for k in Bar(range(seeds), desc="drawing", unit=f"× {len(prompts)} pictures"):
         row: list[Image.Image] = []
         for first in range(0, len(prompts), BATCH):
             some = prompts[first : first + BATCH]
             row += pipe.generate(some, seed=k * len(prompts) + first, progress=False, **settings)
         rows.append(row)
-    real = features(tqdm((picture for _, picture in chosen), desc="looking", total=len(chosen)))  # (M, C)
+    real = features(Bar((picture for _, picture in chosen), desc="looking", total=len(chosen)))  # (M, C)
     ours = features(picture for row in rows for picture in row)  # (seeds · prompts, C)
     centre, scale = real.mean(0), real.std(0).clamp(min=1e-6)
     # Each feature counts alike, and of each picture only the direction, so that none is far off all others.

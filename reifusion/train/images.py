@@ -199,7 +199,8 @@ def open_pictures(
       caption: `10_zork`;
     - a folder that `datasets` has saved (`save_to_disk`);
     - parquet files or .tar shards (webdataset): one of them, a folder of them, or a glob in quotes;
-    - `owner/name` of the Hugging Face hub, or `owner/name:configuration`.
+    - `owner/name` of the Hugging Face hub, or `owner/name:configuration`;
+    - `shapes`: things drawn by code (`shapes.py`). A folder of that name is given as `./shapes`.
 
     Columns are recognised by name and type unless they are given. caption: of pictures without one of their
     own; without that either, it is the prompt that a picture was drawn by here. cache: the folder in which
@@ -207,6 +208,10 @@ def open_pictures(
     read, which are left out, those without a caption, and captions that are not UTF-8. Raises DataError if
     there are no pictures, or if there are several candidates for a column.
     """
+    if str(source) == "shapes":
+        from .shapes import shapes
+
+        return shapes()
     try:
         import datasets
     except ImportError as error:

@@ -27,8 +27,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
+from ..bar import Bar
 from ..files import whole
 from ..model.config import VAEConfig
 from ..model.encoder import Encoder, sample, scale_latents
@@ -142,7 +142,7 @@ def cache_latents(
         for shape in sizes
     }
     count = sum(map(len, missing.values()))
-    with tqdm(total=count, desc="encoding", unit="picture", disable=not count) as bar:
+    with Bar(total=count, desc="encoding", unit="picture", disable=not count) as bar:
         for shape in sizes:
             entries = iter(missing[shape].items())
             while chunk := list(islice(entries, PER_FILE)):
@@ -208,7 +208,7 @@ def _encode(
     shape: Size,
     folder: Path,
     batch: int,
-    bar: tqdm,
+    bar: Bar,
 ) -> None:
     """Writes one file with the latents of `chunk`, without the pictures that cannot be read."""
     weight = encoder.conv_in.weight

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ..bar import Bar
 from ..files import whole
 from .plot import losses, verdict
 
@@ -38,7 +38,7 @@ class Progress:
         from torch.utils.tensorboard import SummaryWriter  # its import takes a second
 
         self.every, self.folder = every, folder
-        self.bar = tqdm(initial=start, total=steps, mininterval=10)
+        self.bar = Bar(initial=start, total=steps, mininterval=10, seconds=60)
         self.log = open(folder / "training.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         self.seen, self.smoothed = 0, 0.0

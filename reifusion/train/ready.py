@@ -53,12 +53,13 @@ def _unused(recipe: Recipe, config: ModelConfig) -> None:
         return getattr(settings, name) != default
 
     emoji, flow = recipe.data == "emoji", config.schedule.prediction_type == "flow"
+    ours = recipe.data in ("emoji", "shapes")
     reasons = {
         "scenes": not emoji and "only the mini's own pictures, data=emoji, are composed",
-        "mirror": emoji and "the mini's own pictures, data=emoji, are not mirrored",
-        "split": emoji and "the mini's own pictures, data=emoji, have no splits",
-        "image_column": emoji and "the mini's own pictures, data=emoji, have no columns",
-        "caption_column": emoji and "the mini's own pictures, data=emoji, have no columns",
+        "mirror": ours and f"the pictures of data={recipe.data} are not mirrored",
+        "split": ours and f"the pictures of data={recipe.data} have no splits",
+        "image_column": ours and f"the pictures of data={recipe.data} have no columns",
+        "caption_column": ours and f"the pictures of data={recipe.data} have no columns",
         **dict.fromkeys(
             ("model", "channels", "vae_channels", "text_width", "patch"),
             recipe.start and not is_vae(recipe.start) and f"{recipe.start} decides the sizes",

@@ -67,13 +67,16 @@ class Recipe:
     train: str = key(
         "", "vae, sharpen, text2image, lora, inversion or control: a file is used by that command only"
     )
-    data: str = key("emoji", 'a folder, parquet, .tar shards or a hub id; "emoji": the mini\'s own pictures')
+    data: str = key(
+        "emoji",
+        'a folder, parquet, .tar shards or a hub id; "emoji": the mini\'s own pictures; "shapes": tiny\'s',
+    )
     split: str = key("train", "the split of the data, if it has several")
     image_column: str = key("", 'the column of the pictures; "": found by name and type')
     caption_column: str = key("", 'the column of the captions; "": found by name')
     model: str = key(
         "mini",
-        "sizes of a model that is trained from nothing: 7m, 16m, mini, 75m (by their parameters) or sd15",
+        "sizes of a model that is trained from nothing: tiny, 7m, 16m, mini, 75m (by parameters) or sd15",
         trains=FROM_NOTHING,
     )
     channels: tuple[int, ...] = key(

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..families.mini_mm import MINI_MM, MiniMMConfig
-from ..model.config import MINI, SD15, ModelConfig
+from ..model.config import (
+    MINI,
+    SD15,
+    CLIPConfig,
+    ModelConfig,
+    ScheduleConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from ..weights import find_config
 from .keys import RecipeError
 from .recipe import Recipe
@@ -54,6 +62,26 @@ def _small(name: str, channels: tuple[int, ...], text_width: int, layers: int) -
     return replace(config, name=name, size=128, clip=replace(config.clip, layers=layers, vocab_size=2048))
 
 
+# For pictures of 32×32: what two CPU cores train in ten minutes.
+TINY = ModelConfig(
+    name="tiny",
+    size=32,
+    clip=CLIPConfig(vocab_size=768, context_length=16, width=64, layers=2, heads=2),
+    vae=VAEConfig(channels=(16, 32), layers=1, groups=8, scale_factor=1.0),
+    unet=UNetConfig(
+        patch=2,
+        channels=(64, 128),
+        attention=(1, 1),
+        heads=(2, 4),
+        layers=1,
+        context_width=64,
+        linear_projection=True,
+    ),
+    schedule=ScheduleConfig(prediction_type="v_prediction"),
+    sampler="euler_a",
+    cfg=3.0,
+)
+
 # By the number of their parameters, VAE and all; "sd15" has 1,066 million.
 SIZES = {
     "7m": _small("7m", (32, 64, 96), 64, 2),
@@ -62,6 +90,7 @@ SIZES = {
     "mini-mm": MINI_MM,
     "75m": _small("75m", (192, 320, 448), 256, 6),
     "sd15": SD15,
+    "tiny": TINY,
 }
 
 

@@ -18,6 +18,8 @@ OURS = (
     "my-word",
     "my-dreambooth",
     "mini-sharpen",
+    "tiny-vae",
+    "tiny",
     "mini-flow",
     "mini-mm",
     "mini-lora",

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from ...bar import Bar
 from ...files import whole
 from ..images import DataError
 from .colours import COLOURS, stands_out
@@ -206,7 +206,7 @@ def build_library(cache: Path) -> Path:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(mp_context=context) if len(jobs) > 100 else ThreadPoolExecutor(1) as pool:
         work = pool.map(_finish, jobs, chunksize=16)
-        done = list(tqdm(work, desc="drawing", unit="sprite", total=len(jobs)))
+        done = list(Bar(work, desc="drawing", unit="sprite", total=len(jobs)))
     write_library(done, path)
     return path
 

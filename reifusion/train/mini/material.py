@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
+from ...bar import Bar
 from ...files import whole
 from ...model.encoder import Encoder
 from ...model.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def encode(
     encoder = encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pixels, of = scenes.library.pixels.to(device), weights_hash(encoder)
     shards: list[Tensor] = []
-    for start in tqdm(range(0, len(scenes), SHARD), desc="encoding", unit="thousand scenes"):
+    for start in Bar(range(0, len(scenes), SHARD), desc="encoding", unit="thousand scenes"):
         if shards and seconds is not None and time.monotonic() - begun > seconds:
             break
         specs = scenes.specs[start : start + SHARD]
