@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +31,7 @@ from reifusion.model.pipeline import StableDiffusion
 from reifusion.train import shapes
 from reifusion.train.material import captioned_latents
 from reifusion.train.recipe import Recipe, find, read
-from reifusion.train.sizes import model_config
+from reifusion.train.sizes import SIZES, model_config
 from reifusion.train.text2image import train_text2image
 from reifusion.train.vae_file import load_vae
 
@@ -111,8 +112,8 @@ def true_drawings(draw: random.Random, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(pictures), torch.tensor(answers)
 
 
-def trained_judge(steps: int = 600) -> tuple[Judge, float]:
-    """Returns the judge, and the share of new true drawings of which all its answers are right."""
+def trained_judge(steps: int = 600) -> Judge:
+    """Trains the judge on true drawings."""
     torch.manual_seed(0)
     judge, draw = Judge(), random.Random(0)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
@@ -130,8 +131,26 @@ def trained_judge(steps: int = 600) -> tuple[Judge, float]:
         loss.backward()
         optimizer.step()
         rate.step()
+    return judge
+
+
+def known_judge(file: Path) -> tuple[Judge, float]:
+    """Returns the trained judge, kept in a file for when this goes on, and how often it is right."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(trained_judge().state_dict(), file)
+    judge = Judge()
+    judge.load_state_dict(load_file(file))
+    return judge.eval(), right(judge, *true_drawings(random.Random(1), REAL)).mean().item()
+
+
+@torch.no_grad()
+def best(judge: Judge, vae_file: Path) -> float:
+    """Returns how often the judge is right about true drawings that have gone through the VAE: no U-Net beats it."""
+    vae = load_vae(str(vae_file), SIZES["tiny"])
     pictures, answers = true_drawings(random.Random(1), REAL)
-    return judge.eval(), right(judge, pictures, answers).mean().item()
+    seen = torch.cat([vae.decoder(vae.encoder(x)).clamp(-1, 1) for x in pictures.split(64)])
+    return right(judge, seen, answers).mean().item()
 
 
 @torch.no_grad()
@@ -213,10 +232,10 @@ def main() -> int:
     given = parser.parse_args()
     if not given.vae.exists():
         parser.error(f"there is no {given.vae}; `reifusion train tiny` makes it")
-    judge, ceiling = trained_judge()
+    judge, ceiling = known_judge(given.work / "judge.safetensors")
     scenes = [shapes.picture(s, draw) for s, draw in _of_questions()]
     real = torch.cat([to_tensor(image) for image in scenes])
-    report = stored() | {"judge": ceiling}
+    report = stored() | {"judge": ceiling, "vae": best(judge, given.vae)}
     for name in given.rows or ROWS:
         for seed in SEEDS:
             runs = report["rows"].setdefault(name, {})
