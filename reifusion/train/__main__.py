@@ -200,6 +200,7 @@ def _stage(recipe: Any, given: argparse.Namespace) -> Any:
         from .price import dry_run
 
         second = given.what in WHOLE and recipe.train == "text2image"
+        yield f"{'training':14} {recipe.train}, into {recipe.folder}"
         yield dry_run(recipe, before_its_vae=second and not Path(recipe.vae).exists())
     elif given.overfit_one:
         yield checks.overfit_one(recipe)

@@ -125,7 +125,9 @@ def test_what_is_asked_before_a_run_is_answered(flag, tmp_path, monkeypatch, cap
         ["text2image", "--config", "mini-mm", flag, f"data={tmp_path}/pictures", "steps=40", "batch=2",
          f"vae={tmp_path}/vae.safetensors", f"folder={tmp_path}/run", f"out={tmp_path}/m.safetensors"]
     )  # fmt: skip
-    assert code == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert flag != "--dry-run" or said.out.startswith(f"training       text2image, into {tmp_path}/run\n")
 
 
 def test_sizes_of_its_own_are_refused_in_one_sentence(capsys, tmp_path: Path):
