@@ -206,7 +206,7 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
         columns=[f"seed {begin}", *(f"{u:.0%}" for u in way[1:-1]), f"seed {to}"],
         rows=["on the\nsphere", "straight"],
         captions=[
-            [f"length {long:.2f}, contrast {value:.0f}" for long, value in zip(*row)]
+            [f"length {long:.2f}\ncontrast {value:.0f}" for long, value in zip(*row)]
             for row in zip(lengths, contrasts)
         ],
     )
