@@ -54,6 +54,14 @@ class Bug:
     steps: int = 25
     from_picture: bool = False  # True if the mistake shows in image-to-image only
 
+    def said(self, right: float, wrong: float) -> str:
+        """Returns what was done, what comes of it, and how it is found, in sentences."""
+        where = f" Made in public: {self.made}." if self.made else ""
+        return (
+            f"{self.name}: {self.title}. {self.effect} What gives it away: {self.number}, {right:.3g} when "
+            f"right and {wrong:.3g} with the bug. Caught by {self.test}.{where}"
+        )
+
     @contextmanager
     def switched_on(self, pipe: StableDiffusion) -> Iterator[None]:
         """Makes the mistake everywhere in this process until the block ends; use one bug at a time."""
@@ -133,7 +141,7 @@ def gallery(
         if name not in bugs:
             raise ValueError(f"there is no bug {name!r}; there are {', '.join(bugs)}")
     request = request.for_model(pipe.config)
-    drawn, captions, numbers = [], [], {}
+    drawn, captions, numbers, found = [], [], {}, {}
     for name in names:
         bug = bugs[name]
         prompt, seed = request.prompts[0], request.seeds[0]
@@ -142,6 +150,7 @@ def gallery(
         right = bug.measure(pipe)
         with bug.switched_on(pipe):
             wrong = bug.measure(pipe)
+        found[name] = right, wrong
         what = textwrap.fill(bug.number, 34)
         captions.append((f"{name}\nright: {right:.3g}", f"\nwith the bug: {wrong:.3g}", what))
         numbers[name] = {"title": bug.title, "number": bug.number, "right": right, "wrong": wrong}
@@ -158,7 +167,8 @@ def gallery(
         captions=rows(captions),
     )
     alt = f"{len(names)} times {request.prompts[0]}: right, drawn with a known mistake, and the difference"
-    return Exhibit(figure, title, alt, GUIDE["bugs"], numbers)
+    few = [bugs[name].said(*found[name]) for name in names] if len(names) <= 3 else []
+    return Exhibit(figure, title, alt, " ".join([*few, GUIDE["bugs"]]), numbers)
 
 
 # ---- what may be seen in two pictures -------------------------------------------------------------------

@@ -59,3 +59,5 @@ def test_the_gallery_shows_the_difference_and_names_the_number(pipe):
     exhibit = gallery(pipe, Request("a cat", steps=1, sampler="ddim", seed=0), ["wrong-gelu"])
     texts = [text.get_text() for text in exhibit.figure.texts]
     assert "difference × 8" in texts and BUGS["wrong-gelu"].number in texts
+    bug = BUGS["wrong-gelu"]  # one alone is explained: what was done, and which test finds it
+    assert exhibit.guide.startswith(f"wrong-gelu: {bug.title}. {bug.effect}") and bug.test in exhibit.guide
