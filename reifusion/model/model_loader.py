@@ -40,6 +40,7 @@ OWN_KEYS = ("format", "family", "config", "tokenizer", "pad", "vocabulary", "exa
 RELATIVES = (
     (r"lora_|lycoris_|.*\.(lora[_.]|hada_|lokr_)", "a LoRA, which changes a model but is not a model itself"),
     (r"control_model\.|controlnet_", "a ControlNet, which guides a model but is not a model itself"),
+    (r"(adapter\.)?body\.\d+\.", "a T2I-Adapter, which guides a model but is not a model itself"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which prompts a model but is not a model itself"),
 )
 # The same for a model that would otherwise count as Stable Diffusion 1.x or 2.x.

@@ -55,6 +55,10 @@ def open_part(
         file = TensorFile(path)
         tensors, header = file.tensors(), file.metadata
     found = [before for mark, before in spellings if any(re.match(mark, name) for name in tensors)]
+    if part == "unet" and any(name.startswith("controlnet_") for name in tensors):
+        raise ModelError(
+            f"{path} is a ControlNet, which has the names of a U-Net's first half but is not one"
+        )
     if not found:
         raise ModelError(f"{path} is not a {_NAMES[part]}: it has no tensors of one in any names known here")
     whole = {found[0] + name: tensor for name, tensor in tensors.items()}

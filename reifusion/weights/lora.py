@@ -188,7 +188,8 @@ def _load_file(file: Path) -> LoRA:
         if bias:
             biases[layer] = Difference(torch.stack([one.float().flatten() for one in bias]).sum(0))
     if not updates and not biases:
-        raise ModelError(f"{path} is not a LoRA: it has no tensors")
+        what = "nothing but learned words, as --embedding reads them" if words else "no tensors"
+        raise ModelError(f"{path} is not a LoRA: it has {what}")
     return LoRA(updates, opened.metadata, str(path), biases, words)
 
 

@@ -102,7 +102,7 @@ def test_a_word_beside_a_lora_is_read_with_it(tmp_path, end):
 
 def test_an_embedding_alone_is_no_lora(tmp_path):
     path = written(tmp_path / "x.safetensors", {"bundle_emb.zork.clip_l": torch.ones(2, 24)})
-    with pytest.raises(ModelError, match="is not a LoRA"):
+    with pytest.raises(ModelError, match="is not a LoRA: it has nothing but learned words"):
         load_lora(path)
 
 
