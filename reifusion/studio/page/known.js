@@ -7,7 +7,7 @@ const chip = (text, title) => make("button", {type: "button", "data-text": text,
 
 export function fit(what) {
   known = what;
-  $("#known").hidden = !known;
+  $("#known").hidden = $("#strength-hint").hidden = !known;
   if (!known) return;
   $("#examples").replaceChildren(...known.examples.map(text => chip(text, "Take this prompt")));
   search();
