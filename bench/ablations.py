@@ -174,7 +174,7 @@ def right(judge: Judge, pictures: Tensor, answers: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def distance(judge: Judge, drawn: Tensor, real: Tensor) -> float:
+def distance(judge: nn.Module, drawn: Tensor, real: Tensor) -> float:
     """Returns the distance of two sets of pictures, √ of Fréchet's, by what the judge sees of them.
 
     Source: Heusel et al. 2017, Eq. 6 (FID), with a judge of 64 features in place of Inception's 2,048.
