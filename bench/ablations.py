@@ -142,6 +142,17 @@ def trained_judge(steps: int = 600) -> Judge:
     return judge
 
 
+def asked_for() -> Tensor:
+    """True drawings of what the prompts ask for, eight of each, by day: (1024, 3, 32, 32)."""
+    found = []
+    for k, question in enumerate(asked() * (REAL // len(asked()))):
+        s, c, p = question.answers
+        place = (" on the left", " on the right")[p]
+        shown = shapes.Scene(list(shapes.SUBJECTS)[s], list(shapes.COLOURS)[c], place, False, question.prompt)
+        found.append(to_tensor(shapes.picture(shown, random.Random(k))))
+    return torch.cat(found)
+
+
 def known_judge(file: Path) -> tuple[Judge, float]:
     """Returns the trained judge, kept in a file for when this goes on, and how often it is right."""
     if not file.exists():
@@ -209,14 +220,23 @@ def measured(
         "diffusion": model.diffusion,
     }
     pipe = StableDiffusion(config, tokenizer, networks)
-    sampler = "flow" if config.schedule.prediction_type == "flow" else "ddim"  # neither adds noise on the way
+    shutil.rmtree(folder)
+    return figures(pipe, judge, real) | {"cpu_seconds": took}
+
+
+def figures(pipe: StableDiffusion, judge: Judge, real: Tensor) -> dict[str, float]:
+    """Draws every prompt; returns how often the judge finds what was asked for, and the distance from `real`.
+
+    "right": all three answers, of things in colours that drawings show; "unseen": the same of the others.
+    """
+    # Neither sampler adds noise on the way.
+    sampler = "flow" if pipe.config.schedule.prediction_type == "flow" else "ddim"
     questions = asked()
     images: Any = pipe.generate([q.prompt for q in questions], seed=1, sampler=sampler, **DRAWING)
     drawn = torch.cat([to_tensor(image) for image in images])
     good = verdicts(judge, drawn, torch.tensor([q.answers for q in questions]))
     known = torch.tensor([q.known for q in questions])
     thing, colour, side = good[known].mean(0).tolist()
-    shutil.rmtree(folder)
     return {
         "right": good[known].prod(1).mean().item(),
         "thing": thing,
@@ -224,7 +244,6 @@ def measured(
         "side": side,
         "unseen": good[~known].prod(1).mean().item(),
         "distance": distance(judge, drawn, real),
-        "cpu_seconds": took,
     }
 
 
@@ -251,8 +270,7 @@ def main() -> int:
     if not given.vae.exists():
         parser.error(f"there is no {given.vae}; `reifusion train tiny` makes it")
     judge, ceiling = known_judge(given.work / "judge.safetensors")
-    scenes = [shapes.picture(s, draw) for s, draw in _of_questions()]
-    real = torch.cat([to_tensor(image) for image in scenes])
+    real = asked_for()
     report = stored() | {"judge": ceiling, "vae": best(judge, given.vae)}
     for name in given.rows or ROWS:
         for seed in SEEDS:
@@ -263,17 +281,6 @@ def main() -> int:
             write_json(OUT, report)
             print(name or "as it is", seed, runs[str(seed)], flush=True)
     return 0
-
-
-def _of_questions() -> list[tuple[shapes.Scene, random.Random]]:
-    """True drawings of what the prompts ask for, eight of each, by day."""
-    found = []
-    for k, question in enumerate(asked() * (REAL // len(asked()))):
-        s, c, p = question.answers
-        place = (" on the left", " on the right")[p]
-        shown = shapes.Scene(list(shapes.SUBJECTS)[s], list(shapes.COLOURS)[c], place, False, question.prompt)
-        found.append((shown, random.Random(k)))
-    return found
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from bench.ablations import asked_for, figures, trained_judge
+from reifusion.api import load
 from reifusion.files import whole, write_json
 from reifusion.train.plot import losses
 from reifusion.train.recipe import find, read
@@ -61,6 +63,7 @@ def keep(vae: Path, run: Path, minutes: float) -> None:
     }
     for name in ("loss", "held_out", "held_out_high_noise", "held_out_low_noise", "seen"):
         seen[name] = {step: round(loss, 4) for step, loss in losses(run, name).items()}
+    seen["figures"] = figures(load(next(run.glob("*.safetensors"))), trained_judge().eval(), asked_for())
     write_json(SEEN, seen)
 
 

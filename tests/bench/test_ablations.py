@@ -50,7 +50,6 @@ def test_the_distance_is_that_of_two_normal_distributions():
     assert ablations.distance(Seen(), x, 3 * x.flip(0) + 2) == pytest.approx(32**0.5, rel=0.02)
 
 
-@pytest.mark.slow
 def test_a_run_is_trained_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "COUNT", 80)
     monkeypatch.setattr(
