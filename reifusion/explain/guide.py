@@ -11,7 +11,8 @@ _TEXTS = {
         The upper row shows the network's input, and the middle row the clean picture that the network already
         sees in that noise. Layout and main colours are there after a few steps, while the upper row is still
         snow; edges and details come last. The lower row is bright where the prompt pushes, that is, where the
-        noise seen with the prompt differs most from the noise seen without.""",
+        noise seen with the prompt differs most from the noise seen without; the number is the root mean
+        square of that difference.""",
     "curves": """
         The prompt's push is small beside the noise itself, which is why guidance multiplies the push. Where
         the curves on the right are flat, further steps only polish.""",

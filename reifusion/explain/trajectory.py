@@ -98,7 +98,7 @@ class Trajectory:
             most_heat = maps[[self.shown[k] for k in chosen]].max().item()
             size = self.picture.size
             rows.append([heat_picture(maps[self.shown[k]], 0, most_heat).resize(size, 0) for k in chosen])
-            labels.append("where the\nprompt\npushes")
+            labels.append("where the\nprompt pushes,\nand how hard")
             captions.append([f"{rms(guidance[self.shown[k]]):.3f}" for k in chosen])
         columns = [f"step {self.shown[k] + 1}, t = {self.t[self.shown[k]]:g}" for k in chosen]
         figure = picture_grid(
