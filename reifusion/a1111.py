@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from . import __version__
 from .model.samplers import SAMPLERS
 from .model.sentences import shown
+from .model.spacing import SCHEDULES
 from .sampling.elsewhere import sampler_of as sampler_of
 from .sampling.schedules import TITLES
 from .settings import ABOUT, Settings
@@ -27,6 +29,7 @@ MODES = {
     "balanced": "Balanced", "prompt": "My prompt is more important", "control": "ControlNet is more important"
 }  # fmt: skip
 NEGATIVE = "Negative prompt: "
+TAG = re.compile(r"\s*<lora:([^<>:]+)((?::[^<>:]*)*)>")  # <lora:name:0.8:lbw=MIDD>
 FACT = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
@@ -45,7 +48,9 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         "Model hash": model_hash,
         "Model": model,
         "Lora hashes": ", ".join(hashes) if loras else None,
-        "Denoising strength": settings.strength if settings.init_image else None,
+        "Denoising strength": _strength(settings),
+        "Hires upscale": settings.hires if _twice(settings) else None,
+        "Hires upscaler": settings.hires_by.title() if _twice(settings) else None,
         "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # they count from 1
         "Eta DDIM" if settings.sampler == "ddim" else "Eta": settings.eta,
         "Sigma noise": settings.s_noise,
@@ -70,6 +75,16 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
     return "\n".join(lines)
 
 
+def _twice(settings: Settings) -> bool:
+    return settings.hires != 1 and not settings.init_image  # they have a second pass for words alone
+
+
+def _strength(settings: Settings) -> float | None:
+    if settings.init_image:
+        return settings.strength
+    return settings.hires_strength if _twice(settings) else None
+
+
 def _unit(control: Control, mode: str) -> str:
     """A ControlNet as its extension there writes it, with our names."""
     file, _, weight, start, end = control
@@ -88,7 +103,8 @@ def _quoted(value: Any) -> str:
 def read(text: str) -> tuple[Settings, dict[str, str]]:
     """Reads such a text: the settings, and all facts of its last line by their names there.
 
-    Warns of a sampler that is not built in, and leaves it open. Raises ValueError, in one sentence, for a
+    A LoRA is the file of its name, `.safetensors`. Warns of what is not built in, a sampler, a schedule or an
+    upscaler, and leaves it open. Raises ValueError, in one sentence, for a
     text without a line of facts, and for a fact that must be a number and is none.
     """
     lines = text.strip().split("\n")
@@ -96,14 +112,15 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
     if last is None:
         raise ValueError("it has no line that begins with Steps")
     begin = next((k for k, line in enumerate(lines[:last]) if line.startswith(NEGATIVE.strip())), last)
-    facts = _facts(lines[last])
+    facts = _facts(lines[last].partition(", SDCPP: ")[0])  # behind which stable-diffusion.cpp has JSON
     numbers: dict[str, tuple[str, Callable[[str], Any]]] = {
         "Steps": ("steps", int),
         "CFG scale": ("cfg", float),
         "Image CFG scale": ("image_guidance", float),
         "Seed": ("seed", int),
         "Size": ("size", read_size),
-        "Denoising strength": ("strength", float),
+        "Denoising strength": ("hires_strength" if "Hires upscale" in facts else "strength", float),
+        "Hires upscale": ("hires", float),
         "Clip skip": ("clip_skip", lambda value: max(0, int(value) - 1)),
         "Eta": ("eta", float),
         "Eta DDIM": ("eta", float),
@@ -121,13 +138,55 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
             except ValueError:
                 raise ValueError(f"its {title} is {shown(facts[title])}") from None
     negative = "\n".join(lines[begin:last]).removeprefix(NEGATIVE.strip()).strip()
-    prompt = "\n".join(lines[:begin]).strip()
-    sampler, schedule = sampler_of(facts, bool(values.get("churn")))
+    prompt, values["lora"] = _loras("\n".join(lines[:begin]).strip())
+    if "hires" in values:
+        values["hires_by"] = _upscaler(facts.get("Hires upscaler", "Latent"))
+    sampler, schedule = (
+        _cpp(facts) if ".cpp" in facts.get("Version", "") else sampler_of(facts, bool(values.get("churn")))
+    )
     for option in ("eta", "s_noise", "churn"):
         if getattr(SAMPLERS.get(sampler or ""), option, None) is None:
             values.pop(option, None)  # which other programs write for samplers that do not use it
     rng = {"NV": "philox", "cuda": "philox", "CPU": "cpu", "cpu": "cpu"}.get(facts.get("RNG", ""))
     return Settings(prompt, negative, sampler=sampler, schedule=schedule, rng=rng, **values), facts
+
+
+def _loras(prompt: str) -> tuple[str, tuple[Any, ...]]:
+    """'a cat <lora:zork:0.8:lbw=MIDD>' -> 'a cat', (("zork.safetensors", 0.8, "MIDD"),)"""
+    loras: list[tuple[Any, ...]] = []
+    for name, more in TAG.findall(prompt):
+        weight, *rest = more[1:].split(":") if more else ["1"]
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ValueError(f"the weight of its LoRA {shown(name)} is {shown(weight)}") from None
+        blocks = [one.removeprefix("lbw=") for one in rest if one.startswith("lbw=")]
+        file = re.split(r"[/\\]", name)[-1] + ".safetensors"  # a name, and no place
+        loras.append((file, number, *blocks[:1]))
+    return TAG.sub("", prompt).strip(), tuple(loras)
+
+
+def _upscaler(title: str) -> str:
+    if title.startswith("Latent"):
+        return "latent"
+    if title != "Lanczos":
+        warnings.warn(f"the upscaler {shown(title)} is not built in; it is Lanczos here", stacklevel=3)
+    return "lanczos"
+
+
+def _cpp(facts: dict[str, str]) -> tuple[str | None, str | None]:
+    """Our sampler and schedule of stable-diffusion.cpp's "Sampler: dpm++2m karras"."""
+    from .steer.manners import names_here
+
+    asked, _, label = facts.get("Sampler", "").partition(" ")
+    sampler, schedule = names_here("sdcpp", asked, label or None)
+    if sampler not in SAMPLERS:
+        return sampler_of(facts)  # which knows titles, or warns
+    if schedule not in (None, *SCHEDULES):
+        warnings.warn(f"{asked} is used without the schedule {shown(label)}, not built in", stacklevel=3)
+        schedule = None
+    own = SAMPLERS[sampler].own_schedule
+    return sampler, None if own else schedule
 
 
 def _facts(line: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,6 +59,8 @@ def generate(
             "say with --model where that is"
         )
     usual = Settings() if before is None else replace(before.settings, manner=before.drawn_in())
+    if before is not None and not before.ours and "lora" not in given:
+        usual = _with_loras_that_are_here(usual, str(like))
     settings = replace(usual, **parsed(given, usual.manner))
     reel = None if film is None else animated(film)
     if settings.code is not None:
@@ -101,6 +104,15 @@ def _name(settings: Settings, of_many: bool) -> str:
 
     name = album.file_name(settings)
     return f"{Path(str(settings.init_image)).stem}-{name}" if of_many else name
+
+
+def _with_loras_that_are_here(settings: Settings, like: str) -> Settings:
+    """Leaves out LoRAs of another program's picture whose files are not here, with a warning."""
+    missing = [file for file, *_ in settings.lora if not Path(file).exists()]
+    if missing:
+        said = f"{like} was drawn with {', '.join(missing)}, not found here; say with --lora where that is"
+        warnings.warn(said, stacklevel=2)
+    return replace(settings, lora=tuple(one for one in settings.lora if one[0] not in missing))
 
 
 def _with_code(settings: Settings, picture: str | None) -> Settings:

@@ -120,11 +120,56 @@ Lora hashes: "zork: 0123456789ab", Version: v1.10.1"""
 def test_the_text_of_a1111_is_read(tmp_path):
     entry = album.read(carrying(tmp_path / "a.png", parameters=THEIRS))
     assert entry.settings == Settings(
-        "a cat, (red:1.2),\non a mat <lora:zork:0.8>", "blurry,\ntext", sampler="dpmpp_2m_karras", steps=20,
-        cfg=7.0, seed=12345, size=(512, 768), strength=0.6, clip_skip=1,
+        "a cat, (red:1.2),\non a mat", "blurry,\ntext", sampler="dpmpp_2m_karras", steps=20,
+        cfg=7.0, seed=12345, size=(512, 768), strength=0.6, clip_skip=1, lora=(("zork.safetensors", 0.8),),
     )  # fmt: skip
     assert (entry.model_name, entry.hashes, entry.ours) == ("v1-5, pruned", {"model": "6ce0161689"}, False)
     assert entry.carried()["model"] == "v1-5, pruned"
+
+
+@pytest.mark.parametrize(
+    ("tags", "loras"),
+    [
+        ("<lora:a>", (("a.safetensors", 1.0),)),
+        ("<lora:a:0.5:lbw=MIDD> <lora:b c:-1>", (("a.safetensors", 0.5, "MIDD"), ("b c.safetensors", -1.0))),
+        ("<lora:../../x/a:0.5>", (("a.safetensors", 0.5),)),  # a name, and no place in the file system
+        ("<hypernet:a:1>", ()),
+    ],
+)
+def test_loras_of_a_foreign_prompt_are_files(tags, loras):
+    read, _ = a1111.read(f"a cat {tags}\nSteps: 3, Seed: 1")
+    assert read.lora == loras and read.prompt == ("a cat" if loras else f"a cat {tags}")
+
+
+def test_the_second_pass_of_a1111_is_read_and_written():
+    facts = "Steps: 3, Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: {}"
+    read, _ = a1111.read("a cat\n" + facts.format("Latent (nearest-exact)"))
+    assert (read.hires, read.hires_strength, read.hires_by, read.strength) == (1.5, 0.7, "latent", 0.8)
+    with pytest.warns(UserWarning, match="the upscaler 'R-ESRGAN 4x' is not built in; it is Lanczos here"):
+        assert a1111.read("a cat\n" + facts.format("R-ESRGAN 4x"))[0].hires_by == "lanczos"
+    drawn = replace(read, sampler="euler", size=(64, 64), cfg=2.0, seed=1)
+    assert "Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: Latent" in a1111.write(
+        drawn, "m", "h"
+    )
+    again, _ = a1111.read(a1111.write(drawn, "m", "h"))
+    assert (again.hires, again.hires_strength, again.hires_by) == (1.5, 0.7, "latent")
+    assert "Hires" not in a1111.write(replace(drawn, init_image="x.png"), "m", "h")
+
+
+@pytest.mark.parametrize(
+    ("said", "sampler", "schedule"),
+    [
+        ("euler_a", "euler_a", None),
+        ("dpm++2m karras", "dpmpp_2m", "karras"),
+        ("dpm++2s_a discrete", "dpmpp_2s_a", "normal"),
+    ],
+)
+def test_the_samplers_of_stable_diffusion_cpp_are_known_in_its_pictures(said, sampler, schedule, tmp_path):
+    text = f"a cat\nSteps: 3, Seed: 1, RNG: cuda, Sampler: {said}, Version: stable-diffusion.cpp"
+    path = carrying(tmp_path / "a.png", parameters=text + ', SDCPP: {"style": "oil", "Seed": 5}')
+    entry = album.read(path)
+    assert (entry.settings.sampler, entry.settings.schedule) == (sampler, schedule)
+    assert (entry.settings.seed, entry.manner) == (1, "sdcpp")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -156,6 +201,8 @@ def test_a_sampler_or_schedule_that_is_not_built_in_is_said_to_be(facts, sampler
         ({"parameters": "a cat"}, "it has no line that begins with Steps"),
         ({"parameters": '{"prompt": "a cat"}'}, "it has no line that begins with Steps"),
         ({"parameters": "a\nSteps: many"}, "its Steps is 'many'"),
+        ({"parameters": "a <lora:x:y>\nSteps: 3"}, "the weight of its LoRA 'x' is 'y'"),
+        ({"parameters": "a\nSteps: 3, Hires upscale: two"}, "its Hires upscale is 'two'"),
         ({"parameters": "a\nSteps: 3, Size: 5"}, "its Size is '5'"),
         ({"parameters": "a\nSteps: 3, Seed: " + "x" * 10**6}, "its Seed is 'xxx"),
         ({"parameters": "a\nSteps: " + "9" * 10**5}, "its Steps is '999"),
