@@ -7,7 +7,7 @@
 # make demo     executes the notebooks        make bench     measures the speed, beside others
 # make book     builds the book and opens it  make wheel     the package, with the book in it
 PYTHON ?= python3
-PROMPT ?= a cat stretching on the floor
+PROMPT ?= a red apple
 SEED ?= 0
 BUG ?= guidance-swapped
 LINE ?= $(shell sed -n 's/^make equation LINE=\([^ ]*\).*/\1/p' README.md)

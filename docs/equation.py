@@ -6,9 +6,11 @@ computes it, and how far that line is from NumPy. A name such as `forward` finds
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import sys
+import textwrap
 from pathlib import Path
 from unicodedata import normalize
 
@@ -83,9 +85,15 @@ def _over(sign: str, name: str) -> str:
 
 
 def statement(equation: Equation) -> str:
-    """Returns the comment and the line below it, without their indentation."""
-    lines = (ROOT / equation.path).read_text(encoding="utf-8").splitlines()
-    return "\n".join(f"    {line.strip()}" for line in lines[equation.mark - 1 : equation.line])
+    """Returns the comment and the statement below it, indented by four."""
+    text = (ROOT / equation.path).read_text(encoding="utf-8")
+    ends = [
+        node.end_lineno or node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.stmt) and node.lineno == equation.line and not hasattr(node, "body")
+    ]
+    lines = text.splitlines()[equation.mark - 1 : max([equation.line, *ends])]
+    return textwrap.indent(textwrap.dedent("\n".join(lines)), "    ")
 
 
 def error(equation: Equation) -> tuple[float, float]:

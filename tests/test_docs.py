@@ -90,6 +90,11 @@ def test_each_equation_is_found_from_its_line_and_its_name(equation):
     assert latex(equation) and f"[{equation.id}]" in statement(equation)
 
 
+def test_a_statement_of_several_lines_is_shown_whole():
+    shown = statement(find("posterior-mean", equations()))
+    assert "mean = (" in shown and shown.rstrip().endswith(")") and "(1 - alpha_bar) * x0" in shown
+
+
 def test_its_error_is_that_of_its_test():
     away, within = error(find("guidance", equations()))
     assert away <= within < 1e-5
