@@ -25,11 +25,13 @@ def blocks(language: str) -> list[str]:
 def test_its_python_runs_from_top_to_bottom(running: Running, tmp_path, monkeypatch, capsys):
     pytest.importorskip("openai")
     pytest.importorskip("webuiapi")
+    pytest.importorskip("cv2")
     monkeypatch.chdir(tmp_path)
     port = running.address.rpartition(":")[2]
     for block in blocks("python"):
         exec(block.replace("7861", port), {})
     assert (tmp_path / "apple.png").exists() and (tmp_path / "apple-2.png").exists()
+    assert (tmp_path / "steered.png").exists() and (tmp_path / "edges.png").exists()
     said = capsys.readouterr().out
     assert "image_generation.partial_image\nimage_generation.completed\n" in said and "a green apple" in said
 
