@@ -13,17 +13,21 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from bench.ablations import asked_for, figures, trained_judge
+from bench.ablations import Judge, asked_for, figures, trained_judge, verdicts
 from reifusion.api import load
 from reifusion.files import whole, write_json
+from reifusion.model.pictures import to_tensor
 from reifusion.train.plot import losses
 from reifusion.train.recipe import find, read
-from reifusion.train.shapes import SIDE
+from reifusion.train.shapes import COLOURS, SIDE, SUBJECTS
 from reifusion.train.sheet import LABEL, NARROWEST
 
 ASSETS = Path(__file__).parent / "assets"
@@ -40,6 +44,23 @@ def pictures(sheet: Path, count: int) -> list[Image.Image]:
     return [page.crop(box).resize((SIDE, SIDE), Image.Resampling.NEAREST) for box in boxes]
 
 
+def recognised(judge: Judge, film: list[list[Image.Image]], prompts: Sequence[str]) -> list[dict[str, int]]:
+    """Returns of how many pictures of each sheet the judge says the thing and the colour of their prompts."""
+    words = [set(prompt.split()) for prompt in prompts]
+    named = [i for i, each in enumerate(words) if each & set(SUBJECTS) and each & set(COLOURS)]
+    answers = torch.tensor(
+        [
+            [next(k for k, name in enumerate(names) if name in words[i]) for names in (SUBJECTS, COLOURS)]
+            for i in named
+        ]
+    )
+    found = []
+    for row in film:
+        good = verdicts(judge, torch.cat([to_tensor(row[i]) for i in named]), F.pad(answers, (0, 1)))
+        found.append({"of": len(named), "thing": int(good[:, 0].sum()), "colour": int(good[:, 1].sum())})
+    return found
+
+
 def keep(vae: Path, run: Path, minutes: float) -> None:
     """Stores the losses of both runs, and all sheets of the second, a row for each.
 
@@ -47,23 +68,26 @@ def keep(vae: Path, run: Path, minutes: float) -> None:
     """
     recipe = read("text2image", find("tiny"))
     sheets = sorted(run.glob("sheet-*.png"))
+    rows = [pictures(sheet, len(recipe.prompts)) for sheet in sheets]
     film = Image.new("RGB", (SIDE * len(recipe.prompts), SIDE * len(sheets)))
-    for y, sheet in enumerate(sheets):
-        for x, picture in enumerate(pictures(sheet, len(recipe.prompts))):
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
             film.paste(picture, (SIDE * x, SIDE * y))
     with whole(FILM) as temporary:
         film.quantize(256).save(temporary, "PNG")
-    rows = [json.loads(row) for row in (vae / "training.jsonl").read_text("utf-8").splitlines()]
+    log = [json.loads(line) for line in (vae / "training.jsonl").read_text("utf-8").splitlines()]
+    judge = trained_judge().eval()
     seen: dict[str, Any] = {
-        "psnr": {row["step"]: round(row["psnr"], 2) for row in rows if "psnr" in row},
+        "psnr": {line["step"]: round(line["psnr"], 2) for line in log if "psnr" in line},
         "cpu_minutes": round(minutes, 1),
         "batch": recipe.training.batch,
         "sheets": [int(sheet.stem.split("-")[1]) for sheet in sheets],
         "prompts": list(recipe.prompts),
+        "recognised": recognised(judge, rows, recipe.prompts),
     }
     for name in ("loss", "held_out", "held_out_high_noise", "held_out_low_noise", "seen"):
         seen[name] = {step: round(loss, 4) for step, loss in losses(run, name).items()}
-    seen["figures"] = figures(load(next(run.glob("*.safetensors"))), trained_judge().eval(), asked_for())
+    seen["figures"] = figures(load(next(run.glob("*.safetensors"))), judge, asked_for())
     write_json(SEEN, seen)
 
 
