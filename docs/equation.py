@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> int:
         return 2
     away, within = error(equation)
     print(f"({equation.number}) {equation.id}: {equation.source}\n\n    {readable(latex(equation))}\n")
-    print(f"{equation.path}, line {equation.line}:\n\n{statement(equation)}\n")
+    print(f"{equation.path}, from line {equation.mark}:\n\n{statement(equation)}\n")
     print(f"in the book:  docs/book/{equation.chapter}")
     print(f"its test:     {equation.test_path}, line {equation.test_line}")
     print(f"against NumPy in float64: off by {away:.1e}, and {within:.0e} would be allowed")
