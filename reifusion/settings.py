@@ -482,8 +482,9 @@ class Settings:
         else:
             more = self.hires, self.hires_strength, self.hires_by
             (picture,) = hires.generate(
-                pipe, request, *more, progress=progress, words=words, callback=callback
-            )
+                pipe, request, *more, progress=progress, words=words, callback=callback,
+                left=None if manner.again is None else manners.STEPS[manner.again],
+            )  # fmt: skip
         if box is not None:
             picture = masks.put_back(whole, box, picture)
         if self.outpaint is not None:

@@ -43,6 +43,7 @@ MANNERS: dict[str, tuple[str, Any]] = {
     "sigma": ("the first noise times", ("√(σ² + 1)", "σ")),
     "cut": ("pixels", ("rounded", "cut off")),
     "columns": ("variations turn", ("as a whole", "by columns")),
+    "again": ("steps of the second pass", {None: "a share", "all": "all, of more"}),
     "drops": ("the last σ but one", ("visited", "left out")),
     "path": ("the noise of SDE samplers", {"": "drawn alone", "rng": "a path's", "cpu": "a CPU's path's"}),
 }
@@ -146,6 +147,8 @@ def _counts(name: str, settings: Settings) -> bool:
     """True if what a program does has an effect with these settings."""
     if name == "path":
         return settings.sampler in brownian.SAMPLERS
+    if name == "again":
+        return settings.hires != 1
     return name != "columns" or settings.variation != 0
 
 

@@ -24,6 +24,8 @@ from ..model.request import Request
 WAYS = ("lanczos", "latent")
 MOST = 4.0  # times as large
 
+Left = Callable[[int, float], tuple[int, int]]
+
 
 def generate(
     pipe: StableDiffusion,
@@ -35,6 +37,7 @@ def generate(
     progress: bool = True,
     words: Callable[[Request], Request] = lambda request: request,
     callback: Callable[[Step], Any] | None = None,
+    left: Left | None = None,
     **settings: Any,
 ) -> list[Image.Image]:
     """Draws each picture of a request, and each once more `hires` times as large; returns the large ones.
@@ -43,7 +46,8 @@ def generate(
     does, in (0, 1]. hires_by: what is enlarged, the picture ("lanczos") or its latents ("latent"; softer, and
     less like the first). settings: as for `pipe.generate`. Raises ValueError for values outside these, and
     what `pipe.generate` raises. words: applied to the request of each pass, to put vectors in place of texts.
-    callback: as for `pipe.generate`, in both passes.
+    callback: as for `pipe.generate`, in both passes. left: (steps, strength) -> the steps of the second pass,
+    in all and drawn, where a program has a rule of its own.
     """
     check(hires, hires_strength, hires_by)
     request = ask(prompt, **settings).for_model(pipe.config)
@@ -53,10 +57,10 @@ def generate(
         if hires == 1:
             again = one
         elif hires_by == "latent":
-            again = with_latents(pipe, one, hires, hires_strength, words, callback)
+            again = with_latents(pipe, one, hires, hires_strength, words, callback, left)
         else:
             first = _one(pipe.generate(words(one), progress=progress, callback=callback))
-            again = with_picture(pipe, one, first, hires, hires_strength)
+            again = with_picture(pipe, one, first, hires, hires_strength, left)
         pictures.append(_one(pipe.generate(words(again), progress=progress, callback=callback)))
     return pictures
 
@@ -79,10 +83,19 @@ def larger(pipe: StableDiffusion, request: Request, hires: float) -> tuple[int, 
 
 
 def with_picture(
-    pipe: StableDiffusion, request: Request, first: Image.Image, hires: float, strength: float
+    pipe: StableDiffusion,
+    request: Request,
+    first: Image.Image,
+    hires: float,
+    strength: float,
+    left: Left | None = None,
 ) -> Request:
     """The second pass, which begins with the enlarged picture."""
     size = larger(pipe, request, hires)
+    if left is not None:
+        steps, drawn = left(request.steps or 1, strength)
+        strength = 1.0 if drawn >= steps else (drawn + 0.5) / steps
+        request = replace(request, steps=steps)
     enlarged = first.resize(size, Image.Resampling.LANCZOS)
     return replace(_plain(request), size=size, init_image=enlarged, strength=strength)
 
@@ -94,6 +107,7 @@ def with_latents(
     strength: float,
     words: Callable[[Request], Request] = lambda request: request,
     callback: Callable[[Step], Any] | None = None,
+    left: Left | None = None,
 ) -> Request:
     """The second pass, which begins with the enlarged latents."""
     latents: Tensor | None = None
@@ -108,8 +122,14 @@ def with_latents(
     shape = size[1] // factor, size[0] // factor
     enlarged = F.interpolate(latents, shape, mode="bicubic", antialias=True)  # (1, 4, h, w) -> (1, 4, h', w')
     again = replace(_plain(request), size=size)
+    drawn = None
+    if left is not None:
+        n, drawn = left(request.steps or 1, strength)
+        again = replace(again, steps=n)
     sampler = pipe.sampler(again)
-    start = sampler.num_inference_steps - max(1, int(sampler.num_inference_steps * strength))
+    if drawn is None:
+        drawn = max(1, int(sampler.num_inference_steps * strength))
+    start = max(0, sampler.num_inference_steps - drawn)
     sampler.skip(start)
     noise = randn(enlarged.shape, request.generators()).to(enlarged)
     return replace(again, latents=sampler.add_noise(enlarged, sampler.timesteps[0], noise), start=start)

@@ -40,6 +40,7 @@ class Manner:
     automatic: bool = False  # True if some samplers have another for it, as in `AUTOMATIC`
     sides: str = ""  # to what a side is rounded: "" (nothing), "down to 8" or "up to 64"
     img2img: str = "share"  # which steps a strength leaves, one of STEPS
+    again: str | None = None  # the same for the second pass of a larger drawing; None: ours
     sigma: bool = False  # True if the first noise is multiplied by σ alone, and not by √(σ² + 1)
     cut: bool = False  # True if pixels are cut off to whole levels, and not rounded
     columns: bool = False  # True if variations have an angle for each column
@@ -51,11 +52,11 @@ class Manner:
 MANNERS = {
     "diffusers": Manner("diffusers"),
     "a1111": Manner(
-        "A1111", "philox", "a1111", "normal", True, "down to 8", "one more", sigma=True, cut=True,
+        "A1111", "philox", "a1111", "normal", True, "down to 8", "one more", "all", sigma=True, cut=True,
         columns=True, path="rng", drops=("dpm2", "dpm2_a", "dpmpp_3m_sde"), whole=True,
     ),
     "comfyui": Manner(
-        "ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", cut=True, path="cpu",
+        "ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", "all", cut=True, path="cpu",
         drops=("dpm2", "dpm2_a", "unipc"),
     ),
     "sdcpp": Manner(

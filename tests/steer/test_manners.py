@@ -92,6 +92,20 @@ def test_a_strength_leaves_as_many_steps_as_there(pipe, tmp_path, manner, steps,
         assert [one.t for one in seen] == [one.t for one in steps_of(pipe, every)[20:]]
 
 
+@pytest.mark.parametrize("by", ["lanczos", "latent"])
+@pytest.mark.parametrize(("manner", "run"), [(None, 2), ("a1111", 4), ("comfyui", 4), ("diffusers", 2)])
+def test_the_second_pass_of_a_larger_drawing_has_as_many_steps_as_there(pipe, by, manner, run):
+    asked = Settings("a cat", seed=1, sampler="euler", steps=4, size=(32, 32), hires=2, hires_by=by)
+    times: list[float] = []
+    settings = replace(asked, hires_strength=0.5, manner=manner)
+    settings.draw(pipe, settings.request(), callback=lambda step: times.append(float(step.t)))
+    assert len(times) == 4 + run
+    if run == 2:  # the last of the same steps
+        assert times[4:] == times[2:4]
+    else:  # the last four of eight, which begin near the middle
+        assert abs(times[4] - 500) < 130 and times[5] not in times[:4]
+
+
 def test_sizes_are_rounded_as_there():
     sizes = {"diffusers": (100, 71), "a1111": (96, 64), "comfyui": (96, 64), "sdcpp": (128, 128)}
     for manner, size in sizes.items():
