@@ -40,9 +40,7 @@ ROWS = {
         Station("Guidance", "enlarges what the words change", "guidance", Guidance.__call__),
         Station("Sampler", "takes some noise away", "samplers", Sampler.step),
     ),
-    "once, at the end": (
-        Station("VAE decoder", "latents become 128×128 pixels", "vae", Decoder.forward),
-    ),
+    "once, at the end": (Station("VAE decoder", "latents become 128×128 pixels", "vae", Decoder.forward),),
 }
 
 
