@@ -256,6 +256,20 @@ def summary(runs: dict[str, dict[str, float]]) -> dict[str, tuple[float, float]]
     return found
 
 
+def verdict(row: dict[str, dict[str, float]], base: dict[str, dict[str, float]], figure: str) -> str:
+    """Says whether a row's figure is higher than that of the recipe as it is.
+
+    A difference counts if it is more than twice its own standard error, from the spread of the seeds.
+    """
+    if min(len(row), len(base)) < len(SEEDS):
+        return f"{len(row)} of {len(SEEDS)} seeds"
+    (mean, spread), (usual, other) = summary(row)[figure], summary(base)[figure]
+    error = ((spread**2 + other**2) / len(SEEDS)) ** 0.5
+    if abs(mean - usual) <= 2 * error:
+        return "not to be told apart"
+    return "higher" if mean > usual else "lower"
+
+
 def stored() -> dict[str, Any]:
     """Returns what has been measured so far; "rows" has for each row, by seed, the figures of its runs."""
     return json.loads(OUT.read_text("utf-8")) if OUT.exists() else {"steps": STEPS, "rows": {}}

@@ -47,6 +47,7 @@ REACH = (
     "docs/assets/*",
     "recipes/*",
     "bench/*.py",
+    "bench/ablations.json",
     "notebooks/*.ipynb",
 )
 BESIDE = {

@@ -50,6 +50,17 @@ def test_the_distance_is_that_of_two_normal_distributions():
     assert ablations.distance(Seen(), x, 3 * x.flip(0) + 2) == pytest.approx(32**0.5, rel=0.02)
 
 
+def test_a_difference_counts_if_it_is_larger_than_that_of_seeds():
+    def runs(*distances):
+        return {str(k): {"distance": value} for k, value in enumerate(distances)}
+
+    base = runs(10.0, 11.0, 12.0)
+    assert ablations.verdict(runs(5.0, 6.0, 7.0), base, "distance") == "lower"
+    assert ablations.verdict(runs(15.0, 16.0, 17.0), base, "distance") == "higher"
+    assert ablations.verdict(runs(10.5, 11.5, 12.5), base, "distance") == "not to be told apart"
+    assert ablations.verdict(runs(5.0), base, "distance") == "1 of 3 seeds"
+
+
 def test_a_run_is_trained_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "COUNT", 80)
     monkeypatch.setattr(
