@@ -82,7 +82,7 @@ def test_each_chapter_of_the_book_is_in_a_notebook_or_needs_none():
     beside = {"symbols.md", "glossary.md", "references.md"}
     chapters = {path.name for path in (ROOT / "docs" / "book").glob("*.md")} - beside
     left = {name for name in chapters if f"docs/book/{name}" not in text}
-    # These need a real checkpoint, a quiet machine, hours, or models that are not here; `explain toy` is last.
+    # These need a real checkpoint, a quiet machine, hours or models that are not here; `explain toy` is last.
     assert left == {"checkpoints.md", "speed.md", "sdxl.md", "sd3.md", "toy.md", "ablations.md"}
 
 
