@@ -23,6 +23,8 @@ from tests.tiny import WORDS, native_state, random_networks
 from tests.tiny_sdxl import TINY as XL
 from tests.tiny_sdxl import TINY_SD
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("cv2")
 diffusers = pytest.importorskip("diffusers")
 ROOT = Path(__file__).parents[1]

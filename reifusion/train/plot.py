@@ -20,6 +20,7 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
     runs: folders of runs, or their logs. expected: rows (step, low, high), joined by straight lines.
     Raises TrainingError if a log is missing or has no losses, or if a row is not three numbers.
     """
+    from matplotlib.colors import TABLEAU_COLORS
     from matplotlib.figure import Figure  # its import takes a second
 
     if any(len(row) != 3 or not all(map(math.isfinite, row)) or row[1] > row[2] for row in expected):
@@ -37,7 +38,7 @@ def plot(runs: Path | Sequence[Path], expected: Sequence[Sequence[float]], out: 
     for number, (run, curve) in enumerate(curves.items()):
         steps, values = list(curve), list(curve.values())
         smooth = smoothed(values)
-        colour = f"C{number}"
+        colour = [*TABLEAU_COLORS][number % len(TABLEAU_COLORS)]
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         name = run.parent.name if run.suffix == ".jsonl" else run.name
         label = f"{name}: {smooth[-1]:.4g} at step {steps[-1]:,}"

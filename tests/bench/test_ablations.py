@@ -11,6 +11,8 @@ from reifusion.train.sizes import TINY
 from reifusion.train.vae import VAE
 from reifusion.train.vae_file import save_vae
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_row_is_a_recipe_that_differs_in_its_own_keys_only(tmp_path):
     for name, changes in ablations.ROWS.items():

@@ -249,6 +249,7 @@ def test_the_report_is_made_of_the_file_alone(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["RESULTS.md", "results.json", "speed.svg"]
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_plain_arithmetic(folder):
     def count(kind: str = "unet", width: int = 256, batch: int = 1) -> float:
         return weights.count_flops(folder, kind, width, 256, batch, steps=3)

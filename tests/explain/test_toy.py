@@ -58,6 +58,7 @@ def test_what_follows_the_best_network_lands_on_the_data():
         assert ((shares - 0.2).abs() < 0.09).all()
 
 
+@pytest.mark.slow
 def test_solvers_have_the_orders_that_they_are_known_for():
     slopes = toy.orders(steps=(9, 19, 40, 60)).numbers["slopes"]
     assert slopes["euler"] == pytest.approx(-1, abs=0.25)
@@ -65,6 +66,7 @@ def test_solvers_have_the_orders_that_they_are_known_for():
     assert slopes["dpmpp_2m"] == pytest.approx(-2, abs=0.35)
 
 
+@pytest.mark.slow
 def test_training_comes_near_the_least_loss_and_draws_the_curve():
     exhibit = toy.learning(steps=600)
     numbers = exhibit.numbers

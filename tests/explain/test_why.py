@@ -81,6 +81,7 @@ def test_sizes_and_steps_are_tried_in_the_measure_of_the_model_that_stands_in(mo
     assert why._scaled(usual, first.settings, {"steps": 10}, pipe, 4).steps == 2
 
 
+@pytest.mark.slow
 def test_programs_differ_in_what_no_setting_says(model, tmp_path, capsys):
     texts = PngInfo()
     texts.add_text("prompt", json.dumps(GRAPH))

@@ -235,6 +235,7 @@ def test_a_key_that_would_have_no_effect_is_refused(here, tmp_path, what, keys, 
         follow(what, f"folder={tmp_path}", *(key.format(here) for key in keys))
 
 
+@pytest.mark.slow
 def test_a_caption_that_no_picture_needs_is_said(here, tmp_path):
     keys = ["steps=1", f"validation_data={here}/data"]
     _, said = lora(here, tmp_path / "own", "caption=a zork", *keys)

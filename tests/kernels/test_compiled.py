@@ -38,6 +38,7 @@ def traced() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_compiled_networks_are_the_networks_and_are_put_back_to_the_bit():
     its = models()
     kinds = [type(module) for network in its.values() for module in network.modules()]

@@ -120,6 +120,7 @@ def test_the_activations_are_not_the_same_thing():
     assert error > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_sd_1_5_in_float32_and_bfloat16():
     """All 123 million weights."""
     reference, tokens = make_reference(SD15.clip), tokens_for(SD15.clip)

@@ -367,6 +367,7 @@ def test_flow_from_a_picture_equals_diffusers(strength: float) -> None:
 # Where all 1,000 timesteps are asked for, the reference fails, each class in its own way; ours is 999 … 0.
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_where_diffusers_cannot(reference: Any) -> None:
     x = randn(SHAPE, generators())
     for name in NAMES:

@@ -62,6 +62,7 @@ print(len(build(Studio("mini", Path("pictures"))).routes))
 """
 
 
+@pytest.mark.slow
 def test_it_needs_nothing_of_the_server_s_extra(tmp_path):
     pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
     done = subprocess.run(

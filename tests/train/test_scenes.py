@@ -282,6 +282,7 @@ def same(one: Specs, two: Specs) -> bool:
     return all(torch.equal(getattr(one, field.name), getattr(two, field.name)) for field in fields(Specs))
 
 
+@pytest.mark.slow
 def test_a_bank_depends_on_seed_and_index_alone(library: Library) -> None:
     long, captions = compose_bank(library, 3, 1200)
     short, fewer = compose_bank(library, 3, 5)

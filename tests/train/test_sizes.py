@@ -61,6 +61,7 @@ def test_sizes_are_not_for_a_model_that_exists(capsys, tmp_path):
     assert "channels is set but would not be used: mini decides the sizes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_newcomers_pictures_become_a_model_of_their_own_size(tmp_path, monkeypatch):
     """The recipes my-vae and my-pictures, one after the other; pictures of odd shapes, and patches of two."""
     monkeypatch.setattr(watch, "contact_sheet", lambda *_, **__: Image.new("RGB", (8, 8)))

@@ -221,7 +221,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             files = emojibase
         elif hand.look == "3d":
             files = {f"assets/{code}.webp": webp.getvalue() for code in ("1f408", "1f415-fe0f")}
-        monkeypatch.setattr(library, "tqdm", lambda work, **_: work)
+        monkeypatch.setattr(library, "Bar", lambda work, **_: work)
         archive = hands.archive_path(hand, tmp_path)
         archive.parent.mkdir(exist_ok=True)
         archive.write_bytes(

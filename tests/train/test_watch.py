@@ -163,6 +163,7 @@ def test_the_losses_of_a_run_are_those_of_the_model_that_it_writes(pictures, mod
         assert curve.width > 500
 
 
+@pytest.mark.slow
 def test_a_lora_shows_own_captions_and_what_it_does_not_learn_from(pictures, model, tmp_path, monkeypatch):
     drawn = []
 
