@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from reifusion.studio.known import EXAMPLES, collect, known, unknown_words
-from reifusion.train.mini.captions import SIZES, STYLED
+from reifusion.studio.known import EXAMPLES, LOOKS, collect, known, unknown_words
+from reifusion.train.mini.captions import POSITIONS, SIZES
 from reifusion.train.mini.colours import NAMES
 from reifusion.train.mini.library import default_cache, library_path
-from reifusion.train.mini.places import PLACES
-from reifusion.train.mini.subjects import CHOSEN, parse_choice
 
 
-def test_every_subject_with_a_name_of_its_own_is_known():
+def test_the_subjects_are_those_of_the_mini_that_ships():
     subjects = known()["subjects"]
-    names = [names[0] for text in CHOSEN.values() for names in parse_choice(text)[2].values() if names]
-    assert len(names) > 100 and [name for name in names if name not in subjects] == []
+    assert len(subjects) == 752  # as its model card says
+    assert {"cat", "apple", "guitar", "octopus"} <= subjects.keys()
 
 
 def test_every_word_of_a_caption_is_known():
-    said = [*NAMES, *STYLED, *(name for names in SIZES.values() for name in names)]
-    said += [name for _, names, _ in PLACES.values() for name in names] + list(EXAMPLES)
+    said = [*NAMES, *LOOKS, *(name for names in SIZES.values() for name in names), *EXAMPLES]
+    said += [name for _, names in POSITIONS.values() for name in names]
     assert [text for text in said if unknown_words(text)] == []
 
 
