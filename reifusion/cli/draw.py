@@ -51,6 +51,7 @@ def generate(
     from .. import album
     from ..film import Film, animated
     from ..settings import pictures_of
+    from ..studio.known import never_read
 
     before = None if like is None else album.read(like)
     if before is not None and not before.ours and "model" not in given:
@@ -75,6 +76,8 @@ def generate(
         raise ValueError(f"--init-image is a folder, so --out must be one too, and not {out}")
     with writable(file.parent if file else Path(out)):
         pipe = settings.pipe(device, compile, idle_device)
+        if words := never_read(pipe.config.name, settings.prompt or ""):
+            warnings.warn(words[0].lower() + words.rstrip(".")[1:], stacklevel=2)
         for settings in every:
             request = settings.request(num).for_model(config)
             entry = album.entry(settings, request, pipe)

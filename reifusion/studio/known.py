@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..model.sentences import cut
 
 FILE = Path(__file__).with_name("known.json")
 EXAMPLES = (
@@ -85,6 +86,14 @@ def unknown_words(prompt: str) -> list[str]:
     missing = [word for word in found if word not in words and word.rstrip("s") not in words]
     signs = re.findall(r"[^\x00-\u024f\u2000-\u206f]", re.sub(r"\w", "", prompt))  # such as emoji
     return list(dict.fromkeys([*missing, *signs]))
+
+
+def never_read(model: str, prompt: str) -> str | None:
+    """Says in a sentence which words of a prompt the model of that name never read; None if it is no mini."""
+    if not model.startswith("mini") or not (unknown := unknown_words(prompt)):
+        return None
+    one = "this word" if len(unknown) == 1 else "these words"
+    return f"The mini has never read {one}: {cut(', '.join(unknown), 60)}."
 
 
 if __name__ == "__main__":

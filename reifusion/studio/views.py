@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from ..explain.trajectory import rms
 from ..explain.words import relative
-from ..model.sentences import cut
 from .heard import sentence
-from .known import LITTLE, unknown_words
+from .known import LITTLE, never_read
 
 if TYPE_CHECKING:
     from .drawing import Drawing
@@ -112,9 +111,8 @@ def notes(pipe: Any, prompt: str) -> list[str]:
         lost = pipe.tokenizer.decode([piece.id for piece in pieces[room:]])
         has = f"the prompt has {len(pieces)} tokens and there is room for {room}, so this is cut off: "
         said.append(sentence(has + lost))  # in the words of the warning, which comes with the picture
-    if pipe.config.name.startswith("mini") and (unknown := unknown_words(prompt)):
-        one = "this word" if len(unknown) == 1 else "these words"
-        said.append(f"The mini has never read {one}: {cut(', '.join(unknown), 60)}.")
+    if words := never_read(pipe.config.name, prompt):
+        said.append(words)
     return said
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from reifusion.cli.main import main
 from reifusion.studio.known import EXAMPLES, LOOKS, collect, known, unknown_words
 from reifusion.train.mini.captions import POSITIONS, SIZES
 from reifusion.train.mini.colours import NAMES
@@ -39,3 +40,11 @@ def test_the_list_is_that_of_the_drawings():
 )
 def test_words_that_no_caption_had_are_found(prompt, unknown):
     assert unknown_words(prompt) == unknown
+
+
+def test_the_command_says_what_the_mini_never_read(tmp_path, capsys):
+    line = ["generate", "a photo of a cat", "--steps=1", "--seed=1", "--quiet", f"--out={tmp_path}"]
+    assert main(line) == 0
+    assert "reifusion: the mini has never read this word: photo" in capsys.readouterr().err
+    assert main(["generate", "a red cat", *line[2:]]) == 0
+    assert capsys.readouterr().err == ""
