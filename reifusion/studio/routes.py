@@ -23,7 +23,7 @@ from ..model.pipeline import StableDiffusion
 from ..server.security import HERE, Guard
 from ..settings import Settings
 from . import drawing as drawing_module
-from . import shelf, stages, views, wishes
+from . import shelf, stages, toy, views, wishes
 from .drawing import TICK, Drawing
 from .excerpts import listing
 from .heard import listen
@@ -143,6 +143,14 @@ def build(studio: Studio) -> FastAPI:
     def first(model: str | None = None) -> dict[str, Any]:
         source = model or studio.source
         return about(source, drawing_module.model(Settings(model=source))) | {"folder": str(studio.folder)}
+
+    @app.get("/toy")
+    def toy_page() -> Response:
+        return FileResponse(PAGE / "toy.html")
+
+    @app.get("/api/toy")
+    def toy_journey(world: str, sampler: str, steps: int, guidance: float, seed: int) -> dict[str, Any]:
+        return toy.journey(world, sampler, steps, guidance, seed)
 
     @app.post("/api/model")
     def load(model: str = Body(embed=True)) -> Response:
