@@ -13,8 +13,6 @@ from docs import build, execute
 from reifusion.cli import book
 from reifusion.cli.main import main
 
-from .studio.conftest import CHROMIUM, FLAGS
-
 PAGE = """# A page
 
 ```python exec="1" source="above" session="s" text="1"
@@ -130,12 +128,10 @@ def test_every_page_is_in_the_contents_once():
     assert sorted(names) == sorted(files)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 360])
-def test_nothing_is_cut_off_and_the_search_works_from_a_disk(tmp_path, monkeypatch, width):
-    sync = pytest.importorskip("playwright.sync_api", reason="a browser test needs: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("a browser test needs Chromium: apt-get install chromium")
+def test_nothing_is_cut_off_and_the_search_works_from_a_disk(browser, tmp_path, monkeypatch, width):
     long = f"numbers = {' + '.join(str(n) for n in range(100, 116))}  # {'x' * 20}"
     text = f"""# A page
 
@@ -163,21 +159,19 @@ They fly.
     build.render(page, [])
     build.write_page(tmp_path / "site", page, [page])
     build.write_search(tmp_path / "site", [page])
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        view = browser.new_page(viewport={"width": width, "height": 800})
-        view.goto((tmp_path / "site" / "p.html").as_uri())
-        assert view.evaluate("document.documentElement.scrollWidth") == width
-        for inside in ("pre", "p"):  # what wraps; formulas and tables scroll
-            assert view.evaluate(f"[...document.querySelectorAll('main {inside}')]"
-                                 ".every(e => e.scrollWidth <= e.clientWidth + 1)")  # fmt: skip
-        assert view.evaluate("document.querySelector('main .wide').scrollWidth") > 360
-        view.fill(".search input", "swallows fly")
-        view.wait_for_selector(".search li")
-        assert view.get_attribute(".search li a", "href") == "p.html#of-swallows"
-        view.click("button.theme")
-        assert view.evaluate("document.documentElement.style.colorScheme") == "dark"
-        browser.close()
+    view = browser.new_page(viewport={"width": width, "height": 800})
+    view.goto((tmp_path / "site" / "p.html").as_uri())
+    assert view.evaluate("document.documentElement.scrollWidth") == width
+    for inside in ("pre", "p"):  # what wraps; formulas and tables scroll
+        assert view.evaluate(f"[...document.querySelectorAll('main {inside}')]"
+                             ".every(e => e.scrollWidth <= e.clientWidth + 1)")  # fmt: skip
+    assert view.evaluate("document.querySelector('main .wide').scrollWidth") > 360
+    view.fill(".search input", "swallows fly")
+    view.wait_for_selector(".search li")
+    assert view.get_attribute(".search li a", "href") == "p.html#of-swallows"
+    view.click("button.theme")
+    assert view.evaluate("document.documentElement.style.colorScheme") == "dark"
+    view.close()
 
 
 # `reifusion book`

@@ -22,8 +22,6 @@ from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
 from reifusion.model.tokenizer import Tokenizer
 
-from .studio.conftest import CHROMIUM, FLAGS
-
 NODE = shutil.which("node")
 SAMPLED = ("ddim", "euler", "euler_a", "dpmpp_2m_karras")
 MERGES = "r e\nre d</w>\na p\nap p\nl e</w>\napp le</w>\nc a\nca t</w>\n' s</w>\ní n"
@@ -110,10 +108,7 @@ def test_the_steps_are_the_samplers(name, steps, prediction):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    sync = pytest.importorskip("playwright.sync_api", reason="a browser test needs: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("a browser test needs Chromium: apt-get install chromium")
+def page(browser, tmp_path_factory):
     pytest.importorskip("onnxscript", reason="the export needs: pip install reifusion[docs]")
     site = tmp_path_factory.mktemp("site")
     live.write(site / "live")
@@ -123,9 +118,8 @@ def page(tmp_path_factory):
     one = build.Page("play.md", "Draw here")
     build.render(one, execute.outputs("play.md", (build.DOCS / "play.md").read_text(encoding="utf-8")))
     build.write_page(site, one, [one])
-    with book.served(site) as server, sync.sync_playwright() as play:
+    with book.served(site) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         wrong: list[str] = []
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -133,7 +127,7 @@ def page(tmp_path_factory):
         page.wait_for_selector("form:not([hidden])")
         yield page
         assert wrong == []
-        browser.close()
+        page.close()
         server.shutdown()
 
 
