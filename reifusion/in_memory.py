@@ -38,8 +38,12 @@ class Models:
         # of each model: itself, and the ControlNets and adapters that were read for it
         self._loaded: OrderedDict[str, tuple[StableDiffusion, dict[Any, Any]]] = OrderedDict()
 
+    def there(self, settings: Settings) -> StableDiffusion | None:
+        """The same if the model is in memory: at once, also while another one is being loaded."""
+        return self._steered(of_model(settings), settings)
+
     def pipe(self, settings: Settings) -> StableDiffusion:
-        """The model that these settings need, steered as they say."""
+        """The model that these settings need, steered as they say. Raises ValueError for a wrong file."""
         key = of_model(settings)
         if key not in self._loaded:
             while len(self._loaded) >= self._keep:  # its memory, before the next model needs it
@@ -47,7 +51,14 @@ class Models:
             with self._loading():
                 self._loaded[key] = settings.loaded(self._device, self._compile), {}
         self._loaded.move_to_end(key)
-        model, steers = self._loaded[key]
+        steered = self._steered(key, settings)
+        assert steered is not None
+        return steered
+
+    def _steered(self, key: str, settings: Settings) -> StableDiffusion | None:
+        if (found := self._loaded.get(key)) is None:
+            return None
+        model, steers = found
         steered = settings.steered(model, steers)
         while len(steers) > STEERS:
             steers.pop(next(iter(steers)))

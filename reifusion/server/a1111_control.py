@@ -86,17 +86,10 @@ def units_of(scripts: Mapping[str, Any] | None) -> list[Unit]:
             try:
                 units.append(Unit.model_validate(one))
             except ValidationError as error:
-                said = str(error).splitlines()
-                wrong = (
-                    f"controlnet: {said[1]}: {said[2].strip()}" if len(said) > 2 else f"controlnet: {error}"
-                )
+                first = error.errors()[0]
+                wrong = f"controlnet: {'.'.join(map(str, first['loc']))}: {first['msg']}"
                 raise Refusal(422, wrong, "alwayson_scripts") from None
     return [unit for unit in units if unit.enabled and unit.model not in (None, "", "None")]
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def steering_of(

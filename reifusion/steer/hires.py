@@ -82,6 +82,11 @@ def larger(pipe: StableDiffusion, request: Request, hires: float) -> tuple[int, 
     return width, height
 
 
+def strength_for(drawn: int, steps: int) -> float:
+    """The strength that draws the last `drawn` of all steps, for certain: their share is rounded down."""
+    return 1.0 if drawn >= steps else (drawn + 0.5) / steps
+
+
 def with_picture(
     pipe: StableDiffusion,
     request: Request,
@@ -94,7 +99,7 @@ def with_picture(
     size = larger(pipe, request, hires)
     if left is not None:
         steps, drawn = left(request.steps or 1, strength)
-        strength = 1.0 if drawn >= steps else (drawn + 0.5) / steps
+        strength = strength_for(drawn, steps)
         request = replace(request, steps=steps)
     enlarged = first.resize(size, Image.Resampling.LANCZOS)
     return replace(_plain(request), size=size, init_image=enlarged, strength=strength)

@@ -25,6 +25,7 @@ from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
 from ..sampling.elsewhere import AUTOMATIC, ELSEWHERE, SCHEDULES_ELSEWHERE, sampler_of
 from . import brownian
+from .hires import strength_for
 from .noises import NOISES, First, Then
 from .variations import slerp, slerp_of_columns, varied
 
@@ -149,9 +150,11 @@ def asked(
     if request.init_image is None:
         return request
     steps, drawn = STEPS[manner.img2img](request.steps or 1, request.strength)
-    # (drawn + ½) / steps, so that rounding it down gives `drawn` for certain
-    strength = 1.0 if drawn >= steps else (drawn + 0.5) / steps
-    return request if manner.img2img == "share" else replace(request, steps=steps, strength=strength)
+    return (
+        request
+        if manner.img2img == "share"
+        else replace(request, steps=steps, strength=strength_for(drawn, steps))
+    )
 
 
 def begun(pipe: StableDiffusion, request: Request, manner: Manner) -> Request:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -19,11 +19,12 @@ from ..explain.schedule import signal_and_noise
 from ..explain.trajectory import decode_noisy
 from ..explain.words import Attention, watch
 from ..families import taesd
+from ..in_memory import Models
 from ..model.ddpm import Sampler
 from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
 from ..model.tensors import ModelError
-from ..settings import ABOUT, DRAWING, Settings, requested
+from ..settings import ABOUT, Settings
 from ..weights import find
 from .heard import heard
 from .views import tiles
@@ -31,25 +32,19 @@ from .wishes import fitting
 
 # One model draws for all pages, one picture at a time, because recording puts hooks into the model.
 _LOCK, _LOADING, _LOOKING = threading.Lock(), threading.Lock(), threading.Lock()
-_MODELS: dict[Settings, StableDiffusion] = {}
+_MODELS = Models(keep=2)  # so that two pages can compare two
 # With these the network's inside runs otherwise than once a step at one size, or reads other words
 _UNWATCHED = ("hires", "emphasis", "manner", "deepcache", "refiner", "only_masked", "outpaint", "ip_adapter")
 SHARE = 0.2  # of the time, for pictures of steps while it draws: at full size, one takes as long as a step
-MODELS = 2  # in memory, so that two pages can compare two
 TICK = 0.5  # seconds between two notes about something that takes long
 
 
 def model(settings: Settings) -> StableDiffusion:
     """Returns the model of the settings, with all that is put into it. Raises ValueError for a wrong file."""
-    key = replace(settings, **{name: ABOUT[name].default for name in (*requested(), *DRAWING)})
-    if (pipe := _MODELS.get(key)) is not None:  # at once, also while another one is being loaded
+    if (pipe := _MODELS.there(settings)) is not None:
         return pipe
     with _LOADING:
-        if key not in _MODELS:
-            _MODELS[key] = key.pipe()
-            for old in list(_MODELS)[:-MODELS]:
-                del _MODELS[old]
-        return _MODELS[key]
+        return _MODELS.pipe(settings)
 
 
 @dataclass

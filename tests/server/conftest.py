@@ -125,6 +125,20 @@ def running(models, loras, controls) -> Iterator[Running]:
         yield one
 
 
+@pytest.fixture(scope="module")
+def api(running: Running) -> Any:
+    """The running server as webuiapi, a client of A1111's API, sees it."""
+    webuiapi = pytest.importorskip("webuiapi", reason="a test of A1111's API needs: pip install webuiapi")
+    host, _, port = running.address.removeprefix("http://").partition(":")
+    return webuiapi.WebUIApi(host=host, port=int(port))
+
+
+@pytest.fixture
+def http(running: Running) -> Iterator[httpx.Client]:
+    with running.client() as client:
+        yield client
+
+
 @pytest.fixture(autouse=True)
 def own_proxies(monkeypatch):
     """No proxy stands between a client and this machine."""

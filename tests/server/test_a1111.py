@@ -23,18 +23,6 @@ webuiapi = pytest.importorskip("webuiapi", reason="a test of A1111's API needs: 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "sampler_name": "Euler a", "cfg_scale": 4}
 
 
-@pytest.fixture(scope="module")
-def api(running: Running):
-    host, _, port = running.address.removeprefix("http://").partition(":")
-    return webuiapi.WebUIApi(host=host, port=int(port))
-
-
-@pytest.fixture
-def http(running: Running):
-    with running.client() as client:
-        yield client
-
-
 def test_txt2img_draws_and_says_how(api, http):
     result = api.txt2img(prompt="a cat", negative_prompt="dog", seed=3, batch_size=2, n_iter=2, **SMALL)
     assert len(result.images) == 4 and {one.size for one in result.images} == {(64, 64)}

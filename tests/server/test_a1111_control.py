@@ -14,24 +14,12 @@ from PIL import Image, ImageDraw
 
 from reifusion.album import read
 
-from .conftest import Running, settings
+from .conftest import settings
 
 webuiapi = pytest.importorskip("webuiapi", reason="a test of A1111's API needs: pip install webuiapi")
 
 # The client keeps scripts from one call to the next, unless it is told which.
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "sampler_name": "Euler a", "cfg_scale": 4}
-
-
-@pytest.fixture(scope="module")
-def api(running: Running):
-    host, _, port = running.address.removeprefix("http://").partition(":")
-    return webuiapi.WebUIApi(host=host, port=int(port))
-
-
-@pytest.fixture
-def http(running: Running):
-    with running.client() as client:
-        yield client
 
 
 def drawn_by(api: Any, **asked: Any) -> Any:

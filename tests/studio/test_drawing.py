@@ -94,8 +94,12 @@ def test_a_failure_is_one_sentence_and_the_next_picture_is_drawn(wanted, tmp_pat
 
 
 def test_loading_is_told_can_be_stopped_and_keeps_nobody_else(wanted, finish, tmp_path, monkeypatch):
-    go, pipe = threading.Event(), Settings.pipe
-    monkeypatch.setattr(Settings, "pipe", lambda self: pipe(self) if self.model != "a/b" else go.wait(30))
+    go, loaded = threading.Event(), Settings.loaded
+
+    def slow(self, *given):
+        return loaded(self, *given) if self.model != "a/b" else go.wait(30)
+
+    monkeypatch.setattr(Settings, "loaded", slow)
     finish(wanted())
     notes = []
     for drawing in draw(Drawing(wanted(model="a/b")), tmp_path):
@@ -113,8 +117,9 @@ def test_models_are_kept_by_what_was_put_into_them(wanted):
     assert drawing_module.model(wanted("a dog")) is one
     other = drawing_module.model(wanted("a dog", int8=True))
     assert other is not one and drawing_module.model(wanted(int8=True)) is other
+    deep = drawing_module.model(wanted(deepcache=2))
+    assert deep is not one and deep.models["diffusion"] is one.models["diffusion"]  # loaded once
     drawing_module.model(wanted(prediction_type="v_prediction"))
-    assert len(drawing_module._MODELS) == drawing_module.MODELS
     assert drawing_module.model(wanted()) is not one  # it had to make room
 
 
