@@ -50,7 +50,6 @@ class Models:
                 self._loaded.popitem(last=False)
             with self._loading():
                 self._loaded[key] = settings.loaded(self._device, self._compile), {}
-        self._loaded.move_to_end(key)
         steered = self._steered(key, settings)
         assert steered is not None
         return steered
@@ -58,6 +57,7 @@ class Models:
     def _steered(self, key: str, settings: Settings) -> StableDiffusion | None:
         if (found := self._loaded.get(key)) is None:
             return None
+        self._loaded.move_to_end(key)
         model, steers = found
         steered = settings.steered(model, steers)
         while len(steers) > STEERS:

@@ -12,6 +12,7 @@ import torch
 
 from reifusion.explain.trajectory import decode_noisy
 from reifusion.explain.words import watch
+from reifusion.in_memory import Models
 from reifusion.model.attention import CrossAttention, SelfAttention
 from reifusion.settings import Settings
 from reifusion.studio import drawing as drawing_module
@@ -112,15 +113,17 @@ def test_loading_is_told_can_be_stopped_and_keeps_nobody_else(wanted, finish, tm
     assert "Loading a/b: 1 s." in notes
 
 
-def test_models_are_kept_by_what_was_put_into_them(wanted):
+def test_models_are_kept_by_what_was_put_into_them(wanted, monkeypatch):
+    monkeypatch.setattr(drawing_module, "_MODELS", Models(keep=2))
     one = drawing_module.model(wanted("a cat", steps=9, hires=2.0, variation=0.5))
     assert drawing_module.model(wanted("a dog")) is one
-    other = drawing_module.model(wanted("a dog", int8=True))
-    assert other is not one and drawing_module.model(wanted(int8=True)) is other
     deep = drawing_module.model(wanted(deepcache=2))
     assert deep is not one and deep.models["diffusion"] is one.models["diffusion"]  # loaded once
-    drawing_module.model(wanted(prediction_type="v_prediction"))
-    assert drawing_module.model(wanted()) is not one  # it had to make room
+    other = drawing_module.model(wanted("a dog", int8=True))
+    assert other is not one and drawing_module.model(wanted(int8=True)) is other
+    assert drawing_module.model(wanted()) is one
+    drawing_module.model(wanted(prediction_type="v_prediction"))  # makes room of what was used longest ago
+    assert drawing_module.model(wanted()) is one and drawing_module.model(wanted(int8=True)) is not other
 
 
 def test_two_pages_at_once_do_not_mix(pipe, wanted, tmp_path):
