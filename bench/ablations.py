@@ -3,7 +3,7 @@
     python -m bench.ablations              # goes on where it stopped; bench/ablations.json has every finished run
     python -m bench.ablations epsilon flow # only these rows
 
-Each run trains a small model for the same number of steps on the same latents, and draws the same prompts from the same
+The VAE comes first, and one more for each row that changes it. Each run then trains a small model for the same number of steps on the same latents, and draws the same prompts from the same
 seeds, whatever its network predicts. A judge that has learned from true drawings, and from no model's, says
 what is to be seen. So the measure knows nothing of losses, which cannot be compared between rows.
 """
@@ -32,6 +32,7 @@ from reifusion.model.pipeline import StableDiffusion
 from reifusion.train import shapes
 from reifusion.train.material import captioned_latents
 from reifusion.train.recipe import Recipe, find, read
+from reifusion.train.run import run
 from reifusion.train.sizes import SIZES, model_config
 from reifusion.train.text2image import train_text2image
 from reifusion.train.vae_file import load_vae
@@ -60,6 +61,14 @@ ROWS: dict[str, tuple[str, ...]] = {
     "no captions dropped": ("caption_dropout=0",),
     "min-SNR": ("max_snr=5",),
     "AdamW, a third of the rate": ("muon=false", "lr=1e-3"),
+    "VAE without KL": (),
+    "VAE with 100 times the KL": (),
+}
+VAE_STEPS = 560
+# The rows that have a VAE of their own, and what it changes; its latents always have variance 1.
+VAES: dict[str, tuple[str, ...]] = {
+    "VAE without KL": ("kl_weight=0",),
+    "VAE with 100 times the KL": ("kl_weight=0.03",),
 }
 DRAWING: dict[str, Any] = {"steps": 16, "cfg": 3.0, "progress": False}
 REAL = 1024  # true drawings that the drawn ones are compared with
@@ -107,12 +116,17 @@ def asked() -> list[Asked]:
     return found
 
 
-def true_drawings(draw: random.Random, count: int) -> tuple[Tensor, Tensor]:
-    """Draws things in any colour on either side, by day or night: (count, 3, 32, 32), their answers (count, 3)."""
+def true_drawings(draw: random.Random, count: int, anywhere: bool = False) -> tuple[Tensor, Tensor]:
+    """Draws things in any colour on either side, by day or night: (count, 3, 32, 32), their answers (count, 3).
+
+    anywhere: True for every third of them where no words say a place; the answer to the side is then −100.
+    """
     pictures, answers = [], []
     for _ in range(count):
         s, c, p = draw.randrange(8), draw.randrange(8), draw.randrange(2)
-        place = (" on the left", " on the right")[p]
+        if anywhere and draw.random() < 1 / 3:
+            p = -100  # what cross_entropy leaves out
+        place = (" on the left", " on the right")[p] if p >= 0 else ""
         subject, colour = list(shapes.SUBJECTS)[s], list(shapes.COLOURS)[c]
         shown = shapes.Scene(subject, colour, place, draw.random() < 0.25, "")
         pictures.append(to_tensor(shapes.picture(shown, draw)))
@@ -126,7 +140,7 @@ def trained_judge(steps: int = 600) -> Judge:
     judge, draw = Judge(), random.Random(0)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    pictures, answers = true_drawings(draw, 6_000)
+    pictures, answers = true_drawings(draw, 9_000, anywhere=True)
     for _ in range(steps):
         chosen = torch.randint(len(pictures), (64,))
         x = pictures[chosen] + 0.1 * torch.randn(64, 3, 1, 1)  # of no exact colour
@@ -161,6 +175,16 @@ def known_judge(file: Path) -> tuple[Judge, float]:
     judge = Judge()
     judge.load_state_dict(load_file(file))
     return judge.eval(), right(judge, *true_drawings(random.Random(1), REAL)).mean().item()
+
+
+def trained_vae(row: str, work: Path) -> Path:
+    """Returns the file of the row's VAE; trains it if there is none."""
+    folder = work / f"vae {row if row in VAES else ''}".strip()
+    keys = ("minutes=none", f"steps={VAE_STEPS}", "checkpoint_minutes=60", *VAES.get(row, ()))
+    file = folder / "vae.safetensors"
+    if not file.exists():
+        run(read("vae", find("tiny-vae"), [*keys, f"folder={folder}", f"out={file}"]))
+    return file
 
 
 @torch.no_grad()
@@ -208,7 +232,7 @@ def measured(
     recipe = of_row(name, seed, vae_file, work)
     config, folder = model_config(recipe), Path(recipe.folder)
     vae = load_vae(str(vae_file), config)
-    together = replace(recipe, folder=f"{work}/data")  # encoded once for all runs
+    together = replace(recipe, folder=str(vae_file.parent / "data"))  # encoded once for all runs
     data, tokenizer = captioned_latents(together, shapes.shapes(), config, vae, None)
     begun, empty = time.process_time(), torch.tensor(tokenizer.encode(""))
     model = train_text2image(data, empty, config, recipe.training, folder)
@@ -278,22 +302,24 @@ def stored() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.ablations", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", nargs="*", help="names of rows; none: all of them")
-    parser.add_argument("--vae", type=Path, default=Path("runs/tiny-vae/vae.safetensors"))
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="for checkpoints")
     given = parser.parse_args()
-    if not given.vae.exists():
-        parser.error(f"there is no {given.vae}; `reifusion train tiny` makes it")
+    if unknown := set(given.rows) - set(ROWS):
+        parser.error(
+            f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(filter(None, ROWS))}"
+        )
     judge, ceiling = known_judge(given.work / "judge.safetensors")
     real = asked_for()
-    report = stored() | {"judge": ceiling, "vae": best(judge, given.vae)}
     for name in given.rows or ROWS:
+        vae = trained_vae(name, given.work)
         for seed in SEEDS:
-            runs = report["rows"].setdefault(name, {})
-            if str(seed) in runs:
+            if str(seed) in stored()["rows"].get(name, {}):
                 continue
-            runs[str(seed)] = measured(name, seed, given.vae, given.work, judge, real)
+            found = measured(name, seed, vae, given.work, judge, real) | {"vae": best(judge, vae)}
+            report = stored() | {"judge": ceiling}  # read again: other rows may be measured at the same time
+            report["rows"].setdefault(name, {})[str(seed)] = found
             write_json(OUT, report)
-            print(name or "as it is", seed, runs[str(seed)], flush=True)
+            print(name or "as it is", seed, found, flush=True)
     return 0
 
 

@@ -8,6 +8,8 @@ hides its plumbing. In a page,
     {{ source reifusion.model.ddpm.Sampler.add_noise }}   is that function's current code, with a link
     {{ value reifusion.model.model_converter.TABLE }}     is the text of that constant
     {{ file docs/assets/live.mjs denoise }}               is that function of a file in JavaScript
+    {{ live prompt="a cat" steps=8 show="seed no-offset" }}   is a place where the reader draws with the mini:
+                                    with these settings, and of the fields and bugs at first only these
     [[reifusion/model/ddpm.py:forward]]   links to the line of equation `forward`; without `:…`, to the file
 
 The result is plain files in site/ that open from a disk. Every link in it is checked.
@@ -26,11 +28,13 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import string
 import sys
 import textwrap
 import time
+import urllib.parse
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -146,6 +150,12 @@ def _shorthands(page: Page, text: str) -> str:
         line, address = code[: found.start()].count("\n") + 1, match[1].removeprefix("docs/")
         return f"[{match[1]}, line {line}]({page.up}{address}){{.source}}\n\n```js\n{found[0]}\n```\n"
 
+    def live_place(match: re.Match[str]) -> str:
+        wish = urllib.parse.urlencode(dict(part.split("=", 1) for part in shlex.split(match[1])))
+        place = (DOCS / "assets" / "live.html").read_text(encoding="utf-8")
+        return string.Template(place).substitute(wish=html.escape(wish), up=page.up)
+
+    text = re.sub(r"^\{\{ live (.*?) ?\}\}$", live_place, text, flags=re.M)
     text = re.sub(r"^\{\{ file ([\w/.]+) (\w+) \}\}$", script, text, flags=re.M)
     text = re.sub(r"^\{\{ value ([\w.]+) \}\}$", lambda m: f"```\n{_value(m[1])}\n```\n", text, flags=re.M)
     text = re.sub(r"^\{\{ source ([\w.]+) \}\}$", excerpt, text, flags=re.M)
@@ -350,8 +360,8 @@ def build(names: list[str], out: Path) -> None:
     for page in wanted:
         write_page(out, page, pages)
     write_search(out, wanted)
-    if not names or "play.md" in names:
-        print("the networks of play.md", flush=True)
+    if any("{{ live" in texts[page.name] for page in wanted):
+        print("the networks for the browser", flush=True)
         live.write(out / "live")
     print("the pages of the source", flush=True)
     write_sources(out)

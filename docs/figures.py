@@ -46,16 +46,20 @@ class Figure(str):
 
 
 def show(picture: Any, alt: str, caption: str = "") -> Figure:
-    """Returns a PIL picture or a matplotlib figure as HTML, to print. alt describes the picture."""
-    file = io.BytesIO()
+    """Returns a PIL picture or a matplotlib figure as HTML, to print. alt describes the picture.
+
+    A plot with nothing but lines and letters has no paper of its own, so that it can be shown on a dark page.
+    """
+    file, kind, look = io.BytesIO(), "png", ""
     if isinstance(picture, Image.Image):
         picture.save(file, "PNG")
-        kind = "png"
     else:
-        picture.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
         kind = "svg+xml"
+        lines = not any(axis.images for axis in picture.axes)
+        picture.savefig(file, format="svg", bbox_inches="tight", transparent=lines, metadata={"Date": None})
+        look = ' class="plot"' if lines else ""
     data = base64.b64encode(file.getvalue()).decode()
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return Figure(
-        f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{text}</figure>'
+        f'<figure><img{look} alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{text}</figure>'
     )

@@ -120,7 +120,9 @@ def write(folder: Path) -> None:
     try:
         fetch(kept)
     except OSError as error:
-        print(f"play.md will not draw, as onnxruntime-web could not be fetched: {error}", flush=True)
+        print(
+            f"nothing will draw in the browser, as onnxruntime-web could not be fetched: {error}", flush=True
+        )
         return
     shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.tgz", "made-of"))
 
@@ -151,7 +153,8 @@ def export_all(folder: Path) -> None:
     write_json(folder / "mini.json", {
         "size": config.size, "side": side, "length": length, "sampler": config.sampler, "cfg": config.cfg,
         "beta_start": schedule.beta_start, "beta_end": schedule.beta_end,
-        "prediction": schedule.prediction_type, "merges": tokenizer.merges_text, "weights": order,
+        "prediction": schedule.prediction_type, "scale_factor": config.vae.scale_factor,
+        "merges": tokenizer.merges_text, "weights": order,
         "start": tokenizer.start, "end": tokenizer.end, "pad": tokenizer.pad,
     })  # fmt: skip
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 import reifusion
 from docs import build, execute, live
 from reifusion.cli import book
+from reifusion.explain.bugs import BUGS
 from reifusion.explain.words import watch
 from reifusion.model.config import ScheduleConfig
 from reifusion.model.request import Request
@@ -75,33 +77,56 @@ class _nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
+def drawn(name: str, steps: int, schedule: ScheduleConfig) -> torch.Tensor:
+    """What the sampler makes of noise with a network that depends on what it is shown, and when."""
+    generator = torch.Generator().manual_seed(5)
+    sampler = SAMPLERS[name](generator, schedule)
+    sampler.set_inference_timesteps(steps)
+    x = sampler.init_noise_sigma * torch.randn(1, 4, 4, 4, generator=generator)
+    for t in sampler.timesteps:
+        x = sampler.step(t, x, torch.sin(3 * sampler.scale_model_input(x, t)) * (0.2 + t.item() / 2000))
+    return x.flatten()
+
+
+def drawn_by_javascript(name: str, steps: int, schedule: ScheduleConfig, bugs: tuple = ()) -> torch.Tensor:
+    code = """
+        const network = (seen, t) => Float32Array.from(seen, (v) => Math.sin(3 * v) * (0.2 + t / 2000));
+        const networks = { clip: () => [], decoder: (x) => x,
+            diffusion: (seen, words, t) => ({ output: network(seen, t), maps: new Float32Array(32) }) };
+        const mini = { ...given.mini, merges: "", length: 2, side: 4 };
+        const request = { ...given, prompt: "", seed: 5, scale: 1, bugs: new Set(given.bugs) };
+        const loop = L.denoise(networks, mini, request);
+        for (;;) {
+            const { value, done } = await loop.next();
+            if (done) return value.pixels;
+        }
+    """
+    mini: dict[str, object] = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    mini["prediction"] = schedule.prediction_type
+    return torch.tensor(run(code, {"mini": mini, "name": name, "steps": steps, "bugs": bugs}))
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.parametrize("steps", [1, 7])
 def test_the_steps_are_the_samplers(name, steps, prediction):
     schedule = ScheduleConfig(prediction_type=prediction)
-    generator = torch.Generator().manual_seed(5)
-    sampler = SAMPLERS[name](generator, schedule)
-    sampler.set_inference_timesteps(steps)
-    x = sampler.init_noise_sigma * torch.randn(1, 4, 4, 4, generator=generator)
-    for t in sampler.timesteps:  # the network: something that depends on what it is shown, and when
-        x = sampler.step(t, x, torch.sin(3 * sampler.scale_model_input(x, t)) * (0.2 + t.item() / 2000))
-    code = """
-        const network = (seen, t) => Float32Array.from(seen, (v) => Math.sin(3 * v) * (0.2 + t / 2000));
-        const networks = { clip: () => [], decoder: (x) => x,
-            diffusion: (seen, words, t) => ({ output: network(seen, t), maps: new Float32Array(32) }) };
-        const mini = { ...given.mini, merges: "", length: 2, side: 4 }, steps = [];
-        const loop = L.denoise(networks, mini, { ...given, prompt: "", seed: 5, scale: 1 });
-        for (;;) {
-            const { value, done } = await loop.next();
-            if (done) return { x: value.pixels, steps };
-            steps.push(value.t);
-        }
-    """
-    mini = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "prediction": prediction}
-    found = run(code, {"mini": mini, "name": name, "steps": steps})
-    assert found["steps"] == sampler.timesteps.tolist()
-    assert (torch.tensor(found["x"]) - x.flatten()).abs().max() < 1e-4 * x.abs().max()
+    x = drawn(name, steps, schedule)
+    assert (drawn_by_javascript(name, steps, schedule) - x).abs().max() < 1e-4 * x.abs().max()
+
+
+AROUND = ("no-offset", "ddim-without-stride", "linear-betas", "noise-reused", "unscaled-start")
+
+
+@pytest.mark.parametrize("bug", [*AROUND, "wrong-prediction-type"])
+def test_a_bug_in_the_browser_is_the_famous_one(bug):
+    schedule = ScheduleConfig(prediction_type="v_prediction")
+    name = BUGS[bug].sampler
+    with BUGS[bug].switched_on(SimpleNamespace(config=SimpleNamespace(schedule=schedule))):  # type: ignore[arg-type]
+        wrong = drawn(name, 7, schedule)
+    assert (wrong - drawn(name, 7, schedule)).abs().max() > 1e-3 * wrong.abs().max()
+    ours = drawn_by_javascript(name, 7, schedule, (bug,))
+    assert (ours - wrong).abs().max() < 1e-4 * wrong.abs().max()
 
 
 # The whole, in a browser
@@ -125,6 +150,7 @@ def page(browser, tmp_path_factory):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.server_address[1]}/play.html")
         page.wait_for_selector("form:not([hidden])")
+        page.site = site
         yield page
         assert wrong == []
         page.close()
@@ -162,7 +188,20 @@ def test_the_picture_in_the_browser_is_pythons(page, name):
     theirs: Any = pipe.generate("a red apple", sampler=name, cfg=4.0, progress=False, **wanted)
     ours = draw(page, prompt="a red apple", name=name, scale=4, **wanted)
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 2
-    assert np.abs(draw(page, bug="guidance-swapped") - ours).max() > 20
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("bug", ["guidance-swapped", "wrong-scale", "truncated-pixels"])
+def test_a_bug_in_the_browser_draws_pythons_picture_with_it(page, bug):
+    pipe = reifusion.load(dtype="fp32", device="cpu")
+    wanted: Any = {"seed": 3, "steps": 4}
+    right, wrong = BUGS[bug].draw(pipe, "a red apple", **wanted)
+    ours = draw(page, bug, prompt="a red apple", name=BUGS[bug].sampler, scale=4, **wanted)
+    theirs = np.asarray(wrong).astype(int)
+    assert (theirs != np.asarray(right)).any()
+    # A level that is cut off may be the next one for a difference of nothing.
+    assert np.abs(ours - theirs).max() <= 2 and np.abs(ours - theirs).mean() < 0.3
 
 
 @pytest.mark.slow
@@ -193,3 +232,23 @@ def test_a_link_fills_in_the_form(page):
         "ddim",
     ]
     assert page.is_checked("[value=no-offset]") and not page.is_checked("[value=unscaled-start]")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_chapters_place_shows_what_the_chapter_is_about(page):
+    words = '{{ live prompt="a cat" seed=9 steps=5 show="seed no-offset" }}'
+    one = build.Page("book/one.md", "One")
+    one.body = build._shorthands(one, words)
+    address = page.url.partition("/play.html")[0]
+    build.write_page(page.site, one, [one])
+    page.goto(f"{address}/book/one.html")
+    page.wait_for_selector("form:not([hidden])")
+    shown = (
+        "[...document.querySelectorAll('.live [data-field]')].filter((field) => field.offsetParent)"
+        ".map((field) => field.dataset.field)"
+    )
+    assert page.evaluate(shown) == ["prompt", "seed", "no-offset"]
+    assert [page.input_value(f"[name={name}]") for name in ("prompt", "seed", "steps")] == ["a cat", "9", "5"]
+    page.click("button.more")
+    assert len(page.evaluate(shown)) == 14

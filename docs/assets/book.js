@@ -2,10 +2,9 @@
 const up = document.body.dataset.up;
 
 document.querySelector("button.theme").addEventListener("click", () => {
-  const root = document.documentElement, chosen = root.style.colorScheme;
-  const dark = chosen === "dark" || (chosen !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
-  root.style.colorScheme = dark ? "light" : "dark";
-  try { localStorage.setItem("theme", root.style.colorScheme); } catch { /* not kept */ }
+  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  paint(theme);
+  try { localStorage.setItem("theme", theme); } catch { /* not kept */ }
 });
 
 // On a narrow screen the contents begin folded.

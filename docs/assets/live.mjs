@@ -99,13 +99,11 @@ export class Tokenizer {
 
 const each = (f, ...arrays) => Float32Array.from(arrays[0], (_, i) => f(...arrays.map((array) => array[i])));
 
-export function alphaBars({ beta_start, beta_end }, count = 1000) {
+export function alphaBars({ beta_start, beta_end }, bugs = new Set(), count = 1000) {
   // βₜ is linear in its root (Rombach et al. 2022's code); ᾱₜ = α₁ α₂ … αₜ (§2, Ho et al. 2020)
+  const power = bugs.has("linear-betas") ? 1 : 2, [from, to] = [beta_start, beta_end].map((beta) => beta ** (1 / power));
   let product = 1;
-  return Array.from({ length: count }, (_, i) => {
-    const root = Math.sqrt(beta_start) + (Math.sqrt(beta_end) - Math.sqrt(beta_start)) * i / (count - 1);
-    return product *= 1 - root ** 2;
-  });
+  return Array.from({ length: count }, (_, i) => product *= 1 - (from + (to - from) * i / (count - 1)) ** power);
 }
 
 const sigmaOf = (alphaBar) => Math.sqrt((1 - alphaBar) / alphaBar);
@@ -152,8 +150,10 @@ export function sampler(name, steps, bars, noise, bugs = new Set()) {
         return up > 0 ? each((v, z) => v + up * z, moved, noise()) : moved;
       }
       if (name === "ddim") {
-        // Eq. 12, Song et al. 2021: xₜ₋₁ = √ᾱₜ₋₁ x₀ + √(1 − ᾱₜ₋₁) ε; after the last step, ᾱ is the first of the schedule
-        const bar = i + 1 < steps ? bars[timesteps[i + 1]] : bars[0];
+        // Eq. 12, Song et al. 2021: xₜ₋₁ = √ᾱₜ₋₁ x₀ + √(1 − ᾱₜ₋₁) ε; after the last step, ᾱ is the first of the schedule,
+        // or 1 if that was the last step's own
+        let bar = i + 1 < steps ? bars[timesteps[i + 1]] : timesteps[i] === 0 ? 1 : bars[0];
+        if (bugs.has("ddim-without-stride")) bar = bars[Math.max(0, timesteps[i] - 1)];
         return each((a, e) => Math.sqrt(bar) * a + Math.sqrt(1 - bar) * e, x0, eps);
       }
       // Algorithm 2, Lu et al. 2022, in λ = −ln σ: x' = σ'/σ x − α' (e⁻ʰ − 1) D, with h = λ' − λ
@@ -178,7 +178,8 @@ export function split(x, output, bar, prediction) {  // x = √ᾱ x₀ + √(1 
 export async function* denoise(networks, mini, { prompt, seed, steps, scale, name, bugs = new Set() }) {
   const count = 4 * mini.side ** 2, generator = new Twister(seed), tokenizer = new Tokenizer(mini);
   const words = await networks.clip([...tokenizer.encode(prompt).ids, ...tokenizer.encode("").ids]);
-  const bars = alphaBars(mini), way = sampler(name, steps, bars, () => generator.normal(count), bugs);
+  const bars = alphaBars(mini, bugs), noise = () => (bugs.has("noise-reused") ? new Twister(0) : generator).normal(count);
+  const way = sampler(name, steps, bars, noise, bugs);
   const prediction = bugs.has("wrong-prediction-type") ? "epsilon" : mini.prediction;
   let x = each((z) => z * way.first, generator.normal(count));
   const sum = new Float32Array(mini.length * mini.side ** 2);
@@ -194,6 +195,7 @@ export async function* denoise(networks, mini, { prompt, seed, steps, scale, nam
     x = way.step(x, index, guess);
     yield { index, t, x0: guess.x0 };
   }
+  if (bugs.has("wrong-scale")) x = each((v) => v * mini.scale_factor / 0.18215, x);
   return { pixels: await networks.decoder(x), maps: each((value) => Math.max(0, value), sum) };
 }
 
@@ -241,10 +243,11 @@ export async function load(ort, get, mini) {
   };
 }
 
-export function levels(pixels) {  // (3, H, W) in about [−1, 1] -> red, green, blue, opaque, … as a canvas has them
+export function levels(pixels, bugs = new Set()) {  // (3, H, W) in about [−1, 1] -> red, green, blue, opaque, … as a canvas has them
+  const whole = bugs.has("truncated-pixels") ? Math.trunc : Math.round;
   const area = pixels.length / 3, shown = new Uint8ClampedArray(4 * area);
   for (let i = 0; i < area; i++) {
-    for (let c = 0; c < 3; c++) shown[4 * i + c] = Math.round((pixels[c * area + i] + 1) * 127.5);
+    for (let c = 0; c < 3; c++) shown[4 * i + c] = whole((pixels[c * area + i] + 1) * 127.5);
     shown[4 * i + 3] = 255;
   }
   return shown;

@@ -26,6 +26,19 @@ def test_every_row_is_a_recipe_that_differs_in_its_own_keys_only(tmp_path):
         assert one.training.loop.minutes is None and one.training.loop.seed == 1
 
 
+def test_a_row_with_a_vae_of_its_own_changes_one_key_of_it(tmp_path, monkeypatch):
+    asked: list = []
+    monkeypatch.setattr(ablations, "run", asked.append)
+    files = [ablations.trained_vae(row, tmp_path) for row in ("", "AdamW", *ablations.VAES)]
+    assert files[0] == files[1] and len(set(files)) == 1 + len(ablations.VAES)
+    usual = asked[0].training
+    assert usual.loop.steps == ablations.VAE_STEPS and usual.loop.minutes is None
+    for row, recipe in zip(ablations.VAES, asked[2:]):
+        assert not ablations.ROWS[row]
+        differ = {key for key, value in vars(usual).items() if vars(recipe.training)[key] != value}
+        assert differ == {ablations.VAES[row][0].partition("=")[0]}
+
+
 def test_the_prompts_ask_for_everything_once_on_each_side():
     questions = ablations.asked()
     assert len({q.prompt for q in questions}) == len(questions) == 128

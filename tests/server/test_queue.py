@@ -127,6 +127,7 @@ def test_stopping_answers_everyone(models):
     answers: list[httpx.Response] = []
     with serving(Config(settings(models), port=0, grace=0.5)) as running:
         threads = [ask(running, LONG, answers) for _ in range(3)]
+        until(lambda: running.queue.current is not None)  # the first does not count as waiting any more
         until(lambda: number(running, "reifusion_queue_depth") == 2)
         begun = time.monotonic()
         running.stop()
@@ -141,6 +142,7 @@ def test_what_is_drawn_when_the_server_stops_is_finished(models):
     answers: list[httpx.Response] = []
     with serving(Config(settings(models), port=0, grace=20)) as running:
         threads = [ask(running, LONG | {"n": 1, "steps": 30}, answers) for _ in range(2)]
+        until(lambda: running.queue.current is not None)
         until(lambda: number(running, "reifusion_queue_depth") == 1)
         running.stop()
     for thread in threads:
