@@ -88,7 +88,12 @@ def run(capsys: Any) -> Callable[..., str]:
     return command
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+OFTEN = {"sd1", "sdxl", "sd3.5 medium"}  # one of each family; the rest belong to `make slow`
+
+
+@pytest.mark.parametrize(
+    "member", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in MEMBERS]
+)
 def test_a_member_is_told_drawn_with_converted_and_changed(member, run, tmp_path):
     config, one = MEMBERS[member], tmp_path / "one.safetensors"
     is_3 = member.startswith("sd3")

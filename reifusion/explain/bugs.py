@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..bar import Bar
 from ..families.sd3 import StableDiffusion3
 from ..families.sdxl import StableDiffusionXL
 from ..kernels import graphs
@@ -142,7 +143,7 @@ def gallery(
             raise ValueError(f"there is no bug {name!r}; there are {', '.join(bugs)}")
     request = request.for_model(pipe.config)
     drawn, captions, numbers, found = [], [], {}, {}
-    for name in names:
+    for name in Bar(names, unit="bug", leave=False):
         bug = bugs[name]
         prompt, seed = request.prompts[0], request.seeds[0]
         pair = bug.draw(pipe, prompt, seed, cfg=request.cfg, steps=request.steps)

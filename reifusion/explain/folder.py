@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from .. import album
+from ..bar import Bar
 from ..files import whole, write_text
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
@@ -30,8 +31,11 @@ def explain(
     looks at. Raises ValueError for a request of several pictures or a pixel outside.
     """
     folder = Path(folder)
+    bar = Bar(total=4, desc="the picture", unit="part", leave=False)
     with watch(pipe, request, pixel) as attention:
         trajectory = record(pipe, request)
+    bar.update()
+    bar.set_description("its figures")
     picture = trajectory.picture
     telling = attention.telling(5) or attention.special
     exhibits = {
@@ -46,10 +50,14 @@ def explain(
         exhibits["pixel"] = attention.of_pixel(picture)
     for name, exhibit in exhibits.items():
         exhibit.save(folder / f"{name}.png")
+    bar.update()
+    bar.set_description("its numbers")
     album.save(picture, entry, folder / "picture.png")
     trajectory.animate(folder / "trajectory.gif")
     trajectory.save(folder)
     attention.save(folder)
+    bar.update()
+    bar.set_description("what ran")
     table = trace(pipe, request)
     table.save(folder)
     (folder / "words").mkdir(exist_ok=True)
@@ -57,6 +65,7 @@ def explain(
         with whole(folder / "words" / f"{k}.png") as temporary:
             overlay(picture, relative(attention.heat(word))).save(temporary, "PNG")
     write_text(folder / "index.html", page(trajectory, attention, table, exhibits))
+    bar.close()
 
 
 def page(trajectory: Trajectory, attention: Attention, table: Trace, exhibits: dict[str, Exhibit]) -> str:
