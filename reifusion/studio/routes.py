@@ -28,6 +28,7 @@ from .drawing import TICK, Drawing
 from .excerpts import listing
 from .heard import listen
 from .known import EXAMPLES, known
+from .training import Trainings
 
 PAGE = Path(__file__).parent / "page"
 KEPT = 6  # drawings that can be looked into: at full size, one's attention is 100 MB
@@ -37,10 +38,14 @@ BODY = 2**26  # bytes that the page may send
 class Studio:
     """What all pages share: the folder for pictures, and the last drawings, by their ids."""
 
-    def __init__(self, source: str, folder: Path, preview: str | None = None):
-        """source: the model that a page begins with. preview: a tiny VAE, which decodes the steps."""
+    def __init__(self, source: str, folder: Path, preview: str | None = None, runs: Path = Path("runs")):
+        """source: the model that a page begins with. preview: a tiny VAE, which decodes the steps.
+
+        runs: the folder of the trainings.
+        """
         self.source, self.folder, self.preview = source, folder, preview
         self.drawings: OrderedDict[str, Drawing] = OrderedDict()
+        self.trainings = Trainings(runs)
 
     def drawing(self, id: str) -> Drawing:
         """Returns a drawing. Raises ValueError for one that is not there any more."""
@@ -151,6 +156,30 @@ def build(studio: Studio) -> FastAPI:
     @app.get("/api/toy")
     def toy_journey(world: str, sampler: str, steps: int, guidance: float, seed: int) -> dict[str, Any]:
         return toy.journey(world, sampler, steps, guidance, seed)
+
+    @app.get("/training")
+    def training_page() -> Response:
+        return FileResponse(PAGE / "training.html")
+
+    @app.get("/api/training")
+    def trainings() -> dict[str, Any]:
+        return studio.trainings.state()
+
+    @app.post("/api/training/start")
+    def train(minutes: float = Body(embed=True)) -> None:
+        studio.trainings.start(minutes)
+
+    @app.post("/api/training/stop")
+    def stop_training() -> None:
+        studio.trainings.stop()
+
+    @app.get("/api/training/run")
+    def run(name: str) -> dict[str, Any]:
+        return studio.trainings.news(name)
+
+    @app.get("/api/training/sheet")
+    def sheet(name: str, step: int) -> Response:
+        return FileResponse(studio.trainings.sheet(name, step))
 
     @app.post("/api/model")
     def load(model: str = Body(embed=True)) -> Response:

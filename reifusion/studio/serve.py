@@ -30,6 +30,7 @@ class Running:
     def close(self) -> None:
         for one in self.studio.drawings.values():
             one.stop.set()
+        self.studio.trainings.stop()
         self.server.should_exit = True
         self.thread.join(10)
 

@@ -131,4 +131,4 @@ $("#scheme").addEventListener("click", () => {
 });
 addEventListener("pagehide", stop);
 
-ask("/api/page").then(page => { $("#folder").textContent = page.folder; fit(page); }, error => say(error.message, true));
+ask(`/api/page${location.search}`).then(page => { $("#folder").textContent = page.folder; fit(page); }, error => say(error.message, true));
