@@ -138,6 +138,8 @@ def _shorthands(page: Page, text: str) -> str:
         path, _, target = match[1].partition(":")
         if not (ROOT / path).is_file():
             raise Wrong(f"{page.name} links to {path}, which is not there")
+        if target and _equation(page, target).path != path:
+            raise Wrong(f"{page.name} looks for equation {target} in {path}, where it is not")
         line = _equation(page, target).line if target else 0
         shown = f"{path.removeprefix('reifusion/')}:{line}" if target else path.removeprefix("reifusion/")
         return f"[`{shown}`]({page.up}source/{path}.html{f'#L{line}' if line else ''})"
@@ -232,6 +234,8 @@ def _mathml(page: Page, latex: str, display: str) -> str:
         formula = latex2mathml.converter.convert(latex, display=display)
     except Exception as error:  # the library raises many kinds
         raise Wrong(f"{page.name}: cannot render {latex}: {error}") from error
+    if left := re.search(r"\\\w+", formula):
+        raise Wrong(f"{page.name}: {left[0]} cannot be rendered, in {latex}")
     # Raised once more, a prime would be a speck: its sign is small and high already.
     return re.sub(
         r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>",

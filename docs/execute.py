@@ -100,12 +100,18 @@ def sessions(found: Sequence[Block]) -> list[list[Block]]:
 
 
 def listing(code: str) -> str:
-    """Returns the code without its plumbing."""
-    lines = code.splitlines()
+    """Returns the code without its plumbing; of what is imported from `docs`, what the rest uses stays."""
+    lines, used = code.splitlines(), set()
     for statement in reversed(ast.parse(code).body):
         first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
         if _plumbing(statement) or lines[last - 1].endswith("# hidden"):
-            del lines[first:last]
+            names = statement.names if isinstance(statement, ast.ImportFrom) else []
+            needed = [alias.name for alias in names if (alias.asname or alias.name) in used]
+            remark = lines[last - 1][len(lines[last - 1].partition("  #")[0]) :]
+            kept = f"from {statement.module} import {', '.join(needed)}{remark}" if needed else None  # type: ignore[attr-defined]
+            lines[first:last] = [kept] if kept else []
+        else:
+            used |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 

@@ -24,9 +24,12 @@ class Stop:
 
 M = "reifusion/model/"
 PATH = (
-    Stop((f"{M}config.py",), "every size of SD 1.5, and of the mini, on one screen", ("big-picture",), 20),
+    Stop((f"{M}config.py",),
+         "every size of SD 1.5, on one screen, and of the model that <code>reifusion train mini</code> makes "
+         "(the mini that ships is older: <code>reifusion.load().config</code>)", ("big-picture",), 20),
     Stop((f"{M}pipeline.py", f"{M}step.py", f"{M}guidance.py", f"{M}request.py"),
-         "<code>denoise</code>: the four stages from words to pixels; where the halves of guidance meet",
+         "<code>generate</code> and <code>denoise</code>: the four stages from words to pixels; where the "
+         "halves of guidance meet",
          ("big-picture", "guidance"), 20),
     Stop((f"{M}noise.py", f"{M}ddpm.py"),
          "the noise schedule; <code>add_noise</code>; the mean and the variance of the step back",

@@ -101,6 +101,18 @@ print("shown", z)
     assert execute.listing(code) == 'import torch\n\nz = 2\nprint("shown", z)'
 
 
+def test_a_listing_shows_where_the_names_in_it_come_from():
+    code = """
+from docs.figures import show, sketch, strip  # a face in four strokes
+from docs.zork import LORA  # a file
+
+x = sketch()
+print(show(strip([x]), LORA))
+"""
+    wanted = "from docs.figures import sketch  # a face in four strokes\n\nx = sketch()"
+    assert execute.listing(code) == wanted
+
+
 def test_a_page_has_its_listing_its_output_and_its_formula(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "DOCS", tmp_path)
     quoted = "{{ source reifusion.model.clip.quick_gelu }}"
@@ -172,6 +184,14 @@ They fly.
     view.click("button.theme")
     assert view.evaluate("document.documentElement.style.colorScheme") == "dark"
     view.close()
+
+
+def test_what_cannot_be_rendered_stops_the_build():
+    page = build.Page("p.md", "A page")
+    with pytest.raises(build.Wrong, match=r"p\.md: \\lfloor cannot be rendered"):
+        build._mathml(page, r"\Big\lfloor x \Big\rfloor", "block")
+    with pytest.raises(build.Wrong, match=r"looks for equation guidance in reifusion/model/ddpm\.py"):
+        build._shorthands(page, "[[reifusion/model/ddpm.py:guidance]]")
 
 
 # `reifusion book`

@@ -389,7 +389,7 @@ def wrong_eps(pipe: StableDiffusion) -> Patches:
     "The encoder pads all four sides before halving",
     "Everything moves by half a pixel at each level. Image-to-image moves its picture, changes it, and "
     "draws a bar along its upper and left edge.",
-    "PSNR of the VAE's round trip, dB",
+    "PSNR of the VAE's round trip on fine, hard stripes, which no VAE keeps well, dB",
     _round_trip_psnr,
     "tests/parity/test_networks.py::test_encoder_pads_right_and_bottom_only",
     from_picture=True,

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..model.attention import softmax_attention
 from ..model.diffusion import sinusoids
 
 
@@ -146,11 +145,14 @@ def guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return softmax_attention(q, k, v)[0]
+    weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
+    return weights @ v
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    return sinusoids(t, width)
+    half = width // 2
+    angles = t[:, None] * 10_000 ** (-torch.arange(half) / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def geglu(x: Tensor) -> Tensor:

@@ -275,8 +275,8 @@ def learning(world: str = "moons", seed: int = 0, steps: int = 3000) -> Exhibit:
         axes.legend()
     alt = one_line(f"""
         Points that the network draws after {", ".join(f"{s:,}" for s in drawn)} steps: at first a cloud,
-        at last on the curve. Below, the loss falls from about 1 towards {least:.2f}, the least that any
-        network can have.""")
+        at last mostly on the curve. Below, the loss falls from about 1 towards {least:.2f}, the least that
+        any network can have.""")
     numbers = {"loss": final, "least": least, "distance": distances}
     return Exhibit(figure, "A network learns the arrows", alt, GUIDE["toy-learning"], numbers)
 

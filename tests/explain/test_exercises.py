@@ -6,7 +6,11 @@ import textwrap
 import pytest
 import torch
 
+from reifusion.explain import exercises
 from reifusion.explain.exercises import EXERCISES, ExerciseError, check
+from reifusion.model.attention import softmax_attention
+from reifusion.model.ddpm import DDPMSampler
+from reifusion.model.diffusion import sinusoids
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -15,6 +19,19 @@ def test_our_own_answer_is_right(tmp_path, number):
     file = tmp_path / "mine.py"
     file.write_text(f"from reifusion.explain.exercises import {answer.__name__}\n")
     assert check(number, file) == (True, f"right: {EXERCISES[number].signature} agrees with reifusion's")
+
+
+def test_our_answers_are_what_the_networks_and_samplers_do():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=draw) for _ in range(3))
+    torch.testing.assert_close(exercises.attention(q, k, v), softmax_attention(q, k, v)[0])
+    t = torch.tensor([0.0, 7.0, 999.0])
+    torch.testing.assert_close(exercises.time_embedding(t, 32), sinusoids(t, 32))
+    sampler, x0, noise = DDPMSampler(None), q[0], k[0]
+    ratio = sampler.alphas_cumprod[400].item()
+    x_t = exercises.add_noise(x0, ratio, noise)
+    torch.testing.assert_close(x_t, sampler.add_noise(x0, 400, noise))
+    torch.testing.assert_close(exercises.predict_x0(x_t, noise, ratio), sampler.predict(400, x_t, noise)[0])
 
 
 @pytest.mark.parametrize(("number", "what"), [(n, what) for n, e in EXERCISES.items() for what in e.mistakes])
