@@ -311,10 +311,10 @@ def main() -> int:
     judge, ceiling = known_judge(given.work / "judge.safetensors")
     real = asked_for()
     for name in given.rows or ROWS:
-        vae = trained_vae(name, given.work)
         for seed in SEEDS:
             if str(seed) in stored()["rows"].get(name, {}):
                 continue
+            vae = trained_vae(name, given.work)
             found = measured(name, seed, vae, given.work, judge, real) | {"vae": best(judge, vae)}
             report = stored() | {"judge": ceiling}  # read again: other rows may be measured at the same time
             report["rows"].setdefault(name, {})[str(seed)] = found

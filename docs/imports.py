@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,38 @@ def _middle(places: Iterable[float]) -> float:
     return sum(found) / len(found) if found else WIDTH / 2
 
 
+Place = tuple[float, float]
+
+
+def _around(place: dict[str, Place], start: Place, end: Place) -> list[Place]:
+    """Returns where a line between two boxes has to bend, so that it passes beside those that lie between."""
+    low, high = sorted((start[1], end[1]))
+    between = [(x, y) for x, y in place.values() if low < y < high]
+    ways, down = [start, end], 1 if end[1] > start[1] else -1
+    while hit := next(
+        ((k, box) for k, line in enumerate(pairwise(ways)) for box in between if _hits(*line, box)), None
+    ):
+        k, (_, row) = hit
+        (x1, y1), (x2, y2) = ways[k], ways[k + 1]
+        straight = x1 + (x2 - x1) * (row - y1) / (y2 - y1)
+        boxes = sorted(x for x, y in between if y == row)
+        sides = [boxes[0] - BOX[0] - 8, *boxes, boxes[-1] + BOX[0] + 8]
+        gaps = [gap for a, b in pairwise(sides) if 0 < (gap := (a + b) / 2) < WIDTH]
+        x, reach = min(gaps, key=lambda gap: abs(gap - straight)), down * (BOX[1] / 2 + 6)
+        ways[k + 1 : k + 1] = [(x, row - reach), (x, row + reach)]
+    return ways[1:-1]
+
+
+def _hits(a: Place, b: Place, box: Place) -> bool:
+    """True if the line from a to b, which is not level, passes behind a box."""
+    (x1, y1), (x2, y2), (x, y) = a, b, box
+    rows = (max(min(y1, y2), y - BOX[1] / 2), min(max(y1, y2), y + BOX[1] / 2))
+    if rows[0] >= rows[1]:
+        return False
+    left, right = sorted(x1 + (x2 - x1) * (row - y1) / (y2 - y1) for row in rows)
+    return left < x + BOX[0] / 2 + 2 and right > x - BOX[0] / 2 - 2
+
+
 def diagram() -> str:
     """Returns an SVG with a box for each part and a line to each part it needs; dashed: only in functions."""
     edges = imports()
@@ -119,8 +152,9 @@ def diagram() -> str:
         down = 1 if y2 > y1 else -1
         dash = "" if at_once else ' stroke-dasharray="4 4"'
         start, end = y1 + down * BOX[1] / 2, y2 - down * BOX[1] / 2
+        way = "".join(f" L{x:.0f} {y:.0f}" for x, y in _around(place, (x1, start), (x2, end)))
         lines.append(
-            f'<path d="M{x1:.0f} {start:.0f} L{x2:.0f} {end:.0f}" stroke="currentColor" fill="none"'
+            f'<path d="M{x1:.0f} {start:.0f}{way} L{x2:.0f} {end:.0f}" stroke="currentColor" fill="none"'
             f' marker-end="url(#arrow)"{dash}/>'
         )
     boxes = [

@@ -43,10 +43,11 @@ def by_hand(file: str) -> str:
 )
 def test_the_loop_by_hand_is_the_pipelines_to_the_last_bit(pipe, file, name):
     pipe = replace(pipe, config=trained_for(SAMPLERS[name].prediction_types[-1]))
+    steps = int(re.findall(r"set_inference_timesteps\((\d+)\)", by_hand(file))[0])
     scope = {"pipe": pipe, "unet": pipe.models["diffusion"], "side": 8}
     scope |= {"torch": torch, "randn": randn, "SAMPLERS": SAMPLERS}
     exec(by_hand(file).replace('"euler_a"', repr(name)), scope)
-    asked: dict[str, Any] = {"seed": 3, "sampler": name, "steps": 20, "cfg": 4.0}
+    asked: dict[str, Any] = {"seed": 3, "sampler": name, "steps": steps, "cfg": 4.0}
     assert torch.equal(scope["x"], latents(pipe, "a rocket", **asked))
 
 
