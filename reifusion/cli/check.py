@@ -11,7 +11,7 @@ import typer
 def check(
     what: Annotated[str, typer.Argument(help="exercise", show_default=False)],
     number: Annotated[
-        int, typer.Argument(help="Which one; the book's last chapter has them.", show_default=False)
+        int, typer.Argument(help="Which one; chapter 15 of the book has them.", show_default=False)
     ],
     file: Annotated[Path, typer.Argument(help="The file with your function.", show_default=False)],
 ) -> None:

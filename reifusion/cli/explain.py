@@ -149,7 +149,12 @@ def toy(
             exhibit.save(path)
             print(path, flush=True)
             if not quiet:
-                print(f"\n{textwrap.fill(f'{exhibit.alt} {exhibit.guide}', 100)}\n")
+                print(f"\n{_folded(f'{exhibit.alt} {exhibit.guide}', 100)}\n")
+
+
+def _folded(text: str, width: int) -> str:
+    """Returns the text in lines; an address stays whole, so that it can be copied."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _command(experiment: Experiment) -> Callable[..., None]:
@@ -176,7 +181,7 @@ def _command(experiment: Experiment) -> Callable[..., None]:
             print(exhibit.table)
         print(path)
         if not quiet:
-            print("\n" + textwrap.fill(exhibit.guide, min(100, shutil.get_terminal_size().columns)))
+            print("\n" + _folded(exhibit.guide, min(100, shutil.get_terminal_size().columns)))
 
     return show
 

@@ -152,7 +152,7 @@ def gallery(
         with bug.switched_on(pipe):
             wrong = bug.measure(pipe)
         found[name] = right, wrong
-        what = textwrap.fill(bug.number, 34)
+        what = textwrap.fill(bug.number, 34 if len(names) == 1 else 20)
         captions.append((f"{name}\nright: {right:.3g}", f"\nwith the bug: {wrong:.3g}", what))
         numbers[name] = {"title": bug.title, "number": bug.number, "right": right, "wrong": wrong}
 

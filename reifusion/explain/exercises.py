@@ -81,11 +81,15 @@ def _same(got: Any, expected: Any) -> bool:
             return False
         return torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-5)
     if isinstance(expected, float):
-        return isinstance(got, int | float | Tensor) and math.isclose(float(got), expected, rel_tol=1e-4)
+        if (isinstance(got, Tensor) and got.numel() != 1) or not isinstance(got, int | float | Tensor):
+            return False
+        return math.isclose(float(got), expected, rel_tol=1e-4)
     return bool(got == expected)
 
 
 def _difference(got: Any, expected: Any) -> str:
+    if isinstance(got, Tensor) and got.numel() != 1 and not isinstance(expected, Tensor):
+        return f"it returns a tensor of shape {tuple(got.shape)}, but one number was expected"
     if not isinstance(expected, Tensor):
         return f"it returns {got!r}, but {expected!r} was expected"
     if not isinstance(got, Tensor):

@@ -73,7 +73,7 @@ def cfg(
     figure = picture_grid(
         rows,
         "How much the words decide",
-        describe(request, "cfg"),
+        describe(request, "cfg", "seed"),
         columns=[f"s = {scale:g}" for scale in scales],
         rows=[f"seed {first + k}" for k in range(seeds)],
         captions=[[f"saturation {value:.2f}" for value in row] for row in saturations],
@@ -130,6 +130,11 @@ def suiting(pipe: StableDiffusion) -> list[str]:
     return [name for name in names if name != "lcm" and not SAMPLERS[name].__module__.startswith(beyond)]
 
 
+def adds_noise(name: str) -> bool:
+    """True for a sampler that adds fresh noise on its way."""
+    return SAMPLERS[name].s_noise is not None and SAMPLERS[name].eta != 0
+
+
 def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | None = None) -> Exhibit:
     """Every sampler, with the same noise and number of steps; None: all that suit the model."""
     request = request.for_model(pipe.config)
@@ -139,10 +144,11 @@ def samplers(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
         turns = list(pipe.denoise(replace(request, sampler=name)))
         pictures += pipe.decode(turns[-1].latents)
         calls.append(len(turns))
-    away = [distance(picture, pictures[0]) for picture in pictures]
+    calm = next((k for k, name in enumerate(names) if not adds_noise(name)), 0)
+    away = [distance(picture, pictures[calm]) for picture in pictures]
     captions = [f"{name}\n{count} calls, {far:.0f} away" for name, count, far in zip(names, calls, away)]
     farthest = max(range(len(names)), key=lambda k: away[k])
-    found = f"Of all, {names[farthest]} is farthest from {names[0]}: {away[farthest]:.0f} levels."
+    found = f"Of all, {names[farthest]} is farthest from {names[calm]}: {away[farthest]:.0f} levels."
     lines = [slice(i, i + 6) for i in range(0, len(names), 6)]
     figure = picture_grid(
         [pictures[line] for line in lines],
@@ -196,14 +202,19 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
     contrasts = [[contrast(picture) for picture in row] for row in rows]
     half, ends = stops // 2, distance(rows[0][0], rows[0][-1])
     found = one_line(f"""
-        The pictures of the two seeds are {ends:.0f} levels apart. Half-way the contrast is
-        {contrasts[0][half]:.0f} on the sphere, and {contrasts[1][half]:.0f} straight through, where the noise
-        has length {lengths[1][half]:.2f}.""")
+        The pictures of the two noises are {ends:.0f} level{"s" * (round(ends) != 1)} apart. Half-way the
+        contrast is {contrasts[0][half]:.0f} on the sphere, and {contrasts[1][half]:.0f} straight through,
+        where the noise has length {lengths[1][half]:.2f}.""")
+    assert request.sampler is not None
+    if adds_noise(request.sampler):
+        found = one_line(f"""
+            {found} The fresh noise of {request.sampler} is that of seed {begin} at every stop, so the last
+            picture is not the one that seed {to} draws; with --sampler ddim it is.""")
     figure = picture_grid(
         rows,
         f"From seed {begin} to seed {to}",
         describe(request, "seed"),
-        columns=[f"seed {begin}", *(f"{u:.0%}" for u in way[1:-1]), f"seed {to}"],
+        columns=[f"noise {begin}", *(f"{u:.0%}" for u in way[1:-1]), f"noise {to}"],
         rows=["on the\nsphere", "straight"],
         captions=[
             [f"length {long:.2f}\ncontrast {value:.0f}" for long, value in zip(*row)]

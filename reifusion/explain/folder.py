@@ -31,41 +31,40 @@ def explain(
     looks at. Raises ValueError for a request of several pictures or a pixel outside.
     """
     folder = Path(folder)
-    bar = Bar(total=4, desc="the picture", unit="part", leave=False)
-    with watch(pipe, request, pixel) as attention:
-        trajectory = record(pipe, request)
-    bar.update()
-    bar.set_description("its figures")
-    picture = trajectory.picture
-    telling = attention.telling(5) or attention.special
-    exhibits = {
-        "film-strip": trajectory.strip(),
-        "curves": trajectory.curves(),
-        "words": attention.by_word(picture),
-        "words-by-step": attention.by_step(picture, telling),
-        "words-by-layer": attention.by_layer(picture, telling),
-        "words-by-head": attention.by_head(picture, (attention.telling(1) or telling)[0]),
-    }
-    if pixel is not None:
-        exhibits["pixel"] = attention.of_pixel(picture)
-    for name, exhibit in exhibits.items():
-        exhibit.save(folder / f"{name}.png")
-    bar.update()
-    bar.set_description("its numbers")
-    album.save(picture, entry, folder / "picture.png")
-    trajectory.animate(folder / "trajectory.gif")
-    trajectory.save(folder)
-    attention.save(folder)
-    bar.update()
-    bar.set_description("what ran")
-    table = trace(pipe, request)
-    table.save(folder)
-    (folder / "words").mkdir(exist_ok=True)
-    for k, word in enumerate(attention.words):
-        with whole(folder / "words" / f"{k}.png") as temporary:
-            overlay(picture, relative(attention.heat(word))).save(temporary, "PNG")
-    write_text(folder / "index.html", page(trajectory, attention, table, exhibits))
-    bar.close()
+    with Bar(total=4, desc="the picture", unit="part", leave=False) as bar:
+        with watch(pipe, request, pixel) as attention:
+            trajectory = record(pipe, request)
+        bar.set_description("its figures", refresh=False)
+        bar.update()
+        picture = trajectory.picture
+        telling = attention.telling(5) or attention.special
+        exhibits = {
+            "film-strip": trajectory.strip(),
+            "curves": trajectory.curves(),
+            "words": attention.by_word(picture),
+            "words-by-step": attention.by_step(picture, telling),
+            "words-by-layer": attention.by_layer(picture, telling),
+            "words-by-head": attention.by_head(picture, (attention.telling(1) or telling)[0]),
+        }
+        if pixel is not None:
+            exhibits["pixel"] = attention.of_pixel(picture)
+        for name, exhibit in exhibits.items():
+            exhibit.save(folder / f"{name}.png")
+        bar.set_description("its numbers", refresh=False)
+        bar.update()
+        album.save(picture, entry, folder / "picture.png")
+        trajectory.animate(folder / "trajectory.gif")
+        trajectory.save(folder)
+        attention.save(folder)
+        bar.set_description("what ran", refresh=False)
+        bar.update()
+        table = trace(pipe, request)
+        table.save(folder)
+        (folder / "words").mkdir(exist_ok=True)
+        for k, word in enumerate(attention.words):
+            with whole(folder / "words" / f"{k}.png") as temporary:
+                overlay(picture, relative(attention.heat(word))).save(temporary, "PNG")
+        write_text(folder / "index.html", page(trajectory, attention, table, exhibits))
 
 
 def page(trajectory: Trajectory, attention: Attention, table: Trace, exhibits: dict[str, Exhibit]) -> str:
@@ -127,7 +126,8 @@ _BODY = """<h1>{prompt}</h1>
 <p class="about">{about}</p>
 <img class="pixels" src="picture.png" alt="the picture of “{prompt}”">
 <h2>The picture forms</h2>
-<p>{steps} times the network predicted the noise in the picture, and some of that noise was taken away.</p>
+<p>{steps} times the network said what in the latents is noise and what is picture, and the sampler took some
+of the noise away. Left, what it is given; right, the clean picture that it sees in it.</p>
 <p><img src="trajectory.gif" alt="Left, noise becomes a picture; right, what the network sees in it."></p>
 {forming}
 <h2>Which word made which pixel</h2>

@@ -18,7 +18,8 @@ _TEXTS = {
         the curves on the right are flat, further steps only polish.""",
     "toy-noising": """
         Above: the same data under more and more noise. Below: where the best possible network points. Each
-        arrow goes to the mean of all data that the place may come from, given that much noise. Where much
+        arrow points to the mean of all data that the place may come from, given that much noise, and is drawn
+        at two fifths of its length. Where much
         noise is, that is the middle of everything, the same for all places; where little is, the nearest
         piece of the curve. A sampler follows these arrows, a little each time, and asks again with less
         noise.""",
@@ -30,11 +31,12 @@ _TEXTS = {
         All three begin at the same circles and use a network that knows everything. DDPM adds fresh noise in
         each step and wanders; DDIM and rectified flow add none. A flow is trained on straight lines, but
         through each place many of them pass, and the network follows their mean, which bends: first to the
-        middle of everything, then outwards. No path here is straight.""",
+        middle of everything, then outwards. Even the flow's paths are not straight.""",
     "toy-guidance": """
         At s = 0 the word counts for nothing, and at s = 1 the points are as the data that have that word.
-        Beyond that they are pushed away from all that lacks the word: more of them are clearly right, and
-        more lie where no data are. So guidance trades being typical against being possible.""",
+        Beyond that they are pushed away from all that lacks the word: first they leave the end of their half
+        that is near the other one, and with too much guidance they leave the data. So guidance buys certainty
+        about the word, and pays with variety.""",
     "toy-orders": """
         The exact network is followed with fewer and more calls, and compared with the exact solution. The
         slope is the order of a solver: with twice the calls, Euler's error halves, and that of second-order
@@ -68,18 +70,19 @@ _TEXTS = {
         and the seeds get more alike. With too much, colours burn and shapes break, because the latents leave
         the range that the decoder knows. Look for the smallest s that gives the picture you asked for.""",
     "steps": """
-        From left to right the same noise gets more steps. Few steps give a blurred picture, the mean of all
-        pictures that could be meant; the number below says how far a picture is from the one with most steps
-        in its row. A sampler that adds no noise (ddim, dpmpp_2m) settles on one picture; one that adds noise
-        (ddpm, euler_a) goes on changing it, by as much as the prompt leaves open. Which settles soonest is
-        measured in chapter 9, with the same noise levels for all. With a single step
-        ddim and euler_a leave nearly all the noise where it is, because the only timestep that they look at
-        is the last, t = 1.""",
+        From left to right the same noise gets more steps. With a single step dpmpp_2m shows the mean of
+        all pictures that could be meant, blurred; ddim and euler_a leave nearly all the noise where it is,
+        because the only timestep that they look at is the last, t = 1. The number below says how far a
+        picture is from the one with most steps in its row. A sampler that adds no noise (ddim, dpmpp_2m)
+        settles on one picture; one that adds noise (ddpm, euler_a) goes on changing it, by as much as the
+        prompt leaves open. Which settles soonest is measured in chapter 9, with the same noise levels for
+        all.""",
     "samplers": """
         All pictures have the same noise and the same number of steps, and each has another sampler. Samplers
         that solve the same equation without adding noise agree; samplers that add noise (ddpm, euler_a,
-        dpmpp_sde) end elsewhere, as far away as the prompt leaves room for. “Calls” says how often the U-Net
-        ran, which decides how long a picture takes; “away” is the distance from the first picture.""",
+        dpmpp_sde) end elsewhere, and near each other where the seed gives them the same fresh noise. “Calls”
+        says how often the U-Net ran, which decides how long a picture takes; “away” is the distance from the
+        picture of the first sampler that adds none.""",
     "seeds": """
         Both rows walk from the noise of one seed to that of another. The upper row walks on the sphere
         (slerp, Shoemake 1985), where the noise at every stop is as long as Gaussian noise should be and gives
@@ -94,8 +97,9 @@ _TEXTS = {
     "swap": """
         A place finds a word by the word's key, and receives its value. Here the keys of two words have
         changed places, and nothing else: every place that looks for the one receives the other. “Likeness”
-        compares the colours of the things on the left, less those on the right, of a picture and the one
-        below it: 1 if nothing has changed, -1 if the things have changed places.""",
+        compares only the colours of the left and of the right: 1 if they have stayed, -1 if they have changed
+        sides. Shapes do not count: where each thing keeps its own colour word, the things may change places,
+        and likeness stays 1.""",
     "ablate": """
         One thing at a time is taken away; the number says how far the picture moves. First row: a word's
         vectors are replaced by those of the empty prompt at the same places. Second row: the word is left out

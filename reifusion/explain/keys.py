@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from .guide import GUIDE, one_line
 from .halves import foreground
 from .steer import attending
 from .trajectory import describe
-from .words import Word, prompt_words, watch
+from .words import Attention, Word, prompt_words, watch
 
 
 @contextmanager
@@ -53,8 +55,8 @@ def swap(
 ) -> Exhibit:
     """Draws each of `seeds` seeds as it is, and with the keys of two words swapped.
 
-    words: the two; None: the two with the most telling maps. Raises ValueError for words that the prompt does
-    not have.
+    words: the two; None: two with telling maps that are apart. Raises ValueError for words that the prompt
+    does not have.
     """
     request = request.for_model(pipe.config)
     first = request.seeds[0]
@@ -82,19 +84,31 @@ def swap(
 
 
 def chosen(pipe: StableDiffusion, request: Request, words: Sequence[str] | None) -> list[Word]:
-    """Returns two words of the request's prompt: those named, or the two with the most telling maps."""
+    """Returns two words of the request's prompt: those named, or two with telling maps that are apart."""
     known = {word.text: word for word in reversed(prompt_words(pipe, request))}
     if words is None:
         if len(known) < 2:
             raise ValueError("to swap keys, the prompt must have two words")
         with watch(pipe, request) as attention:
             list(pipe.denoise(request))
-        return attention.telling(2)
+        return _apart(attention)
     missing = [word for word in words if word not in known]
     if missing or len(words) != 2:
         what = f"has no word {missing[0]!r}" if missing else f"takes two words, not {len(words)}"
         raise ValueError(f"the prompt {what}; its words are {', '.join(reversed(known))}")
     return [known[word] for word in words]
+
+
+def _apart(attention: Attention) -> list[Word]:
+    """Returns, of the four most telling words, the two whose maps are least alike: those of two things."""
+    words = attention.telling(4)
+    heats = {word: attention.heat(word).flatten() for word in words}
+    return list(
+        min(
+            combinations(words, 2),
+            key=lambda pair: torch.corrcoef(torch.stack([heats[word] for word in pair]))[0, 1].item(),
+        )
+    )
 
 
 def likeness(one: Image.Image, other: Image.Image) -> float:

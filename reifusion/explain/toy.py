@@ -46,7 +46,7 @@ def moons() -> tuple[Tensor, Tensor]:
 
 
 def spiral() -> tuple[Tensor, Tensor]:
-    """A spiral of one and a half turns: points (N, 2), of mean 0 and variance 1; labels (N,), by halves."""
+    """A spiral of nearly one turn: points (N, 2), of mean 0 and variance 1; labels (N,), by halves."""
     turn = torch.linspace(0.15, 1, COUNT, dtype=torch.float64).sqrt() * 3 * math.pi
     points = torch.stack([turn * turn.cos(), turn * turn.sin()], dim=1)
     return _standard(points), torch.arange(COUNT) // (COUNT // 2)
@@ -274,9 +274,9 @@ def learning(world: str = "moons", seed: int = 0, steps: int = 3000) -> Exhibit:
         axes.set(xlabel="step", ylim=(0, 1.1), xlim=(0, steps))
         axes.legend()
     alt = one_line(f"""
-        Points that the network draws after {", ".join(f"{s:,}" for s in drawn)} steps: at first a cloud,
-        at last mostly on the curve. Below, the loss falls from about 1 towards {least:.2f}, the least that
-        any network can have.""")
+        Points that the network draws after {", ".join(f"{s:,}" for s in drawn)} steps: at first a cloud so
+        wide that most lie outside the frame, at last mostly on the curve. Below, the loss falls from about 1
+        towards {least:.2f}, the least that any network can have.""")
     numbers = {"loss": final, "least": least, "distance": distances}
     return Exhibit(figure, "A network learns the arrows", alt, GUIDE["toy-learning"], numbers)
 
@@ -378,11 +378,11 @@ def orders(world: str = "moons", seed: int = 0, steps: Sequence[int] = (6, 9, 13
         axes.set_xticks([6, 10, 20, 40, 80], ["6", "10", "20", "40", "80"], minor=False)
         axes.minorticks_off()
         axes.legend()
-    best = min(found, key=lambda name: slopes[name])
+    steep = [title for name, title in SOLVERS.items() if slopes[name] < min(slopes.values()) + 0.1]
     alt = one_line(f"""
         Error against calls on logarithmic axes, lines that fall. Euler's has a slope of
         {slopes["euler"]:.1f}, Heun's {slopes["heun"]:.1f}, DPM-Solver++'s {slopes["dpmpp_2m"]:.1f};
-        {SOLVERS[best]} is the steepest.""")
+        {" and ".join(steep)} {"fall" if len(steep) > 1 else "falls"} the steepest.""")
     numbers: dict[str, Any] = {"slopes": slopes, "errors": {name: dict(x) for name, x in found.items()}}
     return Exhibit(figure, "How fast solvers converge", alt, GUIDE["toy-orders"], numbers)
 

@@ -99,8 +99,7 @@ class Attention:
         """Returns the words whose maps have the most contrast, at most `most`, in the prompt's order."""
 
         def contrast(word: Word) -> float:
-            heat = self.heat(word)
-            return (heat.std() / heat.mean()).item()
+            return self.heat(word).std().item()
 
         best = sorted(self.words, key=contrast, reverse=True)[:most]
         return [word for word in self.words if word in best]

@@ -78,15 +78,16 @@ def stations(drawing: Drawing, place: int) -> dict[str, Station]:
             "Noise", f"seed {request.seeds[0]}",
             "The loop begins with your picture under noise, and not with noise alone." if begun
             else f"From the seed, {request.seeds[0]}, on the CPU: everywhere the same.",
-            "forward", excerpts(type(sampler).add_noise) if begun else [whole(randn)],
-            {"x_t": "x_t"} if place == 0 else {},
+            "forward",
+            (excerpts(type(sampler).add_noise) or excerpts(Sampler.add_noise)) if begun else [whole(randn)],
+            {"x_t": "x_t, as the sampler scales it"} if place == 0 else {},
         ),
         "unet": Station(
             "Transformer" if joint else "U-Net", f"t = {frame.t:g}" if running else f"{drawing.total} times",
             f"{at} the network looks at the noisy latents and, by attention, at the words.",
             "sd3" if joint else "attention",
             excerpts(*((JointAttention, "joint-attention") if joint else (softmax_attention, "attention"))),
-            {"x_t": "x_t, which it is given", "cond": "the noise that it sees"} if running else {},
+            {"given": "x_t, which it is given", "cond": "the noise that it sees"} if running else {},
             _layers(drawing, place),
         ),
         "guidance": _guidance(drawing, place),
@@ -144,7 +145,7 @@ def _sampler(drawing: Drawing, place: int) -> Station:
     if frame.step is not None and frame.x0 is not None and (share := shares(drawing, place)) is not None:
         filled = _filled(sampler.prediction_type, *share)
         rows = [
-            ("σ, noise beside one part of picture", f"{frame.sigma:.3f}"),
+            ("noise beside one part of picture", f"{frame.sigma:.3f}"),
             ("size of x̂₀", f"{rms(frame.x0):.3f}"),
         ]
     return Station(
@@ -152,7 +153,13 @@ def _sampler(drawing: Drawing, place: int) -> Station:
         f"From the noise that was seen follows x̂₀, the clean picture; {sampler.title} then goes on to the "
         "next, less noisy latents.",
         chapter, [*sees, *way_back(type(sampler))],
-        {"x_t": "x_t", "x0": "x̂₀", "next": "the next x_t"} if frame.step is not None else {}, rows,
+        {} if frame.step is None
+        else {
+            "given": "x_t, as the network is given it",
+            "x0": "x̂₀",
+            "next": "the next x_t, in the sampler's scale",
+        },
+        rows,
         filled,
     )  # fmt: skip
 

@@ -28,7 +28,8 @@ def caption(drawing: Drawing, place: int) -> str:
     if frame.step is not None:
         return f"step {frame.step + 1} of {drawing.total}, t = {frame.t:g}"
     if place == 0:
-        return "the noise it began with"
+        begun = drawing.request is not None and drawing.request.init_image is not None
+        return "your picture under noise, with which it began" if begun else "the noise it began with"
     return "the picture" if drawing.path else "what was there when drawing was stopped"
 
 
@@ -40,7 +41,8 @@ def under(drawing: Drawing, place: int) -> tuple[str, str]:
     channels, height, width = frame.x_t.shape[1:]
     size = f"{channels} × {height} × {width}"
     if place == 0:
-        return f"the latents, {size}: noise", "the same, decoded"
+        begun = drawing.request is not None and drawing.request.init_image is not None
+        return f"the latents, {size}: {'your picture under noise' if begun else 'noise'}", "the same, decoded"
     return f"the latents, {size}", "decoded: " + caption(drawing, place)
 
 
@@ -90,6 +92,8 @@ def shares(drawing: Drawing, place: int) -> tuple[float, float] | None:
     frame = drawing.frames[place]
     if frame.step is None and place > 0:
         return None
+    if frame.step is None and (drawing.request is None or drawing.request.init_image is None):
+        return 0.0, 1.0
     t = float(drawing.sampler.timesteps[0]) if frame.t is None and drawing.sampler else frame.t or 0.0
     at = min(len(drawing.signal) - 1, max(0, round(t)))
     return drawing.signal[at], drawing.noise[at]
@@ -126,6 +130,9 @@ def tensor(drawing: Drawing, place: int, name: str) -> Tensor | None:
         return drawing.words
     if name == "next":
         return drawing.frames[place + 1].x_t if place + 1 < len(drawing.frames) else None
+    if name == "given":  # as the network sees x_t, which some samplers have in a scale of their own
+        assert drawing.sampler is not None and frame.step is not None
+        return drawing.sampler.scale_model_input(frame.x_t, drawing.sampler.timesteps[frame.step])
     if name == "push":
         return None if frame.cond is None or frame.uncond is None else frame.cond - frame.uncond
     return {"x_t": frame.x_t, "x0": frame.x0, "cond": frame.cond, "uncond": frame.uncond}.get(name)

@@ -60,6 +60,13 @@ def test_an_uncommon_mistake_is_measured(tmp_path):
     assert "off by up to" in check(1, write(tmp_path, guess.format("x0")))[1]
 
 
+def test_a_tensor_where_a_number_is_wanted_is_told_so(tmp_path):
+    code = "def kl(mean, log_variance): return mean"
+    name = EXERCISES[10].answer.__name__
+    right, said = check(10, write(tmp_path, code.replace("kl", name)))
+    assert not right and "one number was expected" in said
+
+
 def test_a_function_that_fails_or_changes_its_arguments_is_told_so(tmp_path):
     file = write(tmp_path, "def add_noise(x0, alpha_bar, noise): return x0.nothing")
     assert check(1, file)[1].startswith("add_noise fails: AttributeError")

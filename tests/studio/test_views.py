@@ -58,7 +58,7 @@ def test_a_place_says_what_its_two_pictures_are(drawing):
 
 def test_shares_go_from_noise_to_picture(drawing):
     share: list[Any] = [views.shares(drawing, place) for place in range(5)]
-    assert share == sorted(share) and share[0] == share[1] and views.shares(drawing, 5) is None
+    assert share == sorted(share) and share[0] == (0.0, 1.0) and views.shares(drawing, 5) is None
     for place in (1, 4):
         t = int(drawing.frames[place].t)
         bar = drawing.sampler.alphas_cumprod[t].item()
@@ -78,7 +78,7 @@ def test_a_tensor_s_picture_has_a_tile_for_each_channel_red_above_zero():
 def test_a_station_has_the_tensors_of_its_step(drawing, pipe, wanted):
     for place, step in enumerate(pipe.denoise(wanted(sampler="ddpm").request()), 1):
         expected: dict[str, Any] = {
-            "push": step.eps_cond - step.eps_uncond, "next": step.latents, "words": step.words[0],
+            "push": step.eps_cond - step.eps_uncond, "given": step.scaled, "next": step.latents, "words": step.words[0],
         }  # fmt: skip
         for name, values in expected.items():
             shown: Any = views.tensor(drawing, place, name)

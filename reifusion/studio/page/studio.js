@@ -70,6 +70,7 @@ async function beside(settings, turn, settle) {
   Object.assign(a, {said: `${title} ${own}`});
   Object.assign(b, {said: `${title} ${value || "as usual"}`});
   if (b.complete) shelf.add(b);
+  shelf.repeat(b.complete ? b : a);
   await view.end(a, b);
 }
 
