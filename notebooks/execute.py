@@ -40,9 +40,9 @@ def execute(path: Path) -> Any:
 
 
 def _is_bar(output: Any) -> bool:
-    """True for a progress bar, which returns to its line's start on stderr, or the empty line after it."""
+    """True for a progress bar on stderr, in one line or in several, or the empty line after it."""
     at_stderr = output.output_type == "stream" and output.name == "stderr"
-    return at_stderr and ("\r" in output.text or not output.text.strip())
+    return at_stderr and ("\r" in output.text or "%|" in output.text or not output.text.strip())
 
 
 def _small(output: Any) -> Any:

@@ -6,7 +6,7 @@ keys of two words change places and their values stay, each place that looks for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
@@ -25,7 +25,7 @@ from .guide import GUIDE, one_line
 from .halves import foreground
 from .steer import attending
 from .trajectory import describe
-from .words import Attention, Word, prompt_words, watch
+from .words import LITTLE, Attention, Word, prompt_words, watch
 
 
 @contextmanager
@@ -100,15 +100,16 @@ def chosen(pipe: StableDiffusion, request: Request, words: Sequence[str] | None)
 
 
 def _apart(attention: Attention) -> list[Word]:
-    """Returns, of the four most telling words, the two whose maps are least alike: those of two things."""
-    words = attention.telling(4)
+    """Returns two words that name two things: those of which one is looked at where the other is not."""
+    telling = attention.telling(8)
+    words = [word for word in telling if word.text not in LITTLE]
+    words = words if len(words) > 1 else telling
     heats = {word: attention.heat(word).flatten() for word in words}
-    return list(
-        min(
-            combinations(words, 2),
-            key=lambda pair: torch.corrcoef(torch.stack([heats[word] for word in pair]))[0, 1].item(),
-        )
-    )
+
+    def together(pair: Iterable[Word]) -> float:
+        return torch.cov(torch.stack([heats[word] for word in pair]))[0, 1].item()
+
+    return list(min(combinations(words, 2), key=together))
 
 
 def likeness(one: Image.Image, other: Image.Image) -> float:

@@ -41,6 +41,8 @@ from .trajectory import describe
 Layer = CrossAttention | SelfAttention | JointAttention
 # Self-attention has L × L weights for every head: beyond this grid, recording them takes too much memory.
 LARGEST_SELF_GRID = 32 * 32
+# Words that join others: everything looks at them, or nothing in particular.
+LITTLE = {"a", "an", "the", "of", "on", "in", "at", "to", "and", "with", "by", "as", "from", "under", "is"}
 
 
 @dataclass(frozen=True)

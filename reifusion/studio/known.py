@@ -35,7 +35,6 @@ NOT_SHOWN = (
     " sharp focus trending professional artistic cute"
 )
 # Words that join others: a map of one of them says little
-LITTLE = {"a", "an", "the", "of", "on", "in", "at", "to", "and", "with", "by", "as", "from", "under", "is"}
 
 
 def collect() -> dict[str, Any]:

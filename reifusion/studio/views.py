@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..explain.trajectory import rms
-from ..explain.words import relative
+from ..explain.words import LITTLE, relative
 from .heard import sentence
-from .known import LITTLE, never_read
+from .known import never_read
 
 if TYPE_CHECKING:
     from .drawing import Drawing

@@ -78,8 +78,11 @@ def test_a_tensor_s_picture_has_a_tile_for_each_channel_red_above_zero():
 def test_a_station_has_the_tensors_of_its_step(drawing, pipe, wanted):
     for place, step in enumerate(pipe.denoise(wanted(sampler="ddpm").request()), 1):
         expected: dict[str, Any] = {
-            "push": step.eps_cond - step.eps_uncond, "given": step.scaled, "next": step.latents, "words": step.words[0],
-        }  # fmt: skip
+            "push": step.eps_cond - step.eps_uncond,
+            "given": step.scaled,
+            "next": step.latents,
+            "words": step.words[0],
+        }
         for name, values in expected.items():
             shown: Any = views.tensor(drawing, place, name)
             assert torch.equal(values, shown)
