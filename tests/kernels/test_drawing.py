@@ -21,6 +21,7 @@ from reifusion.model.samplers import SAMPLERS
 from reifusion.shortcuts.deepcache import deepcached
 from reifusion.swap import swap
 from tests.kernels.card import Card
+from tests.marks import often
 from tests.tiny import TINY, Bytes, random_networks
 
 
@@ -72,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", often(SAMPLERS))
 def test_every_sampler_draws_the_same(card, sampler):
     kind = SAMPLERS[sampler].prediction_types[0]
     assert_same(model(replace(TINY, schedule=ScheduleConfig(prediction_type=kind))), sampler=sampler)

@@ -31,6 +31,7 @@ from reifusion.shortcuts.deepcache import DeepCache, deepcached
 from reifusion.shortcuts.fp8 import Fp8Linear, store
 from reifusion.shortcuts.int8 import Int8Conv2d, Int8Linear, quantize, quantize_layer
 from reifusion.weights import save
+from tests.marks import often
 from tests.tiny import SMALL, networks
 
 TINY = ModelConfig(
@@ -149,7 +150,7 @@ def test_an_impossible_deepcache_is_refused_in_one_sentence(pipe, every, message
 # Guidance in an interval
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith("flow")])
+@pytest.mark.parametrize("sampler", often(name for name in SAMPLERS if not name.startswith("flow")))
 def test_guidance_is_where_the_noise_is_in_the_interval_and_nowhere_else(pipe, sampler):
     batches: list[int] = []
     pipe.models["diffusion"].register_forward_hook(lambda *call: batches.append(len(call[-1])))

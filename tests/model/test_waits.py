@@ -26,6 +26,7 @@ from reifusion.model.finite import Watch
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import SAMPLERS
 from reifusion.shortcuts.deepcache import deepcached
+from tests.marks import SOME
 from tests.tiny import TINY, Bytes, networks
 
 STEPS = 5
@@ -142,7 +143,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("sampler", "case"),
     [
-        (name, case) for name, kind in SAMPLERS.items() for case in CASES
+        pytest.param(name, case, marks=[] if name in SOME or case == "guidance" else pytest.mark.slow)
+        for name, kind in SAMPLERS.items() for case in CASES
         if case in ("guidance", "inpainting") or not kind.__module__.startswith("reifusion.sampling")
     ],
 )  # fmt: skip

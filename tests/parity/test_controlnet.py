@@ -23,6 +23,7 @@ from reifusion.shortcuts.deepcache import deepcached
 from reifusion.steer.control_files import load_control, save_control
 from reifusion.steer.controlnet import MODES, Control, ControlNet, controlled
 from reifusion.weights import save
+from tests.marks import often
 from tests.tiny import WORDS, random_networks
 from tests.tiny_sdxl import TINY, TINY_SD
 
@@ -129,7 +130,7 @@ CASES: dict[str, dict[str, list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", often(CASES, list(CASES)[::2]))
 def test_the_latents_are_those_of_diffusers(folder, ours, nets, case):
     settings = CASES[case]
     weights = settings["controlnet_conditioning_scale"]
