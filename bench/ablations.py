@@ -3,9 +3,9 @@
     python -m bench.ablations              # goes on where it stopped; bench/ablations.json has every finished run
     python -m bench.ablations epsilon flow # only these rows
 
-The VAE comes first, and one more for each row that changes it. Each run then trains a small model for the same number of steps on the same latents, and draws the same prompts from the same
-seeds, whatever its network predicts. A judge that has learned from true drawings, and from no model's, says
-what is to be seen. So the measure knows nothing of losses, which cannot be compared between rows.
+The VAE comes first, and one more for each row that changes it. Each run then trains a small model for the
+same number of steps on the same latents, and draws the same prompts from the same seeds, whatever its network
+predicts. A judge that has learned from true drawings, and from no model's, says what is to be seen. So the measure knows nothing of losses, which cannot be compared between rows.
 """
 
 from __future__ import annotations

@@ -141,13 +141,9 @@ class Place {
   }
 }
 
-const places = document.querySelectorAll(".live");
-try {
-  const mini = JSON.parse(new TextDecoder().decode(await get("mini.json")));
-  for (const place of places) new Place(place, mini);
-} catch {
-  for (const place of places) {
-    place.querySelector(".status").textContent =
-      "This copy of the book was built without the networks for the browser; make docs with a network connection adds them.";
-  }
+const told = await get("mini.json").catch(() => null);
+for (const place of document.querySelectorAll(".live")) {
+  if (told) new Place(place, JSON.parse(new TextDecoder().decode(told)));
+  else place.querySelector(".status").textContent =
+    "This copy of the book was built without the networks for the browser; make docs with a network connection adds them.";
 }

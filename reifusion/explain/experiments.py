@@ -209,7 +209,7 @@ def seeds(pipe: StableDiffusion, request: Request, to: int, stops: int = 7) -> E
     if adds_noise(request.sampler):
         found = one_line(f"""
             {found} The fresh noise of {request.sampler} is that of seed {begin} at every stop, so the last
-            picture is not the one that seed {to} draws; with --sampler ddim it is.""")
+            picture is not the one that seed {to} draws; with a sampler that adds none it is.""")
     figure = picture_grid(
         rows,
         f"From seed {begin} to seed {to}",

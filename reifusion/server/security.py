@@ -73,6 +73,9 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and (urlsplit(origin).netloc or origin) != headers.get("host"):
             raise Refusal(403, "a page of another origin may not ask this server")
+        fetched = headers.get("sec-fetch-mode", "navigate") != "navigate"  # as a picture, which has no origin
+        if fetched and headers.get("sec-fetch-site") == "cross-site":
+            raise Refusal(403, "a page of another origin may not ask this server")
         if self._token is not None and path not in OPEN and not self._known(headers.get("authorization", "")):
             raise Refusal(401, "the token is missing or wrong", None, "invalid_api_key")
         length = headers.get("content-length", "0")

@@ -147,14 +147,10 @@ def asked(
         first, later = source, NOISES[manner.rng]
         source = lambda seed: Then(first(seed), later(seed + ensd))  # noqa: E731
     request = replace(request, source=source)
-    if request.init_image is None:
+    if request.init_image is None or manner.img2img == "share":
         return request
     steps, drawn = STEPS[manner.img2img](request.steps or 1, request.strength)
-    return (
-        request
-        if manner.img2img == "share"
-        else replace(request, steps=steps, strength=strength_for(drawn, steps))
-    )
+    return replace(request, steps=steps, strength=strength_for(drawn, steps))
 
 
 def begun(pipe: StableDiffusion, request: Request, manner: Manner) -> Request:

@@ -34,7 +34,6 @@ NOT_SHOWN = (
     " highly detailed ultra sharp beautiful cinematic 4k 8k 100mm lens masterpiece best quality soft light"
     " sharp focus trending professional artistic cute"
 )
-# Words that join others: a map of one of them says little
 
 
 def collect() -> dict[str, Any]:

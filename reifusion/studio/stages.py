@@ -24,7 +24,7 @@ from ..model.pictures import to_picture
 from ..model.tokenizer import Tokenizer
 from .drawing import Drawing
 from .excerpts import Excerpt, coloured, excerpts, whole
-from .views import caption, heats, push, shares, tensor, under
+from .views import begun_with_picture, caption, heats, push, shares, tensor, under
 
 # The book, where it is built: in the package, or in a clone
 BOOKS = (Path(__file__).parents[1] / "data" / "book", Path(__file__).parents[2] / "site")
@@ -58,7 +58,7 @@ def stations(drawing: Drawing, place: int) -> dict[str, Station]:
     prompt, room = request.prompts[0] or drawing.settings.prompt or "", pipe.config.clip.context_length
     pieces = pipe.tokenizer.pieces(prompt)[: room - 2]
     joint = not isinstance(pipe.config.unet, UNetConfig)  # Stable Diffusion 3
-    running, begun = frame.step is not None, request.init_image is not None
+    running, begun = frame.step is not None, begun_with_picture(drawing)
     at = f"At t = {frame.t:g}" if running else "In each step"
     shape = " × ".join(map(str, frame.x_t.shape[1:]))
     found = {
@@ -87,7 +87,7 @@ def stations(drawing: Drawing, place: int) -> dict[str, Station]:
             f"{at} the network looks at the noisy latents and, by attention, at the words.",
             "sd3" if joint else "attention",
             excerpts(*((JointAttention, "joint-attention") if joint else (softmax_attention, "attention"))),
-            {"given": "x_t, which it is given", "cond": "the noise that it sees"} if running else {},
+            {"scaled": "x_t, which it is given", "cond": "the noise that it sees"} if running else {},
             _layers(drawing, place),
         ),
         "guidance": _guidance(drawing, place),
@@ -155,7 +155,7 @@ def _sampler(drawing: Drawing, place: int) -> Station:
         chapter, [*sees, *way_back(type(sampler))],
         {} if frame.step is None
         else {
-            "given": "x_t, as the network is given it",
+            "scaled": "x_t, as the network is given it",
             "x0": "x̂₀",
             "next": "the next x_t, in the sampler's scale",
         },

@@ -22,14 +22,19 @@ if TYPE_CHECKING:
 GRID = 64  # the finest grid on which heat maps are sent; only the attention of large pictures is finer
 
 
+def begun_with_picture(drawing: Drawing) -> bool:
+    """True if the loop began with a picture under noise, and not with noise alone."""
+    return drawing.request is not None and drawing.request.init_image is not None
+
+
 def caption(drawing: Drawing, place: int) -> str:
     """Returns what the slider says at that place."""
     frame = drawing.frames[place]
     if frame.step is not None:
         return f"step {frame.step + 1} of {drawing.total}, t = {frame.t:g}"
     if place == 0:
-        begun = drawing.request is not None and drawing.request.init_image is not None
-        return "your picture under noise, with which it began" if begun else "the noise it began with"
+        picture = begun_with_picture(drawing)
+        return "your picture under noise, with which it began" if picture else "the noise it began with"
     return "the picture" if drawing.path else "what was there when drawing was stopped"
 
 
@@ -41,8 +46,8 @@ def under(drawing: Drawing, place: int) -> tuple[str, str]:
     channels, height, width = frame.x_t.shape[1:]
     size = f"{channels} × {height} × {width}"
     if place == 0:
-        begun = drawing.request is not None and drawing.request.init_image is not None
-        return f"the latents, {size}: {'your picture under noise' if begun else 'noise'}", "the same, decoded"
+        what = "your picture under noise" if begun_with_picture(drawing) else "noise"
+        return f"the latents, {size}: {what}", "the same, decoded"
     return f"the latents, {size}", "decoded: " + caption(drawing, place)
 
 
@@ -92,7 +97,7 @@ def shares(drawing: Drawing, place: int) -> tuple[float, float] | None:
     frame = drawing.frames[place]
     if frame.step is None and place > 0:
         return None
-    if frame.step is None and (drawing.request is None or drawing.request.init_image is None):
+    if frame.step is None and not begun_with_picture(drawing):
         return 0.0, 1.0
     t = float(drawing.sampler.timesteps[0]) if frame.t is None and drawing.sampler else frame.t or 0.0
     at = min(len(drawing.signal) - 1, max(0, round(t)))
@@ -130,7 +135,7 @@ def tensor(drawing: Drawing, place: int, name: str) -> Tensor | None:
         return drawing.words
     if name == "next":
         return drawing.frames[place + 1].x_t if place + 1 < len(drawing.frames) else None
-    if name == "given":  # as the network sees x_t, which some samplers have in a scale of their own
+    if name == "scaled":  # as the network sees x_t, which some samplers have in a scale of their own
         assert drawing.sampler is not None and frame.step is not None
         return drawing.sampler.scale_model_input(frame.x_t, drawing.sampler.timesteps[frame.step])
     if name == "push":

@@ -54,7 +54,9 @@ def test_a_drawing_ends_with_the_picture_and_what_repeats_it(page, tmp_path):
     assert told["caption"].startswith("step 1 of 2") and len(told["heats"]["words"]) == 2
     for name, station in told["stations"].items():
         for one in station["tensors"]:
-            assert picture(page, f"/api/drawings/{last['id']}/1/{one['name']}.png").width >= 8, name
+            tile = picture(page, f"/api/drawings/{last['id']}/1/{one['name']}.png")
+            numbers = np.prod([int(side) for side in one["shape"].split(" × ")])
+            assert tile.width * tile.height == numbers, (name, one)  # a pixel for each number
 
 
 def test_several_pictures_have_seeds_that_count_up(page):
@@ -153,6 +155,9 @@ def test_a_page_of_another_origin_and_another_name_of_this_machine_are_refused(p
     elsewhere = {"Origin": "http://evil.example"}
     assert page.post("/api/draw", json={"settings": {}}, headers=elsewhere).status_code == 403
     assert page.get("/api/page", headers={"Host": "evil.example"}).status_code == 403
+    other = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}  # a picture in another page
+    assert page.get("/api/page?model=someone/else", headers=other).status_code == 403
+    assert page.get("/", headers=other | {"Sec-Fetch-Mode": "navigate"}).status_code == 200  # a link to it
 
 
 def test_the_page_is_whole_without_a_network(page):

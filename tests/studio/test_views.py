@@ -79,7 +79,7 @@ def test_a_station_has_the_tensors_of_its_step(drawing, pipe, wanted):
     for place, step in enumerate(pipe.denoise(wanted(sampler="ddpm").request()), 1):
         expected: dict[str, Any] = {
             "push": step.eps_cond - step.eps_uncond,
-            "given": step.scaled,
+            "scaled": step.scaled,
             "next": step.latents,
             "words": step.words[0],
         }

@@ -132,4 +132,7 @@ $("#scheme").addEventListener("click", () => {
 });
 addEventListener("pagehide", stop);
 
-ask(`/api/page${location.search}`).then(page => { $("#folder").textContent = page.folder; fit(page); }, error => say(error.message, true));
+// The page of trainings leaves a model to begin with; an address cannot, as any other page may link to one.
+const model = sessionStorage.getItem("model");
+sessionStorage.removeItem("model");
+ask(model ? `/api/page?${new URLSearchParams({model})}` : "/api/page").then(page => { $("#folder").textContent = page.folder; fit(page); }, error => say(error.message, true));

@@ -7,6 +7,7 @@ let run = null, newest = true, state = {runs: [], going: false}, asked = 0;
 
 $("#begin").addEventListener("submit", event => { event.preventDefault(); tell("/api/training/start", {minutes: Number($("#minutes").value)}); });
 $("#stop").addEventListener("click", () => { say("It stores where it is, and stops."); tell("/api/training/stop", {}); });
+$("#model a").addEventListener("click", () => sessionStorage.setItem("model", run.model));
 $("#name").addEventListener("change", () => { newest = true; look(); });
 $("#place").addEventListener("input", () => { newest = $("#place").value === $("#place").max; sheet(); });
 again();
@@ -57,7 +58,6 @@ function show() {
   sheet();
   $("#model").hidden = !run.model;
   if (run.model) {
-    $("#model a").href = `/?${new URLSearchParams({model: run.model})}`;
     $("#model code").textContent = run.model;
   }
 }
