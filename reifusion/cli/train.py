@@ -9,4 +9,6 @@ def train(context: typer.Context) -> None:
     """Trains a model; `reifusion train --help` says how."""
     from ..train.__main__ import main
 
-    raise typer.Exit(main(context.args) or 0)
+    if (code := main(context.args)) == 130:  # it has said that it was stopped
+        raise SystemExit(code)
+    raise typer.Exit(code)

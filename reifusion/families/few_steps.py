@@ -17,15 +17,22 @@ Config = TypeVar("Config", bound=ModelConfig)
 
 # The sampler that each was published with.
 SAMPLERS = {"turbo": "euler_a", "lightning": "euler", "hyper": "ddim"}
+# The kind stands beside the model's name, its version or the number of steps: "Hyper-SD15", "sd_xl_turbo",
+# "v21TurboDPMSDE", "photo2Lightning"; not in "hyperrealism" or "blue_lightning".
+NAMED = re.compile(
+    r"hyper[ _-]?sd|(?:sd|xl|large|medium|\d)[ _.-]*(?:turbo|lightning)"
+    r"|(?:turbo|lightning|hyper)[ _.-]*\d+[ _-]?step|\d+[ _-]?steps?[ _.-]*(?:turbo|lightning|hyper)",
+    re.IGNORECASE,
+)
 
 
 def by_name(config: Config, name: str) -> Config:
     """Returns the config as a model, or a LoRA on it, of that file name is to be drawn with.
 
-    It is the same unless the name says that it was distilled, as "sdxl_lightning_4step_lora" does. A name
-    with "cfg" in it leaves guidance on.
+    It is the same unless the name says that it was distilled, as "sdxl_lightning_4step_lora" does (see
+    `NAMED`). A name with "cfg" in it leaves guidance on.
     """
-    found = re.search("|".join(SAMPLERS), name, re.IGNORECASE)
+    found = NAMED.search(name)
     schedule = config.schedule
     if found is None or schedule.timestep_spacing is not None or schedule.prediction_type == "v_prediction":
         return config
@@ -37,5 +44,5 @@ def by_name(config: Config, name: str) -> Config:
     )
     if schedule.prediction_type == "flow":  # which begins at all noise anyway
         return config
-    sampler = SAMPLERS[found[0].lower()]
+    sampler = next(its for kind, its in SAMPLERS.items() if kind in found[0].lower())
     return replace(config, schedule=replace(schedule, timestep_spacing="trailing"), sampler=sampler)

@@ -6,6 +6,7 @@ Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378. `model/samplers.
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -68,4 +69,6 @@ class LatentConsistency(StableDiffusion):
         return lambda x, context, t: unet(x.to(dtype), context, t, guidance=scale)
 
     def encode_words(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        if any(request.negatives):
+            warnings.warn("the model has guidance built in, and reads no negative prompt", stacklevel=2)
         return self.encode_text(request.prompts, request.clip_skip), None

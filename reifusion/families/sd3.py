@@ -7,6 +7,7 @@ in `sd3_files.py`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -122,6 +123,19 @@ class Tokenizers(Tokenizer):
     t5: Unigram | None = None  # None: T5 is not used, and its vectors are zeros
 
 
+def warn_of_length(prompts: Sequence[str], clip: Tokenizer, t5: Unigram) -> None:
+    """Warns of what T5 does with prompts that are too long for the CLIPs, which warn for themselves."""
+    room = t5.length - 1
+    for prompt in prompts:
+        many = len(t5.tokenize(prompt))
+        if many > room:
+            warnings.warn(
+                f"T5 has room for {room} tokens and the prompt has {many}: it reads the first", stacklevel=2
+            )
+        elif len(clip.tokenize(prompt)) > clip.context_length - 2:
+            warnings.warn("T5 reads the prompt to its end", stacklevel=2)
+
+
 @dataclass(repr=False)
 class StableDiffusion3(StableDiffusion):
     """Draws with models of this family.
@@ -141,6 +155,8 @@ class StableDiffusion3(StableDiffusion):
         """B prompts -> (B, 77 + 256 + 1, 4096), in the dtype of the text encoders"""
         heard = [read_prompts(self, name, prompts, tokenizer, clip_skip) for name, tokenizer in self.encoders]
         t5 = getattr(self.tokenizer, "t5", None)
+        if t5 is not None:
+            warn_of_length(prompts, self.tokenizer, t5)
         tokens = [[] if t5 is None else t5.encode(prompt) for prompt in prompts]
         return self.joined([words for words, _ in heard], [whole for _, whole in heard], self.t5(tokens))
 

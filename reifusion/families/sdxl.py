@@ -128,11 +128,21 @@ class StableDiffusionXL(StableDiffusion):
         Raises ValueError for a share that leaves the base or the refiner no step.
         """
         request = ask(prompt, negative, **settings).for_model(self.config)
+        begun = request.generators()
+        if self.refiner is not None:  # both models draw from one generator, so that no noise comes twice
+            drawn = dict(zip(request.seeds, request.generators()))
+            request = replace(request, source=cast(Any, drawn.__getitem__))
         steps = super().denoise(request, grad=grad)
         if self.refiner is None:
             yield from steps
             return
-        timesteps = self.sampler(request).timesteps
+        sampler = self.sampler(request)
+        timesteps = sampler.timesteps
+        if len(timesteps) != sampler.num_inference_steps - sampler.skipped:
+            raise ValueError(
+                f"base and refiner need a sampler that calls the network once in a step, like euler, and not"
+                f" {request.sampler}"
+            )
         # §2.5, Podell et al. 2023: the refiner learned the least noisy fifth of the timesteps alone
         least = round((1 - self.share) * self.config.schedule.num_training_steps)
         first = int((timesteps >= least).sum())
@@ -145,8 +155,13 @@ class StableDiffusionXL(StableDiffusion):
                 step = steps.send(latents)
                 latents = yield step
         latents = step.latents if latents is None else latents
-        start = cast(int, request.steps) - len(timesteps) + first
-        yield from self.refiner.denoise(replace(request, latents=latents, start=start), grad=grad)
+        noise = self._noise(request, begun)  # what a mask's surroundings are known under
+        rest = replace(request, latents=latents, start=sampler.skipped + first, noise=noise)
+        with closing(self.refiner.denoise(rest, grad=grad)) as steps:
+            latents = None
+            for index in range(first, len(timesteps)):
+                step = replace(steps.send(latents), index=index, total=len(timesteps))
+                latents = yield step
 
     @property
     def _config(self) -> SDXLConfig:

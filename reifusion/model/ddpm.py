@@ -100,17 +100,22 @@ class Sampler:
         """Spreads n steps over the training timesteps; `.timesteps` is then a tensor, noisiest first.
 
         n: from 1 to num_training_steps, else ValueError. (n,), but longer for samplers that call the network
-        more than once in a step (heun: 2n - 1, pndm: n + 1). schedule: one of SCHEDULES, of which some make a
-        few steps more or less than n; None for the sampler's own, whose timesteps are int64. Those of others
-        may lie between the training's, in float64. Forgets any `set_strength`.
+        more than once in a step (heun: 2n - 1, pndm: n + 1, but 1 for n = 1). schedule: one of SCHEDULES, of
+        which some make more or fewer steps than n; None for the sampler's own. Timesteps are int64, or
+        float64 where some lie between the training's. Forgets any `set_strength`. ValueError for an unknown
+        schedule, and for any if the sampler has a schedule of its own.
         """
         if not 1 <= n <= self.num_training_steps:
             raise ValueError(f"the number of steps must be between 1 and {self.num_training_steps}, not {n}")
         if schedule is None:
             self._every = self._spaced(n)
+        elif self.own_schedule:
+            raise ValueError(f"the sampler {self.name} has a schedule of its own")
+        elif schedule not in SCHEDULES:
+            raise ValueError(f"there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
         else:
             self._every = self._at(SCHEDULES[schedule](self._training_sigmas(), n))
-        self.num_inference_steps = len(self._every)
+        self.num_inference_steps, self.skipped = len(self._every), 0
         self._begin(self._every)
 
     def set_strength(self, strength: float) -> None:
@@ -127,6 +132,7 @@ class Sampler:
         """Leaves out the first of the n steps. Always counts from all of them. ValueError if none is left."""
         if not 0 <= steps < self.num_inference_steps:
             raise ValueError(f"of {self.num_inference_steps} steps, {steps} cannot be left out")
+        self.skipped = steps
         self._begin(self._every[steps:])
 
     def _spaced(self, n: int) -> Tensor:
@@ -143,7 +149,9 @@ class Sampler:
 
     def _at(self, places: Tensor) -> Tensor:
         """The timesteps at places among the training's, which may lie between two: (n,) -> (n,)"""
-        return places.long() if torch.equal(places, places.round()) else places
+        whole = places.round()
+        places = torch.where((places - whole).abs() < 1e-9, whole, places)  # a power and its root leave 1e-15
+        return places.long() if torch.equal(places, whole) else places
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         """ᾱ at timesteps t (…,), float64. Between two whole timesteps, log σ is taken to be a line."""
@@ -181,6 +189,8 @@ class Sampler:
             return broadcast(alpha_bar.sqrt(), x), broadcast((1 - alpha_bar).sqrt(), x)
         signal, noise = self._roots(x)
         at = t.to(x.device).long().reshape(-1, *[1] * (x.ndim - 1)) if is_there(t, x) else int(t)
+        if isinstance(at, int) and not 0 <= at < self.num_training_steps:
+            raise ValueError(f"timestep {at} is not between 0 and {self.num_training_steps - 1}")
         return signal[at], noise[at]
 
     def _roots(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +209,7 @@ class Sampler:
         t: a number, or a tensor of shape () or (B,), on any device and of any dtype; whole numbers in
         [0, num_training_steps), but for `FlowSampler` any in [0, num_training_steps]. noise: ε, like x0;
         drawn with the sampler's generator if None.
-        Returns a new tensor of x0's shape and dtype.
+        Returns a new tensor of x0's shape and dtype. Raises ValueError for a number outside the range.
         """
         noise = randn(x0.shape, self.generator) if noise is None else noise
         x, eps = exact(x0), noise.to(x0.device)

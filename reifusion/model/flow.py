@@ -15,7 +15,8 @@ class FlowSampler(Sampler):
     Picture and noise are joined by a straight line, and the network is trained to say its direction.
     Sampling follows that from σ = 1, all noise, to 0 with Euler's method, in n steps, even ones unless the
     schedule has a `shift`. The timesteps, t = Nσ in (0, N], are fractions, in float64; the βs play no part.
-    `sigmas` has one more entry than `timesteps`: σ after the last step is 0.
+    `sigmas` has one more entry than `timesteps`: σ after the last step is 0. These σ are shares of noise, in
+    [0, 1]; `sigma(t)` is the noise beside one part of signal, σ / (1 - σ), as for all samplers.
     """
 
     name, title = "flow", "Flow Euler"

@@ -60,7 +60,8 @@ class LCMSampler(Sampler):
 
     def _spaced(self, n: int) -> Tensor:
         # Every (len / n)-th of the timesteps that the LCM was distilled on, mostly 50: 19, 39, …, 999. More
-        # steps need a finer grid, which it was not distilled on; better than failing, but no use.
+        # steps need a finer grid, which it was not distilled on and which begins below all noise, as in the
+        # reference; better than failing, but no use.
         size = max(min(self.schedule.original_inference_steps, self.num_training_steps), n)
         grid = torch.arange(size, 0, -1) * (self.num_training_steps // size) - 1
         return grid[torch.arange(n) * size // n]
@@ -139,14 +140,16 @@ class UniPCSampler(DPMPP2MSampler):
     """
 
     name, title = "unipc", "UniPC"
+    _reached: Tensor  # by the last step
 
     def _step(self, i: int, x: Tensor, model_output: Tensor) -> Tensor:
         x0, _ = self.predict(self.timesteps[i], x, model_output)
         if self._x0s:
-            x = self._correct(i, x0)
+            x = self._correct(i, x0) + (x - self._reached)  # and what the caller has changed since
         self._x0s = [*self._x0s[-1:], x0]
         self._last_x = x
-        return self._advance(i, x)
+        self._reached = self._advance(i, x)
+        return self._reached
 
     def _correct(self, i: int, x0: Tensor) -> Tensor:
         """The step from i - 1 to i again, knowing x0 at i."""

@@ -15,9 +15,11 @@ from .sentences import cut, shown
 def texts_of(prompt: Any) -> list[str]:
     """The texts of a prompt; for vectors, an empty one for each picture. Raises ValueError for neither."""
     if isinstance(prompt, Tensor):
-        if prompt.ndim not in (3, 4) or not prompt.is_floating_point() or prompt.shape[-3] == 0:
+        if prompt.ndim not in (3, 4) or prompt.shape[-3] == 0:
             kind = _kind(prompt)
-            raise ValueError(f"a prompt of vectors is (B, 77, 768), or (turns, B, 77, 768), not {kind}")
+            raise ValueError(f"a prompt of vectors is (B, tokens, width), or (turns, B, …), not {kind}")
+        if not prompt.is_floating_point() or not prompt.isfinite().all():
+            raise ValueError("a prompt of vectors must be floating-point numbers, all of them finite")
         return [""] * prompt.shape[-3]
     texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -29,6 +31,8 @@ def latents_or_none(value: Any, name: str) -> None:
     """Raises ValueError for anything that is neither None nor a tensor with the axes of latents."""
     if value is not None and not (isinstance(value, Tensor) and value.ndim == 4):
         raise ValueError(f"{name} must be a tensor (B, 4, H/8, W/8), not {_kind(value)}")
+    if value is not None and not value.isfinite().all():
+        raise ValueError(f"{name} must be finite numbers, and some are not")
 
 
 def _kind(value: Any) -> str:
@@ -53,6 +57,8 @@ def finite_number(value: Any, name: str) -> None:
 
 def number(value: Any, name: str) -> float:
     try:
+        if isinstance(value, str | bytes):  # which `float` would read
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, not {shown(value)}") from None

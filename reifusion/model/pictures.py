@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .sentences import cut
+
 # Arrays: uint8 (or bool, for black and white), of shape (H, W) or (H, W, C): grey, grey + alpha, RGB or RGBA.
 Picture = Image.Image | np.ndarray | str | os.PathLike
 
@@ -91,10 +93,11 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"there is no picture at {path}") from None
     except Exception as error:  # Pillow raises anything from OSError to SyntaxError for broken files
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        why = getattr(error, "strerror", None) or error  # without the path once more
+        raise ValueError(f"{cut(str(path), 200)} cannot be read as a picture: {why}") from error
 
 
-OUR_TEXTS = (b"reifusion", b"parameters")  # the texts of a PNG in which settings stand
+OUR_TEXTS = (b"reifusion", b"parameters", b"prompt")  # the texts of a PNG in which settings stand
 
 
 def _needed(png: bytes) -> Iterator[bytes]:

@@ -36,7 +36,7 @@ from .request import Request
 from .samplers import SAMPLERS
 from .step import Step as Step
 from .step import Turn as Turn
-from .tuning import options
+from .tuning import options, warn_of_little_noise
 from .turns import in_each_turn
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class StableDiffusion:
         """The loop of `generate`, one `Step` at a time; the settings are the fields of `Request`.
 
         Latents that the caller sends back, `steps.send(latents)`, take the place of the step's own, and so do
-        those that are changed in place. grad: all of a step has derivatives towards its x_t, and through the
+        those that are changed in place; but not between the calls of one step, where samplers like heun go on
+        from where the step began. grad: all of a step has derivatives towards its x_t, and through the
         steps before it, unless the caller sends `step.latents.detach()`.
         """
         request = ask(prompt, negative, **settings).for_model(self.config)
@@ -177,6 +178,8 @@ class StableDiffusion:
             sampler.skip(request.start)
         elif request.init_image is not None:
             sampler.set_strength(request.strength)
+        else:
+            warn_of_little_noise(sampler)
         return sampler
 
     def encode_text(self, prompts: Sequence[str], clip_skip: int = 0, *, grad: bool = False) -> Tensor:

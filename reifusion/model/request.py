@@ -57,10 +57,12 @@ class Request:
     source: Callable[[int], Source] | None = None  # of a seed: what noise is drawn from; None: a generator
     noise: Tensor | None = None  # the noise to begin with, (B, 4, H/8, W/8); None: drawn from the seeds
     latents: Tensor | None = None  # the latents to begin with, as the sampler scales them, (B, 4, H/8, W/8)
-    start: int = 0  # the step to begin at, with these latents; 0 is the first
+    # The step to begin at, with these latents, from 0 on. Samplers that call the network twice in a step have
+    # another `Step.index`, and those that add noise draw that of the first steps again: give another seed.
+    start: int = 0
     guide: Guide | None = None  # stands in for guidance
     guidance_rescale: float = 0.0  # 0 … 1: how much of the contrast that guidance adds is taken back
-    guidance_interval: tuple[float, float] | None = None  # guidance only for σ between the two
+    guidance_interval: tuple[float, float] | None = None  # guidance only for `Step.sigma` between the two
     image_guidance: float | None = None  # of models that edit: how closely to follow init_image; 1 is none
 
     # One of each for every picture: all of the first prompt, then all of the second, …
@@ -100,6 +102,7 @@ class Request:
         self.prompts = [text for text in prompts for _ in range(self.num)]
         self.negatives = [text for text in negatives for _ in range(self.num)]
         self.seeds = [self.seed + k for k in range(len(self.prompts))]
+        whole_number(self.seeds[-1], "the last picture's seed", 0, 2**63 - 1)
 
     @property
     def guidance(self) -> tuple[float, float, tuple[float, float]]:

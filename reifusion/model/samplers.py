@@ -37,7 +37,7 @@ class DDIMSampler(Sampler):
 
     def _alpha_bar_after(self, i: int) -> float:
         """ᾱ at the timestep after the i-th. After the last it is ᾱ₀, not 1: `set_alpha_to_one=False`."""
-        if self.timesteps[i] == 0:  # only when all timesteps are used; all that is left is ᾱ = 1
+        if self.timesteps[i] == 0:  # with all timesteps, or some schedules; all that is left is ᾱ = 1
             return 1.0
         later = self.timesteps[i + 1] if i + 1 < len(self.timesteps) else torch.tensor(0)
         return self.alpha_bar(later).item()

@@ -15,7 +15,7 @@ from .guidance import Denoiser
 class Turn:
     """One turn of the denoising loop, before its step. Latents are (B, 4, H/8, W/8), float32 or float64."""
 
-    index: int  # 0 … total - 1
+    index: int  # 0 … total - 1: of the calls of the network, of which heun and others need two for a step
     total: int
     t: float  # the timestep: how noisy x_t is, from 999 down; an int, except for rectified flow
     x_t: Tensor  # the latents before the step, as the sampler scales them

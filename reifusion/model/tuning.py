@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
+from .ddpm import Sampler
 from .limits import number
 from .samplers import SAMPLERS, samplers_for
 from .sentences import shown
@@ -42,6 +44,17 @@ def check(request: Request) -> None:
 def options(request: Request) -> dict[str, Any]:
     """The options that a request sets, by name."""
     return {name: getattr(request, name) for name in MOST if getattr(request, name) is not None}
+
+
+def warn_of_little_noise(sampler: Sampler) -> None:
+    """Warns if drawing would begin where pictures have little noise, as some samplers do in a single step."""
+    first = sampler.timesteps[0].item()
+    if first < sampler.num_training_steps / 2:
+        warnings.warn(
+            f"with so few steps, {sampler.name} begins at timestep {first:g}, where there is little noise,"
+            " and the noise it begins with remains; take more steps, or the schedule trailing",
+            stacklevel=3,
+        )
 
 
 def sampler_of(request: Request, config: ModelConfig) -> str:

@@ -81,7 +81,7 @@ SCHEDULES_ELSEWHERE = {
     "sgm_uniform": ("", "SGM Uniform", "sgm_uniform", "sgm_uniform"),
     "simple": ("", "Simple", "simple", "simple"),
     "ddim_uniform": ("", "DDIM", "ddim_uniform", ""),
-    "beta": ("", "Beta (over σ there)", "beta", "beta"),
+    "beta": ("use_beta_sigmas=True (over σ there)", "Beta (over σ there)", "beta", "beta"),
     "karras": ("use_karras_sigmas=True", "Karras", "karras", "karras"),
     "exponential": ("use_exponential_sigmas=True", "Exponential", "exponential", "exponential"),
     "polyexponential": ("", "Polyexponential (ρ 1 there)", "", ""),

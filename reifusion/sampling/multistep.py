@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..model.spacing import SCHEDULES
 from .solver import Solver
 
 
@@ -20,6 +21,12 @@ class DPMPP2MSDESampler(Solver):
 
     name, title = "dpmpp_2m_sde", "DPM++ 2M SDE"
     eta, s_noise = 1.0, 1.0
+
+    def _spaced(self, n: int) -> Tensor:
+        # Even in log σ, as in A1111: on "normal", the last step is so long that the curve overshoots.
+        if self.prediction_type == "flow":
+            return super()._spaced(n)
+        return self._at(SCHEDULES["exponential"](self._training_sigmas(), n))
 
     def _go(self, k: int, place: int, x: Tensor, x0: Tensor) -> Tensor:
         sigma, later, eta = self.sigmas[k], self.sigmas[k + 1], self.eta or 0.0

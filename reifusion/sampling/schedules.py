@@ -68,7 +68,7 @@ def simple(sigmas: Tensor, n: int) -> Tensor:
 
 @schedule("ddim_uniform", "DDIM")
 def ddim_uniform(sigmas: Tensor, n: int) -> Tensor:
-    """ComfyUI's: every s-th from 1 on, s = ⌊N / n⌋. Where n does not divide N, that can be a step more."""
+    """ComfyUI's: every s-th from 1 on, s = ⌊N / n⌋. Those are n where n divides N, else more: 500 for 334."""
     stride = max(1, len(sigmas) // n)
     return torch.arange(1, len(sigmas), stride).flip(0).double()
 

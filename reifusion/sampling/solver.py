@@ -22,8 +22,8 @@ class Solver(EulerSampler):
     """A sampler in the scaling x₀ + σ ε. Subclasses say where the network is called, and what follows.
 
     It suits networks for rectified flow too: x = (1 - s) x₀ + s ε, divided by 1 - s, is x₀ + σ ε with
-    σ = s / (1 - s). Unless a request has a schedule, steps are even in the timesteps, from the last to the
-    first of training, as in k-diffusion and ComfyUI's "normal".
+    σ = s / (1 - s). Without a schedule in the request or of a subclass, steps are even in the timesteps, from
+    the last to the first of training, as in k-diffusion and ComfyUI's "normal".
     """
 
     prediction_types = ("epsilon", "v_prediction", "flow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Container, Mapping
@@ -10,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..errors import sentence
 from ..threads import wait_briefly
 
 DESCRIPTION = """Trains a VAE, sharpens one, or trains a text-to-image model, a LoRA, a new word or a
@@ -95,6 +97,11 @@ def _train(given: argparse.Namespace) -> int:
         return 2
     except (DataError, TrainingError, OSError) as error:
         print(f"reifusion: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) or os.environ.get("REIFUSION_DEBUG") == "1":
+            raise
+        print(f"reifusion: {sentence(error, 'batch or size')}", file=sys.stderr)
         return 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -32,10 +33,12 @@ def listed(folder: Path) -> dict[Path, tuple[str, ...]]:
                 name, texts = _cell(row, FILE_COLUMNS), _cell(row, TEXT_COLUMNS)
                 if not isinstance(name, str) or texts is None:
                     raise CaptionError(
-                        f"{file} needs a file_name and a text in each row, and has {', '.join(row) or 'none'}"
+                        f"{file} needs a file_name and a text in each row, and has"
+                        f" {', '.join(map(str, row)) or 'none'}"
                     )
-                own = [text.strip() for text in (texts if isinstance(texts, list) else [texts])]
-                found[(folder / name).resolve()] = tuple(text for text in own if text)
+                path, texts = (folder / name).resolve(), texts if isinstance(texts, list) else [texts]
+                own = [" ".join(text.split()) for text in texts if isinstance(text, str)]
+                found[path] = found.get(path, ()) + tuple(filter(None, own))  # some have a row for each
     return found
 
 
@@ -43,9 +46,11 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         text = file.read_text("utf-8-sig")
         if file.suffix in (".csv", ".tsv"):
-            yield from csv.DictReader(text.splitlines(), delimiter="\t" if file.suffix == ".tsv" else ",")
+            yield from csv.DictReader(
+                io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ","
+            )
             return
-        lines = text.splitlines() if file.suffix == ".jsonl" else [text]
+        lines = text.split("\n") if file.suffix == ".jsonl" else [text]
         for line in filter(str.strip, lines):
             found = json.loads(line)
             if file.suffix == ".json" and isinstance(found, dict):  # {"a.png": "a cat"}

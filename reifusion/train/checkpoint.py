@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class TrainingError(RuntimeError):
@@ -32,6 +38,25 @@ def save_atomically(value: Any, path: Path) -> None:
         raise TrainingError(f"{path} could not be written ({why}); the previous file is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; removes what a killed one left. Raises TrainingError if one runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".running", "wb") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainingError(
+                    f"another run is training in {folder}; wait for its end, or choose another folder"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        for half in folder.glob(".checkpoint.pt.*"):
+            half.unlink(missing_ok=True)
+        yield
 
 
 def save_checkpoint(

@@ -261,6 +261,8 @@ def open_pictures(
         captions = _captions(row.get(texts), texts == "txt") or others or _captions(beside, True)
         try:
             with _open(_encoded(row[image])) as picture:
+                if picture.mode == "F":  # its range is anybody's guess
+                    raise ValueError("numbers of 32 bits")
                 drawn = () if captions or instead else _prompt(picture)
                 itself = captions or drawn or (instead,)
                 items.append(Item(number, name, *upright_size(picture), itself, repeats))
@@ -282,7 +284,9 @@ def open_pictures(
         "have no caption and get the prompt that they were drawn by": from_prompts,
         "have captions that are not UTF-8 and were read as Windows-1252": strange,
     }
-    _report(source, items, wrong, sorted(os.path.relpath(f, root) for f in files - listed if root))
+    unlisted = sorted(os.path.relpath(f, root) for f in files - listed if root)
+    unknown = [os.path.relpath(f, root) for f in known if not f.exists() and root]
+    _report(source, items, wrong, unlisted, unknown)
     return Pictures(encoded, items)
 
 
@@ -343,6 +347,8 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
         except DataError as error:
             damaged = [file.name for file in sorted(ours) if not _whole(file)]
             raise DataError(f"{error} ({some(damaged)})" if damaged else str(error)) from error
+    if split != "train" and path == given:
+        raise DataError(f"{source} has no split {split!r}: it holds no folders of splits alone")
     _check_metadata(files)
     # One pattern for all files: by names, `datasets` would take "a red train.png" for the split to train on.
     options["data_files"] = {split: ["**"] if folder else [glob.escape(str(file)) for file in files]}
@@ -360,6 +366,8 @@ def _saved(folder: Path, split: str, source: str) -> Any:
     except Exception as error:
         raise DataError(f"{source} cannot be read: {_reason(error)}") from error
     if not isinstance(rows, datasets.DatasetDict):
+        if split != "train" and str(rows.split) != split:
+            raise DataError(f"{source} has no split {split!r}; it has {rows.split or 'none'}")
         return rows
     if split not in rows:
         raise DataError(f"{source} has no split {split!r}; it has {', '.join(sorted(rows))}")
@@ -531,7 +539,13 @@ def _kohya(folder: Path, root: Path) -> tuple[int, str]:
     return 1, ""
 
 
-def _report(source: str | Path, items: list[Item], wrong: dict[str, list[str]], unlisted: list[str]) -> None:
+def _report(
+    source: str | Path,
+    items: list[Item],
+    wrong: dict[str, list[str]],
+    unlisted: list[str],
+    unknown: list[str],
+) -> None:
     """Warns once of everything that is wrong with a data set. Raises DataError if no picture is left."""
     unreadable, *_ = wrong.values()
     total = len(items) + len(unreadable)
@@ -543,6 +557,8 @@ def _report(source: str | Path, items: list[Item], wrong: dict[str, list[str]], 
     ]
     if unlisted:  # by the metadata, or because `datasets` does not read their format
         problems.append(f"{len(unlisted)} other pictures there are not used: {some(unlisted)}")
+    if unknown:
+        problems.append(f"there are captions for {len(unknown)} files that are missing: {some(unknown)}")
     if problems:
         warnings.warn(f"{source}: {'; '.join(problems)}", stacklevel=3)
 

@@ -131,10 +131,11 @@ def train_inversion(
     def look(step: int, average: dict[str, Tensor]) -> Seen:
         now = learned.vectors.data
         learned.vectors.data = average[name].to(now)
-        seen = watch.look(model.eval(), pipe)
-        learned.vectors.data = now
-        model.train()
-        return seen
+        try:
+            return watch.look(model.eval(), pipe)
+        finally:
+            learned.vectors.data = now
+            model.train()
 
     model.requires_grad_(False)
     model.clip.embedding.token = learned  # type: ignore[assignment]

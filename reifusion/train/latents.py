@@ -391,7 +391,7 @@ class LatentData:
 
 
 class Mixed:
-    """Two sets of latents: each batch is of one of them, and both have their turn equally often.
+    """Two sets of latents: each batch is of one of them, of both equally often on average.
 
     Source: Ruiz et al. 2023 (DreamBooth), §3.2: pictures of what must not change are learned beside new ones.
     """

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from . import muon
-from .checkpoint import TrainingError, load_checkpoint, save_checkpoint, unchanged
+from .checkpoint import TrainingError, alone, load_checkpoint, save_checkpoint, unchanged
 from .faster import faster
 from .keys import check, key
 from .objective import BatchPart, Objective, rng, seed_layers
@@ -134,7 +134,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, _: Any) -> None:
         asked.append(number)
-        print("reifusion: stopping after this step; once more stops at once", file=sys.stderr)
+        print("reifusion: stopping, and writing the checkpoint; once more stops at once", file=sys.stderr)
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -255,11 +255,12 @@ def train(
     main = accelerator.is_main_process
     total = config.steps if config.minutes is None else None
     seen = Progress(folder, start, total, config.log_every) if main else nullcontext()
-    with seen as progress, stop_asked() as stop:
+    with alone(folder) if main else nullcontext(), seen as progress, stop_asked() as stop:
         while (done := _agreed(clock.done(step), accelerator, config)) < 1:
             figures = work.gradients(step, done)
             unread.add(step, figures, {"lr": learning_rate(step, done, config)})
-            if (step + 1) % look_every == 0:
+            # Several processes have to agree, which makes a GPU wait; a single one can stop at any step.
+            if (step + 1) % look_every == 0 or (accelerator.num_processes == 1 and stop()):
                 look()
                 # These losses have shown that the weights, not yet updated by this step, are good.
                 asked = any(_of_all(float(stop()), accelerator))

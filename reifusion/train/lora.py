@@ -163,11 +163,13 @@ def train_lora(
                 )
 
     def look(step: int, average: dict[str, Tensor]) -> Seen:
-        with _weights(model.eval(), average):
-            picture = None if watch is None else watch(step, pipe)
-            found = replace(seen, prompts=()) if picture is not None else seen
-            shown = found.look(model, pipe)
-        model.train()
+        try:
+            with _weights(model.eval(), average):
+                picture = None if watch is None else watch(step, pipe)
+                found = replace(seen, prompts=()) if picture is not None else seen
+                shown = found.look(model, pipe)
+        finally:
+            model.train()
         return shown if picture is None else shown._replace(picture=picture)
 
     try:
@@ -188,8 +190,10 @@ def _weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Gives the model these weights for a while, and then its own again."""
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name in weights}
     model.load_state_dict(dict(weights), strict=False)
-    yield
-    model.load_state_dict(before, strict=False)
+    try:
+        yield
+    finally:
+        model.load_state_dict(before, strict=False)
 
 
 class LoRALayer(nn.Module):

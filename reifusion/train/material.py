@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import whole
+from ..files import whole, write_text
 from ..model.config import SD15, ModelConfig
 from ..model.tokenizer import Tokenizer
 from .ahead import Ahead
@@ -47,13 +47,14 @@ def own_pictures(recipe: Recipe, caption: str | None = None) -> Pictures:
     return pictures.dressed(recipe.trigger, recipe.shuffle_tags, recipe.keep_tags, recipe.training.loop.seed)
 
 
-def other_pictures(recipe: Recipe, data: str, caption: str | None = None) -> Pictures:
-    """Opens pictures beside those that a recipe learns: held out, or of what must not change.
+def held_out_pictures(recipe: Recipe) -> Pictures:
+    """Opens the `validation_data` of a recipe, with captions as those that are learned have them."""
+    return own_pictures(replace(recipe, data=recipe.validation_data), getattr(recipe.training, "caption", ""))
 
-    caption: see `own_pictures`.
-    """
-    caption = getattr(recipe.training, "caption", "") if caption is None else caption
-    return own_pictures(replace(recipe, data=data, trigger=""), caption)
+
+def regularising_pictures(recipe: Recipe) -> Pictures:
+    """Opens the pictures of what must not change: the word before the captions is not theirs."""
+    return own_pictures(replace(recipe, data=recipe.regularisation, trigger=""), "")
 
 
 def random_pixels(recipe: Recipe, pictures: Pictures | None = None) -> PixelBatch:
@@ -93,6 +94,10 @@ def captioned_latents(
 
             tokenizer = tokenizer or vocabulary(source.captions, config, folder)
             device, clock = processes().device, recipe.training.loop.minutes
+            counted, first = folder / "scenes.txt", processes().is_main_process
+            decided = counted.exists() and (not first or (folder / "checkpoint.pt").exists())
+            if decided:  # a run that resumes, or another process of it, has the scenes of before
+                source, clock = source.first(int(counted.read_text())), None
             means = material.encode(
                 vae.encoder,
                 source,
@@ -100,6 +105,8 @@ def captioned_latents(
                 device,
                 None if clock is None else ENCODING * 60 * clock,
             )
+            if not decided:
+                write_text(counted, f"{len(means)}\n")
             return material.latents(means, source.captions, tokenizer), tokenizer
         captions = [caption for item in source.items for caption in item.captions]
         tokenizer = tokenizer or vocabulary(captions, config, folder)

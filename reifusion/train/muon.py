@@ -75,7 +75,8 @@ def optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Returns Muon for the matrices of hidden layers, and AdamW for all other weights.
 
-    The others are embeddings, biases, norms, the first layer and the last. Only weights that require
+    The others are biases, norms, the first layer and the last, the first row of a VAE's encoder, and what has
+    `embedding` in its name, such as the layers of the time embedding. Only weights that require
     gradients count; an optimizer without any weights is left out.
     """
     matrices: list[nn.Parameter] = []

@@ -15,11 +15,11 @@ from ..model.config import ModelConfig, UNetConfig
 from ..model.pipeline import StableDiffusion
 from ..weights.hub import is_id
 from . import ready
-from .checks import Cost, blots, cost, subject
+from .checks import Cost, blots, cost, in_bytes, subject
 from .control import SHOWN, TextToControl
 from .images import Pictures
 from .latents import HOLES
-from .material import other_pictures, own_pictures
+from .material import ENCODING, held_out_pictures, own_pictures, regularising_pictures
 from .recipe import Recipe, RecipeError
 from .run import MOST_OF_A_LORA
 from .sizes import model_config
@@ -54,6 +54,11 @@ def dry_run(recipe: Recipe, before_its_vae: bool = False) -> str:
     if found:
         parts = (2 if recipe.mirror else 1) * recipe.crops * (1 + HOLES * config.inpaints)
         price = replace(price, before=sum(map(len, found.values())) * parts * encoding(vae, side))
+    elif recipe.data == "emoji" and recipe.training.loop.minutes is not None:
+        price = replace(price, before=60 * ENCODING * recipe.training.loop.minutes)  # and no longer
+    if recipe.train == "text2image":  # a second copy of the networks, which draws the sheets
+        sheets = in_bytes([*model.parameters(), *vae.parameters()])
+        price = replace(price, memory=price.memory | {"for sheets": sheets})
     if isinstance(config.unet, UNetConfig):
         price = replace(price, sheet=sheet(model, vae, config, _prompts(recipe, found, side), side))
     return _table(price, found)
@@ -66,9 +71,10 @@ def pictures(recipe: Recipe) -> dict[str, Pictures]:
         found[""] = own_pictures(recipe)
         if recipe.validation and len(found[""]) < 2:
             raise RecipeError("there is only one picture, so none can be held out; set validation=0")
-    for name, data in (("held out", recipe.validation_data), ("regularisation", recipe.regularisation)):
-        if data and _is_here(data):
-            found[name] = other_pictures(recipe, data, "" if name == "regularisation" else None)
+    if recipe.validation_data and _is_here(recipe.validation_data):
+        found["held out"] = held_out_pictures(recipe)
+    if recipe.regularisation and _is_here(recipe.regularisation):
+        found["regularisation"] = regularising_pictures(recipe)
     return found
 
 
@@ -108,9 +114,9 @@ def sheet(model: TextToImage, vae: VAE, config: ModelConfig, prompts: int, side:
     def draw(steps: int) -> None:
         pipe.generate([""] * few, steps=steps, size=(side, side), seed=0, progress=False)
 
-    one, three = _seconds(lambda: draw(1)), _seconds(lambda: draw(3))
-    step = max(0.0, three - one) / 2
-    return prompts / few * (one + (config.steps - 1) * step)
+    two, four = _seconds(lambda: draw(2)), _seconds(lambda: draw(4))
+    step = max(0.0, four - two) / 2
+    return prompts / few * (two + (config.steps - 2) * step)
 
 
 def _prompts(recipe: Recipe, found: dict[str, Pictures], side: int) -> int:
@@ -121,7 +127,7 @@ def _prompts(recipe: Recipe, found: dict[str, Pictures], side: int) -> int:
     if recipe.train == "inversion":
         return len(prompts_of_sheet(recipe.prompts or ("",) * 4, None, side, 0))
     many = len(prompts_of_sheet(recipe.prompts, captions, side, recipe.training.loop.seed))
-    return min(many, MOST_OF_A_LORA) if recipe.train == "lora" else many
+    return min(many, MOST_OF_A_LORA) if recipe.train == "lora" and not recipe.prompts else many
 
 
 def _seconds(work: Callable[[], object]) -> float:

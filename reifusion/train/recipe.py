@@ -3,9 +3,8 @@
     steps = 20_000   # of the U-Net
     lr = 1e-3
 
-Each key is a field of `Recipe`, of the training's dataclass (`VAETraining`, `Sharpening`,
-`TextToImageTraining` or `LoRATraining`) or of `LoopConfig`; a key that the file leaves out has the field's
-default. On the command line, `key=value` overrides the file.
+Each key is a field of `Recipe`, of the training's dataclass (see `TRAININGS`) or of `LoopConfig`; a key that
+the file leaves out has the field's default. On the command line, `key=value` overrides the file.
 """
 
 from __future__ import annotations
@@ -76,7 +75,8 @@ class Recipe:
     caption_column: str = key("", 'the column of the captions; "": found by name')
     model: str = key(
         "mini",
-        "sizes of a model that is trained from nothing: tiny, 7m, 16m, mini, 75m (by parameters) or sd15",
+        "sizes of a model that is trained from nothing: tiny, 7m, 16m, mini, 75m (by parameters), mini-mm or"
+        " sd15",
         trains=FROM_NOTHING,
     )
     channels: tuple[int, ...] = key(
@@ -95,7 +95,9 @@ class Recipe:
         trains=FROM_NOTHING,
     )
     start: str = key(
-        "", 'a model to train further, as in generate --model, or a VAE\'s file; "": from nothing'
+        "",
+        'a model to train further, as in generate --model, or a VAE\'s file; "": from nothing,'
+        " or for a LoRA, a word and a ControlNet the mini",
     )
     vae: str = key("", 'the model whose VAE makes the latents; "": that of start', trains=("text2image",))
     size: int = key(
@@ -128,11 +130,14 @@ class Recipe:
         1, "different parts of each picture to learn from; 1: its middle", least=1, trains=CAPTIONED
     )
     regularisation: str = key(
-        "", "pictures of what must not change, as data; every other step learns from these", trains=DENOISERS
+        "",
+        "pictures of what must not change, as data; each step learns from these with a chance of one half",
+        trains=DENOISERS,
     )
     prompts: tuple[str, ...] = key(
         (),
-        "prompts of the sheets, or .txt files with one a line; none: some of the captions",
+        "prompts of the sheets, or .txt files with one a line; none: some of the captions, or for a new word"
+        " some with it",
         trains=DRAW,
     )
     validation: float = key(

@@ -27,7 +27,14 @@ from .inversion import train_inversion, with_word
 from .latents import LatentData, Mixed
 from .loop import processes
 from .lora import train_lora
-from .material import captioned_latents, captioned_pictures, other_pictures, own_pictures, random_pixels
+from .material import (
+    captioned_latents,
+    captioned_pictures,
+    held_out_pictures,
+    own_pictures,
+    random_pixels,
+    regularising_pictures,
+)
 from .progress import Seen
 from .recipe import Recipe
 from .sharpen import sharpen_decoder
@@ -38,7 +45,7 @@ from .vae_file import is_vae, load_vae, save_vae
 from .watch import Watch, prompts_of_sheet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-MOST_OF_A_LORA = 8  # prompts of its sheets
+MOST_OF_A_LORA = 8  # captions on its sheets
 
 
 def run(recipe: Recipe) -> Path:
@@ -138,7 +145,9 @@ def random_pictures(
             return random_pixels(recipe), size, made_of | {"data": "emoji"}
     with processes().main_process_first():
         pictures = own_pictures(recipe)
-    side = recipe.training.crop if recipe.train == "vae" else size
+    # A VAE sees parts of them, and at last whole pictures.
+    parts = recipe.train == "vae" and recipe.training.whole_from == 1
+    side = recipe.training.crop if parts else size
     small = [item.name for item in pictures.items if min(item.width, item.height) < side]
     if small:
         warnings.warn(
@@ -177,7 +186,7 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
     own = data.captions if isinstance(data, LatentData) else None  # of those held out as well
     data, held_out = validation(recipe, data, config, vae, tokenizer)
     if recipe.regularisation and isinstance(data, LatentData):
-        pictures = other_pictures(recipe, recipe.regularisation, "")
+        pictures = regularising_pictures(recipe)
         data = Mixed(data, cast(LatentData, captioned_latents(recipe, pictures, config, vae, tokenizer)[0]))
 
     def pipeline(model: TextToImage) -> StableDiffusion:
@@ -244,7 +253,7 @@ def validation(
 ) -> tuple[Data, dict[str, Data]]:
     """Returns the data to train on and, if the recipe wants it, what to measure: "held_out" and "seen"."""
     if recipe.validation_data:
-        pictures = other_pictures(recipe, recipe.validation_data)
+        pictures = held_out_pictures(recipe)
         found, _ = captioned_latents(recipe, pictures, config, vae, tokenizer)
         return data, {"held_out": found, "seen": data}
     if recipe.validation and isinstance(data, LatentData):
@@ -260,10 +269,12 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
         pictures = own_pictures(recipe)
         held_out: float | Pictures = recipe.validation
         if recipe.validation_data:
-            held_out = other_pictures(recipe, recipe.validation_data)
-        others = other_pictures(recipe, recipe.regularisation, "") if recipe.regularisation else None
+            held_out = held_out_pictures(recipe)
+        others = regularising_pictures(recipe) if recipe.regularisation else None
     captions = [caption for item in pictures.items for caption in item.captions]
-    side, seed = recipe.size or config.size, recipe.training.loop.seed
+    prompts = prompts_of_sheet(
+        recipe.prompts, captions, recipe.size or config.size, recipe.training.loop.seed
+    )
     return train_lora(
         replace(pipe, config=config),
         pictures,
@@ -273,7 +284,7 @@ def run_lora(recipe: Recipe, config: ModelConfig) -> Path:
         recipe.training.layout,
         size=recipe.size or None,
         mirror=recipe.mirror,
-        prompts=prompts_of_sheet(recipe.prompts, captions, side, seed)[:MOST_OF_A_LORA],
+        prompts=prompts if recipe.prompts else prompts[:MOST_OF_A_LORA],
         validation=held_out,
         regularisation=others,
         crops=recipe.crops,

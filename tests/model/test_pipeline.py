@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -378,6 +380,34 @@ def test_a_callback_that_raises_ends_all(pipe):
 
     with pytest.raises(InterruptedError):
         draw(pipe, "a cat", callback=stop)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"cfg": "4"}, "cfg must be a number, not '4'"),
+        ({"strength": "0.5"}, "strength must be a number"),
+        ({"guidance_rescale": "0.5"}, "guidance_rescale must be a number"),
+        ({"eta": "0.5", "sampler": "ddim"}, "eta must be a number"),
+        ({"num": 2, "seed": 2**63 - 1}, "the last picture's seed must be between 0 and"),
+        ({"noise": torch.full((1, 4, 8, 8), math.nan)}, "noise must be finite numbers, and some are not"),
+        ({"latents": torch.full((1, 4, 8, 8), math.inf)}, "latents must be finite numbers"),
+        ({"prompt": torch.zeros(1, 8, 16, dtype=torch.long)}, "must be floating-point numbers"),
+        ({"prompt": torch.full((1, 8, 16), math.nan)}, "all of them finite"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is(asked, said):
+    with pytest.raises(ValueError, match=said):
+        Request(**{"prompt": "a cat", **asked})
+
+
+def test_a_single_step_without_noise_to_begin_with_is_told(pipe):
+    with pytest.warns(UserWarning, match="euler begins at timestep 1, where there is little noise"):
+        pipe.generate("a cat", sampler="euler", steps=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.generate("a cat", sampler="euler", schedule="trailing", steps=1, progress=False)
+        pipe.generate("a cat", sampler="euler", steps=2, progress=False)
 
 
 def test_latents_that_are_sent_back_take_the_place_of_the_steps_own(pipe):

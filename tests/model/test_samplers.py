@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reifusion.model.ddpm import DDPMSampler, Sampler, randn
 from reifusion.model.samplers import SAMPLERS
+from reifusion.model.spacing import SCHEDULES
 
 NAMES = [  # the others have tests/sampling
     name for name, kind in SAMPLERS.items() if not kind.__module__.startswith("reifusion.sampling")
@@ -243,6 +244,47 @@ def test_a_thousand_steps_are_all_timesteps(name: str) -> None:
 def test_impossible_numbers_of_steps_are_refused(name: str, n: int) -> None:
     with pytest.raises(ValueError, match=f"the number of steps must be between 1 and 1000, not {n}"):
         SAMPLERS[name]().set_inference_timesteps(n)
+
+
+def test_schedules_that_do_not_exist_or_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="there is no schedule 'nope'; there are "):
+        SAMPLERS["euler"]().set_inference_timesteps(10, "nope")
+    with pytest.raises(ValueError, match="dpmpp_2m_karras has a schedule of its own"):
+        SAMPLERS["dpmpp_2m_karras"]().set_inference_timesteps(10, "karras")
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+@pytest.mark.parametrize("n", [2, 6, 25])
+def test_every_step_moves_on_every_schedule(name: str, n: int) -> None:
+    for schedule in SCHEDULES:
+        sampler, x = SAMPLERS[name](seeded(1)), noise_like_latents(2)
+        sampler.set_inference_timesteps(n, schedule)
+        for t in sampler.timesteps:
+            before, x = x, sampler.step(t, x, network(x, t))
+            assert (x - before).abs().max() > 1e-4, (schedule, t)
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_timesteps_that_do_not_exist_are_refused(t: int) -> None:
+    with pytest.raises(ValueError, match=f"timestep {t} is not between 0 and 999"):
+        DDPMSampler(seeded(1)).add_noise(noise_like_latents(1), t)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("heun", "pndm", "lcm", "tcd")])
+def test_latents_that_the_caller_changes_count(name: str) -> None:
+    """Samplers that remember steps before go on from where x is now."""
+    fields: dict[str, Any] = {"prediction_type": "flow"} if name in FLOW else {}
+    one, other = (SAMPLERS[name](seeded(1), **fields) for _ in range(2))
+    x = noise_like_latents(2) * one.init_noise_sigma
+    for sampler in one, other:
+        sampler.set_inference_timesteps(12)
+    same = x
+    for i, t in enumerate(one.timesteps):
+        moved = one.step(t, x + 0.5 * (i == 5), network(noise_like_latents(i), t))
+        same = other.step(t, same, network(noise_like_latents(i), t))
+        if i >= 5:
+            assert (moved - same).mean() > 0.3, i
+        x = moved
 
 
 @every_sampler

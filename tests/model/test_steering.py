@@ -229,7 +229,7 @@ def test_the_whole_loop_works_in_float64(pipe):
         ({"prompt": torch.zeros(1, 8, 15)}, "must be .* not .1, 8, 15."),
         ({"prompt": torch.zeros(2, 1, 8, 16)}, "3, B, 77, 16"),
         ({"prompt": torch.zeros(1, 9, 16)}, "of the same shape, not .1, 9, 16. and .1, 8, 16."),
-        ({"prompt": torch.zeros(1, 8, 16, dtype=torch.int64)}, "a prompt of vectors is"),
+        ({"prompt": torch.zeros(1, 8, 16, dtype=torch.int64)}, "a prompt of vectors must be floating"),
         ({"prompt": torch.zeros(3, 8, 16), "negative": torch.zeros(2, 8, 16)}, "3 prompts"),
         ({"latents": torch.zeros(2, 4, 8, 8)}, "latents must be .1, 4, 8, 8., not .2, 4, 8, 8."),
         ({"latents": [0.0]}, "latents must be a tensor"),

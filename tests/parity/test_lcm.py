@@ -235,6 +235,13 @@ def test_a_file_without_metadata_is_recognised_by_its_shapes(to, tmp_path):
     assert from_shapes(ours).config.unet == config.unet
 
 
+def test_a_negative_prompt_that_is_not_read_is_told(tmp_path):
+    pipe = load_pipe(write(LCM, tmp_path / "lcm"), "cpu", "fp32")
+    with pytest.warns(UserWarning, match="reads no negative prompt"):
+        told = draw_ours(pipe, 2, 4.0, negative="a dog")
+    assert (told == draw_ours(pipe, 2, 4.0)).all()
+
+
 def test_an_ordinary_model_is_not_an_lcm():
     assert "original_inference_steps" not in config_to_diffusers(SMALL)["scheduler"]
 

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 import reifusion
 from reifusion import cli, kernels, weights
-from reifusion.families.sd3 import PRESETS, SD3Config, SkipLayers, StableDiffusion3, Tokenizers, build
+from reifusion.families.sd3 import (
+    PRESETS,
+    SD3Config,
+    SkipLayers,
+    StableDiffusion3,
+    Tokenizers,
+    build,
+    warn_of_length,
+)
 from reifusion.families.sd3_files import SD3, from_shapes
 from reifusion.families.unigram import Unigram
 from reifusion.model.ddpm import randn
@@ -36,6 +44,18 @@ from tests.tiny_sd3 import PIECES, TINY, networks, tokenizers
 diffusers = pytest.importorskip("diffusers")
 
 PROMPTS, NEGATIVES = ["a cat", "dog dog cat"], ["cog", ""]
+
+
+def test_of_long_prompts_t5_says_what_it_reads() -> None:
+    tokenizer = tokenizers()
+    room = t5_of(tokenizer).length - 1
+    with pytest.warns(UserWarning, match="T5 reads the prompt to its end"):
+        warn_of_length(["a cat " * 12], tokenizer, t5_of(tokenizer))
+    with pytest.warns(UserWarning, match=f"T5 has room for {room} tokens and the prompt has "):
+        warn_of_length(["a cat " * 300], tokenizer, t5_of(tokenizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_length(["a cat"], tokenizer, t5_of(tokenizer))
 
 
 def t5_of(tokenizer: Tokenizer) -> Unigram:

@@ -25,14 +25,17 @@ from reifusion import cli
 from reifusion.api import load as load_pipe
 from reifusion.explain.steer import rewritten
 from reifusion.explain.words import watch
+from reifusion.families import few_steps
 from reifusion.families.sdxl import BASE, REFINER, SSD_1B, VEGA, SDXLConfig, StableDiffusionXL, build
 from reifusion.families.sdxl_files import SDXL, to_diffusers
 from reifusion.families.sdxl_unet import tell
 from reifusion.model.ask import ask
+from reifusion.model.config import SD15
 from reifusion.model.ddpm import randn
 from reifusion.model.model_converter import convert, load_from_standard_weights, match, rules
 from reifusion.model.model_loader import preload_models_from_standard_weights, state_dict
 from reifusion.model.pipeline import StableDiffusion
+from reifusion.model.samplers import EulerAncestralSampler
 from reifusion.model.tensors import ModelError
 from reifusion.settings import Settings
 from reifusion.weights import Changes, find_config, load, save
@@ -219,6 +222,50 @@ def test_base_and_refiner_together_draw_as_in_diffusers(base, refiner, share):
     assert_same(drawn, expected)
     with pytest.raises(ValueError, match=r"of 3 steps, a share of 0\.01 leaves one of them none"):
         draw(replace(ours, share=0.01), steps=3)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "pndm", "dpm2"])
+def test_samplers_of_several_calls_are_refused_for_base_and_refiner(base, refiner, sampler):
+    pipe = replace(xl(base), refiner=load_pipe(refiner, "cpu", "fp32"))
+    with pytest.raises(ValueError, match=f"calls the network once in a step, like euler, and not {sampler}"):
+        draw(pipe, steps=5, sampler=sampler)
+
+
+@pytest.mark.parametrize("schedule", [None, "ddim_uniform"])
+def test_the_refiner_goes_on_where_the_base_has_stopped(base, refiner, schedule, monkeypatch):
+    """In the timesteps and in the count of steps; and no noise comes twice."""
+    pipe = replace(xl(base), refiner=load_pipe(refiner, "cpu", "fp32"))
+    drawn: list[torch.Tensor] = []
+
+    def kept(self: Any, x: torch.Tensor) -> torch.Tensor:
+        drawn.append(noise_of(self, x))
+        return drawn[-1]
+
+    noise_of = EulerAncestralSampler._noise
+    monkeypatch.setattr(EulerAncestralSampler, "_noise", kept)
+    asked: dict[str, Any] = {"steps": 30, "schedule": schedule, "sampler": "euler_a", "seed": SEED}
+    both = [(step.t, step.index, step.total) for step in pipe.denoise("a cat", **asked)]
+    ours, drawn[:] = [*drawn], []
+    assert both == [(step.t, step.index, step.total) for step in xl(base).denoise("a cat", **asked)]
+    assert all(map(torch.equal, ours[:20], drawn))
+    assert len({noise.sum().item() for noise in ours}) == len(ours)
+
+
+def test_what_a_mask_keeps_is_under_the_same_noise_for_both(base, refiner):
+    other = load_pipe(refiner, "cpu", "fp32")
+    pipe = replace(xl(base), refiner=other)
+    other.models["encoder"] = pipe.models["encoder"]
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    asked: dict[str, Any] = {
+        "steps": 10,
+        "init_image": Image.new("RGB", (64, 64), "teal"),
+        "mask": mask,
+        "seed": SEED,
+    }
+    steps = [step.x_t[:, :, :, -8:] for step in pipe.denoise("a cat", strength=1.0, **asked)]
+    alone = [step.x_t[:, :, :, -8:] for step in xl(base).denoise("a cat", strength=1.0, **asked)]
+    assert all(map(torch.equal, steps, alone))
 
 
 def xl(folder: Path) -> StableDiffusionXL:
@@ -641,6 +688,7 @@ def test_a_turbo_model_draws_as_in_diffusers(turbo, steps):
         ("sdxl_lightning_2step", "euler", 2, 1.0),
         ("Hyper-SDXL-8steps-CFG", "ddim", 8, 5.0),
         ("sd_xl_base_1.0", "euler", 30, 5.0),
+        ("hyperrealism_v3", "euler", 30, 5.0),
     ],
 )
 def test_the_name_of_a_file_tells_of_few_steps(base, name, sampler, steps, cfg, tmp_path):
@@ -648,9 +696,30 @@ def test_the_name_of_a_file_tells_of_few_steps(base, name, sampler, steps, cfg, 
     pipe = load_pipe(tmp_path / f"{name}.safetensors", "cpu", "fp32")
     found = pipe.config
     assert (found.sampler, found.steps, found.cfg) == (sampler, steps, cfg)
-    few = name != "sd_xl_base_1.0"
+    few = steps < 30
     drawn = next(pipe.denoise("a cat", steps=steps))
     assert (drawn.t == 999) == few
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("sd-turbo", "euler_a"),
+        ("dreamshaperXL_v21TurboDPMSDE", "euler_a"),
+        ("dreamshaperXL_lightningDPMSDE", "euler"),
+        ("realvisxlV40_v40LightningBakedvae", "euler"),
+        ("juggernautXL_v9Rdphoto2Lightning", "euler"),
+        ("Hyper-SD15-4steps-lora", "ddim"),
+        ("4step_lightning", "euler"),
+        ("turboDetail-lora", None),
+        ("blue_lightning_effect_v2", None),
+        ("HyperRealistic", None),
+        ("hyperdetailed_xl", None),
+    ],
+)
+def test_other_uses_of_these_words_are_none(name, sampler):
+    found = few_steps.by_name(SD15, name)
+    assert found.sampler == (sampler or SD15.sampler) and (found.steps < 10) == bool(sampler)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_churn_is_k_diffusions_apart_from_the_first_step(monkeypatch) -> None:
 
 def test_restart_is_a1111s(monkeypatch) -> None:
     sampler: Any = SAMPLERS["restart"]()
-    vars(sampler).update(again=(2, 1), least=0.4, most=2.0)
+    vars(sampler).update(again=(2, 1), least=0.4, most=2.0, own_schedule=False)  # to visit these σ
     assert walked(visiting(sampler, SIGMAS, monkeypatch)) == pytest.approx(0.554591346617, abs=1e-11)
 
 
@@ -112,6 +112,18 @@ def test_restart_has_n_steps_in_all(n: int, ups: int) -> None:
     sampler.set_inference_timesteps(n)
     assert len(sampler._steps) == n and len(sampler.timesteps) == 2 * n - 1
     assert sum(later[0] > before[1] for before, later in zip(sampler._steps, sampler._steps[1:])) == ups
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"])
+def test_those_that_draw_curves_keep_the_spread_of_the_data_on_their_own_schedule(name: str) -> None:
+    """Where all data are N(0, 1), x_t is as well, and E[ε | x_t] = √(1 - ᾱ) x_t."""
+    sampler = SAMPLERS[name](seeded(1))
+    sampler.set_inference_timesteps(25)
+    x = randn((1, 4, 64, 64), seeded(2)) * sampler.init_noise_sigma
+    for t in sampler.timesteps:
+        sigma, scaled = sampler.sigma(t), sampler.scale_model_input(x, t)
+        x = sampler.step(t, x, scaled * sigma / math.sqrt(1 + sigma**2))
+    assert 0.9 < x.std() < 1.1
 
 
 # What each promises

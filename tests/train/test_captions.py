@@ -69,6 +69,21 @@ def test_a_file_of_captions_that_is_not_understood_is_named(folder, name, text, 
     assert "\n" not in str(error.value)
 
 
+def test_rows_with_other_captions_of_a_picture_add_to_it(tmp_path):
+    (tmp_path / "captions.csv").write_text('file,caption\na.png,a ball\na.png,"a red\nball"\nb.png,\n')
+    (tmp_path / "captions.jsonl").write_text('{"file": "b.png", "text": ["a\u2028cube", null]}\n', "utf-8")
+    assert listed(tmp_path) == {
+        (tmp_path / "a.png").resolve(): ("a ball", "a red ball"),
+        (tmp_path / "b.png").resolve(): ("a cube",),
+    }
+
+
+def test_captions_of_files_that_are_missing_are_named(folder):
+    (folder / "captions.json").write_text(json.dumps(ROWS | {"c": "a cone"}))
+    with pytest.warns(UserWarning, match="captions for 1 files that are missing: c"):
+        open_pictures(folder)
+
+
 def test_listed_captions_are_of_files_in_that_folder(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps({"sub/a.png": "a", "b.png": ["one", " two "]}))
     assert listed(tmp_path) == {

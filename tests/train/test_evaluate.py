@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,15 @@ def test_a_model_that_copies_is_found_out(pictures, features):
     far = evaluate(draws(lambda seed: 40 + seed % 7), pictures, features, count=16, seeds=2)
     assert values(far)["look like copies"] < 50
     assert values(found)["KID × 1000"] < values(far)["KID × 1000"]
+
+
+def test_copies_are_found_although_the_data_hold_a_picture_twice(features, folder, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    for file in folder.glob("red-*"):
+        shutil.copy(file, again / f"more-{file.name}")
+    found = evaluate(draws(lambda seed: 9 * (seed % 2)), open_pictures(again), features, count=16, seeds=2)
+    assert values(found)["look like copies"] == 100
 
 
 def test_a_model_whose_seeds_draw_the_same_is_found_out(pictures, features):

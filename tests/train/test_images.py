@@ -117,6 +117,27 @@ def test_splits_are_folders_if_there_is_nothing_else(tmp_path: Path) -> None:
     assert set(captions(open_pictures(tmp_path))) == {"c.png", "train/a.png", "test/b.png"}
 
 
+def test_a_split_that_does_not_exist_is_no_other_one(tmp_path: Path) -> None:
+    plain = folder_of(tmp_path / "plain", {"a.png": png(RED), "a.txt": "a"})
+    with pytest.raises(DataError, match="has no split 'test'"):
+        open_pictures(plain, split="test")
+    saved = datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(), "path": None}], "text": ["a"]},
+        datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+    )
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert len(open_pictures(tmp_path / "saved")) == 1
+    with pytest.raises(DataError, match="has no split 'test'"):
+        open_pictures(tmp_path / "saved", split="test")
+
+
+def test_floats_are_not_guessed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {"a.png": png(RED), "a.txt": "a"})
+    Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(folder / "b.tiff")
+    with pytest.warns(UserWarning, match="1 of 2 pictures cannot be read and are left out: b.tiff"):
+        assert len(open_pictures(folder)) == 1
+
+
 def test_other_folders_mean_nothing(tmp_path: Path) -> None:
     """Here "train" is a vehicle, and a folder's name is not a caption."""
     with pytest.warns(UserWarning, match="2 of 2 pictures have no caption: plane/b.png, train/a.png"):

@@ -198,6 +198,24 @@ def test_only_the_word_is_learned(model, pictures, tmp_path):
     assert (run / "checkpoint.pt").stat().st_size < 100_000
 
 
+def test_a_sheet_that_fails_changes_nothing(model, pictures, tmp_path, monkeypatch):
+    line = ["train", "inversion", f"start={model}", f"data={pictures}", "word=zork", "batch=2", "steps=6"]
+    line += ["ema=0.5", "checkpoint_minutes=0", "mixed_precision=no", "lr=0.1"]
+
+    def learned(name: str) -> torch.Tensor:
+        out = tmp_path / f"{name}.safetensors"
+        assert main([*line, f"folder={tmp_path / name}", f"out={out}"]) == 0
+        return load_embedding(out).vectors
+
+    whole = learned("whole")
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("reifusion.train.watch.Watch.look", fails)
+    assert torch.equal(learned("failed"), whole)
+
+
 def test_learning_goes_downhill(pipe):
     teach(pipe, Embedding("zork", vectors(2)))
     model = TextToImage(pipe.config)

@@ -166,7 +166,7 @@ def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_p
             keep=lambda step, _: kept.append(step),
         )
     assert checkpoint(tmp_path)["step"] == 4 and shown == [] and kept == [4]
-    assert "stopping after this step" in capsys.readouterr().err
+    assert "stopping, and writing the checkpoint" in capsys.readouterr().err
 
     def twice(network, done, generator, part):
         for _ in range(2):
@@ -181,6 +181,35 @@ def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_p
     finally:
         signal.signal(signal.SIGINT, before)
     assert checkpoint(tmp_path)["step"] == 4
+
+
+def test_where_figures_are_rarely_read_a_stop_is_heard_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "waits", lambda device: True)  # as on a GPU
+
+    def objective(network, done, generator, part):
+        if done == 3 / 90:
+            signal.raise_signal(signal.SIGINT)
+        return pictures_objective(network, done, generator, part)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Net(), objective, LoopConfig(steps=90, log_every=50), tmp_path)
+    assert checkpoint(tmp_path)["step"] == 3
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    left = tmp_path / ".checkpoint.pt.123"  # of a run that was killed while it wrote
+    left.touch()
+
+    def second(step, _):
+        assert not left.exists()
+        with pytest.raises(TrainingError, match=r"another run is training in .*choose another folder"):
+            train(Net(), pictures_objective, LoopConfig(steps=20), tmp_path)
+
+    short = LoopConfig(steps=2)
+    train(Net(), pictures_objective, short, tmp_path, keep=second)
+    assert checkpoint(tmp_path)["step"] == 2
+    train(Net(), pictures_objective, LoopConfig(steps=3), tmp_path)  # and afterwards the next
+    assert checkpoint(tmp_path)["step"] == 3
 
 
 def test_the_first_checkpoint_comes_soon_and_the_others_in_their_time(tmp_path, monkeypatch):

@@ -336,6 +336,18 @@ def test_a_stopped_run_resumes_and_ends_in_the_same_bits(tmp_path, data):
     assert_same(load_file(resumed), load_file(whole))
 
 
+def test_a_sheet_that_fails_changes_nothing(tmp_path, data):
+    often = replace(QUICK, dropout=0.2, loop=replace(QUICK.loop, checkpoint_minutes=0.0))
+
+    def fails(step: int, shown: StableDiffusion) -> Image.Image:
+        raise MemoryError
+
+    one = train_lora(tiny(), data, often, tmp_path / "one")
+    with pytest.warns(UserWarning, match="cannot be shown"):
+        two = train_lora(tiny(), data, often, tmp_path / "two", watch=fails)
+    assert_same(load_file(one), load_file(two))
+
+
 def test_whoever_watches_sees_the_average_in_the_model(tmp_path, data):
     pipe, seen = tiny(), {}
 

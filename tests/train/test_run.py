@@ -3,6 +3,8 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,16 @@ from safetensors.torch import load_file
 import reifusion
 from reifusion.model.config import MINI, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.model_loader import ModelError, build
+from reifusion.train import recipe as recipes
 from reifusion.train import sizes, watch
 from reifusion.train.__main__ import main
+from reifusion.train.material import captioned_latents
 from reifusion.train.mini import material
 from reifusion.train.vae_file import load_vae, save_vae
 from reifusion.weights import info, save
 from reifusion.weights import vae as weights_vae
 from tests.sprites import prepared_library
+from tests.tiny import WORDS
 
 # It has SD 1.5's vocabulary and VAE factor, which its recipes rely on, and is small otherwise.
 SMALL_SD = ModelConfig(
@@ -126,6 +131,32 @@ def test_train_mini_from_the_drawings_in_the_minutes_that_it_is_given(tmp_path, 
     said = capsys.readouterr()
     assert f"the VAE is already in {tmp_path}/runs/mini-laptop-vae/vae.safetensors" in said.out
     assert "nothing is left to train" in said.err and "minutes are over" in said.err
+
+
+def test_a_run_that_resumes_has_the_scenes_of_before(tmp_path, monkeypatch):
+    """However many there would be time for now."""
+    time_for = [7]
+
+    def encode(encoder, scenes, folder, device, seconds):
+        return torch.zeros(min(len(scenes), 99 if seconds is None else time_for.pop()), 4, 2, 2)
+
+    monkeypatch.setattr(material, "encode", encode)
+    captions: Any = [f"a cat {i}" for i in range(30)]
+    library: Any = None
+    scenes = material.Bank(library, captions, captions)
+    vae: Any = SimpleNamespace(encoder=None)
+    recipe = recipes.read("text2image", None, ["vae=mini", "minutes=3", f"folder={tmp_path}"])
+
+    def count() -> int:
+        found, _ = captioned_latents(recipe, scenes, SMALL_MINI, vae, WORDS)
+        return len(found)
+
+    assert count() == 7
+    (tmp_path / "checkpoint.pt").touch()
+    time_for.append(20)
+    assert count() == 7
+    (tmp_path / "checkpoint.pt").unlink()  # to train anew
+    assert count() == 20
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf"])

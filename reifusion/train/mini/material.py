@@ -44,6 +44,10 @@ class Bank:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def first(self, count: int) -> Bank:
+        """Returns the first scenes alone."""
+        return Bank(self.library, self.specs[:count], self.captions[:count])
+
     def digest(self) -> str:
         """Returns what tells this bank from others, for `made_of`."""
         return f"#{hashlib.blake2b(repr(self.captions).encode(), digest_size=8).hexdigest()}"
