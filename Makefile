@@ -25,7 +25,7 @@ explain: .venv/ready-explain
 bug: .venv/ready-explain
 	@.venv/bin/reifusion explain bugs "$(PROMPT)" --only $(BUG) --seed $(SEED)
 
-equation: .venv/ready
+equation: .venv/ready-explain
 	@.venv/bin/python -m docs.equation $(LINE)
 
 studio: .venv/ready-studio
@@ -53,7 +53,7 @@ book: docs
 
 wheel: docs
 	rm -rf reifusion/data/book && cp -r site reifusion/data/book
-	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .; rm -r reifusion/data/book
+	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .; code=$$?; rm -r reifusion/data/book; exit $$code
 
 equations: .venv/ready-dev
 	.venv/bin/python -m docs.equations

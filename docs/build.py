@@ -343,6 +343,8 @@ def build(names: list[str], out: Path) -> None:
         raise Wrong(f"contents.md has no page {', '.join(sorted(unknown))}")
     texts = {page.name: (DOCS / page.name).read_text(encoding="utf-8") for page in pages}
     wanted = [page for page in pages if not names or page.name in names]
+    if out.exists() and not (out / "assets" / "search.js").is_file() and any(out.iterdir()):
+        raise Wrong(f"{out} is no book, so it was left as it is; take a new folder")
     shutil.rmtree(out, ignore_errors=True)
     for path in DOCS.glob("assets/*"):
         if path.suffix in ASSETS:

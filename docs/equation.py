@@ -1,4 +1,4 @@
-"""The equation behind a line: `python -m docs.equation model/ddpm.py:295` (or `make equation LINE=…`).
+"""The equation behind a line: `python -m docs.equation model/ddpm.py:308` (or `make equation LINE=…`).
 
 Prints the equation whose comment stands nearest above the line: its source, the book's formula, the line that
 computes it, and how far that line is from NumPy. A name such as `forward` finds the equation too.
@@ -108,7 +108,7 @@ def error(equation: Equation) -> tuple[float, float]:
 def main(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1:
-            raise NotFound("say a line, as in: python -m docs.equation model/ddpm.py:295")
+            raise NotFound("say a line, as in model/ddpm.py:308, or a name, as in reverse-step")
         equation = find(arguments[0], equations())
     except NotFound as wrong:
         print(wrong, file=sys.stderr)

@@ -48,6 +48,9 @@ REACH = (
     "recipes/*",
     "bench/*.py",
     "bench/ablations.json",
+    "bench/quality*.json",
+    "demo.ipynb",
+    "tests/model/*.json",
     "notebooks/*.ipynb",
 )
 BESIDE = {

@@ -9,6 +9,7 @@ nearest sampler is found, and around it what it is told. Nodes that are not know
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +84,8 @@ class Graph:
 def read(text: str) -> tuple[Settings, dict[str, Any], str]:
     """Reads a graph: its settings, no hashes, and the name of the model's file.
 
-    LoRAs are named as they are there. Raises ValueError, in one sentence, for a text that is no graph, and
-    for a graph without a sampler.
+    LoRAs are files of the names that they have there. Raises ValueError, in one sentence, for a text that is
+    no graph, and for a graph without a sampler.
     """
     graph = Graph(text)
     sampler = _sampler(graph)
@@ -133,5 +134,5 @@ def _loras(graph: Graph, sampler: str) -> tuple[tuple[str, float], ...]:
         inputs = graph.nodes[node]["inputs"]
         file, weight = inputs.get("lora_name"), inputs.get("strength_model")
         if isinstance(file, str) and isinstance(weight, int | float):
-            found.append((file, float(weight)))
+            found.append((re.split(r"[/\\]", file)[-1], float(weight)))  # a name, and no place
     return tuple(reversed(found))

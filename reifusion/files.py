@@ -1,4 +1,4 @@
-"""Writing files: a reader sees a whole file or none, and no file is overwritten."""
+"""Writing files: a reader sees a whole file or none. `free` and `put` find names that are not taken."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     with scratch(path) as new, scratch(path) as old:
         try:
             yield new
+            if path.is_dir() and not new.is_dir():
+                raise IsADirectoryError(f"{path} is a folder, so no file was written there")
             if path.is_dir():  # a folder, unlike a file, cannot be replaced in one step
                 path.rename(old)
             new.replace(path)

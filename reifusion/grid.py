@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from . import album
 from .in_memory import Models, of_model
 from .model.sentences import shown
-from .settings import ABOUT, Settings
+from .settings import ABOUT, Settings, named_here
 
 WRITING = 13  # height of the letters, in pixels
 EDGE = 8
@@ -78,8 +79,8 @@ def cells(usual: Settings, x: Axis, y: Axis) -> list[list[Settings]]:
         row = []
         for right in x.values:
             changed = {axis.name: value for axis, value in ((x, right), (y, down)) if axis.name}
-            settings = replace(usual, **changed)
             try:
+                settings = replace(usual, **named_here(changed, usual.manner))
                 settings.request().for_model(settings.config())
             except ValueError as error:
                 said = ", ".join(f"{name}={shown(value)}" for name, value in changed.items())
@@ -91,13 +92,17 @@ def cells(usual: Settings, x: Axis, y: Axis) -> list[list[Settings]]:
 
 def draw(
     rows: Sequence[Sequence[Settings]], device: str | None = None
-) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yields row, column and picture of each cell. Those of one model follow one another."""
+) -> Iterator[tuple[int, int, Image.Image, album.Entry]]:
+    """Yields row, column and picture of each cell, and what its file says. Those of one model follow one
+    another.
+    """
     places = [(y, x) for y, row in enumerate(rows) for x in range(len(row))]
     models = Models(device)
     for y, x in sorted(places, key=lambda place: (of_model(rows[place[0]][place[1]]), place)):
         settings = rows[y][x]
-        yield y, x, settings.draw(models.pipe(settings), settings.request())
+        pipe, request = models.pipe(settings), settings.request()
+        entry = album.entry(settings, request, pipe)
+        yield y, x, settings.draw(pipe, request), entry
 
 
 def table(pictures: Sequence[Sequence[Image.Image]], x: Axis, y: Axis) -> Image.Image:

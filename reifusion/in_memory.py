@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from .settings import DRAWING, STEERING, Settings, requested
@@ -57,7 +57,8 @@ class Models:
     def _steered(self, key: str, settings: Settings) -> StableDiffusion | None:
         if (found := self._loaded.get(key)) is None:
             return None
-        self._loaded.move_to_end(key)
+        with suppress(KeyError):  # another thread may just have dropped it
+            self._loaded.move_to_end(key)
         model, steers = found
         steered = settings.steered(model, steers)
         while len(steers) > STEERS:

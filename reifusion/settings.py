@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from os.path import isdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -273,10 +274,16 @@ class Settings:
         return replace(manner, rng=self.rng or manner.rng, emphasis=self.emphasis or manner.emphasis)
 
     def nth(self, seed: int, k: int) -> Settings:
-        """Returns the settings of picture k of several: the seed, or else that of variations, is k more."""
-        if self.variation:
-            return replace(self, seed=seed, variation_seed=self.variation_seed + k)
-        return replace(self, seed=seed + k)
+        """Returns the settings of picture k of several: the seed, or else that of variations, is k more.
+
+        Raises ValueError where there are no more seeds.
+        """
+        from .model.limits import whole_number
+
+        name, first = ("variation_seed", self.variation_seed) if self.variation else ("seed", seed)
+        counted = whole_number(first + k, f"the {name} of picture {k + 1}", 0, 2**63 - 1)
+        changed: dict[str, Any] = {"seed": seed, name: counted}
+        return replace(self, **changed)
 
     def request(self, num: int = 1) -> Request:
         """Returns the request to the model. Raises ValueError, in one sentence, for what cannot be drawn."""
@@ -388,13 +395,13 @@ class Settings:
         for lora, weight, *blocks in loras:
             attach(pipe, lora, weight, blocks[0] if blocks else None)
         pipe = replace(pipe, config=self._as_loras_ask(pipe.config))
-        if self.int8:
-            quantize(pipe)
-        if self.fp8:
-            store(pipe)
-        if self.refiner:
-            pipe = with_refiner(pipe, load(self.refiner, device, self.dtype, idle_device=idle_device))
-        return pipe
+        refiner = load(self.refiner, device, self.dtype, idle_device=idle_device) if self.refiner else None
+        for one in filter(None, (pipe, refiner)):
+            if self.int8:
+                quantize(one)
+            if self.fp8:
+                store(one)
+        return pipe if refiner is None else with_refiner(pipe, refiner)
 
     def steered(self, pipe: StableDiffusion, known: dict[Any, Any]) -> StableDiffusion:
         """The same model with ControlNets, IP-Adapters and DeepCache, whose weights are not in the model.
@@ -545,15 +552,19 @@ class Settings:
             for file, weight, *blocks in self.lora:
                 more = "".join(f", blocks={one!r}" for one in blocks)
                 pipe.append(f"attach(pipe, {file!r}, {weight!r}{more})")
+        loaded = ["pipe"]
+        if self.refiner:
+            loaded.append("refiner")
+            pipe.append(f"refiner = reifusion.load({self.refiner!r}, dtype={self.dtype!r})")
         if self.int8:
             imports.append("from reifusion.shortcuts.int8 import quantize")
-            pipe.append("quantize(pipe)")
+            pipe += [f"quantize({one})" for one in loaded]
         if self.fp8:
             imports.append("from reifusion.shortcuts.fp8 import store")
-            pipe.append("store(pipe)")
+            pipe += [f"store({one})" for one in loaded]
         if self.refiner:
             imports.append("from reifusion.families.sdxl import with_refiner")
-            pipe.append(f"pipe = with_refiner(pipe, reifusion.load({self.refiner!r}, dtype={self.dtype!r}))")
+            pipe.append("pipe = with_refiner(pipe, refiner)")
         if self.control:
             imports += [
                 "from reifusion.steer.controlnet import Control, controlled",
@@ -637,10 +648,11 @@ STEERING = ("control", "control_mode", "ip_adapter", "image_encoder", "deepcache
 
 def pictures_of(path: str | None) -> list[str | None]:
     """Returns the pictures of a folder, by name, or what is no folder as it is. ValueError for no picture."""
-    if path is None or not Path(path).is_dir():
+    if path is None or not isdir(path):  # unlike Path's, it takes any name
         return [path]
     kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-    found = sorted(str(one) for one in Path(path).iterdir() if one.suffix.lower() in kinds)
+    seen = (one for one in Path(path).iterdir() if not one.name.startswith("."))
+    found = sorted(str(one) for one in seen if one.suffix.lower() in kinds)
     if not found:
         raise ValueError(f"{path} cannot be read as a picture: it is a folder, and has none in it")
     return [*found]
@@ -657,21 +669,28 @@ ABOUT: dict[str, About] = {one.name: one.metadata["about"] for one in fields(Set
 def parsed(texts: Mapping[str, Any], manner: str | None = None) -> dict[str, Any]:
     """Reads settings in the form of a command line. Raises ValueError, in one sentence.
 
-    manner: the one that is meant if they say none. With a manner, samplers and schedules have the program's
-    names, or ours where it has none like them.
+    manner: the one that is meant if they say none.
     """
-    values = {name: ABOUT[name].parse(text) for name, text in texts.items()}
-    manner = values.get("manner", manner)
-    if manner is not None and values.get("sampler") is not None:
-        from . import sampling  # noqa: F401  # adds its samplers
-        from .steer import manners
+    return named_here({name: ABOUT[name].parse(text) for name, text in texts.items()}, manner)
 
-        manners.check(manner, None)
-        sampler, schedule = manners.names_here(manner, values["sampler"], values.get("schedule"))
-        values["sampler"] = sampler
-        if schedule is not None:
-            values["schedule"] = schedule
-    return values
+
+def named_here(values: dict[str, Any], manner: str | None) -> dict[str, Any]:
+    """Returns settings with our names of samplers and schedules, where they have those of a program.
+
+    manner: the program, if the settings name none. A name that it does not have remains as it is. Raises
+    ValueError for a manner that is not known.
+    """
+    manner = values.get("manner", manner)
+    sampler, schedule = values.get("sampler"), values.get("schedule")
+    if manner is None or (sampler is None and schedule is None):
+        return values
+    from . import sampling  # noqa: F401  # adds its samplers
+    from .steer import manners
+
+    manners.check(manner, None)
+    sampler, schedule = manners.names_here(manner, sampler or "", schedule)
+    here = {"sampler": sampler or None, "schedule": schedule}
+    return values | {name: value for name, value in here.items() if value is not None}
 
 
 def from_carried(carried: Mapping[str, Any]) -> Settings:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from os.path import exists  # unlike Path's, it takes any name
 from typing import Any, TypeAlias
 
 from .model.sentences import shown
@@ -20,6 +20,8 @@ LoRA: TypeAlias = tuple[str, float] | tuple[str, float, str]
 ImagePrompt: TypeAlias = tuple[str, str, float]  # an IP-Adapter, a picture, its weight
 # A ControlNet, its hint, its weight, and the shares of the steps in which it begins and ends
 Control: TypeAlias = tuple[str, str, float, float, float]
+
+NUMBER = r"-?\d*\.?\d+(?:e[+-]?\d+)?"  # as Python writes one, or a person does
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -45,15 +47,15 @@ def read_lora(text: str) -> LoRA:
     zork.safetensors:0.8:lbw=MIDD -> these two, and its block weights
     """
     whole, mark, blocks = text.rpartition(":lbw=")
-    if mark and not Path(text).exists():
+    if mark and not exists(text):
         from .weights import lora_blocks
 
         lora_blocks.read(blocks)
         return (*read_lora(whole)[:2], blocks)
     file, _, number = text.rpartition(":")
-    on_the_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", file) and not Path(text).exists()
-    given = file and (Path(file).exists() or on_the_hub)
-    if Path(text).exists() or not given:  # a colon can be part of the path
+    on_the_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", file) and not exists(text)
+    given = file and (exists(file) or on_the_hub)
+    if exists(text) or not given:  # a colon can be part of the path
         return text, 1.0
     with contextlib.suppress(ValueError):
         if math.isfinite(weight := float(number)):
@@ -70,7 +72,7 @@ def write_lora(lora: LoRA) -> str:
 def read_embedding(text: str) -> tuple[str, str]:
     """zork.pt:creature -> the file and the word for prompts, "" unless the text gives one"""
     file, _, word = text.rpartition(":")
-    if Path(text).exists() or not (file and word and Path(file).exists()):  # a colon can be part of the path
+    if exists(text) or not (file and word and exists(file)):  # a colon can be part of the path
         return text, ""
     return file, word
 
@@ -86,8 +88,7 @@ def read_control(text: str) -> Control:
 
     The weight is 1 and it works in all steps unless the text says otherwise.
     """
-    number = r"-?\d*\.?\d+"
-    found = re.fullmatch(rf"(.+?)=(.+?)(?::({number})(?::({number})-({number}))?)?", text)
+    found = re.fullmatch(rf"(.+?)=(.+?)(?::({NUMBER})(?::({NUMBER})-({NUMBER}))?)?", text)
     if found is None:
         raise ValueError(
             f"a ControlNet and its hint are written like canny.safetensors=edges.png:0.8, not {shown(text)}"
@@ -118,7 +119,7 @@ def write_sides(sides: tuple[int, int, int, int]) -> str:
 
 def read_image_prompt(text: str) -> ImagePrompt:
     """ip-adapter.bin=cat.png:0.6 -> the IP-Adapter, the picture, and its weight, which is 1 unless said"""
-    found = re.fullmatch(r"(.+?)=(.+?)(?::(-?\d*\.?\d+))?", text)
+    found = re.fullmatch(rf"(.+?)=(.+?)(?::({NUMBER}))?", text)
     if found is None:
         raise ValueError(
             f"an IP-Adapter and its picture are written like ip-adapter.bin=cat.png:0.6, not {shown(text)}"

@@ -6,7 +6,7 @@ import os
 
 # OpenMP's threads meet thousands of times in a picture, and the first to come looks out for the others in a
 # loop: 300,000 turns of it, if nobody says otherwise. A core that another program wants as well is then lost
-# for both. After this many turns, about a microsecond, a thread goes to sleep.
+# for both. After this many turns, some 20 microseconds, a thread goes to sleep.
 SPINS = 1000
 
 

@@ -91,6 +91,9 @@ def test_the_same_rows_are_read_from_every_kind_of_table(tmp_path, monkeypatch):
         ("t.csv", "prompt,int8\na cat,maybe\n", "its int8 is 'maybe'"),
         ("t.jsonl", '{"prompt": "a cat"}\n[1]\n', "line 2 of .* is not an object"),
         ("t.jsonl", '{"prompt": 5}\n', "its prompt is 5"),
+        ("t.csv", 'prompt\n"a cat\ndog\n', "is not a table in CSV: unexpected end"),
+        ("t.csv", f"prompt\n{'a' * 2**18}\n", "is not a table in CSV: field larger"),
+        ("t.csv", "prompt,Prompt\na cat,dog\n", "has two columns for prompt"),
         ("t.txt", "\n\n", "has no rows"),
         ("t.parquet", "no parquet", "is not a table in parquet"),
         ("t.xlsx", "", "a table of pictures is .txt, .csv, .jsonl or .parquet"),
@@ -99,6 +102,22 @@ def test_the_same_rows_are_read_from_every_kind_of_table(tmp_path, monkeypatch):
 def test_what_is_wrong_in_a_table_is_said_with_its_place(name, content, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         read_rows(written(tmp_path / name, content), Settings())
+
+
+def test_a_row_ends_with_its_line_and_with_no_other_letter(tmp_path):
+    prompt = "a\u2028cat\x85and\x0ca dog"
+    tables = {"t.txt": prompt, "t.csv": f"prompt\n{prompt}\n", "t.jsonl": '{"prompt": "a\u2028cat\x85"}'}
+    for name, text in tables.items():
+        [row] = read_rows(written(tmp_path / name, text), Settings())
+        assert row.settings.prompt == (prompt if name != "t.jsonl" else "a\u2028cat\x85")
+
+
+def test_a_row_has_the_names_of_its_manner(tmp_path):
+    table = written(
+        tmp_path / "t.csv", "prompt,sampler,manner\ncat,Euler a,\ncat,dpmpp_2s_ancestral,comfyui\n"
+    )
+    rows = read_rows(table, Settings(manner="a1111"))
+    assert [row.settings.sampler for row in rows] == ["euler_a", "dpmpp_2s_a"]
 
 
 def test_nothing_is_drawn_if_one_row_cannot_be(model, tmp_path, capsys):
@@ -145,6 +164,35 @@ def test_the_manifest_says_what_was_drawn_from_what(model, tmp_path):
         entry = album.read(out / row["file"])
         assert entry.settings.prompt == row["prompt"] and entry.hashes["model"] == row["model_hash"]
         assert row["seconds"] > 0 and row["steps"] == 2
+
+
+def test_a_kill_at_any_moment_leaves_a_manifest_that_the_next_run_mends(model, tmp_path):
+    table, out = written(tmp_path / "t.txt", "a cät\ndog\u2028dog\ncat\n"), tmp_path / "out"
+    line = ["batch", str(table), f"--model={model}", "--steps=1", f"--out={out}"]
+    assert main(line) == 0
+    manifest = out / "manifest.jsonl"
+    first, second, third = manifest.read_bytes().splitlines(keepends=True)
+    cut = first[: first.index("ä".encode()) + 1]  # inside a letter
+    for left in (first + second + third, cut, first + second[:-5], b""):
+        manifest.write_bytes(left)
+        (out / "manifest.parquet").unlink()
+        assert main(line) == 0
+        rows = pyarrow.parquet.read_table(out / "manifest.parquet").to_pylist()
+        assert [row["prompt"] for row in rows] == ["a cät", "dog\u2028dog", "cat"]
+    (out / rows[2]["file"]).unlink()
+    manifest.write_bytes(first + second + third[:-5])
+    assert main(line) == 0
+    rows = pyarrow.parquet.read_table(out / "manifest.parquet").to_pylist()
+    assert [row["row"] for row in rows] == [0, 1, 2] and rows[2]["seconds"] > 0
+
+
+def test_a_prompt_that_is_not_utf_8_does_not_end_the_others(model, tmp_path):
+    table, out = (
+        written(tmp_path / "t.jsonl", '{"prompt": "a \\ud800"}\n{"prompt": "dog"}\n'),
+        tmp_path / "out",
+    )
+    assert main(["batch", str(table), f"--model={model}", "--steps=1", f"--out={out}"]) == 0
+    assert len(pixels(out)) == 2 and len((out / "manifest.jsonl").read_bytes().splitlines()) == 2
 
 
 def test_a_row_that_fails_does_not_end_the_others(model, tmp_path, capsys, monkeypatch):

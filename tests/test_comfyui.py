@@ -46,6 +46,13 @@ def test_the_usual_graph_is_read():
     assert comfyui.read(json.dumps(GRAPH)) == (SETTINGS, {}, "v1-5-pruned.safetensors")
 
 
+@pytest.mark.parametrize("place", ["style\\", "style/", "/home/someone/", "C:\\style\\"])
+def test_a_lora_has_its_name_and_no_place(place):
+    graph = json.loads(json.dumps(GRAPH))
+    graph["10"]["inputs"]["lora_name"] = f"{place}one.safetensors"
+    assert comfyui.read(json.dumps(graph))[0].lora == SETTINGS.lora
+
+
 def test_a_second_pass_hides_the_first_sampler_and_values_come_from_nodes_of_their_own():
     graph = json.loads(json.dumps(GRAPH))
     graph["20"] = {
@@ -84,6 +91,7 @@ def test_custom_samplers_are_told_by_several_nodes():
 def test_a_picture_with_a_graph_has_an_entry(tmp_path):
     texts = PngInfo()
     texts.add_text("prompt", json.dumps(GRAPH))
+    texts.add_text("workflow", " " * 2**21, zip=True)  # more than Pillow unpacks
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=texts)
     found = album.read(tmp_path / "a.png")
     assert found == album.Entry(SETTINGS, {}, "v1-5-pruned.safetensors", ours=False, manner="comfyui")

@@ -75,8 +75,25 @@ def test_brackets_multiply_as_in_the_web_ui(text, pieces):
 def test_a_prompt_of_a_million_letters_is_refused_at_once():
     with pytest.raises(ValueError, match="20,000 is the most"):
         parse("(a" * 10**6)
-    assert parse("(" * 10**4 + "a")[0][0] == "a"
+    assert parse("(" * 10**3 + "a")[0][0] == "a"
     assert schedule("[a:" * 5000 + "b", 3)[0].startswith("[a:")
+
+
+def test_letters_that_are_marks_inside_mean_nothing_in_a_prompt():
+    assert schedule("a \0 (red) [b] \x0007\0 \1", 1) == ["a   (red) [b]  07   "]
+
+
+@pytest.mark.parametrize(
+    "read, text",
+    [
+        (parse, f"(red:{'9' * 400})"),
+        (parse, "(" * 10**4 + "red"),
+        (together, f"a AND red :{'9' * 400}"),
+    ],
+)
+def test_a_weight_that_no_number_holds_is_refused(read, text):
+    with pytest.raises(ValueError, match="weight of 'red' in the prompt is too large"):
+        read(text)
 
 
 def test_a_break_inside_brackets_is_still_a_break():

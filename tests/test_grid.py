@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from reifusion.cli.main import main
-from reifusion.grid import Axis, cells, table
+from reifusion.grid import NOTHING, Axis, cells, table
 from reifusion.settings import Settings
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, networks
@@ -48,9 +49,23 @@ def test_every_cell_is_the_picture_of_its_settings(model, tmp_path):
             single.unlink(missing_ok=True)
             assert main(["generate", "a cat", *options, f"--out={single}"]) == 0
             kept = Image.open(tmp_path / f"grid-{steps}-{cfg}-0.png")
-            assert kept.tobytes() == Image.open(single).tobytes()
+            assert kept.tobytes() == Image.open(single).tobytes() and kept.info == Image.open(single).info
             left, top = sheet.width - (3 - column) * 40, sheet.height - (2 - row) * 40
             assert sheet.crop((left, top, left + 32, top + 32)).tobytes() == kept.tobytes()
+
+
+def test_of_one_axis_the_names_have_one_value(model, tmp_path):
+    line = ["grid", "a cat", f"--model={model}", "--x=steps=1", "--keep", f"--out={tmp_path / 'grid.png'}"]
+    assert main(line) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"grid.png", "grid-1.png"}
+
+
+def test_an_axis_has_the_names_of_the_manner(model):
+    usual = Settings("a cat", model=str(model), manner="a1111")
+    [row] = cells(usual, Axis.read("sampler=Euler a,heun"), NOTHING)
+    assert [one.sampler for one in row] == ["euler_a", "heun"]
+    [row] = cells(replace(usual, sampler="dpmpp_2m"), Axis.read("schedule=Exponential"), NOTHING)
+    assert row[0].schedule == "exponential"
 
 
 def test_pictures_of_several_sizes_and_long_values_have_room():

@@ -80,6 +80,16 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
     assert "deepcached(pipe, 2)" in python and "attach(pipe, 'zork.safetensors', 0.5)" in python
 
 
+@pytest.mark.parametrize("weight", [1e-05, -0.5, 1e22])
+def test_every_weight_that_is_written_is_read(weight):
+    for name, value in (
+        ("control", ("net", "hint.png", weight, 1e-05, 0.5)),
+        ("ip_adapter", ("adapter", "x.png", weight)),
+    ):
+        about = ABOUT[name]
+        assert about.read(about.write(value)) == value
+
+
 def test_every_flag_that_is_said_exists():
     group: Any = get_command(app)
     known = {flag for option in group.commands["generate"].params for flag in option.opts}

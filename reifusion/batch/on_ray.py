@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from ..settings import from_carried
 from ..threads import wait_briefly
 from .rows import Row
-from .work import Drawn, draw
+from .work import Drawn, draw, there
 
 SOON = 10  # seconds to wait for an answer
 PATIENCE = 3600  # seconds without a picture after which the run ends: actors that die are started for ever
@@ -119,7 +118,7 @@ class Painter:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """One row, as arrays of one -> what became of it, in the same form."""
         row = Row(int(batch["row"][0]), from_carried(json.loads(batch["settings"][0])))
-        drawn = _there(row, self._out) or self._draw(row)
+        drawn = there(row, self._out) or self._draw(row)  # it is there if an actor died after it
         return {
             "row": [row.number],
             "seconds": [drawn.seconds],
@@ -130,15 +129,3 @@ class Painter:
     def _draw(self, row: Row) -> Drawn:
         self._next.append(row)
         return next(self._drawing)
-
-
-def _there(row: Row, out: Path) -> Drawn | None:
-    """Returns what became of a row that an actor had drawn before it died."""
-    from .. import album
-
-    begun = time.monotonic()
-    try:
-        carried = album.read(out / row.file).carried()
-    except ValueError:
-        return None
-    return Drawn(row, round(time.monotonic() - begun, 3), carried)

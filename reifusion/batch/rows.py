@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from ..album import slug
 from ..errors import cut
 from ..model.sentences import shown
-from ..settings import ABOUT, Settings
+from ..settings import ABOUT, Settings, named_here
 
 KINDS = (".txt", ".csv", ".jsonl", ".parquet")
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
@@ -49,7 +50,8 @@ def read_rows(path: Path, usual: Settings) -> list[Row]:
     for number, values in enumerate(_records(path)):
         where = f"row {number + 1} of {path}"
         try:
-            settings = replace(usual, **{name: _value(name, x) for name, x in _known(values)})
+            own = {name: _value(name, x) for name, x in _known(values)}
+            settings = replace(usual, **named_here(own, usual.manner))
             if settings.prompt is None:
                 raise ValueError("there is no prompt")
             if settings.seed is None:
@@ -77,13 +79,9 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8") from None
     if path.suffix.lower() == ".csv":
-        for values in csv.DictReader(text.splitlines(keepends=True)):
-            if None in values:
-                text = "has a row with more cells than the first line has columns"
-                raise ValueError(f"{path} {text}: {shown(values)}")
-            yield {name: x for name, x in values.items() if x not in (None, "")}
+        yield from _csv(path, text)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         if path.suffix.lower() == ".txt":
@@ -98,6 +96,27 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
         yield record
 
 
+def _csv(path: Path, text: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a table in CSV: {error}") from None
+    _check_columns(path, reader.fieldnames or ())
+    for values in rows:
+        if None in values:
+            wrong = "has a row with more cells than the first line has columns"
+            raise ValueError(f"{path} {wrong}: {shown(values)}")
+        yield {name: x for name, x in values.items() if x not in (None, "")}
+
+
+def _check_columns(path: Path, columns: Iterable[str]) -> None:
+    """Raises ValueError for a setting that has two columns."""
+    names = [name for column in columns if (name := _name(column))]
+    if twice := [name for name in ABOUT if names.count(name) > 1]:
+        raise ValueError(f"{path} has two columns for {twice[0]}")
+
+
 def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         import pyarrow.parquet
@@ -109,13 +128,18 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # pyarrow's own, for a file that is no parquet
         raise ValueError(f"{path} is not a table in parquet: {error}") from None
+    _check_columns(path, table.column_names)
     yield from table.to_pylist()
+
+
+def _name(column: object) -> str:
+    return str(column).strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def _known(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the settings of a row, without those that it leaves open."""
     for column, value in values.items():
-        name = str(column).strip().lower().replace("-", "_").replace(" ", "_")
+        name = _name(column)
         if name == "code":
             raise ValueError("a table cannot name code to run; give it with --code")
         if name not in ABOUT:

@@ -31,7 +31,7 @@ class Drawn:
     """What became of a row."""
 
     row: Row
-    seconds: float
+    seconds: float  # 0 of a picture that was there
     carried: dict[str, Any]  # what the picture's file says of it
     error: str = ""  # why there is no picture
 
@@ -46,6 +46,16 @@ def missing(rows: Sequence[Row], out: Path) -> list[Row]:
     """Returns the rows whose picture is not there yet, those of one model together."""
     left = [row for row in rows if not (out / row.file).exists()]
     return sorted(left, key=lambda row: (of_model(row.settings), row.number))
+
+
+def there(row: Row, out: Path) -> Drawn | None:
+    """Returns what became of a row whose picture is there; None if it is not, or cannot be read."""
+    from .. import album
+
+    try:
+        return Drawn(row, 0.0, album.read(out / row.file).carried())
+    except ValueError:
+        return None
 
 
 def check(rows: Sequence[Row]) -> None:
@@ -148,9 +158,35 @@ def _exit(code: int | None) -> str:
 
 
 def note(drawn: Drawn, out: Path) -> None:
-    """Adds a row to the manifest."""
-    with open(out / MANIFEST, "a", encoding="utf-8") as file:
-        print(json.dumps(drawn.line(), ensure_ascii=False), file=file, flush=True)
+    """Adds a row to the manifest, on a line of its own: the last one may have been cut off by a kill."""
+    line = json.dumps(drawn.line(), ensure_ascii=False) + "\n"
+    with open(out / MANIFEST, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        # A prompt need not be UTF-8.
+        file.write(line.encode("utf-8", "replace"))
+
+
+def note_forgotten(rows: Sequence[Row], out: Path) -> None:
+    """Adds the rows whose picture is there, but not in the manifest, as a run was killed between the two."""
+    noted = _noted(rows, out)
+    for row in rows:
+        if row.file not in noted and (out / row.file).exists() and (drawn := there(row, out)):
+            note(drawn, out)
+
+
+def _noted(rows: Sequence[Row], out: Path) -> dict[str, dict[str, Any]]:
+    """Returns the last line of the manifest about each of these rows, by its file."""
+    files, latest = {row.file for row in rows}, {}
+    text = (out / MANIFEST).read_text("utf-8", "replace") if (out / MANIFEST).exists() else ""
+    for line in text.split("\n"):
+        # What raises is a line that was being written when a run was killed.
+        with contextlib.suppress(ValueError, AttributeError):
+            said = json.loads(line)
+            if said.get("file") in files:
+                latest[said["file"]] = said
+    return latest
 
 
 def write_table(rows: Sequence[Row], out: Path) -> Path | None:
@@ -160,14 +196,8 @@ def write_table(rows: Sequence[Row], out: Path) -> Path | None:
         import pyarrow.parquet
     except ImportError:
         return None
-    files, latest = {row.file for row in rows}, {}
-    for line in (out / MANIFEST).read_text("utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # of a line that was being written when a run was killed
-            said = json.loads(line)
-            if said.get("file") in files:
-                latest[said["file"]] = said
-    names = list(dict.fromkeys(name for said in latest.values() for name in said))
-    ordered = sorted(latest.values(), key=lambda said: said["row"])
+    ordered = sorted(_noted(rows, out).values(), key=lambda said: said["row"])
+    names = list(dict.fromkeys(name for said in ordered for name in said))
     columns = {name: [_cell(said.get(name)) for said in ordered] for name in names}
     path = out / "manifest.parquet"
     with whole(path) as temporary:

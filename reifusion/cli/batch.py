@@ -69,6 +69,7 @@ def batch(
     work.check(rows)
     with writable(folder):
         left = work.missing(rows, folder)
+        work.note_forgotten(rows, folder)
         if len(left) < len(rows):
             print(f"{len(rows) - len(left)} of {len(rows)} pictures are there already", file=sys.stderr)
         many = min(processes or 1, len(left))
@@ -91,7 +92,6 @@ def batch(
                     print(f"reifusion: row {drawn.row.number + 1}: {drawn.error}", file=sys.stderr)
                 else:
                     print(folder / drawn.row.file, file=paths, flush=True)
-        if left:
-            work.write_table(rows, folder)
+        work.write_table(rows, folder)
     if failed:
         raise RuntimeError(f"{failed} of {len(left)} pictures could not be drawn; manifest.jsonl says why")

@@ -6,8 +6,9 @@ import contextlib
 import sys
 import warnings
 from dataclasses import replace
+from os.path import exists
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +16,6 @@ from ..errors import shown
 from ..files import writable
 from ..settings import ABOUT, Settings, parsed, sampler_names, schedule_names
 from .options import setting, takes
-
-if TYPE_CHECKING:
-    pass
 
 
 @takes(*map(setting, ABOUT))
@@ -70,7 +68,8 @@ def generate(
     every = [replace(settings, init_image=one) for one in inputs]
     config = settings.config()
     for each in every:
-        each.request(num).for_model(config)
+        asked = each.request(num).for_model(config)
+        each.nth(asked.seeds[0], num - 1)  # the last one has a seed too
     file = album.png_path(out)
     if len(every) > 1 and file is not None:
         raise ValueError(f"--init-image is a folder, so --out must be one too, and not {out}")
@@ -111,7 +110,7 @@ def _name(settings: Settings, of_many: bool) -> str:
 
 def _with_loras_that_are_here(settings: Settings, like: str) -> Settings:
     """Leaves out LoRAs of another program's picture whose files are not here, with a warning."""
-    missing = [file for file, *_ in settings.lora if not Path(file).exists()]
+    missing = [file for file, *_ in settings.lora if not exists(file)]
     if missing:
         said = f"{like} was drawn with {', '.join(missing)}, not found here; say with --lora where that is"
         warnings.warn(said, stacklevel=2)

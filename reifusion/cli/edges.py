@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..files import whole, writable
+from ..files import named, whole, writable
 
 
 def edges(
@@ -19,7 +18,7 @@ def edges(
     """Draws the edges of a picture, white on black."""
     from ..steer.edges import edges
 
-    path = Path(out)
+    path = named(out)
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out must be the name of a .png file, not {out}")
     with writable(path.parent):

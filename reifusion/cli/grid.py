@@ -49,11 +49,13 @@ def grid(
     folder = file.parent if file else Path(out)
     with writable(folder):
         pictures: list[list[Any]] = [[None] * len(row) for row in rows]
+        drawn: list[tuple[int, int, Any, Any]] = []
         drawing = tqdm(
             grids.draw(rows, device), total=len(rows) * len(rows[0]), disable=not sys.stderr.isatty()
         )
-        for k, i, picture in drawing:
+        for k, i, picture, entry in drawing:
             pictures[k][i] = picture
+            drawn.append((k, i, picture, entry))
         from ..files import free, whole
 
         names = "-".join(filter(None, (across.name, down.name)))
@@ -61,15 +63,8 @@ def grid(
         with whole(path) as temporary:
             grids.table(pictures, across, down).save(temporary, "PNG")
         if keep:
-            for row, settings in zip(pictures, rows, strict=True):
-                for picture, one in zip(row, settings, strict=True):
-                    name = (
-                        f"{path.stem}-{album.slug(_value(one, across))}-{album.slug(_value(one, down))}.png"
-                    )
-                    with whole(free(path.with_name(name))) as temporary:
-                        picture.save(temporary, "PNG")
+            for k, i, picture, entry in sorted(drawn, key=lambda one: one[:2]):
+                values = (str(getattr(rows[k][i], axis.name)) for axis in (across, down) if axis.name)
+                name = "-".join([path.stem, *map(album.slug, values)])
+                album.save(picture, entry, path.with_name(f"{name}.png"))
     print(path)
-
-
-def _value(settings: Settings, axis: Any) -> str:
-    return str(getattr(settings, axis.name)) if axis.name else ""

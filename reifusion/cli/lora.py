@@ -69,15 +69,16 @@ def fuse(
     loras: Loras,
     out: Out,
 ) -> None:
-    """Writes a model with LoRAs in its weights for good."""
-    from .. import weights
-    from ..weights.lora import apply
+    """Writes a model with LoRAs in its weights, and with the words learned with them, for good."""
+    from .. import families, weights
+    from ..weights.lora import attach
 
     with _new(out):
         config, models, tokenizer = weights.load(model)
+        pipe = families.family_of(config).pipeline(config)(config, tokenizer, models)
         for lora, weight, *blocks in _read(loras):
-            apply(models, lora, weight, config, *blocks)
-        weights.save(config, models, out, "native", tokenizer, weights.info(model).metadata)
+            attach(pipe, lora, weight, *blocks)
+        weights.save(pipe.config, models, out, "native", pipe.tokenizer, weights.info(model).metadata)
     print(out)
 
 

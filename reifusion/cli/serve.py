@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from os.path import isdir
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,7 @@ def serve(
 
 
 def _folder(path: str | None) -> Path | None:
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not isdir(path):
         raise ValueError(f"there is no folder {path}")
     return None if path is None else Path(path)
 

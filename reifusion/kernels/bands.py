@@ -30,8 +30,7 @@ class Decoder(decoder.Decoder, Recorded):
         """Scaled latents (B, 4, h, w) -> picture (B, 3, 8h, 8w), about [-1, 1] (not clamped)."""
         if by_rows.suits(self, latents):
             return by_rows.decode(self, latents)
-        pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
-        if not suits(self, latents, self.config.channels[-1] * pixels // 4):
+        if not suits(self, latents, by_rows.largest(self.config, latents) // 2):
             return played(self, super().forward, latents)
         x = self.middle(self.conv_in(self.post_quant(unscale_latents(latents, self.config))))
         return torch.cat([self._in_bands(part) for part in x.split(1)])
@@ -43,7 +42,7 @@ class Decoder(decoder.Decoder, Recorded):
 
 
 def suits(network: nn.Module, x: Tensor, numbers: int) -> bool:
-    """True if the largest map, with that many numbers, fills many bands, and no hook watches the layers."""
+    """True if maps with that many numbers fill some bands, and no hook watches the layers."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)

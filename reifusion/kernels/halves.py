@@ -18,7 +18,8 @@ class Row(SwitchSequential):
 
     def forward(self, x: Tensor, given: Given) -> Tensor:  # type: ignore[override]
         """x (B, C, H, W) -> (B, C', H', W')"""
-        if not (drawing(x) and same_halves(x) and (len(given.time) == 1 or same_halves(given.time))):
+        paired = len(given.context) == len(x) and (len(given.time) == 1 or same_halves(given.time))
+        if not (drawing(x) and paired and same_halves(x)):
             return super().forward(x, given)
         x = x[: len(x) // 2]
         half = given._replace(time=given.time[: max(1, len(given.time) // 2)])

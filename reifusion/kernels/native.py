@@ -51,7 +51,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     tensors = (q, k, v)
     if not all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors):
         return None
-    if q.shape[-1] % 2 or q.shape[-1] > 512 or 0 in (*q.shape, *k.shape):
+    fits = k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
+    if not fits or q.shape[-1] % 2 or q.shape[-1] > 512 or 0 in (*q.shape, *k.shape):
         return None
     if (library := _library()) is None:
         return None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model import decoder
+from ..model.config import VAEConfig
 from ..model.encoder import ResidualBlock, unscale_latents
 from .fast import watched
 from .graphs import on_gpu
@@ -54,12 +55,17 @@ class Map:
 
 def suits(network: decoder.Decoder, latents: Tensor) -> bool:
     """True if the largest map, what the last upsampling makes, is large, and no hook watches the layers."""
-    pixels = latents.shape[-2] * latents.shape[-1] * network.config.factor**2
-    largest = (
-        network.config.channels[:2][-1] * pixels * latents.element_size()
-    )  # what the last upsampling makes
     layers = (module for module in network.modules() if module is not network)
-    return largest > LARGE and on_gpu(latents) and not any(map(watched, layers))
+    return (
+        largest(network.config, latents) * latents.element_size() > LARGE
+        and on_gpu(latents)
+        and not any(map(watched, layers))
+    )
+
+
+def largest(config: VAEConfig, latents: Tensor) -> int:
+    """Returns the numbers in the decoder's largest map for a picture, which the last upsampling makes."""
+    return config.channels[:2][-1] * latents.shape[-2] * latents.shape[-1] * config.factor**2
 
 
 def decode(network: decoder.Decoder, latents: Tensor) -> Tensor:

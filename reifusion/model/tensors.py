@@ -77,7 +77,10 @@ class TensorFile:
         if self._get is None or self._mapped > self._size // 32:
             self._get, self._mapped = None, 0
             self._get = self._reopen()
-        tensor = self._get(name).detach()
+        try:
+            tensor = self._get(name).detach()
+        except (SafetensorError, NotImplementedError):
+            raise ModelError(f"{self.path} holds {name} in a number format that is not built in") from None
         self._mapped += tensor.nbytes
         if (scale := self.scale(name)) is not None:  # W_ij = s_i · n_ij, the s in float32, the n of 8 bits
             tensor = tensor.float() * self._get(scale).float().reshape(-1, *[1] * (tensor.ndim - 1))
@@ -100,6 +103,10 @@ class TensorFile:
 
     def _pickle(self) -> Callable[[str], Tensor]:
         tensors = {name: x for name, x in _unpickle(self.path).items() if isinstance(x, Tensor)}
+        for name, x in tensors.items():
+            usual = x.layout == torch.strided and not (x.is_meta or x.is_quantized or x.is_complex())
+            if not usual or x.untyped_storage().nbytes() < x.nbytes:  # which would be larger than its file
+                raise ModelError(f"{self.path} is damaged or no checkpoint: {name} is no plain tensor")
         self.shapes = {name: x.shape for name, x in tensors.items()}
         self.dtypes = {name: x.dtype for name, x in tensors.items()}
         return tensors.__getitem__

@@ -26,6 +26,7 @@ from ..sampling.schedules import TITLES
 from ..settings import Settings
 from .a1111_control import Steering, steer, steering_of, units_of
 from .a1111_request import Img2Img, Options, Txt2Img, inputs_of, settings_of
+from .errors import Refusal
 from .pictures import infotext, of_text, to_bytes, to_text, without_paths
 from .queue import Job
 from .service import Service
@@ -199,11 +200,16 @@ def _info(service: Service, job: Job, asked: Txt2Img) -> dict[str, Any]:
 
 
 def _meant(service: Service, task: str | None) -> list[Job]:
-    """Returns the job of an id, or else the one that is drawn, if this dialect asked for it."""
-    if task is not None:
-        return [service.queue.find(task)]
-    job = service.queue.current
-    return [job] if job is not None and job.dialect == "a1111" else []
+    """Returns the job of an id, or else the one that is drawn, if this dialect asked for it.
+
+    Raises Refusal for the id of a job of the other dialect, whose request waits for whole pictures.
+    """
+    job = service.queue.current if task is None else service.queue.find(task)
+    if job is not None and job.dialect == "a1111":
+        return [job]
+    if task is None:
+        return []
+    raise Refusal(404, f"the job {task} is not of this API; DELETE /jobs/{task} ends it", "task")
 
 
 def _progress(job: Job | None, without_image: bool) -> dict[str, Any]:

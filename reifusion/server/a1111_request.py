@@ -7,6 +7,7 @@ Looked up in AUTOMATIC1111/stable-diffusion-webui 1.7 to 1.10, and in what the c
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import secrets
@@ -17,7 +18,7 @@ from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..a1111 import sampler_of
-from ..model.pictures import open_picture
+from ..model.pictures import open_mask, open_picture
 from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
 from ..model.spacing import SCHEDULES
@@ -53,8 +54,8 @@ class Txt2Img(BaseModel):
     subseed_strength: float = Field(0, ge=0, le=1, description="How far a variation goes.")
     steps: int | None = None
     cfg_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
     batch_size: int = Field(1, ge=1)
     n_iter: int = Field(1, ge=1)
     sampler_name: str | None = None
@@ -141,6 +142,9 @@ def _common(service: Service, options: Options, asked: Txt2Img) -> Settings:
     for name, value in (asked.model_extra or {}).items():
         if name in WITHOUT and value not in WITHOUT[name]:
             raise Refusal(422, f"{name} cannot be {shown(value)} here", name)
+    echoed = json.dumps(asked.model_dump(exclude={"init_images", "mask"}), ensure_ascii=False)
+    if re.search("[\ud800-\udfff]", echoed):
+        raise Refusal(422, "the request has a lone surrogate, as \\ud83d, which is no letter")
     said = options.with_(asked.override_settings or {}, "override_settings")
     prompt, loras = _loras(service, asked.prompt)
     negative = asked.negative_prompt or ""
@@ -235,7 +239,10 @@ def inputs_of(service: Service, asked: Img2Img) -> dict[str, Image.Image]:
         mask = of_text(asked.mask, "mask", service.limits.input_pixels)
         alpha = mask.getchannel("A") if mask.mode == "RGBA" else None
         has_shape = alpha is not None and alpha.getextrema() != (255, 255)
-        mask = alpha.point(lambda a: 255 * (a > 128)) if alpha and has_shape else mask.convert("L")
+        if alpha and has_shape:
+            mask = alpha.point(lambda a: 255 * (a > 128))
+        else:
+            mask = open_mask(mask) if mask.mode.startswith("I") else mask.convert("L")  # 16 bits are scaled
         if mask.size != picture.size:
             mask = mask.resize(picture.size, Image.Resampling.LANCZOS)
         inputs["mask"] = ImageOps.invert(mask) if asked.inpainting_mask_invert else mask

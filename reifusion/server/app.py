@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from .. import __version__
 from ..settings import Settings
 from . import a1111, a1111_control, events, openai
 from .catalog import Catalog
-from .errors import Refusal, answer
+from .errors import Refusal, answer, is_a1111
 from .limits import Limits
 from .logs import log, write_to_stderr
 from .metrics import Metrics
@@ -126,7 +127,7 @@ def _add_errors(app: FastAPI) -> None:
         where = [str(part) for part in first["loc"] if part != "body"]
         param = where[0] if where and first["type"] != "json_invalid" else None
         about = ".".join(where) if param else "the body is no valid JSON"
-        status = 422 if http.url.path.startswith("/sdapi/") else 400
+        status = 422 if is_a1111(http.url.path) else 400
         return answer(http.url.path, Refusal(status, f"{about}: {first['msg']}", param, "invalid_value"))
 
     @app.exception_handler(HTTPException)
@@ -157,7 +158,15 @@ class Server(uvicorn.Server):
 
 
 def run(config: Config) -> None:
-    """Serves until the process is told to stop. Raises ValueError for a model that cannot be loaded."""
+    """Serves until the process is told to stop. Raises ValueError for a model that cannot be loaded, and for
+    a port that cannot be had.
+    """
     config.usual.config()
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listener = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        where, why = f"{config.host}:{config.port}", str(error.strerror).partition(" (")[0]
+        raise ValueError(f"cannot listen on {where}: {why}; try another --port") from None
     write_to_stderr()
-    Server(config).run()
+    Server(config).run(sockets=[listener])

@@ -32,9 +32,14 @@ class Refusal(Exception):
         return self.message
 
 
+def is_a1111(path: str) -> bool:
+    """True if the path belongs to A1111's API, with its extension for ControlNets."""
+    return path.startswith(("/sdapi/", "/controlnet/"))
+
+
 def body(path: str, refusal: Refusal) -> dict[str, Any]:
     """Returns the JSON that tells of it, in the dialect that the path belongs to."""
-    if path.startswith("/sdapi/"):
+    if is_a1111(path):
         name = {404: "NotFound", 422: "ValidationError"}.get(refusal.status, "HTTPException")
         return {"error": name, "detail": refusal.message, "body": refusal.param or "", "errors": ""}
     kind = "server_error" if refusal.status >= 500 else TYPES.get(refusal.status, "invalid_request_error")

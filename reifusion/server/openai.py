@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
+from ..model.pictures import is_transparent, open_picture
 from ..settings import Settings
 from ..spelling import read_size
 from .errors import Refusal
@@ -184,8 +185,8 @@ async def _stream(service: Service, asked: Generation, job: Job, kind: str) -> A
         async for new in job.changes(heartbeat=10):
             if not new:
                 yield b": still here\n\n"
-            if job.preview is not None and job.preview is not shown and not job.over:
-                shown = job.preview
+            if job.partial is not None and job.partial is not shown and not job.over:
+                shown = job.partial
                 facts = {**said, "size": "x".join(map(str, shown.size)), "created_at": int(time.time())}
                 text = to_text(to_bytes(shown, None, format, _quality(asked)))
                 yield event({"type": f"{kind}.partial_image", "b64_json": text,
@@ -279,5 +280,6 @@ def _as_settings(inputs: dict[str, Image.Image]) -> dict[str, Image.Image]:
         raise Refusal(400, "the mask is transparent nowhere, so there is nothing to draw", "mask")
     if "mask" in inputs and inputs["mask"].size != picture.size:
         raise Refusal(400, "the mask and the picture are of different sizes", "mask")
-    opaque = picture.convert("RGB")
+    # What is transparent is drawn from the colours below it.
+    opaque = picture.convert("RGB") if is_transparent(picture) else open_picture(picture)
     return {"init_image": opaque} if mask is None else {"init_image": opaque, "mask": mask}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import a1111, album
 from ..album import Entry
@@ -22,21 +22,20 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def of_bytes(data: bytes, param: str, most: int) -> Image.Image:
-    """Reads a PNG, JPEG or WebP of at most so many pixels; its header is looked at first.
+    """Reads a PNG, JPEG or WebP of at most so many pixels, upright; its header is looked at first.
 
     Raises Refusal, with the field's name, for anything else.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
-            if width * height <= most:
-                picture.load()
+            upright = ImageOps.exif_transpose(picture) if width * height <= most else None
     except Exception:  # Pillow raises anything from OSError to SyntaxError for broken files
         wrong = f"{param} is no picture that can be read; PNG, JPEG and WebP can"
         raise Refusal(400, wrong, param, "invalid_image_file") from None
-    if width * height > most:
+    if upright is None:
         raise Refusal(400, f"{param} has {width}×{height} pixels; the most are {most:,}", param)
-    return picture
+    return upright
 
 
 def of_text(text: Any, param: str, most: int) -> Image.Image:
@@ -46,7 +45,8 @@ def of_text(text: Any, param: str, most: int) -> Image.Image:
     if re.match(r"\w+://", text):
         raise Refusal(400, f"{param} is an address, and no address is fetched; send the picture", param)
     try:
-        data = base64.b64decode(re.sub(r"^data:[\w/+.-]*;base64,", "", text), validate=True)
+        packed = "".join(re.sub(r"^data:[\w/+.-]*;base64,", "", text).split())  # it may come in lines
+        data = base64.b64decode(packed, validate=True)
     except (binascii.Error, ValueError):
         raise Refusal(400, f"{param} is not valid base64", param) from None
     return of_bytes(data, param, most)

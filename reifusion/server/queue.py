@@ -64,8 +64,9 @@ class Job:
         self.state = "waiting"  # then loading, drawing, and done, failed or cancelled
         self.picture = self.step = self.steps = 0  # the picture that is being drawn, and how far it is
         self.drawn: list[tuple[Image.Image, album.Entry]] = []
-        self.preview: Image.Image | None = None
-        self.shown = 0  # previews of this picture so far
+        self.preview: Image.Image | None = None  # the last one, whoever wanted it
+        self.partial: Image.Image | None = None  # the last one of the job's own
+        self.shown = 0  # of these, in this picture so far
         self.wants_preview = False  # True: the next step is decoded
         self.interrupted = self.skipped = False  # end early and keep what is there: all pictures, or this one
         self.error: Refusal | None = None
@@ -134,10 +135,13 @@ class Job:
         self.check()
         self.step, self.steps = step.index + 1, step.total
         due = (self.shown + 1) * step.total // (self.previews + 1)
-        if self.wants_preview or (self.shown < self.previews and self.step >= due and self.step < step.total):
+        own = self.shown < self.previews and self.step >= due and self.step < step.total
+        if own or self.wants_preview:
             self.preview = decode(step.x0)[0]
-            self.shown += 1
             self.wants_preview = False
+        if own:
+            self.partial = self.preview
+            self.shown += 1
         self.tell()
         return not (self.interrupted or self.skipped)
 

@@ -15,7 +15,6 @@ import re
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -71,10 +70,11 @@ class Guard:
         if self._hosts and host not in self._hosts:
             raise Refusal(403, "this server answers only under its own name; see --host")
         origin = headers.get("origin")
-        if origin is not None and (urlsplit(origin).netloc or origin) != headers.get("host"):
+        if origin is not None and (origin.partition("://")[2] or origin) != headers.get("host"):
             raise Refusal(403, "a page of another origin may not ask this server")
-        fetched = headers.get("sec-fetch-mode", "navigate") != "navigate"  # as a picture, which has no origin
-        if fetched and headers.get("sec-fetch-site") == "cross-site":
+        # A link may lead to a page; what another page shows as a picture or in a frame has no origin.
+        linked = headers.get("sec-fetch-mode", "navigate") == "navigate" and not path.startswith("/api/")
+        if not linked and headers.get("sec-fetch-site") == "cross-site":
             raise Refusal(403, "a page of another origin may not ask this server")
         if self._token is not None and path not in OPEN and not self._known(headers.get("authorization", "")):
             raise Refusal(401, "the token is missing or wrong", None, "invalid_api_key")

@@ -82,6 +82,7 @@ class Service:
             if not config.edits:  # A1111's clients send it whatever the model is
                 settings = replace(settings, image_guidance=None)
             request = settings.request().for_model(config)
+            settings.nth(request.seeds[0], pictures - 1)  # the last one has a seed too
         except Refusal:
             raise
         except ValueError as error:

@@ -2,8 +2,9 @@
 
 As AUTOMATIC1111's web UI has it: the weights of linear layers and convolutions, in the U-Net or transformer
 and in the text encoders; neither the VAE nor norms. A number of the kind e4m3 has 3 bits behind its first
-(Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433, Table 1), so each weight is off
-by up to 1/16, and the picture is another. Off unless asked for.
+(Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433, Table 1), so a weight is off by
+up to 1/16 of itself, and one below 2⁻⁶ by up to 2⁻¹⁰: the smallest become 0. The picture is another. Off
+unless asked for.
 """
 
 from __future__ import annotations

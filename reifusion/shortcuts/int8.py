@@ -35,7 +35,9 @@ def quantize(pipe: StableDiffusion | Mapping[str, nn.Module]) -> None:
     for block in models["diffusion"].modules():
         if isinstance(block, ResidualBlock | AttentionBlock | mmdit.Block):
             for layer in block.modules():
-                if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight[0].numel() >= LEAST:
+                if not isinstance(layer, nn.Linear | nn.Conv2d) or not isinstance(layer.weight, nn.Parameter):
+                    continue  # the latter has 8 bits already
+                if layer.weight[0].numel() >= LEAST:
                     quantize_layer(layer)
 
 

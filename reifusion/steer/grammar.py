@@ -8,6 +8,7 @@ counts in which step. What a weight does is another matter: see `emphasis.py`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def parse(text: str) -> list[Piece]:
 
     `(x)` is 1.1 times as heavy, `[x]` 1.1 times as light, `(x:w)` w times, and brackets multiply. One that is
     never closed counts to the end of the text; one that was never opened is text. Raises ValueError for a
-    weight that is no number.
+    weight that is no number, or too large for one.
     """
     if len(text) > LONGEST:
         raise ValueError(f"a prompt of {len(text):,} letters is too long; {LONGEST:,} is the most")
@@ -75,8 +76,14 @@ def parse(text: str) -> list[Piece]:
         elif joined and joined[-1][0] != BREAK and joined[-1][1] == weight:
             joined[-1][0] += words
         elif words:
-            joined.append([words, weight])
+            joined.append([words, _finite(weight, words)])
     return [(words, weight) for words, weight in joined] or [("", 1.0)]
+
+
+def _finite(weight: float, words: str) -> float:
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of {shown(words)} in the prompt is too large")
+    return weight
 
 
 def chunks(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[list[int], list[float]]]:
@@ -147,7 +154,8 @@ def _at(text: str, turn: int, turns: int) -> str:
             before, after = "", first
         return before if turn <= until and until > 0 else after
 
-    escaped = text.replace("\\[", "\1").replace("\\]", "\2")
+    # The letters that are marks here mean nothing in a prompt.
+    escaped = re.sub("[\0-\2]", " ", text).replace("\\[", "\1").replace("\\]", "\2")
     while True:
         changed = INNER.sub(one, escaped)
         if changed == escaped:
@@ -164,5 +172,8 @@ def together(text: str) -> list[Piece]:
     for part in re.split(r"\s*\bAND\b\s*", text):
         weighted = re.fullmatch(r"(.*?)\s*:\s*([+-]?\d*\.?\d+)\s*", part, re.S)
         alone = weighted is not None and weighted[1].count("(") == weighted[1].count(")")
-        found.append((weighted[1], float(weighted[2])) if weighted and alone else (part, 1.0))
+        if weighted and alone:
+            found.append((weighted[1], _finite(float(weighted[2]), weighted[1])))
+        else:
+            found.append((part, 1.0))
     return found if len(found) > 1 else [(text, 1.0)]

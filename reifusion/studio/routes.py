@@ -145,9 +145,9 @@ def build(studio: Studio) -> FastAPI:
         return FileResponse(PAGE / "index.html")
 
     @app.get("/api/page")
-    def first(model: str | None = None) -> dict[str, Any]:
-        source = model or studio.source
-        return about(source, drawing_module.model(Settings(model=source))) | {"folder": str(studio.folder)}
+    def first() -> dict[str, Any]:
+        pipe = drawing_module.model(Settings(model=studio.source))
+        return about(studio.source, pipe) | {"folder": str(studio.folder)}
 
     @app.get("/toy")
     def toy_page() -> Response:

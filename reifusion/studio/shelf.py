@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ NEEDED = ("prompt", "sampler", "steps", "cfg", "seed", "size")  # to draw a pict
 
 def listed(folder: Path) -> list[dict[str, str]]:
     """Returns the newest pictures of the folder that were drawn here, each with a line about it."""
-    newest_first = sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime, reverse=True)
+    newest_first = sorted(folder.glob("*.png"), key=changed, reverse=True)
     found: list[dict[str, str]] = []
     for path in newest_first:
         try:
@@ -26,6 +27,14 @@ def listed(folder: Path) -> list[dict[str, str]]:
         if len(found) == MOST:
             break
     return found
+
+
+def changed(file: Path) -> float:
+    """Returns when the file was last written to; 0 for one that has been removed since it was seen."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def taken(folder: Path, name: str) -> dict[str, Any]:
@@ -74,6 +83,6 @@ def _entry(path: Path) -> album.Entry:
 
 def _inside(folder: Path, path: str | None) -> str | None:
     """Returns the name of an input picture that lies in the folder, as those of the studio do."""
-    if path is None or Path(path).resolve().parent != folder.resolve() or not Path(path).is_file():
+    if path is None or Path(path).resolve().parent != folder.resolve() or not isfile(path):
         return None
     return Path(path).name

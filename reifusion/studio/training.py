@@ -17,6 +17,7 @@ from ..model.sentences import shown
 from ..settings import Settings
 from ..train.checkpoint import TrainingError
 from ..train.plot import losses, smoothed, verdict
+from .shelf import changed
 
 POINTS = 300  # of a curve that are shown
 LONGEST = 24 * 60  # minutes
@@ -41,7 +42,7 @@ class Trainings:
     def names(self) -> list[str]:
         """Returns the names of the runs, those that were written to last first."""
         logs = [log for depth in ("*", "*/*") for log in self.folder.glob(f"{depth}/training.jsonl")]
-        logs.sort(key=_changed, reverse=True)
+        logs.sort(key=changed, reverse=True)
         return [log.parent.relative_to(self.folder).as_posix() for log in logs]
 
     def path(self, name: str) -> Path:
@@ -77,7 +78,7 @@ class Trainings:
             "sheets": sheets,
             "model": next((str(file) for file in run.glob("*.safetensors") if _draws(file)), None),
             "minutes": round(_minutes(run / "training.jsonl"), 1),
-            "quiet": round(time.time() - _changed(run / "training.jsonl")),
+            "quiet": round(time.time() - changed(run / "training.jsonl")),
         }
 
     def sheet(self, name: str, step: int) -> Path:
@@ -133,14 +134,6 @@ class Trainings:
                 self.said = line.strip().removeprefix("reifusion: ")
         if own.wait() == 0 and own is self.own:
             self.said = "Done."
-
-
-def _changed(file: Path) -> float:
-    """Returns when the file was last written to; 0 for one that has been removed since it was seen."""
-    try:
-        return file.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _draws(file: Path) -> bool:

@@ -136,7 +136,8 @@ def tensor(drawing: Drawing, place: int, name: str) -> Tensor | None:
     if name == "next":
         return drawing.frames[place + 1].x_t if place + 1 < len(drawing.frames) else None
     if name == "scaled":  # as the network sees x_t, which some samplers have in a scale of their own
-        assert drawing.sampler is not None and frame.step is not None
+        if drawing.sampler is None or frame.step is None:
+            return None
         return drawing.sampler.scale_model_input(frame.x_t, drawing.sampler.timesteps[frame.step])
     if name == "push":
         return None if frame.cond is None or frame.uncond is None else frame.cond - frame.uncond

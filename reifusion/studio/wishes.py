@@ -20,6 +20,7 @@ from ..model.config import ModelConfig
 from ..model.pictures import open_mask, open_picture
 from ..model.request import Request
 from ..model.samplers import SAMPLERS, samplers_for
+from ..model.sentences import shown
 from ..model.spacing import SCHEDULES
 from ..sampling.schedules import TITLES
 from ..settings import ABOUT, Settings, parsed
@@ -69,14 +70,17 @@ def _typed(name: str, text: Any) -> Any:
     """Reads a text as the type that a command line would give; lists are of texts."""
     kind = ABOUT[name].kind
     if kind is list:
-        return [text] if isinstance(text, str) else [one for one in text if one]
+        several = [text] if isinstance(text, str) else text
+        if not isinstance(several, list) or not all(isinstance(one, str) for one in several):
+            raise ValueError(f"{ABOUT[name].title} is a list of texts, not {shown(text)}")
+        return [one for one in several if one]
     if kind is bool:
         return text in (True, "true", "on")
     try:
         return kind(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an infinite number
         number = "whole number" if kind is int else "number"
-        raise ValueError(f"{ABOUT[name].title} is a {number}, not {str(text)!r}") from None
+        raise ValueError(f"{ABOUT[name].title} is a {number}, not {shown(str(text))}") from None
 
 
 def texts(settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ from ..model.pipeline import StableDiffusion
 from ..steer.control_files import save_control
 from ..steer.controlnet import Control, ControlNet, controlled, steered
 from ..steer.edges import HIGH, LOW, edges
+from ..weights.writing import write_tensors
 from .checkpoint import digest, unchanged
 from .keys import RecipeError, key
 from .latents import LatentData, StoredLatents
@@ -264,6 +264,6 @@ def edges_of(latents: Tensor, pipe: StableDiffusion, folder: Path, thresholds: t
         bits = np.packbits(np.stack(found))
         folder.mkdir(parents=True, exist_ok=True)
         with whole(path) as temporary:
-            save_file({"edges": torch.from_numpy(bits)}, temporary)
+            write_tensors({"edges": torch.from_numpy(bits)}, temporary)
     pixels = torch.from_numpy(np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape))
     return F.pixel_unshuffle(pixels[:, None], factor)  # (N, 1, H, W) -> (N, 64, h, w)

@@ -145,9 +145,10 @@ def random_pictures(
             return random_pixels(recipe), size, made_of | {"data": "emoji"}
     with processes().main_process_first():
         pictures = own_pictures(recipe)
-    # A VAE sees parts of them, and at last whole pictures.
-    parts = recipe.train == "vae" and recipe.training.whole_from == 1
-    side = recipe.training.crop if parts else size
+    side = size
+    if recipe.train == "vae":  # it sees parts of them, and at last whole pictures
+        crop, whole = recipe.training.crop, recipe.training.whole_from < 1
+        side = max(crop, size) if whole else crop
     small = [item.name for item in pictures.items if min(item.width, item.height) < side]
     if small:
         warnings.warn(

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import whole
 from ..model.clip import CLIP
 from ..model.tensors import ModelError, TensorFile, _unpickle
 from ..model.tokenizer import END_OF_WORD, Tokenizer
+from .writing import write_tensors
 
 if TYPE_CHECKING:
     from ..model.pipeline import StableDiffusion
@@ -55,12 +55,12 @@ def embedding_of(tensors: Mapping[str, Tensor], path: Path, word: str = "") -> E
 
     Raises ModelError for tensors that are no word's.
     """
-    found = {name: x for name, x in tensors.items() if x.ndim in (1, 2) and x.is_floating_point()}
+    found = {n: x for n, x in tensors.items() if x.ndim in (1, 2) and x.numel() and x.is_floating_point()}
     # one vector is (width,) in some files
     shaped = {name: x.detach().float().reshape(-1, x.shape[-1]) for name, x in found.items()}
     second = shaped.pop(SECOND, None)
     if len(shaped) != 1 or len(found) != len(tensors):
-        raise ModelError(f"{path} is not an embedding: it holds {len(tensors)} tensors, and one has one")
+        raise ModelError(f"{path} is not an embedding, which is vectors (n, width) under one name")
     ((name, vectors),) = shaped.items()
     if second is not None and len(second) != len(vectors):
         counts = f"{len(vectors)} for the first text encoder and {len(second)} for the second"
@@ -93,7 +93,7 @@ def save_embedding(embedding: Embedding, path: str | Path) -> None:
     if embedding.second is not None:
         tensors = {"clip_l": embedding.vectors, SECOND: embedding.second}
     with whole(path) as temporary:
-        save_file({name: x.float().contiguous() for name, x in tensors.items()}, temporary)
+        write_tensors({name: x.float().contiguous() for name, x in tensors.items()}, temporary)
 
 
 def teach(pipe: StableDiffusion, embedding: Embedding) -> None:

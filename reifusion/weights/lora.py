@@ -237,7 +237,7 @@ def _peft_config(file: TensorFile) -> dict[str, Any]:
         config = json.loads(text)
         if isinstance(config, dict):
             return config
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise ModelError(f"{file.path} has a config of PEFT, in its header or beside it, that is not understood")
 
@@ -272,7 +272,10 @@ def _peft_alpha(
         alpha = said("lora_alpha" if "lora_alpha" in given else "alpha", "alpha_pattern", rank)
         alpha = alpha if thin else alpha / rank
         # Kalajdzievski 2023 scales by α/√r.
-        return alpha * math.sqrt(rank) if given.get("use_rslora") else alpha
+        alpha = alpha * math.sqrt(rank) if given.get("use_rslora") else alpha
+        if not math.isfinite(alpha):
+            raise ValueError
+        return alpha
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, re.error):
         raise ModelError(
             f"{path} has a config of PEFT, in its header or beside it, that is not understood"
@@ -455,6 +458,8 @@ def _find(lora: LoRA, models: Mapping[str, Any], config: ModelConfig | None) -> 
         whole = getattr(module, tensor)
         if whole is None:
             raise ModelError(f"{lora.path} does not fit this model, where {layer} has no bias")
+        if not isinstance(whole, nn.Parameter):
+            raise ModelError(f"{lora.path} comes too late: {layer} has weights of 8 bits; add LoRAs before")
         rows, *rest = _four(whole.shape)
         given = update.shape
         inputs = math.prod(given[1:]) // math.prod(rest[1:]) if whole.ndim > 1 else 1

@@ -28,8 +28,8 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Returns one LoRA that changes as much as all of these together, each times its weight. Exact.
 
     Of a layer that two of them change, the rank is the sum of both: w₁B₁A₁ + w₂B₂A₂ = [w₁B₁ w₂B₂] [A₁; A₂].
-    Differences of biases add up. Raises ModelError for LoRAs that do not fit together and for other kinds,
-    and ValueError for a weight that is not finite.
+    Differences of biases add up, and learned words stay, the last of each name. Raises ModelError for LoRAs
+    that do not fit together and for other kinds, and ValueError for a weight that is not finite.
     """
     parts: dict[str, list[tuple[LoRA, float, Update]]] = {}
     biases: dict[str, Tensor] = {}
@@ -52,13 +52,16 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
         ups = [weight * one.alpha / one.rank * one.up.float().flatten(1) for _, weight, one in own]
         updates[layer] = _update(torch.cat(ups, 1), torch.cat(downs))
     summed = {layer: Difference(change) for layer, change in biases.items()}
-    return LoRA(updates, path=" + ".join(lora.path for lora, _ in loras), biases=summed)
+    words = {word.word: word for lora, _ in loras for word in lora.words}
+    path = " + ".join(lora.path for lora, _ in loras)
+    return LoRA(updates, path=path, biases=summed, words=tuple(words.values()))
 
 
 def resize(lora: LoRA, rank: int) -> LoRA:
     """Returns the LoRA of at most this rank that is nearest to another one, layer by layer.
 
-    Differences of biases are kept. Raises ModelError for other kinds, and ValueError for a rank below 1.
+    Differences of biases and learned words are kept. Raises ModelError for other kinds, and ValueError for a
+    rank below 1.
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA must be at least 1, not {rank}")
@@ -69,7 +72,8 @@ def resize(lora: LoRA, rank: int) -> LoRA:
         q_down, r_down = torch.linalg.qr(one.down.double().flatten(1).T)
         u, s, v = torch.linalg.svd(r_up @ r_down.T)
         updates[kohya(layer)] = _cut(q_up @ u, s, v @ q_down.T, rank, one.down.shape[1:])
-    return LoRA(updates, path=lora.path, biases={kohya(layer): x for layer, x in lora.biases.items()})
+    biases = {kohya(layer): x for layer, x in lora.biases.items()}
+    return LoRA(updates, path=lora.path, biases=biases, words=lora.words)
 
 
 def plain(lora: LoRA) -> dict[str, Update]:
@@ -92,9 +96,10 @@ def extract(
 ) -> LoRA:
     """Returns the LoRA of at most this rank that is nearest to the way from one model to another.
 
-    before, after: models of the same sizes, by name ("clip", "diffusion"). least: layers whose weights have
-    changed by a smaller share than this are left out. config: as for `lora.apply`. Raises ModelError for
-    models of different sizes, and for models that do not differ, and ValueError for a rank below 1.
+    It has the differences of biases too; norms and embeddings are left out. before, after: models of the same
+    sizes, by name ("clip", "diffusion"). least: weights and biases that have changed by a smaller share than
+    this are left out. config: as for `lora.apply`. Raises ModelError for models of different sizes, and
+    for models that do not differ, and ValueError for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA must be at least 1, not {rank}")
@@ -103,7 +108,7 @@ def extract(
         raise ModelError("the two models have different sizes, so no LoRA leads from one to the other")
     if config is None:
         config = ModelConfig(clip=before["clip"].config, unet=before["diffusion"].config)  # type: ignore[arg-type]
-    updates = {}
+    updates, biases = {}, {}
     for place in places(config):
         one, two = (models[place.network].get_submodule(place.layer) for models in (before, after))
         if not isinstance(one, nn.Linear | nn.Conv2d):
@@ -113,14 +118,21 @@ def extract(
             for layer in (one, two)
         )
         change = new - old
+        if one.bias is not None and two.bias is not None:
+            was, now = (
+                cast("Tensor", layer.bias).detach().double().chunk(place.parts)[place.part]
+                for layer in (one, two)
+            )
+            if (now - was).norm() > least * was.norm():
+                biases[kohya(place.diffusers)] = Difference((now - was).float())
         if change.norm() <= least * old.norm():
             continue
         u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
         shape = torch.Size((*change.shape[1:], 1, 1)) if place.convolution else change.shape[1:]
         updates[kohya(place.diffusers)] = _cut(u, s, v, rank, shape)
-    if not updates:
+    if not (updates or biases):
         raise ModelError("the two models have the same weights in all layers that a LoRA can change")
-    return LoRA(updates, path="the difference")
+    return LoRA(updates, path="the difference", biases=biases)
 
 
 def kohya(layer: str) -> str:
@@ -142,7 +154,7 @@ def _update(up: Tensor, down: Tensor) -> Update:
 
 
 def write(lora: LoRA, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a LoRA to a `.safetensors` in kohya's layout, whole or not at all.
+    """Writes a LoRA and its words to a `.safetensors` in kohya's layout, whole or not at all.
 
     Raises ModelError for other kinds.
     """
@@ -162,5 +174,10 @@ def write(lora: LoRA, path: str | Path, metadata: Mapping[str, str] | None = Non
             f"{name}.lora_up.weight": one.up.float().contiguous(),
             f"{name}.alpha": torch.tensor(float(one.alpha)),
         }
+    for word in lora.words:  # as `BUNDLED` reads them
+        vectors = {"string_to_param.*": word.vectors}
+        if word.second is not None:
+            vectors = {"clip_l": word.vectors, "clip_g": word.second}
+        tensors |= {f"bundle_emb.{word.word}.{name}": x.float().contiguous() for name, x in vectors.items()}
     with whole(Path(path)) as temporary:
         write_tensors(tensors, temporary, {"format": "pt", **(metadata or {})})

@@ -71,11 +71,13 @@ def save_vae(
     """Writes a VAE alone: one `.safetensors` ("native", "compvis"), or a folder ("diffusers").
 
     dtype: of the numbers in the file; None keeps the networks' own. Raises ModelError if there is no such
-    format.
+    format, and for a folder that is not empty.
     """
     if to not in FORMATS:
         raise ModelError(f"there is no format {to!r}; the formats are {', '.join(FORMATS)}")
     path, config = Path(path), pipe.config
+    if path.is_dir() and (to != "diffusers" or any(path.iterdir())):
+        raise ModelError(f"{path} is a folder that is there already, so it was left as it is")
     ours = {
         f"{half}.{name}": x.detach().cpu().to(dtype)
         for half in ("encoder", "decoder")

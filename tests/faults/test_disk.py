@@ -18,8 +18,11 @@ import pytest
 from PIL import Image
 
 from reifusion import album, cli, weights
-from reifusion.files import put
+from reifusion.api import load
+from reifusion.files import put, write_text
+from reifusion.model.tensors import ModelError
 from reifusion.weights import save
+from reifusion.weights.vae import save_vae
 from tests.tiny import SMALL, WORDS, networks
 
 pytestmark = pytest.mark.slow
@@ -195,6 +198,19 @@ def test_processes_that_write_the_same_model_leave_a_whole_one(model, tmp_path):
         assert 0 in codes and set(codes) <= {0, 1, 2}
         weights.load(str(target))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.safetensors"]
+
+
+@pytest.mark.parametrize("to", ["native", "diffusers"])
+def test_a_folder_with_something_in_it_is_left_alone(model, tmp_path, to):
+    pipe = load(model, "cpu", "fp32")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(ModelError, match="mine is a folder that is there already"):
+        save_vae(pipe, tmp_path / "mine", to)
+    with pytest.raises(IsADirectoryError, match="mine is a folder, so no file was written there"):
+        write_text(tmp_path / "mine", "x")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_name_is_never_given_twice(tmp_path, monkeypatch):

@@ -84,6 +84,33 @@ def test_so_it_is_on_the_text_encoder(tmp_path, spelling):
     assert torch.allclose((weight - before)[:24], TEXT_UP @ TEXT_DOWN, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", ["NaN", "1e400", "[" * 100_000])
+def test_a_config_of_peft_that_would_spoil_the_model_is_refused(tmp_path, alpha):
+    path = tmp_path / "x.safetensors"
+    tensors = named(U_NET["PEFT and network"])
+    save_file(tensors, path, {"lora_adapter_metadata": f'{{"unet.r": 2, "unet.lora_alpha": {alpha}}}'})
+    with pytest.raises(ModelError, match=r"has a config of PEFT, .*not understood"):
+        load_lora(path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(1).expand(20_000, 4_000),
+        torch.zeros(4, 4).to_sparse(),
+        torch.zeros(4, 4, device="meta"),
+        torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8),
+        torch.zeros(4, 4, dtype=torch.complex64),
+    ],
+    ids=["larger than its file", "sparse", "without numbers", "quantised", "complex"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_none_are_refused_with_their_file(tmp_path, odd):
+    torch.save({"lora_unet_x.lora_up.weight": odd}, tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=r"x\.pt is damaged or .*lora_up.* is no plain tensor"):
+        load_lora(tmp_path / "x.pt")
+
+
 def test_two_adapters_in_a_file_are_refused_by_name(tmp_path):
     one, two = (named((LAYER, f"lora_A.{name}", f"lora_B.{name}")) for name in ("cats", "dogs"))
     with pytest.raises(ModelError, match="holds several LoRAs, cats and dogs; save one of them alone"):

@@ -137,9 +137,14 @@ def test_compiled_attention_declines_inputs_that_it_is_not_made_for():
     x = normal(1, 2, 8, 16)
     for q in x, x.bfloat16()[..., :15], x.bfloat16().transpose(2, 3), x.bfloat16()[:, :, :0], x.half():
         assert native.flash_attention(q, q, q) is None
+    x = x.bfloat16()
+    one, thin, short = x[:, :1], x[..., :8], x[:, :, :4]  # a head, half the width, half the words
+    for q, k, v in (x, thin, thin), (x, x, short), (x, one, one), (x, x, thin):
+        assert native.flash_attention(q, k, v) is None
+    two = torch.cat([x, x])
+    assert native.flash_attention(two, x, x) is None  # which PyTorch's broadcasts
     wide = normal(1, 1, 2, 514).bfloat16()
     assert native.flash_attention(wide, wide, wide) is None
-    x = x.bfloat16()
     assert torch.equal(attention(x, x, x, True), F.scaled_dot_product_attention(x, x, x, is_causal=True))
 
 
@@ -417,6 +422,7 @@ def test_other_halves_other_times_and_odd_batches_are_computed_whole():
         (x[:1].repeat(2, 1, 1, 1), context, torch.tensor([5, 700])),
         (x[:1].repeat(3, 1, 1, 1), normal(3, 7, 24), torch.tensor([5])),
         (x[:1], context[:1], torch.tensor([5])),
+        (x[:1].repeat(2, 1, 1, 1), context[:1], torch.tensor([5])),  # one prompt for both
     ]
     wanted = [unet(*case) for case in cases]
     installed(unet)

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,15 @@ from reifusion.model.encoder import Encoder
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
+from reifusion.model.tensors import ModelError
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.settings import Settings
 from reifusion.shortcuts.deepcache import DeepCache, deepcached
 from reifusion.shortcuts.fp8 import Fp8Linear, store
 from reifusion.shortcuts.int8 import Int8Conv2d, Int8Linear, quantize, quantize_layer
 from reifusion.weights import save
+from reifusion.weights.lora import LoRA, apply
+from reifusion.weights.lora_kinds import Update
 from tests.marks import often
 from tests.tiny import SMALL, networks
 
@@ -380,6 +385,34 @@ def test_the_vae_and_norms_keep_their_weights_beside_float8():
         assert all(torch.equal(x, state[key]) for key, x in models[name].state_dict().items())
     assert isinstance(models["clip"].layers[0].linear_1, Fp8Linear)  # type: ignore[union-attr, index]
     assert models["clip"].get_parameter("norm.weight").dtype == torch.float32
+
+
+def test_what_comes_after_float8_leaves_it_alone():
+    models = networks(SMALL)
+    store(models)
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    lora = LoRA({layer: Update(torch.ones(1, 1), torch.ones(1, 1), 1.0)}, path="x.safetensors")
+    with pytest.raises(ModelError, match=r"x\.safetensors comes too late: .* has weights of 8 bits"):
+        apply(models, lora)
+    before = copy.deepcopy(models["diffusion"].state_dict())
+    quantize(models)
+    assert all(torch.equal(x, before[key]) for key, x in models["diffusion"].state_dict().items())
+
+
+def test_a_refiner_has_8_bits_as_well(monkeypatch):
+    loaded: list[SimpleNamespace] = []
+
+    def load(*_: Any, **__: Any) -> SimpleNamespace:
+        loaded.append(SimpleNamespace(models=networks(SMALL), config=SMALL))
+        return loaded[-1]
+
+    monkeypatch.setattr("reifusion.api.load", load)
+    monkeypatch.setattr("reifusion.families.sdxl.with_refiner", lambda pipe, refiner: pipe)
+    monkeypatch.setattr("reifusion.settings.replace", lambda pipe, **_: pipe)
+    Settings("a cat", refiner="refiner.safetensors", fp8=True).loaded("cpu")
+    assert len(loaded) == 2
+    for pipe in loaded:
+        assert any(isinstance(layer, Fp8Linear) for layer in pipe.models["diffusion"].modules())
 
 
 @torch.inference_mode()

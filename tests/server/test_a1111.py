@@ -6,15 +6,18 @@ import base64
 import io
 import json
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from reifusion.model.samplers import SAMPLERS
-from reifusion.server.a1111_request import _filled
+from reifusion.server.a1111_request import Img2Img, _filled, inputs_of
+from reifusion.server.limits import Limits
+from reifusion.server.pictures import of_text
 
 from .conftest import Running, until
 
@@ -136,6 +139,9 @@ WRONG = [
     ({"batch_size": 5, "n_iter": 5}, 400, "25 pictures"),
     ({"width": 8192, "height": 64}, 400, "8,192"),
     ({"width": 64}, 422, "height"),
+    ({"width": -8, "height": 64}, 422, "width: "),
+    ({"prompt": "cat \ud800"}, 422, "lone surrogate"),
+    ({"unknown": {"a": "\ud800"}}, 422, "lone surrogate"),
     ({"styles": ["anime"]}, 422, "styles"),
     ({"tiling": True}, 422, "tiling"),
     ({"script_name": "x/y/z plot"}, 422, "script_name"),
@@ -152,7 +158,10 @@ WRONG = [
 
 @pytest.mark.parametrize(("asked", "status", "said"), WRONG, ids=[str(one)[:40] for one, *_ in WRONG])
 def test_what_cannot_be_drawn_is_refused_in_the_shape_of_this_api(http, asked, status, said):
-    answer = http.post("/sdapi/v1/txt2img", json={"prompt": "cat", **asked})
+    said_in_json = json.dumps({"prompt": "cat", **asked})  # in ASCII, as httpx's own is not
+    answer = http.post(
+        "/sdapi/v1/txt2img", content=said_in_json, headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == status and said in answer.json()["detail"]
     assert set(answer.json()) == {"error", "detail", "body", "errors"}
 
@@ -164,6 +173,24 @@ def test_a_picture_that_is_none_is_refused_and_no_address_is_fetched(http, pictu
     answer = http.post("/sdapi/v1/img2img", json={"prompt": "cat", "init_images": [picture]})
     assert answer.status_code in (400, 422) and "init_images" in answer.json()["detail"]
     assert http.post("/sdapi/v1/png-info", json={"image": picture}).status_code == 400
+
+
+def test_pictures_are_read_upright_at_8_bits_and_with_line_breaks():
+    def sent(picture: Image.Image, format: str = "PNG", **more: Any) -> str:
+        stream = io.BytesIO()
+        picture.save(stream, format, **more)
+        return base64.encodebytes(stream.getvalue()).decode()
+
+    wide, sideways = Image.new("RGB", (16, 8)), Image.Exif()
+    sideways[ExifTags.Base.Orientation] = 6
+    upright = of_text(sent(wide, "JPEG", exif=sideways), "image", 10**6)
+    assert upright.size == (8, 16)
+    grey = sent(Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)))
+    said = {"init_images": [grey], "mask": grey, "inpainting_fill": 1, "width": 8, "height": 8}
+    asked = Img2Img.model_validate(said)
+    service: Any = SimpleNamespace(limits=Limits())
+    for one in inputs_of(service, asked).values():
+        assert one.getpixel((0, 0)) in (100, (100, 100, 100))
 
 
 def test_a_model_is_chosen_for_all_requests_or_for_one(api, http):
@@ -216,8 +243,11 @@ def test_an_interrupt_does_not_end_the_pictures_of_the_other_dialect(api, http, 
     until(lambda: running.queue.current is not None and running.queue.current.step > 3)
     job = running.queue.current
     api.interrupt()
+    for way in ("interrupt", "skip"):
+        answer = http.post(f"/sdapi/v1/{way}", params={"task": job.id})
+        assert answer.status_code == 404 and f"DELETE /jobs/{job.id} ends it" in answer.json()["detail"]
     thread.join()
-    assert answers[0].status_code == 200 and not job.interrupted and job.step == 0
+    assert answers[0].status_code == 200 and not (job.interrupted or job.skipped) and job.step == 0
 
 
 def test_png_info(api, http):

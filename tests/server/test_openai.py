@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from reifusion import cli
+from reifusion.server.openai import _as_settings
 
 from .conftest import Running, until
 
@@ -121,6 +122,15 @@ def test_an_edit_without_a_mask_draws_on_from_the_whole_picture(client, photo):
     assert "Denoising strength: 0.5" in opened(answer.data[0].b64_json).text["parameters"]
 
 
+def test_a_picture_of_16_bits_keeps_its_levels_in_an_edit():
+    grey = Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))
+    mask = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    for inputs in ({"image": grey}, {"image": grey, "mask": mask}):
+        assert _as_settings(inputs)["init_image"].getpixel((0, 0)) == (100, 100, 100)
+    see_through = Image.new("RGBA", (8, 8), (7, 8, 9, 0))
+    assert _as_settings({"image": see_through})["init_image"].getpixel((0, 0)) == (7, 8, 9)
+
+
 @pytest.mark.parametrize("edit", [False, True])
 def test_a_stream_has_pictures_on_the_way_and_ends_with_the_same_bytes(client, photo, edit):
     kind = "image_edit" if edit else "image_generation"
@@ -164,6 +174,12 @@ def test_what_cannot_be_drawn_is_refused_with_the_field(client, asked, param, st
         client.images.generate(**{"prompt": "cat", **asked})
     assert (error.value.status_code, error.value.param) == (status, param)
     assert error.value.type and len(error.value.message) > 10 and "\n" not in error.value.body["message"]
+
+
+def test_seeds_that_count_too_far_are_refused_before_anything_is_drawn(client, running, monkeypatch):
+    monkeypatch.setattr(running.queue, "put", lambda job: pytest.fail("it was taken"))
+    with pytest.raises(openai.BadRequestError, match="the seed of picture 2 must be between 0 and"):
+        client.images.generate(prompt="cat", n=2, extra_body={"seed": 2**63 - 1})
 
 
 def test_pictures_that_are_none_are_refused(client, photo, running):

@@ -16,11 +16,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from reifusion.model.request import Request
 from reifusion.server.app import Config
+from reifusion.server.queue import Job
+from reifusion.settings import Settings
 
 from .conftest import Running, serving, settings, until
 
@@ -121,6 +125,20 @@ def test_an_id_is_one_jobs_at_a_time(small: Running):
         client.delete("/jobs/same-same")
     thread.join()
     assert answers[0].status_code == 410
+
+
+def test_a_look_of_others_is_no_picture_of_the_stream():
+    async def watched() -> list[object]:
+        job = Job(Settings("cat"), Request("cat", seed=0, steps=8), previews=1)
+        found: list[object] = []
+        for k in range(8):
+            job.wants_preview = True
+            job.look(SimpleNamespace(index=k, total=8, x0=k), lambda x0: [x0])  # type: ignore[arg-type]
+            assert job.preview == k
+            found.append(job.partial)
+        return found
+
+    assert asyncio.run(watched()) == 3 * [None] + 5 * [3]
 
 
 def test_stopping_answers_everyone(models):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import httpx
@@ -50,6 +51,7 @@ def test_a_token_is_needed_everywhere_but_for_health(strict: Running, path):
 
 def test_the_shapes_of_a_refusal(strict: Running):
     with strict.client() as client:
+        assert client.get("/controlnet/version").json()["detail"] == "the token is missing or wrong"
         assert client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
         assert client.get("/sdapi/v1/options").json()["detail"] == "the token is missing or wrong"
 
@@ -86,7 +88,9 @@ def test_this_machine_goes_by_these_names(running: Running, host):
         assert client.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://", "http://["]
+)
 def test_a_page_of_another_origin_may_not_ask(running: Running, origin):
     with running.client() as client:
         for method, path in (
@@ -147,6 +151,14 @@ def test_a_server_for_others_needs_a_token(capsys, tmp_path, monkeypatch):
     assert cli.main(["serve", "--models", str(tmp_path / "none")]) == 2
     assert cli.main(["serve", "--model", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_a_port_that_is_taken_is_one_sentence(capsys, models):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--model", str(models / "tiny.safetensors"), "--port", str(port)]) == 2
+    said = f"reifusion: cannot listen on 127.0.0.1:{port}: Address already in use; try another --port\n"
+    assert capsys.readouterr().err == said
 
 
 JSON = st.recursive(

@@ -63,6 +63,7 @@ def test_a_folder_of_pictures_is_drawn_picture_by_picture(usual, tmp_path, capsy
     for k, size in enumerate([(40, 32), (32, 56)]):
         Image.effect_noise(size, 40 + 20 * k).convert("RGB").save(folder / f"{'ba'[k]}.PNG")
     (folder / "notes.txt").write_text("not a picture")
+    (folder / "._a.png").write_bytes(b"what macOS keeps beside a.PNG")
     more = ["--strength", "0.5", "--seed", "3"]
     assert main([*usual, *more, "--init-image", str(folder), "--out", str(tmp_path / "out")]) == 0
     paths = drawn(capsys)

@@ -232,6 +232,12 @@ def test_variations_count_up_and_the_seed_stays():
     found = [settings.nth(7, k) for k in range(3)]
     assert [(one.seed, one.variation_seed) for one in found] == [(7, 3), (7, 4), (7, 5)]
     assert [Settings("a cat").nth(7, k).seed for k in range(3)] == [7, 8, 9]
+    for one, name in (
+        (Settings("a cat"), "seed"),
+        (replace(settings, variation_seed=2**63 - 1), "variation_seed"),
+    ):
+        with pytest.raises(ValueError, match=f"the {name} of picture 2 must be between 0 and"):
+            one.nth(2**63 - 1, 1)
 
 
 @pytest.mark.parametrize("manner", [*MANNERS])

@@ -31,7 +31,8 @@ def draw(page, **more) -> list[dict[str, Any]]:
     texts = {"prompt": "a cat", "negative": "a dog", "sampler": "ddim", "steps": "2", "cfg": "3", "seed": "5"}
     body = {"settings": texts | {"model": page.get("/api/page").json()["model"]}}
     body["settings"] |= more.pop("settings", {})
-    answer = page.post("/api/draw", json=body | more)
+    sent = {"content": json.dumps(body | more), "headers": {"Content-Type": "application/json"}}
+    answer = page.post("/api/draw", **sent)
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
@@ -72,6 +73,10 @@ def test_several_pictures_have_seeds_that_count_up(page):
         ({"settings": {"size": "13x13"}}, "the width must be a multiple of 8, not 13"),
         ({"settings": {"size": "4096x4096"}}, "4096x4096 is too large for a model of 64x64"),
         ({"settings": {"model": "nowhere.safetensors"}}, "nowhere.safetensors"),
+        ({"settings": {"lora": 5}}, "LoRA is a list of texts, not 5"),
+        ({"settings": {"lora": [5]}}, "LoRA is a list of texts, not [5]"),
+        ({"settings": {"seed": float("inf")}}, "Seed is a whole number, not 'inf'"),
+        ({"settings": {"seed": str(2**63 - 1)}, "k": 1}, "the seed of picture 2 must be between 0 and"),
         ({"mask": "data:image/png;base64,"}, "there is no picture below it"),
     ],
 )
@@ -102,6 +107,7 @@ def test_what_is_no_longer_there_is_one_sentence(page):
     *_, last = draw(page)
     assert page.get(f"/api/drawings/{last['id']}/9").status_code == 400
     assert page.get(f"/api/drawings/{last['id']}/1/secrets.png").status_code == 400
+    assert page.get(f"/api/drawings/{last['id']}/0/scaled.png").status_code == 400
 
 
 def test_old_drawings_are_forgotten(page):
@@ -114,6 +120,7 @@ def test_old_drawings_are_forgotten(page):
 def test_a_picture_of_the_gallery_gives_its_settings_back(page, tmp_path):
     draw(page, settings={"hires": "1.5", "size": "64x64"})
     Image.new("RGB", (8, 8)).save(tmp_path / "from-elsewhere.png")
+    (tmp_path / "of-a-file-that-is-gone.png").symlink_to(tmp_path / "gone.png")
     [one] = page.get("/api/pictures").json()
     taken = page.get(f"/api/pictures/{one['name']}").json()
     names = ("prompt", "negative", "steps", "size", "hires")
@@ -155,9 +162,16 @@ def test_a_page_of_another_origin_and_another_name_of_this_machine_are_refused(p
     elsewhere = {"Origin": "http://evil.example"}
     assert page.post("/api/draw", json={"settings": {}}, headers=elsewhere).status_code == 403
     assert page.get("/api/page", headers={"Host": "evil.example"}).status_code == 403
+    assert page.get("/api/page", headers={"Origin": "http://["}).status_code == 403
     other = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}  # a picture in another page
-    assert page.get("/api/page?model=someone/else", headers=other).status_code == 403
-    assert page.get("/", headers=other | {"Sec-Fetch-Mode": "navigate"}).status_code == 200  # a link to it
+    framed = other | {"Sec-Fetch-Mode": "navigate"}  # a frame there, or a link
+    for headers in (other, framed):
+        assert page.get("/api/page", headers=headers).status_code == 403
+    assert page.get("/", headers=framed).status_code == 200
+
+
+def test_no_address_makes_the_studio_load_a_model(page, model):
+    assert page.get("/api/page?model=someone/else").json()["model"] == model
 
 
 def test_the_page_is_whole_without_a_network(page):

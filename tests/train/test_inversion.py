@@ -117,11 +117,16 @@ def test_files_of_all_programs_are_read(tmp_path):
     "content, said",
     [
         ({"clip_l": vectors(), "clip_g": vectors()[:1]}, "3 for the first text encoder and 1 for the second"),
-        ({"clip_g": vectors()}, "holds 1 tensors"),
-        ({"a.lora_down.weight": vectors(), "a.lora_up.weight": vectors()}, "holds 2 tensors"),
+        ({"clip_g": vectors()}, "not an embedding, which is vectors"),
+        (
+            {"a.lora_down.weight": vectors(), "a.lora_up.weight": vectors()},
+            "not an embedding, which is vectors",
+        ),
         ({"zork": vectors() * torch.nan}, "not finite"),
         ({"zork": torch.ones(2, 2, 2)}, "not an embedding"),
-        ({"zork": torch.ones(0, 4)}, "not finite"),
+        ({"zork": torch.ones(0, 4)}, "not an embedding"),
+        ({"zork": torch.ones(4, 0)}, "not an embedding"),
+        ({"zork": torch.tensor(1.0)}, "not an embedding"),
     ],
 )
 def test_what_is_no_embedding_is_refused(content, said, tmp_path):

@@ -13,6 +13,7 @@ from reifusion.model.tensors import ModelError
 from reifusion.train.lora import attach, save_lora
 from reifusion.train.text2image import TextToImage
 from reifusion.weights import load, save
+from reifusion.weights.inversion import Embedding
 from reifusion.weights.lora import LoRA, apply, load_lora
 from reifusion.weights.lora_kinds import Difference, LoHa
 from reifusion.weights.lora_tools import extract, kohya, merge, plain, resize, write
@@ -82,6 +83,40 @@ def test_what_was_put_into_a_model_can_be_taken_out_again(tmp_path):
     far = [sum((x - y).norm() ** 2 for x, y in zip(after((one, 1.0)).values(), native_state(tuned).values()))
            for one in (found, half)]  # fmt: skip
     assert far[1] > 100 * far[0]
+
+
+def test_biases_that_differ_are_taken_out_too():
+    before, tuned = networks(SMALL), networks(SMALL)
+    with torch.no_grad():
+        tuned["clip"].get_parameter("layers.0.linear_1.bias").add_(1.0)
+    found = extract(before, tuned, rank=2)
+    assert not found.updates and len(found.biases) == 1
+    assert_near(after((found, 1.0)), native_state(tuned))
+
+
+def test_learned_words_stay_with_their_lora(tmp_path):
+    a = lora(tmp_path, "a", 2, 3.0, 0)
+    words = (
+        Embedding("zork", torch.arange(48.0).reshape(2, 24), "x"),
+        Embedding("glib", torch.ones(1, 24), "x", torch.zeros(1, 32)),
+    )
+    one, two = (LoRA(a.updates, words=words[:n]) for n in (1, 2))
+    assert resize(one, 1).words == words[:1] and merge([(one, 1.0), (two, 0.5)]).words == words
+    write(two, tmp_path / "two.safetensors")
+    for found, expected in zip(load_lora(tmp_path / "two.safetensors").words, words[::-1], strict=True):
+        assert found.word == expected.word and torch.equal(found.vectors, expected.vectors)
+        assert (found.second is None) == (expected.second is None)
+
+
+def test_a_word_is_put_into_the_model_with_its_lora(tmp_path, capsys):
+    a = lora(tmp_path, "a", 2, 3.0, 0)
+    write(LoRA(a.updates, words=(Embedding("zork", torch.ones(1, 24), "x"),)), tmp_path / "z.safetensors")
+    save(SMALL, networks(SMALL), tmp_path / "model.safetensors", "native", WORDS)
+    files = [tmp_path / f"{name}.safetensors" for name in ("model", "z", "out")]
+    assert run("fuse", *files[:2], "--out", files[2], capsys=capsys) == (0, "")
+    _, models, tokenizer = load(files[2])
+    (zork,) = tokenizer.tokenize("zork")
+    assert torch.equal(models["clip"].get_parameter("embedding.token.weight")[zork], torch.ones(24))
 
 
 def test_models_between_which_no_lora_leads_are_refused(tmp_path):

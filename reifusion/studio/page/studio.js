@@ -135,4 +135,8 @@ addEventListener("pagehide", stop);
 // The page of trainings leaves a model to begin with; an address cannot, as any other page may link to one.
 const model = sessionStorage.getItem("model");
 sessionStorage.removeItem("model");
-ask(model ? `/api/page?${new URLSearchParams({model})}` : "/api/page").then(page => { $("#folder").textContent = page.folder; fit(page); }, error => say(error.message, true));
+ask("/api/page").then(page => {
+  $("#folder").textContent = page.folder;
+  fit(page);
+  if (model) { $("#model").value = model; load(); }
+}, error => say(error.message, true));
