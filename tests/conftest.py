@@ -25,9 +25,10 @@ import reifusion.sampling  # noqa: F401  # so that there are the same samplers i
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, random_networks
 
-settings.register_profile("fixed", derandomize=True)
-if "REIFUSION_MANY" not in os.environ:
-    settings.load_profile("fixed")
+# A busy machine is not a fault: no deadlines.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("many", deadline=None)
+settings.load_profile("many" if "REIFUSION_MANY" in os.environ else "fixed")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

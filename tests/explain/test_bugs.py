@@ -9,6 +9,8 @@ import pytest
 import reifusion
 from reifusion.explain.bugs import BUGS, gallery
 from reifusion.model.request import Request
+from tests.model import test_pipeline as pipelines
+from tests.model import test_samplers as samplers
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -47,6 +49,28 @@ def test_the_picture_shows_what_its_text_claims(pipe, bug):
 def test_the_test_that_would_catch_it_exists(bug):
     path, _, name = bug.test.partition("::")
     assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M)
+
+
+def _knows_the_picture(pipe):
+    kind = pipe.config.schedule.prediction_type
+    samplers.test_a_network_that_knows_the_picture_leads_to_it("ddim", kind, 13, 1.0)
+
+
+# Those that are switched on in classes or in this pipeline, where the test looks as well.
+CAUGHT = {
+    "no-offset": lambda pipe: samplers.test_leading_timesteps_have_stable_diffusions_offset(),
+    "linear-betas": lambda pipe: samplers.test_schedule_is_stable_diffusions(),
+    "noise-reused": lambda pipe: samplers.test_each_step_draws_noise_of_its_own("euler_a"),
+    "wrong-prediction-type": _knows_the_picture,
+    "guidance-swapped": (pipelines.test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond),
+}
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_the_test_that_it_names_fails_while_it_is_on(pipe, name):
+    CAUGHT[name](pipe)
+    with BUGS[name].switched_on(pipe), pytest.raises(AssertionError):
+        CAUGHT[name](pipe)
 
 
 def test_there_are_at_least_twelve_and_each_says_what_it_does():

@@ -188,11 +188,6 @@ def test_a_name_that_looks_like_a_number_is_a_name():
     assert recipe.read("lora", None, ["data=2026", "folder=2026-01-02"]).data == "2026"
 
 
-def test_gradients_are_not_shortened_when_max_grad_norm_is_none(here, tmp_path):
-    out, _ = lora(here, tmp_path, "max_grad_norm=none")
-    assert any(x.any() for name, x in load_file(out).items() if "lora_up" in name)
-
-
 def test_a_learning_rate_that_stays_low_is_said(here, tmp_path):
     _, said = lora(here, tmp_path / "a", "warmup=500", "steps=3")
     assert "reaches only" in said and "a short run needs a shorter warmup" in said

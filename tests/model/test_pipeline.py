@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from reifusion.api import find_dtype, generate
+from reifusion.api import find_dtype, generate, load
 from reifusion.model.clip import CLIP
 from reifusion.model.config import MINI, ModelConfig, ScheduleConfig
 from reifusion.model.decoder import Decoder
@@ -76,6 +76,17 @@ def test_same_seed_gives_same_picture_in_any_batch_position(pipe):
     alone = [draw(pipe, prompt, seed=5 + k, sampler="ddpm") for k, prompt in enumerate(prompts)]
     assert np.abs(together - np.stack(alone)).max() <= 1
     assert np.abs(together[0] - together[1]).max() > 1
+
+
+@pytest.mark.slow
+def test_in_bfloat16_too_a_batch_moves_no_picture_by_more_than_rounding():
+    pipe = load(device="cpu", dtype="bf16")
+    prompts = ["a red apple", "a purple cat", "a dog next to a tree"]
+    asked: dict[str, Any] = {"sampler": "ddim", "steps": 6, "progress": False}
+    together = np.stack([np.asarray(x).astype(int) for x in pipe.generate(prompts, seed=5, **asked)])
+    alone = [pipe.generate(prompt, seed=5 + k, **asked) for k, prompt in enumerate(prompts)]
+    apart = np.abs(together - np.stack([np.asarray(x).astype(int) for x in alone]))
+    assert apart.mean() < 0.5 and apart.max() <= 32
 
 
 def test_several_images_of_one_prompt_have_seeds_that_count_up(pipe):
@@ -141,6 +152,11 @@ def test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond(pipe):
     swapped = next(iter(pipe.denoise("a dog", "a cat", cfg=5.0, seed=0, steps=2)))
     first = next(iter(pipe.denoise("a cat", "a dog", cfg=5.0, seed=0, steps=2)))
     torch.testing.assert_close(swapped.eps_cond, first.eps_uncond)
+    words = next(
+        iter(pipe.denoise("a cat", cfg=1.0, seed=0, steps=2))
+    )  # one pass, where nothing can be swapped
+    torch.testing.assert_close(first.eps_cond, words.eps)
+    assert (first.eps_uncond - words.eps).abs().max() > 0.01
 
 
 def test_rescaled_guidance_has_the_contrast_of_the_conditional_output(pipe):

@@ -99,6 +99,13 @@ def test_noise_of_an_image_depends_on_its_own_seed_alone() -> None:
     assert together.device.type == "cpu"
 
 
+@pytest.mark.parametrize("name", ["ddpm", "euler_a"])
+def test_each_step_draws_noise_of_its_own(name: str) -> None:
+    sampler, x = SAMPLERS[name](seeded(1)), noise_like_latents(2)
+    steps = torch.stack([sampler._noise(x).flatten() for _ in range(2)])
+    assert torch.corrcoef(steps)[0, 1].abs() < 0.2
+
+
 def test_a_single_generator_serves_the_images_in_turn() -> None:
     generator = torch.Generator().manual_seed(5)
     one_by_one = torch.stack([torch.randn(4, 7, 5, generator=generator) for _ in range(3)])

@@ -97,12 +97,18 @@ def test_openais_client_comes_again_by_itself(small: Running):
     until(lambda: small.queue.current is not None)
     threads += [ask(small, SHORT, answers) for _ in range(2)]
     until(lambda: number(small, "reifusion_queue_depth") == 2)
-    threading.Timer(0.3, lambda: httpx.delete(f"{small.address}/jobs/first-job", trust_env=False)).start()
+    route = 'reifusion_requests_total{code="%s",route="/v1/images/generations"}'
+
+    def let_it_in_once_it_was_refused() -> None:
+        until(lambda: number(small, route % 429) == 1)
+        httpx.delete(f"{small.address}/jobs/first-job", trust_env=False)
+
+    threads.append(threading.Thread(target=let_it_in_once_it_was_refused))
+    threads[-1].start()
     with openai.OpenAI(api_key="none", base_url=f"{small.address}/v1", max_retries=2) as client:
         assert client.images.generate(prompt="cat", extra_body={"steps": 1}).data[0].b64_json
     for thread in threads:
         thread.join()
-    route = 'reifusion_requests_total{code="%s",route="/v1/images/generations"}'
     assert number(small, route % 429) == 1 and number(small, route % 200) == 3
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,20 +199,23 @@ def test_cost_of_a_run_against_the_clock_is_what_it_can_do_in_that_time():
     assert rows(None, **soon).endswith(f"1,000 steps    {(20 + 500 + 60) / 3600:.2f} hours")
 
 
-def test_a_training_that_changes_on_the_way_costs_what_its_parts_do():
+def test_a_training_that_changes_on_the_way_costs_what_its_parts_do(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     def objective(network, done, generator, part):
         count = 4 if done < 0.5 else 1
-        time.sleep(0.02 if done < 0.5 else 0.1)
+        now[0] += 0.02 if done < 0.5 else 0.1
         return network(part.of(torch.ones(count, 64))).pow(2).mean(), {"samples": float(count)}
 
     model, moments = nn.Linear(64, 64), ((0.2, 0.75), (1.0, 0.25))
     config = LoopConfig(steps=100, mixed_precision="no")
     by_steps = checks.cost(model, objective, config, moments=moments)
-    assert 0.04 <= by_steps.seconds < 0.08 and by_steps.samples == pytest.approx(0.75 * 4 + 0.25)
+    assert by_steps.seconds == pytest.approx(0.75 * 0.02 + 0.25 * 0.1)
+    assert by_steps.samples == pytest.approx(0.75 * 4 + 0.25)
     by_clock = checks.cost(model, objective, replace(config, minutes=1.0), moments=moments)
-    # In 80 s, 60 of them with steps of 0.02 s: 3000 + 200 steps.
-    assert 80 / 3200 <= by_clock.seconds < 2 * 80 / 3200
-    assert by_clock.samples == pytest.approx((3000 * 4 + 200) / 3200, rel=0.05)
+    assert by_clock.seconds == pytest.approx(80 / 3200)  # in 80 s, 3000 + 200 steps
+    assert by_clock.samples == pytest.approx((3000 * 4 + 200) / 3200)
     # The larger of the two moments' needs.
     assert by_steps.memory["activations"] == 4 * 4 * 64 + 4 * 4 * 64
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +182,31 @@ def test_being_asked_to_stop_shows_nothing_and_a_second_time_stops_at_once(tmp_p
     finally:
         signal.signal(signal.SIGINT, before)
     assert checkpoint(tmp_path)["step"] == 4
+
+
+def first_moment(folder: Path, **more) -> float:
+    """The norm of AdamW's first moment after one step: (1 - β₁) times the gradient's."""
+    config = LoopConfig(steps=1, warmup=0, decay=0, mixed_precision="no", **more)
+    train(Net(), pictures_objective, config, folder)
+    (optimizer,) = checkpoint(folder)["optimizers"]
+    return torch.cat([s["exp_avg"].flatten() for s in optimizer["state"].values()]).norm().item()
+
+
+def test_a_long_gradient_is_shortened_and_a_short_one_is_not(tmp_path):
+    whole = first_moment(tmp_path / "whole", max_grad_norm=None)
+    assert whole > 0.1 * 0.02
+    assert first_moment(tmp_path / "short", max_grad_norm=0.01) == pytest.approx(0.1 * 0.01, rel=1e-4)
+    assert first_moment(tmp_path / "long", max_grad_norm=1e3) == pytest.approx(whole)
+    other = first_moment(tmp_path / "betas", max_grad_norm=None, betas=(0.5, 0.9))
+    assert other == pytest.approx(5 * whole)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    one, again, other = (
+        train(Net(), pictures_objective, replace(EXACT, steps=2, seed=seed), tmp_path / str(i))
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert same(one, again) and not same(one, other)
 
 
 def test_where_figures_are_rarely_read_a_stop_is_heard_at_once(tmp_path, monkeypatch):
