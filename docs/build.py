@@ -387,7 +387,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         build(arguments.pages, arguments.out.resolve())
-    except (Wrong, execute.Failed) as error:
+    except (Wrong, execute.Failed, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

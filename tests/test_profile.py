@@ -12,8 +12,10 @@ import torch
 from reifusion import cli, kernels
 from reifusion.explain import profile
 from reifusion.explain.profile import KINDS, REST, profiled
+from reifusion.families import sdxl
 from reifusion.model.pipeline import StableDiffusion
-from tests.tiny import TINY, Bytes, networks
+from tests import tiny_sdxl
+from tests.tiny import TINY, WORDS, Bytes, networks, random_networks
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,16 @@ def test_a_profile_adds_up(pipe):
     assert parts["residual blocks"].gflop > 3 * 2 * 2 * 2 * 9 * 16 * 16 * 64 / 1e9
     text = found.text()
     assert all(name in text for name in parts) and "GFLOP/s" in text
+
+
+def test_networks_that_are_told_more_by_name_are_counted_too():
+    config = tiny_sdxl.TINY
+    pipe = sdxl.StableDiffusionXL(config, WORDS, random_networks(config))
+    with profiled(pipe) as found:
+        draw(pipe, size=(32, 32))
+    (unet,) = (part for part in found.parts if part.name == "U-Net")
+    assert unet.calls == 3 and unet.gflop > 0
+    assert "the text encoders of this family are not in the table" in found.text()
 
 
 def test_guidance_is_seen_in_the_arithmetic(pipe):

@@ -90,8 +90,8 @@ def generate(
                 steps = None if reel is None else Film(pipe)
                 with _profiled(pipe) if profile else contextlib.nullcontext() as times:
                     picture = each.draw(pipe, one, progress=not quiet and sys.stderr.isatty(), callback=steps)
-                path = file or Path(out) / _name(said, len(every) > 1)
-                path = album.save(picture, replace(entry, settings=said), path)
+                    path = file or Path(out) / _name(said, len(every) > 1)
+                    path = album.save(picture, replace(entry, settings=said), path)
                 print(path, flush=True)
                 if steps is not None and reel is not None:
                     print(steps.save(reel, picture), flush=True)

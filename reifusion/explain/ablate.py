@@ -55,6 +55,8 @@ def ablate(pipe: StableDiffusion, request: Request, most: int = 10) -> Exhibit:
         for name, module in pipe.models["diffusion"].named_modules()
         if isinstance(module, CrossAttention)
     }
+    if not layers:
+        raise ValueError(f"{pipe.config.name} has no cross-attention whose layers could be taken away")
     whole = draw(pipe, request)
     rows: dict[str, dict[str, Image.Image]] = {}
     bar = Bar(unit="picture", leave=False)

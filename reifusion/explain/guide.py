@@ -111,8 +111,7 @@ _TEXTS = {
         though no channel is a colour. Blue is below zero, red is above. Below each channel is the decoded
         picture when that channel is evened out to its mean: whatever goes missing is the channel's task.""",
     "vae": """
-        The encoder turns 192 numbers, 8×8 pixels in three colours, into 4, and the decoder has to guess the
-        rest. Flat areas and large shapes survive; thin lines, small letters and fine stripes do not, and no
+        Flat areas and large shapes survive; thin lines, small letters and fine stripes do not, and no
         number of denoising steps will bring them back. The error is shown four times as strong as it is. σ
         says how unsure the encoder is at each place: darker is surer.""",
     "schedule": """

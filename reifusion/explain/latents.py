@@ -68,7 +68,8 @@ def round_trip(pipe: StableDiffusion, picture: Image.Image | None = None) -> Exh
     mse = float(np.mean(error**2))
     # PSNR = 10 log₁₀(255² / MSE), in dB
     psnr = 10 * math.log10(255**2 / max(mse, 1e-12))
-    sigma = (log_variance[0].float() / 2).exp().mean(0).cpu()  # (h, w)
+    factor, scale = pipe.config.vae.factor, pipe.config.vae.scale_factor
+    sigma = scale * (log_variance[0].float() / 2).exp().mean(0).cpu()  # (h, w), scaled as latents are
     values = z[0].cpu()
     most = values.abs().max().item()
 
@@ -92,7 +93,11 @@ def round_trip(pipe: StableDiffusion, picture: Image.Image | None = None) -> Exh
     alt = one_line(f"""
         A picture, the same after encoding and decoding at {psnr:.1f} dB, the error, which follows edges and
         small letters, the latent channels, and how unsure the encoder is at each place.""")
-    return Exhibit(figure, "There and back through the VAE", alt, GUIDE["vae"], {"psnr": psnr, "mse": mse})
+    guide = (
+        f"The encoder turns {3 * factor**2} numbers, {factor}×{factor} pixels in three colours, into"
+        f" {len(values)}, and the decoder has to guess the rest. {GUIDE['vae']}"
+    )
+    return Exhibit(figure, "There and back through the VAE", alt, guide, {"psnr": psnr, "mse": mse})
 
 
 def test_card(size: int) -> Image.Image:

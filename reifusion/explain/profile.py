@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,8 @@ class Profile:
             )
             for row in table
         ]
+        if all(part.name != NETWORKS["clip"] for part in self.parts):
+            lines.append("the text encoders of this family are not in the table")
         return "\n".join([*map(str.rstrip, lines), f"limit: {self.limit:.0f} GFLOP/s ({self.device})"])
 
     def save(self, path: str | os.PathLike) -> None:
@@ -97,26 +99,32 @@ class Profile:
         write_text(path, json.dumps({"traceEvents": events}))
 
 
+Shape: TypeAlias = tuple[torch.Size, torch.dtype]
+# Of the tensors that a network was given: those without a name, and those with one
+Given: TypeAlias = tuple[list[Shape | None], dict[str, Shape | None]]
+
+
 @contextmanager
 def profiled(pipe: StableDiffusion) -> Iterator[Profile]:
     """Times what `pipe` does inside the `with`."""
     device, dtype = torch.device(pipe.device), pipe.dtype
     profile = Profile(f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    shapes: dict[str, list[Any]] = {}  # of the tensors that each network was given
+    shapes: dict[str, Given] = {}
     handles: list[Any] = []
 
     def watch(module: nn.Module, name: str, kind: str, network: str | None = None) -> None:
         started: list[float] = []
 
-        def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+        def enter(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             if network is not None:
-                shapes.setdefault(network, [_shape(x) for x in given])
+                found = [_shape(x) for x in given], {key: _shape(x) for key, x in named.items()}
+                shapes.setdefault(network, found)
             started.append(_now(device))
 
         def leave(*_: Any) -> None:
             profile.spans.append((name, kind, started.pop(), _now(device)))
 
-        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
 
     for key, kind in NETWORKS.items():
@@ -145,7 +153,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _shape(x: Any) -> tuple[torch.Size, torch.dtype] | None:
+def _shape(x: Any) -> Shape | None:
     return (x.shape, x.dtype) if isinstance(x, Tensor) else None
 
 
@@ -175,15 +183,16 @@ def _sum_up(spans: list[tuple[str, str, float, float]], gflop: dict[str, float])
     return parts
 
 
-def _count(pipe: StableDiffusion, shapes: dict[str, list[Any]]) -> dict[str, float]:
+def _count(pipe: StableDiffusion, shapes: dict[str, Given]) -> dict[str, float]:
     """GFLOP of one call of each network, and of each kind of block in the U-Net."""
     networks = build(pipe.config)  # without weights
     gflop: dict[str, float] = defaultdict(float)
-    for key, given in shapes.items():
+    for key, (given, named) in shapes.items():
         network = networks[key]
-        inputs = [torch.empty(x[0], dtype=_plain(x[1]), device="meta") for x in given if x is not None]
+        inputs = [_empty(x) for x in given if x is not None]
+        more = {name: _empty(x) for name, x in named.items() if x is not None}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(*inputs)
+            network(*inputs, **more)
         gflop[NETWORKS[key]] = counter.get_total_flops() / 1e9
         if key == "diffusion":
             counts = counter.get_flop_counts()
@@ -192,6 +201,10 @@ def _count(pipe: StableDiffusion, shapes: dict[str, list[Any]]) -> dict[str, flo
                     its = counts.get(f"{type(network).__name__}.{name}", {})
                     gflop[kind] += sum(its.values()) / 1e9
     return gflop
+
+
+def _empty(shape: Shape) -> Tensor:
+    return torch.empty(shape[0], dtype=_plain(shape[1]), device="meta")
 
 
 def _plain(dtype: torch.dtype) -> torch.dtype:

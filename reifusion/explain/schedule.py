@@ -76,7 +76,8 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
         picture = pipe.decode(sampler.add_noise(z, at, eps))[0]
         x = MARGIN + k * (cell + GAP)
         place(figure, resized(picture, (cell, cell)), x, pictures_at)
-        label = f"t = {at}\nSNR {snr[at]:,.0f}" if snr[at] >= 100 else f"t = {at}\nSNR {snr[at]:.2g}"
+        ratio = "∞" if snr[at].isinf() else f"{snr[at]:,.0f}" if snr[at] >= 100 else f"{snr[at]:.2g}"
+        label = f"t = {at}\nSNR {ratio}"
         write(figure, x + cell / 2, pictures_at + cell + 22, label, size=9, ha="center", color=GREY)
 
     timesteps: dict[str, list[float]] = {}
@@ -99,5 +100,6 @@ def schedule(pipe: StableDiffusion, request: Request, names: Sequence[str] | Non
         Above, two curves over {len(t)} timesteps: the picture's share falls from 1, the noise's rises, and
         they cross at t = {crossing}. In the middle a test card under more and more noise. Below, the
         timesteps that each of {len(names)} samplers uses in {request.steps} steps.""")
-    numbers = {"crossing": crossing, "snr": {int(i): snr[i].item() for i in shown}, "timesteps": timesteps}
+    ratios = {int(i): None if snr[i].isinf() else snr[i].item() for i in shown}  # None: no noise at all
+    numbers = {"crossing": crossing, "snr": ratios, "timesteps": timesteps}
     return Exhibit(figure, "The noise schedule", alt, GUIDE["schedule"], numbers)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from html import escape
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..families.mmdit import JointAttention
 from ..files import write_json, write_text
 from ..model.attention import CrossAttention, SelfAttention
 from ..model.pipeline import StableDiffusion
@@ -116,6 +117,9 @@ class Trace:
             head="".join(f"<span>{head}</span>" for head in ("module", *_HEAD, "called at")),
             rows="\n".join(lines),
             kinds=kinds,
+            readers="the text encoder runs once"
+            if any(row.name == "clip" for row in self.rows)
+            else "the text encoders, which are not in this table, run once",
             listings="\n".join(_listing(source) for source in dict.fromkeys(row.source for row in self.rows)),
         )
         return web.page("Every module, in order", _STYLE, body)
@@ -185,11 +189,11 @@ def _look(name: str, network: nn.Module, call: Callable[[], Tensor]) -> list[Row
         rows.append(row)
         running.append(row)
 
-    def leave(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-        row = running[-1]
-        row.gives = list(output.shape)
-        row.mean, row.std = output.double().mean().item(), output.double().std(correction=0).item()
-        row.own_flops = own_flops(module, given, output)
+    def leave(module: nn.Module, given: tuple[Any, ...], output: Tensor | Sequence[Tensor]) -> None:
+        row, first = running[-1], output if isinstance(output, Tensor) else output[0]
+        row.gives = list(first.shape)
+        row.mean, row.std = first.double().mean().item(), first.double().std(correction=0).item()
+        row.own_flops = own_flops(module, given, first)
         for outer in running:
             outer.flops += row.own_flops
         running.pop()
@@ -259,6 +263,9 @@ def own_flops(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> int:
         # Q Kᵀ and its product with V: two matrix products of L × S × width
         looked_at = given[1] if isinstance(module, CrossAttention) else given[0]
         return 4 * output.numel() * looked_at.shape[1]
+    if isinstance(module, JointAttention):  # all tokens of all streams look at each other
+        length = sum(x.shape[1] for _, x in given)
+        return 4 * len(output) * length**2 * output.shape[-1]
     return 0
 
 
@@ -342,8 +349,8 @@ pre span:target { background: light-dark(#fff1b8, #574a12); }
 
 _BODY = """<h1>Every module, in order</h1>
 <p class="about">{about}</p>
-<p>For a picture, the text encoder runs once, the U-Net once in every step, of which this is the first, and
-the decoder once. A row opens to the rows inside it, and its numbers include theirs. The bar behind the
+<p>For a picture, {readers}, the U-Net once in every step, of which this is the first, and the decoder
+once. A row opens to the rows inside it, and its numbers include theirs. The bar behind the
 milliseconds is the share of the network's time. A name leads to the line that makes the call.</p>
 <div class="tree"><div class="row head">{head}</div>
 {rows}

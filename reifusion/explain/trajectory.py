@@ -49,7 +49,9 @@ class Trajectory:
     x0: Tensor  # the clean latents that the network saw in them
     eps: Tensor  # the noise that the network saw, after guidance
     eps_cond: Tensor  # … with the prompt
-    eps_uncond: Tensor | None  # … without; None if there was no guidance
+    eps_uncond: (
+        Tensor | None
+    )  # … without; as with it in steps without guidance; None if there was none at all
     latents: Tensor  # (1, C, h, w), after the last step
     picture: Image.Image
     shown: list[int]  # the steps whose latents are decoded below
@@ -175,6 +177,10 @@ def record(pipe: StableDiffusion, request: Request, show: int = 25) -> Trajector
     def stack(name: str) -> Tensor:
         return torch.cat([getattr(step, name) for step in steps]).cpu()
 
+    # Some steps may be without guidance, as `guidance_interval` says: there, nothing pushes.
+    without = [step.eps_cond if step.eps_uncond is None else step.eps_uncond for step in steps]
+    guided = any(step.eps_uncond is not None for step in steps)
+
     return Trajectory(
         request=request,
         t=[float(step.t) for step in steps],
@@ -182,7 +188,7 @@ def record(pipe: StableDiffusion, request: Request, show: int = 25) -> Trajector
         x0=stack("x0"),
         eps=stack("eps"),
         eps_cond=stack("eps_cond"),
-        eps_uncond=None if steps[0].eps_uncond is None else stack("eps_uncond"),
+        eps_uncond=torch.cat(without).cpu() if guided else None,
         latents=latents.cpu(),
         picture=pipe.decode(latents)[0],
         shown=shown,

@@ -47,6 +47,11 @@ def model(settings: Settings) -> StableDiffusion:
         return _MODELS.pipe(settings)
 
 
+def in_memory(settings: Settings) -> StableDiffusion | None:
+    """Returns the model of the settings if it is in memory."""
+    return _MODELS.there(settings)
+
+
 @dataclass
 class Frame:
     """One place of the slider: the noise, a step, or the picture. Latents are (1, C, h, w), on the CPU."""

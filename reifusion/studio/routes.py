@@ -14,12 +14,14 @@ from typing import Any
 
 from fastapi import Body, FastAPI
 from fastapi import Request as Http
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 
 from ..errors import sentence
 from ..model.pipeline import StableDiffusion
+from ..model.sentences import shown
 from ..server.security import HERE, Guard
 from ..settings import Settings
 from . import drawing as drawing_module
@@ -140,6 +142,14 @@ def build(studio: Studio) -> FastAPI:
     async def refused(http: Http, error: ValueError) -> Response:
         return JSONResponse({"note": sentence(error), "failed": True, "done": True}, 400)
 
+    @app.exception_handler(RequestValidationError)
+    async def wrong(http: Http, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        said = (
+            f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {shown(first['input'])}"
+        )
+        return JSONResponse({"note": said, "failed": True, "done": True}, 400)
+
     @app.get("/")
     def page() -> Response:
         return FileResponse(PAGE / "index.html")
@@ -187,7 +197,9 @@ def build(studio: Studio) -> FastAPI:
 
     @app.post("/api/notes")
     def notes(prompt: str = Body(), model: str = Body()) -> list[str]:
-        return views.notes(drawing_module.model(Settings(model=model)), prompt)
+        # Loading one would take minutes, and push another out, while somebody types.
+        pipe = drawing_module.in_memory(Settings(model=model))
+        return [] if pipe is None else views.notes(pipe, prompt)
 
     @app.post("/api/draw")
     def draw(

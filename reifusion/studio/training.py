@@ -32,6 +32,7 @@ class Trainings:
         self.folder = folder
         self.own: subprocess.Popen[str] | None = None
         self.said = ""  # the last line of the own one
+        self._read: dict[str, tuple[float, dict[str, Any]]] = {}  # when a log was written, and its curves
         self._lock = threading.Lock()
 
     @property
@@ -59,26 +60,18 @@ class Trainings:
 
     def news(self, name: str) -> dict[str, Any]:
         """Returns a run's curves, as lists of (step, loss), its sheets, and the model if it is there."""
-        run = self.path(name)
-        try:
-            curve = losses(run)
-        except TrainingError:  # it has only begun
-            curve = {}
-        steps, values = list(curve), list(curve.values())
-        every = max(1, len(steps) // POINTS)
-        measured = {what: losses(run, what) for what in ("held_out", "seen")}
+        run, log = self.path(name), self.path(name) / "training.jsonl"
+        written = changed(log)
+        if self._read.get(name, (0.0, {}))[0] != written:  # a log of weeks takes a second to read
+            self._read = {name: (written, _curves(run))}
+        curves = self._read[name][1]
         sheets = [int(sheet.stem.removeprefix("sheet-")) for sheet in sorted(run.glob("sheet-*.png"))]
-        return {
+        return curves | {
             "name": name,
-            "steps": max([*steps[-1:], *sheets[-1:]], default=0),
-            "loss": _rounded(zip(steps, values))[::every],
-            "smooth": _rounded(zip(steps, smoothed(values)))[::every],
-            **{what: _rounded(found.items()) for what, found in measured.items()},
-            "verdict": verdict(measured["held_out"], measured["seen"])[1],
+            "steps": max([curves["steps"], *sheets[-1:]]),
             "sheets": sheets,
             "model": next((str(file) for file in run.glob("*.safetensors") if _draws(file)), None),
-            "minutes": round(_minutes(run / "training.jsonl"), 1),
-            "quiet": round(time.time() - changed(run / "training.jsonl")),
+            "quiet": round(time.time() - written),
         }
 
     def sheet(self, name: str, step: int) -> Path:
@@ -134,6 +127,25 @@ class Trainings:
                 self.said = line.strip().removeprefix("reifusion: ")
         if own.wait() == 0 and own is self.own:
             self.said = "Done."
+
+
+def _curves(run: Path) -> dict[str, Any]:
+    """Reads what a run's log says: curves, the last step, the verdict and the minutes."""
+    try:
+        curve = losses(run)
+    except TrainingError:  # it has only begun
+        curve = {}
+    steps, values = list(curve), list(curve.values())
+    every = max(1, len(steps) // POINTS)
+    measured = {what: losses(run, what) for what in ("held_out", "seen")}
+    return {
+        "steps": max(steps[-1:], default=0),
+        "loss": _rounded(zip(steps, values))[::every],
+        "smooth": _rounded(zip(steps, smoothed(values)))[::every],
+        **{what: _rounded(found.items()) for what, found in measured.items()},
+        "verdict": verdict(measured["held_out"], measured["seen"])[1],
+        "minutes": round(_minutes(run / "training.jsonl"), 1),
+    }
 
 
 def _draws(file: Path) -> bool:

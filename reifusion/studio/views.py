@@ -79,7 +79,7 @@ def heats(drawing: Drawing, place: int) -> dict[str, Any]:
 
 
 def curve(drawing: Drawing) -> dict[str, Any]:
-    """Returns the shares of picture and noise over t, at most 100 points, and where the sampler looks."""
+    """Returns the shares of picture and noise over t, about 100 points, and where the sampler looks."""
     last = len(drawing.signal) - 1
     at = range(0, last + 1, max(1, last // 100))
     timesteps = [] if drawing.sampler is None else [float(t) for t in drawing.sampler.timesteps]

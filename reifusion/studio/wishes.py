@@ -88,8 +88,12 @@ def texts(settings: Settings) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name, about in ABOUT.items():
         value = getattr(settings, name)
-        if name in NEVER or name in ("init_image", "mask") or value == about.default:
+        if name in NEVER or name in ("init_image", "mask"):
             continue
+        if value == about.default and name != "model":  # the page may have another model at hand
+            continue
+        if name == "dtype":  # a picture's file has PyTorch's name
+            value = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(value, value)
         if about.kind is list:
             shown[name] = [about.write(one) for one in value]
         else:

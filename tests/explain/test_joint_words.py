@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reifusion.explain.ablate import ablate
+from reifusion.explain.trace import trace
 from reifusion.explain.words import Attention, watch, words
 from reifusion.families.mmdit import JointAttention
 from reifusion.families.sd3 import StableDiffusion3
@@ -27,6 +29,17 @@ def pipe() -> StableDiffusion3:
 
 def ask(**settings) -> Request:
     return Request(PROMPT, **{"seed": 1, "steps": 2, "cfg": 3.0, "size": SIZE, **settings})
+
+
+def test_a_model_of_joint_attention_can_be_traced_and_not_ablated(pipe):
+    found = trace(pipe, ask())
+    (row, *_) = (row for row in found.rows if row.kind == "JointAttention")
+    tokens = 8 * 12 + len(pipe.encode_text([PROMPT])[0]) - pipe.config.rows  # of the picture, and of words
+    width = pipe.config.unet.width
+    assert row.own_flops == 2 * 2 * 2 * tokens**2 * width  # two products, both halves of guidance
+    assert "the text encoders, which are not in this table, run once" in found.html()
+    with pytest.raises(ValueError, match="has no cross-attention whose layers could be taken away"):
+        ablate(pipe, ask())
 
 
 @pytest.fixture(scope="module")

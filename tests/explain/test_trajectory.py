@@ -57,6 +57,16 @@ def test_without_guidance_there_is_none(pipe):
     assert trajectory.curves().image.size == (1000, 400)
 
 
+@pytest.mark.parametrize("between", [(1.0, 100.0), (0.0, 1.0)])
+def test_where_only_some_steps_are_guided_the_others_push_nowhere(pipe, between):
+    request = ask(guidance_interval=between)
+    trajectory = record(pipe, request)
+    guided = [step.eps_uncond is not None for step in pipe.denoise(request.for_model(pipe.config))]
+    assert 0 < sum(guided) < len(guided) and trajectory.guidance is not None
+    assert [bool(push.any()) for push in trajectory.guidance] == guided
+    assert trajectory.strip().image.size and trajectory.curves().image.size
+
+
 def test_saved_files_can_be_read(trajectory, tmp_path):
     trajectory.save(tmp_path)
     tensors = load_file(tmp_path / "trajectory.safetensors")

@@ -110,6 +110,22 @@ def test_what_is_no_longer_there_is_one_sentence(page):
     assert page.get(f"/api/drawings/{last['id']}/0/scaled.png").status_code == 400
 
 
+def test_what_an_address_lacks_is_one_sentence(page):
+    where = "/api/toy?world=moons&sampler=ddim&guidance=1&seed=0&steps="
+    assert page.get(where + "20").status_code == 200
+    for steps in "", "2.5":
+        answer = page.get(where + steps)
+        assert answer.status_code == 400 and answer.json()["note"].startswith(
+            "steps: input should be a valid"
+        )
+
+
+def test_notes_load_no_model(page, model, monkeypatch):
+    monkeypatch.setattr("reifusion.in_memory.Models.pipe", lambda *_: pytest.fail("a model was loaded"))
+    other = {"model": str(model) + "-other", "prompt": "a cat " * 90}
+    assert page.post("/api/notes", json=other).json() == []
+
+
 def test_old_drawings_are_forgotten(page):
     from reifusion.studio.routes import KEPT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
 from fastapi.testclient import TestClient
 
+from reifusion.studio import training
 from reifusion.studio.routes import Studio, build
 from reifusion.studio.training import POINTS
 
@@ -52,6 +54,26 @@ def test_a_run_is_told_as_its_log_has_it(runs):
     picture = client.get("/api/training/sheet", params={"name": "mine/tiny", "step": 1000})
     assert picture.headers["content-type"] == "image/png" and len(picture.content) > 50
     assert "training.js" in client.get("/training").text and '"/training"' in client.get("/").text
+
+
+def test_a_log_is_read_again_only_when_it_was_written(runs, monkeypatch):
+    client = page(runs)
+    read: list[Path] = []
+    curves = training._curves
+
+    def kept(run: Path) -> dict[str, Any]:
+        read.append(run)
+        return curves(run)
+
+    monkeypatch.setattr(training, "_curves", kept)
+    name = "mine/tiny"
+    first = [client.get("/api/training/run", params={"name": name}).json() for _ in range(3)][-1]
+    assert len(read) == 1
+    log = runs / name / "training.jsonl"
+    log.write_text(log.read_text() + "\n" + json.dumps({"step": 10_000, "loss": 0.5, "time": 1e9}) + "\n")
+    os.utime(log, (2e9, 2e9))
+    assert client.get("/api/training/run", params={"name": name}).json()["steps"] == 10_000 > first["steps"]
+    assert len(read) == 2
 
 
 def test_a_run_that_has_only_begun_is_told(runs):

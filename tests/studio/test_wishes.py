@@ -60,6 +60,12 @@ def test_every_setting_of_the_command_line_is_on_the_page_and_is_read_as_there(t
     assert again == made  # what the page is given back draws the same
 
 
+def test_the_model_and_the_dtype_of_a_picture_are_told():
+    assert wishes.texts(Settings("x", model="mini")) == {"prompt": "x", "model": "mini"}
+    assert wishes.texts(Settings("x", dtype="float16"))["dtype"] == "fp16"
+    assert wishes.texts(Settings("x", strength=0.33))["strength"] == "0.33"
+
+
 def test_names_are_read_in_the_manner_of_the_program(tmp_path):
     made = wishes.settings({"prompt": "x", "manner": "a1111", "sampler": "DPM++ 2M"}, None, None, tmp_path)
     assert made.sampler == "dpmpp_2m_karras"

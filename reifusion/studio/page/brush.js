@@ -2,7 +2,7 @@
 import {$, say} from "./api.js";
 
 const start = $("#start"), paint = $("#paint");
-let there = false, painted = false, cursor = [0.5, 0.5], last = null;
+let turn = 0, there = false, painted = false, cursor = [0.5, 0.5], last = null;
 
 export const picture = () => there ? asUrl(start, start.naturalWidth, start.naturalHeight) : null;
 
@@ -25,13 +25,16 @@ function asUrl(image, width, height) {
 
 export async function begin(source, maskSource = null) {
   if (!source) return remove();
+  const mine = ++turn;
   start.src = source;
   try {
     await start.decode();
   } catch {
+    if (mine !== turn) return;  // another one was opened since
     remove();
     return say("what was opened cannot be read as a picture", true);
   }
+  if (mine !== turn) return;
   there = true;
   $("#editor").hidden = false;
   $("#begin").open = true;
@@ -53,6 +56,7 @@ async function repaint(source) {
 }
 
 function remove() {
+  turn++;
   there = painted = false;
   start.removeAttribute("src");
   $("#editor").hidden = true;
@@ -98,10 +102,15 @@ paint.addEventListener("keydown", event => {
   event.preventDefault();
   cursor = cursor.map((at, k) => Math.min(1, Math.max(0, at + move[k] / 32)));
   if (event.key === " " || event.shiftKey) dot(...cursor);
-  paint.setAttribute("aria-valuetext", `${Math.round(100 * cursor[0])}% from the left, ${Math.round(100 * cursor[1])}% from the top`);
+  for (const [k, name] of ["--x", "--y"].entries()) $("#editor").style.setProperty(name, cursor[k]);
+  paint.setAttribute("aria-label", `The brush: ${Math.round(100 * cursor[0])}% from the left, ${Math.round(100 * cursor[1])}% from the top`);
 });
 
-const file = one => one?.type.startsWith("image/") && begin(URL.createObjectURL(one));
+function file(one) {
+  if (!one?.type.startsWith("image/")) return;
+  const url = URL.createObjectURL(one);
+  begin(url).finally(() => URL.revokeObjectURL(url));
+}
 $("#open").addEventListener("change", event => { file(event.target.files[0]); event.target.value = ""; });
 $("#clear").addEventListener("click", clear);
 $("#drop").addEventListener("click", remove);

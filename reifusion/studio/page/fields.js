@@ -53,11 +53,18 @@ export function write(settings) {
     const value = settings[input.dataset.name ?? input.id];
     if (input.type === "checkbox") input.checked = value === true;
     else if (input.tagName === "TEXTAREA") input.value = (value ?? []).join("\n");
-    else if (input.id === "strength") input.value = value ?? 0.8;
-    else if (input.id !== "model" || value) input.value = value ?? "";
+    else if (input.id === "strength") {  // a slider rounds to its steps
+      Object.assign(input, {min: 0, step: "any"});
+      input.value = value ?? 0.8;
+    } else if (input.tagName === "SELECT") {  // of another model, perhaps, with other choices
+      if (value && ![...input.options].some(one => one.value === value)) input.append(new Option(value, value));
+      input.value = value ?? "";
+    } else if (input.id !== "model" || value) input.value = String(value ?? "").replace(/\s*\n\s*/g, " ");
   }
   $("#strength").dispatchEvent(new Event("input"));
-  if ($$("#more [data-name]").some(input => typed(input).length)) $("#more").open = true;
+  if (settings.model) $("#prompt").dataset.model = settings.model;
+  // A dtype is in every picture's settings.
+  if ($$("#more [data-name]").some(input => input.dataset.name !== "dtype" && typed(input).length)) $("#more").open = true;
 }
 
 export const title = name => about[name]?.title ?? name;

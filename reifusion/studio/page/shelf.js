@@ -6,9 +6,12 @@ import * as view from "./view.js";
 
 const MOST = 24;
 const strip = [];  // drawings, newest first
+const file = name => `/pictures/${encodeURIComponent(name)}`;
+let asked = 0;
 
 const item = (name, about) => {
-  const made = make("button", {type: "button", class: "item", title: about}, make("img", {src: `/pictures/${name}`, alt: ""}), make("span", {}, about.replace(/: seed \d+.*$/, "")), make("small", {}, about.match(/seed \d+.*$/)?.[0] ?? ""));
+  const [, prompt, rest] = about.match(/^([\s\S]*): (seed -?\d+[\s\S]*)$/) ?? [null, about, ""];
+  const made = make("button", {type: "button", class: "item", title: about}, make("img", {src: file(name), alt: ""}), make("span", {}, prompt), make("small", {}, rest));
   made.dataset.name = name;
   return made;
 };
@@ -19,10 +22,10 @@ export function add(one) {
   $("#strip .hint")?.remove();
   const made = item(one.name, one.about);
   made.addEventListener("click", async () => {
-    await take(one.name);
+    if (!await take(one.name)) return;
     repeat(one);
     mark(one);
-    await view.end(one, null).catch(error => say(error.message));
+    await view.end(one, null).catch(error => { view.still(one); say(error.message); });
   });
   $("#strip").prepend(made);
   while ($("#strip").children.length > MOST) $("#strip").lastChild.remove();
@@ -38,18 +41,21 @@ export function repeat(one) {
   $("#python").value = one?.python ?? "";
 }
 
-// Fills the fields with the settings of a picture.
+// Fills the fields with the settings of a picture; false if another one has been asked for since.
 async function take(name) {
+  const mine = ++asked;
   try {
     const found = await ask(`/api/pictures/${encodeURIComponent(name)}`);
+    if (mine !== asked) return false;
     fields.write(found.settings);
     $("#prompt").dispatchEvent(new Event("input"));
-    await brush.begin(found.picture && `/pictures/${found.picture}`, found.mask && `/pictures/${found.mask}`);
+    await brush.begin(found.picture && file(found.picture), found.mask && file(found.mask));
     $("#facts").replaceChildren(...Object.entries(found.facts).map(([key, value]) => make("div", {}, make("dt", {}, key), make("dd", {}, value))));
     say(found.said);
   } catch (error) {
     say(error.message, true);
   }
+  return mine === asked;
 }
 
 $("#gallery").addEventListener("toggle", async event => {
@@ -71,5 +77,6 @@ for (const name of ["command", "python"])
   });
 $("#reuse").addEventListener("click", () => {
   if (!view.drawing()) return say("There is no last picture yet: draw one first.", true);
-  brush.begin(`/api/drawings/${view.drawing().id}/${view.drawing().places - 1}/seen.png`);
+  const {id, name, places} = view.drawing();
+  brush.begin(name ? file(name) : `/api/drawings/${id}/${places - 1}/seen.png`);
 });

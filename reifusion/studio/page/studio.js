@@ -7,12 +7,15 @@ import * as map from "./map.js";
 import * as shelf from "./shelf.js";
 import * as view from "./view.js";
 
-const work = {turn: 0, id: null, wanted: "", loads: 0};
+const work = {turn: 0, cancelled: 0, id: null, wanted: "", loads: 0};
+const over = turn => turn !== work.turn || turn === work.cancelled;
 
 // Draws one picture; returns it when it is complete, null when it was stopped or failed.
 async function draw(settings, k, turn, two, second = false) {
-  let one = null, shown = null;
+  let one = null, shown = null, halted = false;
+  work.id = null;
   const last = await follow("/api/draw", {settings, picture: brush.picture(), mask: brush.mask(), k}, news => {
+    if (over(turn) && !halted) halt(news.id), halted = true;  // its name was not known when it was to stop
     if (turn !== work.turn) return;
     work.id = news.id;
     if (!one && !second) view.begin(two);
@@ -46,7 +49,7 @@ async function start() {
   const settle = () => turn === work.turn && (map.running(null, 0), view.end(before.a, before.b));
   try {
     if (two) return await beside(settings, turn, settle);
-    for (let k = 0; k < num && turn === work.turn; k++) {
+    for (let k = 0; k < num && !over(turn); k++) {
       const one = await draw(settings, k, turn, false);
       if (!one) return settle();
       if (!settings.seed) settings.seed = String(one.seed - k);  // the others follow the first
@@ -63,7 +66,7 @@ async function beside(settings, turn, settle) {
   const a = await draw(settings, 0, turn, true);
   if (!a) return settle();
   await finish(a, true);
-  if (!a.complete || turn !== work.turn) return;
+  if (!a.complete || over(turn)) return;
   const b = await draw({...settings, seed: settings.seed ?? String(a.seed), [name]: value}, 0, turn, true, true);
   if (!b) return turn === work.turn && view.end(a, null);
   const own = a.settings[name] ?? "as usual", title = fields.title(name);
@@ -81,6 +84,7 @@ async function finish(one, two) {
 }
 
 function cancel() {
+  work.cancelled = work.turn;
   stop();
   if (!$("#load").disabled) return;
   work.loads++;  // the studio goes on, and has it the next time
@@ -88,7 +92,8 @@ function cancel() {
   say("Stopped waiting for the model.");
 }
 
-const stop = () => work.id && fetch(`/api/drawings/${work.id}/stop`, {method: "POST"}).catch(() => null);
+const halt = id => id && fetch(`/api/drawings/${id}/stop`, {method: "POST"}).catch(() => null);
+const stop = () => halt(work.id);
 
 async function load() {
   const turn = ++work.loads, mine = () => turn === work.loads;
@@ -123,7 +128,7 @@ $("#map").addEventListener("click", event => {
   else if (box?.dataset.go === "prompt") $("#prompt").focus();
   else if (box?.dataset.go === "picture" && view.drawing()) {
     $("#place").value = view.drawing().places - 1;
-    view.look(view.drawing().places - 1);
+    view.look(view.drawing().places - 1).catch(error => say(error.message, true));
   }
 });
 $("#scheme").addEventListener("click", () => {

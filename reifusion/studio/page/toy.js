@@ -77,5 +77,5 @@ function show() {
   }
   pen.globalAlpha = .9;
   journey.frames[place].forEach(point => dot(point, 4));
-  $("#caption").textContent = place < journey.times.length ? `step ${place + 1} of ${journey.times.length}, t = ${journey.times[place]}` : "drawn";
+  $("#caption").textContent = place < journey.times.length ? `${journey.times.length > $("#steps").value ? "call" : "step"} ${place + 1} of ${journey.times.length}, t = ${journey.times[place]}` : "drawn";
 }

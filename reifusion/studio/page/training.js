@@ -88,6 +88,6 @@ function curve() {
     + steps.map((step, k) => `<text x="${x(step)}" y="${HIGH - 4}" text-anchor="${k === 4 ? "end" : "middle"}">${step.toLocaleString("en")}</text>`).join("")
     + line("signal faint", run.loss) + line("signal", run.smooth) + line("noise", run.held_out)
     + run.held_out.map(([step, loss]) => `<circle class="noise" cx="${x(step)}" cy="${y(loss)}" r="3"/>`).join("");
-  $("#losses .noise").hidden = !run.held_out.length;
+  $("#losses figcaption .noise").hidden = !run.held_out.length;
   svg.setAttribute("aria-label", `The loss over ${last} steps, now ${run.smooth.at(-1)?.[1] ?? run.held_out.at(-1)[1]}`);
 }

@@ -1,5 +1,5 @@
 // The pictures: side by side, with a slider through the steps, and words and pixels that light each other up.
-import {$, $$, ask, make} from "./api.js";
+import {$, $$, ask, make, say} from "./api.js";
 import * as map from "./map.js";
 
 const view = {a: null, b: null, place: 0, asked: 0};  // a drawing: {id, places, size, curve, about}
@@ -50,6 +50,7 @@ export function begin(two) {
   $("#place").disabled = true;
   $("#words").replaceChildren();
   delete $("#words").dataset.texts;
+  lit.seen = lit.other = null;
   $("#here").textContent = "";
   clear();
 }
@@ -60,10 +61,11 @@ export function shape([width, height]) {
 
 // A step while it is drawn.
 export async function step(one, news, second) {
+  if (second) return put("other", url(one, news.newest, "seen"), "B, while it is drawn");
+  if (view.a) return;  // another one is looked at meanwhile
   $("#place").max = news.total + 1;
   $("#place").value = news.newest;
   $("#caption").textContent = `step ${news.newest} of ${news.total}`;
-  if (second) return put("other", url(one, news.newest, "seen"), "B, while it is drawn");
   if (pane("other").hidden) put("given", url(one, news.newest, "given"), "x_t, while it is drawn");
   put("seen", url(one, news.newest, "seen"), "x̂₀, while it is drawn");
   const now = await facts(one, news.newest).catch(() => null);
@@ -85,6 +87,15 @@ export async function end(a, b, two = Boolean(b)) {
   shape(a.size);
   map.running(null, a.total);
   await look(a.places - 1);
+}
+
+// A picture whose drawing is no longer in memory: its file, without its steps.
+export function still(one) {
+  begin(false);
+  pane("given").hidden = true;
+  shape(one.size);
+  $("#caption").textContent = "the picture; its steps are no longer in memory";
+  return put("seen", `/pictures/${encodeURIComponent(one.name)}`, one.about);
 }
 
 // Shows a place of the slider.
@@ -221,4 +232,4 @@ for (const kind of ["pointerout", "focusout"]) $("#words").addEventListener(kind
     showPlace(inside(x + move[0] / 16), inside(y + move[1] / 16));
   });
 }
-$("#place").addEventListener("input", event => look(Number(event.target.value)));
+$("#place").addEventListener("input", event => look(Number(event.target.value)).catch(error => say(error.message, true)));
