@@ -8,9 +8,10 @@ Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ MODES = {
     "balanced": "Balanced", "prompt": "My prompt is more important", "control": "ControlNet is more important"
 }  # fmt: skip
 NEGATIVE = "Negative prompt: "
+# Its upscalers of latents -> ours
+LATENT = {
+    "Latent": "latent-bilinear", "Latent (antialiased)": "latent-bilinear-antialiased",
+    "Latent (bicubic)": "latent-bicubic", "Latent (bicubic antialiased)": "latent",
+    "Latent (nearest)": "latent-nearest", "Latent (nearest-exact)": "latent-nearest-exact",
+}  # fmt: skip
+TITLES_OF_LATENT = {name: title for title, name in LATENT.items()}
+# Facts that decide a picture, and that are not built in
+LOST = (
+    "Refiner", "Seed resize from", "Hires sampler", "Hires prompt", "Tiling", "Face restoration", "Pad conds",
+    "Skip layers",
+)  # fmt: skip
 TAG = re.compile(r"\s*<lora:([^<>:]+)((?::[^<>:]*)*)>")  # <lora:name:0.8:lbw=MIDD>
 FACT = re.compile(r'([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
@@ -50,7 +63,8 @@ def write(settings: Settings, model: str, model_hash: str, lora_hashes: Sequence
         "Lora hashes": ", ".join(hashes) if loras else None,
         "Denoising strength": _strength(settings),
         "Hires upscale": settings.hires if _twice(settings) else None,
-        "Hires upscaler": settings.hires_by.title() if _twice(settings) else None,
+        "Hires upscaler": TITLES_OF_LATENT.get(settings.hires_by, "Lanczos") if _twice(settings) else None,
+        "Emphasis": "No norm" if settings.emphasis == "plain" else None,
         "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None,  # they count from 1
         "Eta DDIM" if settings.sampler == "ddim" else "Eta": settings.eta,
         "Sigma noise": settings.s_noise,
@@ -113,13 +127,14 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
         raise ValueError("it has no line that begins with Steps")
     begin = next((k for k, line in enumerate(lines[:last]) if line.startswith(NEGATIVE.strip())), last)
     facts = _facts(lines[last].partition(", SDCPP: ")[0])  # behind which stable-diffusion.cpp has JSON
+    twice = "Hires upscale" in facts or "Hires resize" in facts
     numbers: dict[str, tuple[str, Callable[[str], Any]]] = {
         "Steps": ("steps", int),
         "CFG scale": ("cfg", float),
         "Image CFG scale": ("image_guidance", float),
         "Seed": ("seed", int),
         "Size": ("size", read_size),
-        "Denoising strength": ("hires_strength" if "Hires upscale" in facts else "strength", float),
+        "Denoising strength": ("hires_strength" if twice else "strength", float),
         "Hires upscale": ("hires", float),
         "Clip skip": ("clip_skip", lambda value: max(0, int(value) - 1)),
         "Eta": ("eta", float),
@@ -139,6 +154,10 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
                 raise ValueError(f"its {title} is {shown(facts[title])}") from None
     negative = "\n".join(lines[begin:last]).removeprefix(NEGATIVE.strip()).strip()
     prompt, values["lora"] = _loras("\n".join(lines[:begin]).strip())
+    if "Hires resize" in facts and "hires" not in values and "size" in values:
+        values["hires"] = read_size(facts["Hires resize"])[0] / values["size"][0]
+    if ".cpp" in facts.get("Version", "") and values.get("eta") in (0.0, math.inf):
+        del values["eta"]  # its default, old or new: what the sampler has
     if "hires" in values:
         values["hires_by"] = _upscaler(facts.get("Hires upscaler", "Latent"))
     sampler, schedule = (
@@ -147,6 +166,12 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
     for option in ("eta", "s_noise", "churn"):
         if getattr(SAMPLERS.get(sampler or ""), option, None) is None:
             values.pop(option, None)  # which other programs write for samplers that do not use it
+    from .steer.manners import K_DIFFUSION
+
+    old = "Schedule type" not in facts and not re.search("reifusion|.cpp", facts.get("Version", ""))
+    if old and schedule is None and sampler in K_DIFFUSION:
+        schedule = "normal"  # before version 1.9, what its name did not say
+    _tell(facts, values)
     rng = {"NV": "philox", "cuda": "philox", "CPU": "cpu", "cpu": "cpu"}.get(facts.get("RNG", ""))
     return Settings(prompt, negative, sampler=sampler, schedule=schedule, rng=rng, **values), facts
 
@@ -161,14 +186,30 @@ def _loras(prompt: str) -> tuple[str, tuple[Any, ...]]:
         except ValueError:
             raise ValueError(f"the weight of its LoRA {shown(name)} is {shown(weight)}") from None
         blocks = [one.removeprefix("lbw=") for one in rest if one.startswith("lbw=")]
+        if other := [one for one in rest if not one.startswith("lbw=")]:
+            warnings.warn(f"of its LoRA {shown(name)}, {', '.join(other)} is not repeated", stacklevel=3)
         file = re.split(r"[/\\]", name)[-1] + ".safetensors"  # a name, and no place
         loras.append((file, number, *blocks[:1]))
     return TAG.sub("", prompt).strip(), tuple(loras)
 
 
+def _tell(facts: Mapping[str, str], values: dict[str, Any]) -> None:
+    """Warns of facts that decided the picture and are not repeated."""
+    rule = facts.get("Emphasis", "Original")
+    if rule == "No norm":
+        values["emphasis"] = "plain"
+    lost = [name for name in facts if name in LOST or name.startswith("ControlNet ")]
+    if facts.get("Hires steps", facts.get("Steps")) not in (facts.get("Steps"), "0"):
+        lost.append("Hires steps")
+    if rule not in ("Original", "No norm"):
+        lost.append("Emphasis")
+    if lost:
+        warnings.warn(f"not repeated here: {', '.join(lost)}", stacklevel=3)
+
+
 def _upscaler(title: str) -> str:
-    if title.startswith("Latent"):
-        return "latent"
+    if title in LATENT:
+        return LATENT[title]
     if title != "Lanczos":
         warnings.warn(f"the upscaler {shown(title)} is not built in; it is Lanczos here", stacklevel=3)
     return "lanczos"
@@ -191,8 +232,13 @@ def _cpp(facts: dict[str, str]) -> tuple[str | None, str | None]:
 
 def _facts(line: str) -> dict[str, str]:
     """'Steps: 20, Model: "one, two"' -> {"Steps": "20", "Model": "one, two"}"""
-    facts, at = {}, 0
-    while found := FACT.match(line, at):
+    facts: dict[str, str] = {}
+    at = 0
+    while at < len(line):
+        found = FACT.match(line, at)
+        if found is None:  # no fact, as the 8 in "Skip layers: [7, 8, 9, ]"
+            at = line.find(",", at) + 1 or len(line)
+            continue
         name, value = found[1].strip(), found[2].strip()
         if value.startswith('"'):
             with suppress(ValueError):  # from a quotation mark that means itself

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,10 @@ class Graph:
         for node in self.behind(sampler, ("latent_image", "latent")):
             linked = self.link(self.nodes[node]["inputs"].get(side))
             if linked is not None:
+                seen = {node}
+                while linked not in seen:  # through nodes that pass both sides on, as ControlNetApplyAdvanced
+                    seen.add(linked)
+                    linked = self.link(self.nodes[linked]["inputs"].get(side)) or linked
                 return self.said(linked, str, "text", "text_g", "prompt", without=())
         return None
 
@@ -100,6 +105,11 @@ def read(text: str) -> tuple[Settings, dict[str, Any], str]:
     cfg, strength = (graph.said(sampler, int | float, one) for one in ("cfg", "denoise"))  # type: ignore[arg-type]
     latents = graph.link(graph.nodes[sampler]["inputs"].get("latent_image")) or sampler
     width, height = (graph.said(latents, int, side) for side in ("width", "height"))
+    if any(_samples(graph, node) for node in graph.behind(latents) if node != sampler):
+        warnings.warn("the graph draws in several passes, and only the last is read", stacklevel=2)
+    elif strength is not None and strength < 1:
+        warnings.warn("the graph begins with a picture, which is not read", stacklevel=2)
+    skipped = graph.said(sampler, int, "stop_at_clip_layer", without=())
     values = {
         "prompt": graph.text(sampler, "positive") or graph.text(sampler, "conditioning"),
         "negative": graph.text(sampler, "negative"),
@@ -111,6 +121,7 @@ def read(text: str) -> tuple[Settings, dict[str, Any], str]:
         "size": None if width is None or height is None else (width, height),
         "strength": None if strength is None or not 0 < strength < 1 else float(strength),
         "lora": _loras(graph, sampler),
+        "clip_skip": None if skipped is None else max(0, -skipped - 1),  # they count back from −1
     }
     model = graph.said(sampler, str, "ckpt_name", "unet_name") or ""
     return Settings(**{key: value for key, value in values.items() if value not in (None, ())}), {}, model
@@ -121,10 +132,15 @@ def _sampler(graph: Graph) -> str:
     ends = [node for node in graph.nodes if graph.kind(node).startswith(SAVING)]
     for end in [*ends, *graph.nodes]:
         for node in graph.behind(end):
-            if graph.kind(node).startswith(SAMPLING) and not graph.kind(node).startswith("KSamplerSelect"):
+            if _samples(graph, node):
                 return node
     kinds = ", ".join(sorted({graph.kind(node) for node in graph.nodes}))
     raise ValueError(f"it has no sampler among {shown(kinds)}")
+
+
+def _samples(graph: Graph, node: str) -> bool:
+    """True for a node that draws."""
+    return graph.kind(node).startswith(SAMPLING) and not graph.kind(node).startswith("KSamplerSelect")
 
 
 def _loras(graph: Graph, sampler: str) -> tuple[tuple[str, float], ...]:

@@ -187,7 +187,9 @@ class Settings:
         carried=carried_number,
     )  # fmt: skip
     hires_by: str = _setting(
-        "Hires upscaler", "What is enlarged: lanczos (the picture) or latent.", "lanczos"
+        "Hires upscaler",
+        "What is enlarged: lanczos (the picture), latent, latent-bilinear, …",
+        "lanczos",
     )
 
     emphasis: str | None = _setting(
@@ -271,7 +273,9 @@ class Settings:
 
         manners.check(self.manner, self.rng, self.sampler)
         manner = manners.MANNERS.get(self.manner or "", manners.Manner())
-        return replace(manner, rng=self.rng or manner.rng, emphasis=self.emphasis or manner.emphasis)
+        if self.emphasis is not None:  # a rule of one's own, in the language that goes with all of them
+            manner = replace(manner, emphasis=self.emphasis, language="a1111")
+        return replace(manner, rng=self.rng or manner.rng)
 
     def nth(self, seed: int, k: int) -> Settings:
         """Returns the settings of picture k of several: the seed, or else that of variations, is k more.
@@ -302,6 +306,8 @@ class Settings:
             settings[name] = None if path is None else read_picture(path)
         manner = self.there()
         settings |= self._inpainted(settings)
+        if self.init_image is not None and self.steps is not None and 0 < self.strength <= 1:
+            manners.STEPS[manner.img2img](self.steps, self.strength)  # more than there are, perhaps
         if settings["size"] is not None:
             settings["size"] = manners.rounded(settings["size"], manner)
         if self.sampler is not None:
@@ -317,7 +323,7 @@ class Settings:
         if manner.emphasis is not None:
             from .steer import emphasis
 
-            emphasis.check(manner.emphasis, self.prompt, self.negative)
+            emphasis.check(manner.emphasis, self.prompt, self.negative, language=manner.language)
         if self.control:
             from .steer import controlnet
 
@@ -480,9 +486,11 @@ class Settings:
             box = masks.region(cast("Image", request.mask), self.only_masked, cast(Any, request.size))
             request = masks.only(request, box)
 
-        def words(one: Request) -> Request:
+        request = replace(request, clip_skip=manners.left_out(request.clip_skip, pipe.config, manner))
+
+        def words(one: Request, before: int = 0) -> Request:
             one = manners.begun(pipe, one, manner)
-            return one if rule is None else emphasis.request(pipe, one, rule)
+            return one if rule is None else emphasis.request(pipe, one, rule, before, manner.language)
 
         if self.hires == 1 and rule is None:
             picture = cast("Image", pipe.generate(words(request), progress=progress, callback=callback))
@@ -546,7 +554,9 @@ class Settings:
         pipe = [f"pipe = reifusion.load({self.model!r}, dtype={self.dtype!r}{changed})"]
         if self.embedding:
             imports.append("from reifusion.weights.inversion import load_embedding, teach")
-            pipe += [f"teach(pipe, load_embedding({file!r}, {word!r}))" for file, word in self.embedding]
+            imports.append("from reifusion.weights import find")
+            for file, word in self.embedding:
+                pipe.append(f"teach(pipe, load_embedding(find({file!r}), {word!r}))")
         if self.lora:
             imports.append("from reifusion.weights.lora import attach")
             for file, weight, *blocks in self.lora:
@@ -603,16 +613,19 @@ class Settings:
             own = [f"    {name}={value!r}," for name, value in said_of_hires(self)]
             if self.emphasis is not None:
                 imports.append("from reifusion.steer import emphasis")
-                own.append(f"    words=lambda one: emphasis.request(pipe, one, {self.emphasis!r}),")
+                own.append(
+                    f"    words=lambda one, before: emphasis.request(pipe, one, {self.emphasis!r}, before),"
+                )
             call = ["picture = hires.generate(", f"    pipe, {self.prompt!r},", *own, *settings, ")[0]"]
         return "\n".join([*dict.fromkeys(imports), "", *pipe, *call, 'picture.save("picture.png")'])
 
     def _as_settings(self) -> str:
         """The same for what only `Settings` can say in one call."""
         said = [f"    {name}={value!r}," for name, value in self._said().items()]
+        own = ["from reifusion.own import run_file", "", f"run_file({self.code!r})"] if self.code else [""]
         return "\n".join(
             [
-                "from reifusion.settings import Settings", "", "settings = Settings(", *said, ")",
+                "from reifusion.settings import Settings", *own, "settings = Settings(", *said, ")",
                 "pipe = settings.pipe()",
                 "picture = settings.draw(pipe, settings.request().for_model(pipe.config))",
                 'picture.save("picture.png")',

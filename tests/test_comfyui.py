@@ -63,9 +63,29 @@ def test_a_second_pass_hides_the_first_sampler_and_values_come_from_nodes_of_the
     own = {**graph["3"]["inputs"], "seed": ["21", 0], "denoise": 0.5, "latent_image": ["20", 0], "steps": 14}
     graph["22"] = {"class_type": "KSampler", "inputs": own}
     graph["8"]["inputs"]["samples"] = ["22", 0]
-    found, _, _ = comfyui.read(json.dumps(graph))
+    with pytest.warns(UserWarning, match="draws in several passes, and only the last is read"):
+        found, _, _ = comfyui.read(json.dumps(graph))
     assert (found.seed, found.steps, found.strength, found.size) == (7, 14, 0.5, (1024, 1024))
     assert found.prompt == "a (cat:1.2)" and found.negative == "text, watermark"
+
+
+def test_each_side_keeps_to_itself_through_a_node_that_both_pass():
+    graph = json.loads(json.dumps(GRAPH))
+    both = {"positive": ["6", 0], "negative": ["7", 0], "strength": 1.0}
+    graph["30"] = {"class_type": "ControlNetApplyAdvanced", "inputs": both}
+    graph["3"]["inputs"] |= {"positive": ["30", 0], "negative": ["30", 1]}
+    assert comfyui.read(json.dumps(graph))[0] == SETTINGS
+
+
+def test_layers_that_are_left_out_and_a_picture_to_begin_with_are_seen():
+    graph = json.loads(json.dumps(GRAPH))
+    graph["31"] = {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["11", 1]}}
+    for node in ("6", "7"):
+        graph[node]["inputs"]["clip"] = ["31", 0]
+    assert comfyui.read(json.dumps(graph))[0].clip_skip == 1
+    graph["3"]["inputs"]["denoise"] = 0.6
+    with pytest.warns(UserWarning, match="begins with a picture, which is not read"):
+        comfyui.read(json.dumps(graph))
 
 
 def test_custom_samplers_are_told_by_several_nodes():

@@ -18,7 +18,7 @@ from reifusion.model.request import Request
 from reifusion.model.tokenizer import Tokenizer
 from reifusion.steer import emphasis
 from reifusion.steer.emphasis import encode, weighted
-from reifusion.steer.grammar import chunks, parse, schedule, together
+from reifusion.steer.grammar import chunks, parse, parse_as_comfyui, schedule, together
 from reifusion.weights import save
 from tests.tiny import SMALL, WORDS, networks, random_networks
 
@@ -128,6 +128,15 @@ def test_a_mean_of_nothing_is_not_divided_by():
 # Chunks, by CLIP's own tokenizer
 
 
+@pytest.mark.parametrize(("back", "words"), [(19, 57), (20, 56), (21, 75)])
+def test_a_comma_that_lies_too_far_back_cuts_nothing(back, words):
+    """A1111 counts from the comma itself, and 20 is the most."""
+    clip = Tokenizer()
+    text = " ".join(["cat"] * (75 - back)) + " , " + " ".join(["cat"] * 40)
+    (first, _), *_ = chunks([(text, 1.0)], clip)
+    assert first.index(clip.end) - 1 == words
+
+
 def test_long_prompts_are_cut_at_commas_and_lose_nothing():
     clip = Tokenizer()
     words = [f"word{k}" for k in range(10)]
@@ -178,10 +187,51 @@ def test_weights_stay_with_their_tokens():
         ("x [a] y", [("x [a] y", 10)]),
         (r"\[a:b:5\]", [(r"\[a:b:5\]", 10)]),
         ("([a:b:5]:1.3)", [("(a:1.3)", 6), ("(b:1.3)", 4)]),
+        ("[(a:2):3]", [("", 4), ("(a:2)", 6)]),  # as its own tests have it
+        ("[(red hat:1.2):0.5] cat", [(" cat", 6), ("(red hat:1.2) cat", 4)]),
+        ("[cat:(dog:1.3):0.5]", [("cat", 6), ("(dog:1.3)", 4)]),
     ],
 )
 def test_words_change_on_the_way_as_in_the_web_ui(text, runs):
     assert schedule(text, 10) == [said for said, count in runs for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("text", "runs"),
+    [
+        ("a [b:.5] c", [("a b c", 10)]),  # what came in the first pass is there
+        ("[a:b:1.5]", [("a", 6), ("b", 4)]),
+        ("[a:b:25]", [("a", 6), ("b", 4)]),
+        ("[a:b:15]", [("b", 10)]),
+    ],
+)
+def test_a_second_pass_goes_on_where_the_first_has_ended(text, runs):
+    """With 20 steps before 10: A1111's own tests have the first."""
+    assert schedule(text, 10, before=20) == [said for said, count in runs for _ in range(count)]
+
+
+def test_over_a_picture_a_share_is_of_all_steps():
+    assert schedule("[a:b:0.2]", 10, drawn=4) == ["a", "a", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("(a (b:1.5):1.2) [red] c BREAK d", [("a ", 1.2), ("b", 1.5), (" [red] c BREAK d", 1.0)]),
+        ("((x))", [("x", 1.1**2)]),
+        (r"\(a\) (b\))", [("(a) ", 1.0), ("b)", 1.1)]),
+        ("a) (b", [("a) (b", 1.0)]),
+        ("(a:b)", [("a:b", 1.1)]),
+        ("", [("", 1.0)]),
+    ],
+)
+def test_comfyuis_brackets_are_comfyuis(text, pieces):
+    found = parse_as_comfyui(text)
+    assert [words for words, _ in found] == [words for words, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+    assert parse_as_comfyui("(" * 9_000 + "x")  # no depth is too deep
+    with pytest.raises(ValueError, match="too large"):
+        parse_as_comfyui("(x:inf)")
 
 
 def test_words_take_turns():
@@ -247,7 +297,14 @@ def test_both_sides_are_as_long_as_the_longer(pipe):
     asked = emphasis.request(pipe, Request("cat " * 40, "dog", **ASKED), "a1111")
     assert isinstance(asked.prompt, Tensor) and isinstance(asked.negative, Tensor)
     assert asked.prompt.shape == asked.negative.shape == (4, 1, 3 * 16, 24)
-    assert torch.equal(asked.negative[0, :, 16:32], pipe.encode_text([""]))
+    # A text that is repeated is the same text for attention, as where both sides are drawn apart.
+    assert torch.equal(asked.negative[0], pipe.encode_text(["dog"]).repeat(1, 3, 1))
+    settings: dict[str, Any] = {"cfg": 1.0, "seed": 0, "steps": 2}
+    once, repeated = (next(iter(pipe.denoise(text, **settings))) for text in ("dog", asked.negative[0]))
+    assert torch.allclose(once.eps, repeated.eps, atol=1e-5)
+    filled = emphasis.request(pipe, Request("cat " * 40, "dog", **ASKED), "compel")
+    assert isinstance(filled.negative, Tensor)
+    assert torch.equal(filled.negative[0, :, 16:32], pipe.encode_text([""]))
     pipe.generate(asked, progress=False)
 
 

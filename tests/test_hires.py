@@ -98,7 +98,7 @@ def test_the_command_draws_it_and_repeats_it(tmp_path: Path, pipe):
         ("--hires=0.5", "between 1 and 4"),
         ("--hires=nan", "between 1 and 4"),
         ("--hires-strength=0", "hires_strength must be above 0"),
-        ("--hires-by=esrgan", "lanczos or latent, not 'esrgan'"),
+        ("--hires-by=esrgan", "one of lanczos, latent, latent-bicubic"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_loaded(given, said, tmp_path, capsys):

@@ -65,10 +65,13 @@ def test_every_setting_is_said_in_the_shell_in_python_and_in_metadata():
         assert name in carried
         assert f"{name}=" in python or name in (*NOT_BY_NAME, *BY_SETTINGS)
     whole: dict[str, Any] = {}
-    exec(OTHERS.as_python().partition("pipe =")[0], whole)  # the settings themselves
+    said = OTHERS.as_python()
+    assert said.index("run_file('late.py')") < said.index("settings = ")
+    exec(said.partition("pipe =")[0].replace("run_file('late.py')", ""), whole)  # the settings themselves
     assert whole["settings"] == OTHERS
-    assert "teach(pipe, load_embedding('blob.pt', 'blob'))" in python
-    assert "with_refiner(pipe, reifusion.load('r.pt', dtype='float32'))" in python
+    assert "teach(pipe, load_embedding(find('blob.pt'), 'blob'))" in python
+    assert "refiner = reifusion.load('r.pt', dtype='float32')" in python
+    assert python.index("quantize(refiner)") < python.index("with_refiner(pipe, refiner)")
     net = "load_control(find('net.safetensors', \"control\"), pipe)"
     assert f"    Control({net}, 'edges.png', 0.5, 0.0, 0.75, 'guess')," in python
     assert "--control=net.safetensors=edges.png:0.5:0.0-0.75" in command

@@ -7,6 +7,7 @@ Programs differ too, in what no setting says; `steer/manners.py` lists it, and e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from ..album import Entry, read
 from ..model.pictures import open_picture
 from ..model.pipeline import StableDiffusion
+from ..model.samplers import samplers_for
 from ..settings import ABOUT, Settings
 from ..shortcuts.deepcache import deepcached
 from ..steer import brownian, manners
@@ -40,6 +42,7 @@ FILES = tuple(
 MANNERS: dict[str, tuple[str, Any]] = {
     "rng": ("where noise comes from", ()),
     "emphasis": ("how words are weighted", ()),
+    "language": ("whose brackets a prompt has", {"a1111": "A1111's", "comfyui": "ComfyUI's"}),
     "sigma": ("the first noise times", ("√(σ² + 1)", "σ")),
     "cut": ("pixels", ("rounded", "cut off")),
     "columns": ("variations turn", ("as a whole", "by columns")),
@@ -90,7 +93,10 @@ def differences(
         ours, theirs = (_does(side.manner, name, one.settings) for side in (one, other))
         if ours != theirs and _counts(name, one.settings):
             mixed = replace(one.manner, **{name: getattr(other.manner, name)})
-            levels = _levels(plain, _drawn(pipe, replace(usual, manner=mixed)))
+            try:
+                levels = _levels(plain, _drawn(pipe, replace(usual, manner=mixed)))
+            except ValueError:
+                levels = None
             said = [words[value] if words else _shown(value) for value in (ours, theirs)]
             found.append(Difference(title, said[0], said[1], levels))
     return sorted(found, key=lambda one: -(one.levels or 0)) + _files(first, second)
@@ -147,6 +153,8 @@ def _counts(name: str, settings: Settings) -> bool:
     """True if what a program does has an effect with these settings."""
     if name == "path":
         return settings.sampler in brownian.SAMPLERS
+    if name == "language":
+        return bool(re.search(r"[(\[\\]|\bAND\b|\bBREAK\b", f"{settings.prompt} {settings.negative}"))
     if name == "again":
         return settings.hires != 1
     return name != "columns" or settings.variation != 0
@@ -155,6 +163,9 @@ def _counts(name: str, settings: Settings) -> bool:
 def _tried(settings: Settings, pipe: StableDiffusion, model: str, steps: int) -> Settings:
     """Returns the settings for the model that stands in: without files, at its size, in few steps."""
     usual = {name: ABOUT[name].default for name in FILES}
+    fitting = samplers_for(pipe.config.schedule.prediction_type)
+    if settings.sampler is not None and settings.sampler not in fitting:
+        usual |= dict.fromkeys(SAMPLING)  # such as one for rectified flow: the model's own stands in
     return replace(settings, **usual | {"model": model, "size": (pipe.config.size,) * 2, "steps": steps})
 
 
@@ -202,9 +213,9 @@ def _files(first: Entry, second: Entry) -> list[Difference]:
             sides.append(_said({name: value}) + (f" [{digest}]" if digest else ""))
         if sides[0] != sides[1]:
             found.append(Difference(name, sides[0], sides[1]))
-    if first.manner != second.manner and any(entry.settings.strength < 1 for entry in (first, second)):
-        ways = [replace(entry.settings, manner=entry.manner).there().img2img for entry in (first, second)]
-        if ways[0] != ways[1] and any(entry.settings.init_image for entry in (first, second)):
+    if any(entry.settings.init_image and entry.settings.strength < 1 for entry in (first, second)):
+        ways = [replace(entry.settings, manner=entry.drawn_in()).there().img2img for entry in (first, second)]
+        if ways[0] != ways[1]:
             found.append(Difference("steps of img2img", ways[0], ways[1]))
     return found
 

@@ -93,7 +93,7 @@ SCHEDULES_ELSEWHERE = {
 
 # What A1111 takes for "Automatic", where it is not "Normal"
 AUTOMATIC = {
-    **dict.fromkeys(("dpmpp_2s_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
+    **dict.fromkeys(("dpmpp_2s_sde", "dpmpp_2s_a", "dpm2", "dpm2_a", "dpmpp_2m"), "karras"),
     **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
 }
 

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from .. import __version__
-from ..a1111 import read
+from ..a1111 import LATENT, read
 from ..model.samplers import SAMPLERS
 from ..model.spacing import SCHEDULES
 from ..sampling.schedules import TITLES
@@ -116,7 +116,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/latent-upscale-modes")
     async def latent_upscale_modes() -> list[dict[str, Any]]:
-        return [{"name": "Latent"}]
+        return [{"name": name} for name in LATENT]
 
     @router.get("/memory")
     async def memory() -> dict[str, Any]:

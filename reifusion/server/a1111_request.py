@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..a1111 import sampler_of
+from ..a1111 import LATENT, sampler_of
 from ..model.pictures import open_mask, open_picture
 from ..model.samplers import SAMPLERS
 from ..model.sentences import shown
@@ -39,7 +39,13 @@ WITHOUT: dict[str, tuple[Any, ...]] = {
     "hr_sampler_name": (None, "", "Use same sampler"), "hr_prompt": ("",), "hr_negative_prompt": ("",),
     "initial_noise_multiplier": (None, 1), "include_init_images": (False,),
 }  # fmt: skip
-UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos", None: "lanczos", "": "lanczos", "None": "lanczos"}
+UPSCALERS: dict[str | None, str] = {
+    **LATENT,
+    "Lanczos": "lanczos",
+    None: "lanczos",
+    "": "lanczos",
+    "None": "lanczos",
+}
 OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
 
 

@@ -7,7 +7,7 @@ programs with another rule draw another picture. How prompts are written is in `
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from ..model.finite import finite
 from ..model.pipeline import StableDiffusion, as_gradients_are
 from ..model.request import Request
 from ..model.sentences import shown
-from .grammar import BREAK, Piece, chunks, parse, schedule, together
+from .grammar import BREAK, LANGUAGES, Piece, chunks, parse
 
 if TYPE_CHECKING:
     from ..model.step import Turn
@@ -51,13 +51,19 @@ def weighted(z: Tensor, weights: Tensor, rule: str, empty: Tensor | None = None)
     return heavy * (mean / now)
 
 
-def encode(pipe: StableDiffusion, text: str, rule: str, clip_skip: int = 0) -> Tensor:
-    """text -> (1, 77·k, C), in the dtype of the U-Net: k chunks side by side.
+def encode(
+    pipe: StableDiffusion,
+    text: str,
+    rule: str,
+    clip_skip: int = 0,
+    read: Callable[[str], list[Piece]] = parse,
+) -> Tensor:
+    """text -> (1, 77·k, C), in the dtype of the U-Net: k chunks side by side. read: the language of weights.
 
     Of several text encoders, the words of each are weighted alone. What a family has behind the words, as
     SDXL has the vector for the whole text, comes from the first chunk, without weights.
     """
-    pieces = parse(text)
+    pieces = read(text)
     with torch.no_grad():
         if not isinstance(pipe, StableDiffusionXL | StableDiffusion3):
             words, _ = _heard(pipe, "clip", pipe.tokenizer, pieces, rule, clip_skip)
@@ -151,13 +157,13 @@ def _heard_by_t5(pipe: StableDiffusion3, pieces: Sequence[Piece], rule: str) -> 
     return weighted(z[0], torch.tensor([weight for _, weight in tokens]), rule, z[1])[None]
 
 
-def check(rule: str, *texts: str | None) -> None:
+def check(rule: str, *texts: str | None, language: str = "a1111") -> None:
     """Raises ValueError for a rule that does not exist, and for a weight that is no number."""
     if rule not in RULES:
         raise ValueError(f"emphasis must be {', '.join(RULES)}, not {shown(rule)}")
     for text in texts:
-        for part, _ in together(text or ""):
-            parse(part)
+        for part, _ in LANGUAGES[language].together(text or ""):
+            LANGUAGES[language].parse(part)
 
 
 def suits(pipe: StableDiffusion) -> bool:
@@ -166,12 +172,17 @@ def suits(pipe: StableDiffusion) -> bool:
     return type(pipe).vectors in [kind.vectors for kind in known]
 
 
-def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
+def request(
+    pipe: StableDiffusion, asked: Request, rule: str, before: int = 0, language: str = "a1111"
+) -> Request:
     """A request for one picture, with vectors in the place of its texts.
 
-    Both sides get the same length: the shorter one is filled up with the chunk of an empty text. Raises
+    Both sides get the same length: the chunks of each are repeated, which attention does not notice, or, for
+    compel's rule and for joint attention, the shorter one is filled up with the chunk of an empty text.
+    before: the turns of a first pass, see `schedule`. language: of the texts, one of LANGUAGES. Raises
     ValueError for a rule that does not exist, a weight that is no number, and models of other families.
     """
+    speech = LANGUAGES[language]
     check(rule)
     if not suits(pipe):
         raise ValueError(f"emphasis does not know how {pipe.config.name} reads prompts")
@@ -180,29 +191,34 @@ def request(pipe: StableDiffusion, asked: Request, rule: str) -> Request:
     if rule == "compel" and isinstance(pipe, StableDiffusion3):
         raise ValueError("compel's rule is for CLIP alone, and Stable Diffusion 3 has T5 too")
     asked = asked.for_model(pipe.config)
-    turns = len(pipe.sampler(asked).timesteps)
+    drawn = len(pipe.sampler(asked).timesteps)
+    turns = len(pipe.sampler(replace(asked, init_image=None, mask=None, latents=None, start=0)).timesteps)
     known: dict[str, Tensor] = {}
 
     def vectors(text: str) -> list[Tensor]:
         """The vectors of each turn, (1, 77·k, C)"""
-        texts = schedule(text, turns)
+        texts = speech.schedule(text, turns, drawn, before)
         for one in texts:
             if one not in known:
-                known[one] = encode(pipe, one, rule, asked.clip_skip)
+                known[one] = encode(pipe, one, rule, asked.clip_skip, speech.parse)
         return [known[one] for one in texts]
 
-    parts = together(asked.prompts[0])
+    parts = speech.together(asked.prompts[0])
     sides = [*(vectors(text) for text, _ in parts), vectors(asked.negatives[0])]
     if rule in ("a1111", "plain") and asked.negatives[0] == "" and getattr(pipe.config, "zeros", False):
         # SDXL's base learned without words by zeros; ComfyUI and compel read the empty text all the same
         sides[-1] = [torch.zeros_like(one) for one in sides[-1]]
-    longest = max(one.shape[1] for side in sides for one in side)
+    lengths = {one.shape[1] for side in sides for one in side}
     blank = encode(pipe, "", rule, asked.clip_skip)
     chunk = pipe.config.clip.context_length
+    behind = blank.shape[1] - chunk  # rows behind the words
+    common = math.lcm(*(length - behind for length in lengths))
 
     def whole(side: list[Tensor]) -> Tensor:
         """(turns, 1, S, C)"""
-        return torch.stack([_filled(one, blank, longest, chunk) for one in side])
+        if rule == "compel" or isinstance(pipe, StableDiffusion3):
+            return torch.stack([_filled(one, blank, max(lengths), chunk) for one in side])
+        return torch.stack([_repeated(one, common, behind) for one in side])
 
     first, *others = (whole(side) for side in sides[:-1])
     negative = None if asked.cfg == 1 else whole(sides[-1])
@@ -217,6 +233,12 @@ def _filled(z: Tensor, blank: Tensor, length: int, chunk: int) -> Tensor:
     words = z.shape[1] - (blank.shape[1] - chunk)
     missing = (length - z.shape[1]) // chunk
     return torch.cat([z[:, :words], *[blank[:, :chunk]] * missing, z[:, words:]], dim=1)
+
+
+def _repeated(z: Tensor, length: int, behind: int) -> Tensor:
+    """(1, S, C) -> (1, length + behind, C): the words again and again, and then what comes behind them"""
+    words, rest = z.split([z.shape[1] - behind, behind], dim=1)
+    return torch.cat([words.repeat(1, length // words.shape[1], 1), rest], dim=1)
 
 
 def _all_of(parts: Sequence[Piece], words: Sequence[Tensor], asked: Request) -> Any:

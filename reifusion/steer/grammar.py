@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from ..model.sentences import shown
 
@@ -80,6 +80,53 @@ def parse(text: str) -> list[Piece]:
     return [(words, weight) for words, weight in joined] or [("", 1.0)]
 
 
+def parse_as_comfyui(text: str) -> list[Piece]:
+    """The same in ComfyUI's language: round brackets alone, and a number in them is the whole weight.
+
+    `((x))` is 1.21 times as heavy, and in `(a (b:1.5):1.2)` b has 1.5. Raises what `parse` raises.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"a prompt of {len(text):,} letters is too long; {LONGEST:,} is the most")
+    marked = re.sub("[\0\1]", " ", text).replace("\\)", "\0").replace("\\(", "\1")
+    found: list[Piece] = []
+    waiting = [(marked, 1.0, False)]  # a part, its weight, and if it is to be taken as it is
+    while waiting:
+        part, weight, whole = waiting.pop()
+        if whole:
+            words = part.replace("\0", ")").replace("\1", "(")
+            found.append((words, _finite(weight, words)))
+            continue
+        for group in reversed(_groups(part)):
+            if len(group) < 2 or group[0] != "(" or group[-1] != ")":
+                waiting.append((group, weight, True))
+                continue
+            words, _, number = group[1:-1].rpartition(":")
+            try:
+                told = float(number) if words else None
+            except ValueError:
+                told = None
+            inside = (group[1:-1], weight * ROUND) if told is None else (words, told)
+            waiting.append((*inside, False))
+    return found or [("", 1.0)]
+
+
+def _groups(text: str) -> list[str]:
+    """'a (b (c)) d' -> 'a ', '(b (c))', ' d'"""
+    groups, depth, begun = [], 0, 0
+    for at, letter in enumerate(text):
+        if letter == "(":
+            if depth == 0:
+                groups.append(text[begun:at])
+                begun = at
+            depth += 1
+        elif letter == ")":
+            depth -= 1
+            if depth == 0:
+                groups.append(text[begun : at + 1])
+                begun = at + 1
+    return [group for group in [*groups, text[begun:]] if group]
+
+
 def _finite(weight: float, words: str) -> float:
     if not math.isfinite(weight):
         raise ValueError(f"the weight of {shown(words)} in the prompt is too large")
@@ -103,7 +150,7 @@ def chunks(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[list[int], lis
             continue
         for token in tokenizer.tokenize(words):
             is_comma = [token] == comma
-            if len(now) == room and not is_comma and last >= 0 and room - last <= BACK:
+            if len(now) == room and not is_comma and last >= 0 and room - last < BACK:
                 done, now, last = [*done, now[:last]], now[last:], -1
             elif len(now) == room:
                 done, now, last = [*done, now], [], -1
@@ -125,16 +172,18 @@ def chunks(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[list[int], lis
 INNER = re.compile(r"\[([^\[\]]*)\]")
 
 
-def schedule(text: str, turns: int) -> list[str]:
+def schedule(text: str, turns: int, drawn: int | None = None, before: int = 0) -> list[str]:
     """The text of each turn. `[a:b:when]` is a until then, and b after; `[a|b]` takes turns.
 
     when: with a point, a share of the turns; without one, their number. The change comes one turn later than
-    one would think, as in AUTOMATIC1111's web UI: `[a:b:5]` draws six turns with a.
+    one would think, as in AUTOMATIC1111's web UI: `[a:b:5]` draws six turns with a. drawn: how many turns are
+    drawn of these, where a picture is begun with; None: all. before: the turns of a first pass; then a number
+    counts these too, and shares from 1.0 to 2.0 are of this pass.
     """
-    return [_at(text, turn, turns) for turn in range(turns)]
+    return [_at(text, turn, turns, before) for turn in range(turns if drawn is None else drawn)]
 
 
-def _at(text: str, turn: int, turns: int) -> str:
+def _at(text: str, turn: int, turns: int, first_pass: int) -> str:
     """The text as it is in one turn: what stands in the innermost brackets first."""
     kept: list[str] = []  # brackets that mean less weight, and stay
 
@@ -148,10 +197,9 @@ def _at(text: str, turn: int, turns: int) -> str:
         if not (colon and number):
             kept.append(found[0])
             return f"\0{len(kept) - 1}\0"
-        until = int(float(number[1]) * turns) if "." in number[1] else int(number[1])
-        before, between, after = first.rpartition(":")
-        if not between:
-            before, after = "", first
+        share = float(number[1]) - (first_pass > 0)
+        until = int(share * turns) if "." in number[1] else int(number[1]) - first_pass
+        before, after = _parted(first)
         return before if turn <= until and until > 0 else after
 
     # The letters that are marks here mean nothing in a prompt.
@@ -166,6 +214,16 @@ def _at(text: str, turn: int, turns: int) -> str:
     return escaped.replace("\1", "\\[").replace("\2", "\\]")
 
 
+def _parted(text: str) -> tuple[str, str]:
+    """ "a:b" -> "a", "b"; without a colon outside round brackets, "" and the text"""
+    depth = 0
+    for at in range(len(text) - 1, -1, -1):
+        depth += (text[at] == ")") - (text[at] == "(")
+        if text[at] == ":" and depth <= 0:
+            return text[:at], text[at + 1 :]
+    return "", text
+
+
 def together(text: str) -> list[Piece]:
     """`one AND another :0.5` -> each text with its weight."""
     found = []
@@ -177,3 +235,21 @@ def together(text: str) -> list[Piece]:
         else:
             found.append((part, 1.0))
     return found if len(found) > 1 else [(text, 1.0)]
+
+
+class Language(NamedTuple):
+    """How a program reads prompts."""
+
+    parse: Callable[[str], list[Piece]]
+    together: Callable[[str], list[Piece]]
+    schedule: Callable[..., list[str]]  # as the function of that name
+
+
+LANGUAGES = {
+    "a1111": Language(parse, together, schedule),
+    "comfyui": Language(
+        parse_as_comfyui,
+        lambda text: [(text, 1.0)],
+        lambda text, turns, drawn=None, before=0: [text] * (turns if drawn is None else drawn),
+    ),
+}

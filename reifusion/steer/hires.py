@@ -21,10 +21,20 @@ from ..model.ddpm import randn
 from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
 
-WAYS = ("lanczos", "latent")
+# What is enlarged: the picture, or its latents by a mode of `F.interpolate`, with antialiasing or without
+LATENT = {
+    "latent": ("bicubic", True),
+    "latent-bicubic": ("bicubic", False),
+    "latent-bilinear": ("bilinear", False),
+    "latent-bilinear-antialiased": ("bilinear", True),
+    "latent-nearest": ("nearest", False),
+    "latent-nearest-exact": ("nearest-exact", False),
+}
+WAYS = ("lanczos", *LATENT)
 MOST = 4.0  # times as large
 
 Left = Callable[[int, float], tuple[int, int]]
+Words = Callable[[Request, int], Request]
 
 
 def generate(
@@ -35,7 +45,7 @@ def generate(
     hires_by: str = "lanczos",
     *,
     progress: bool = True,
-    words: Callable[[Request], Request] = lambda request: request,
+    words: Words = lambda request, before: request,
     callback: Callable[[Step], Any] | None = None,
     left: Left | None = None,
     **settings: Any,
@@ -43,11 +53,11 @@ def generate(
     """Draws each picture of a request, and each once more `hires` times as large; returns the large ones.
 
     hires: in [1, 4]; 1 is without a second pass. hires_strength: the share of the steps that the second pass
-    does, in (0, 1]. hires_by: what is enlarged, the picture ("lanczos") or its latents ("latent"; softer, and
+    does, in (0, 1]. hires_by: what is enlarged, the picture ("lanczos") or its latents (LATENT; softer, and
     less like the first). settings: as for `pipe.generate`. Raises ValueError for values outside these, and
-    what `pipe.generate` raises. words: applied to the request of each pass, to put vectors in place of texts.
-    callback: as for `pipe.generate`, in both passes. left: (steps, strength) -> the steps of the second pass,
-    in all and drawn, where a program has a rule of its own.
+    what `pipe.generate` raises. words: applied to the request of each pass and the number of turns before it,
+    to put vectors in place of texts. callback: as for `pipe.generate`, in both passes. left: (steps,
+    strength) -> the steps of the second pass, in all and drawn, where a program has a rule of its own.
     """
     check(hires, hires_strength, hires_by)
     request = ask(prompt, **settings).for_model(pipe.config)
@@ -56,12 +66,13 @@ def generate(
         one = replace(request, prompt=text, negative=negative, seed=seed, num=1)
         if hires == 1:
             again = one
-        elif hires_by == "latent":
-            again = with_latents(pipe, one, hires, hires_strength, words, callback, left)
+        elif hires_by in LATENT:
+            again = with_latents(pipe, one, hires, hires_strength, words, callback, left, hires_by)
         else:
-            first = _one(pipe.generate(words(one), progress=progress, callback=callback))
+            first = _one(pipe.generate(words(one, 0), progress=progress, callback=callback))
             again = with_picture(pipe, one, first, hires, hires_strength, left)
-        pictures.append(_one(pipe.generate(words(again), progress=progress, callback=callback)))
+        turns = 0 if hires == 1 else len(pipe.sampler(one).timesteps)
+        pictures.append(_one(pipe.generate(words(again, turns), progress=progress, callback=callback)))
     return pictures
 
 
@@ -72,7 +83,7 @@ def check(hires: float, strength: float, by: str) -> None:
     if not 0 < strength <= 1:
         raise ValueError(f"hires_strength must be above 0 and at most 1, not {strength:g}")
     if by not in WAYS:
-        raise ValueError(f"hires_by must be {' or '.join(WAYS)}, not {by!r}")
+        raise ValueError(f"hires_by must be one of {', '.join(WAYS)}, not {by!r}")
 
 
 def larger(pipe: StableDiffusion, request: Request, hires: float) -> tuple[int, int]:
@@ -110,13 +121,14 @@ def with_latents(
     request: Request,
     hires: float,
     strength: float,
-    words: Callable[[Request], Request] = lambda request: request,
+    words: Words = lambda request, before: request,
     callback: Callable[[Step], Any] | None = None,
     left: Left | None = None,
+    by: str = "latent",
 ) -> Request:
     """The second pass, which begins with the enlarged latents."""
     latents: Tensor | None = None
-    with closing(pipe.denoise(words(request))) as steps:
+    with closing(pipe.denoise(words(request, 0))) as steps:
         for step in steps:
             latents = step.latents
             if callback is not None and callback(step) is False:
@@ -125,7 +137,8 @@ def with_latents(
     factor = pipe.config.vae.factor
     size = larger(pipe, request, hires)
     shape = size[1] // factor, size[0] // factor
-    enlarged = F.interpolate(latents, shape, mode="bicubic", antialias=True)  # (1, 4, h, w) -> (1, 4, h', w')
+    mode, antialias = LATENT[by]
+    enlarged = F.interpolate(latents, shape, mode=mode, antialias=antialias)  # (1, 4, h, w) -> (1, 4, h', w')
     again = replace(_plain(request), size=size)
     drawn = None
     if left is not None:

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..families.sdxl import SDXLConfig
+from ..model.config import ModelConfig
 from ..model.ddpm import Sampler
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
@@ -47,6 +49,8 @@ class Manner:
     columns: bool = False  # True if variations have an angle for each column
     path: str = ""  # what draws the Brownian paths of DPM++ SDE samplers: "" (there are none), "rng" or "cpu"
     drops: tuple[str, ...] = ()  # samplers that leave out the last σ but one, of n + 1 steps
+    language: str = "a1111"  # of prompts, one of `grammar.LANGUAGES`
+    from_two: str = ""  # "" if layers are counted as here; see `left_out`
     whole: bool = False  # True if the ends of a path are those of all steps, whatever a strength leaves out
 
 
@@ -54,14 +58,15 @@ MANNERS = {
     "diffusers": Manner("diffusers"),
     "a1111": Manner(
         "A1111", "philox", "a1111", "normal", True, "down to 8", "one more", "all", sigma=True, cut=True,
-        columns=True, path="rng", drops=("dpm2", "dpm2_a", "dpmpp_3m_sde"), whole=True,
+        columns=True, path="rng", drops=("dpm2", "dpm2_a", "dpmpp_3m_sde"), whole=True, from_two="never",
     ),
     "comfyui": Manner(
         "ComfyUI", "comfyui", "comfyui", "normal", False, "down to 8", "all", "all", cut=True, path="cpu",
-        drops=("dpm2", "dpm2_a", "unipc"),
+        drops=("dpm2", "dpm2_a", "unipc"), language="comfyui", from_two="from it",
     ),
     "sdcpp": Manner(
-        "stable-diffusion.cpp", "philox", "a1111", "normal", False, "up to 64", "one more", sigma=True
+        "stable-diffusion.cpp", "philox", "a1111", "normal", False, "up to 64", "one more", sigma=True,
+        from_two="from it",
     ),
 }  # fmt: skip
 
@@ -78,8 +83,22 @@ def check(manner: str | None, rng: str | None, sampler: str | None = None) -> No
         raise ValueError(f"there is no manner {shown(manner)}; there are {', '.join(MANNERS)}")
     if rng not in (None, *NOISES):
         raise ValueError(f"there is no rng {shown(rng)}; there are {', '.join(NOISES)}")
-    if manner is not None and sampler in SAMPLERS and names_here(manner, str(sampler), None)[0] != sampler:
-        raise ValueError(f"{sampler} is another sampler in {MANNERS[manner].title}; take dpmpp_2m_sde")
+    if manner is not None and sampler in SAMPLERS:
+        there, _ = names_here(manner, str(sampler), None)
+        if there != sampler:
+            same = {"dpmpp_sde": "dpmpp_2m_sde"}.get(str(sampler), there)
+            raise ValueError(f"{sampler} is another sampler in {MANNERS[manner].title}; take {same}")
+
+
+def left_out(clip_skip: int, config: ModelConfig, manner: Manner) -> int:
+    """The layers of the text encoder that are left out where a program is told `clip_skip` + 1.
+
+    Stable Diffusion 2 and XL leave out the last layer anyway. There, A1111 has nothing to say in it, and
+    others count from that layer, which is their 2.
+    """
+    if not (isinstance(config, SDXLConfig) or config.clip.width == 1024):
+        return clip_skip
+    return {"never": 0, "from it": max(0, clip_skip - 1)}.get(manner.from_two, clip_skip)
 
 
 # Image-to-image: the steps that are left of n for a strength, as (steps in all, steps that are drawn)
@@ -94,7 +113,11 @@ def _one_more(n: int, strength: float) -> tuple[int, int]:
 
 
 def _all(n: int, strength: float) -> tuple[int, int]:
-    return (n if strength > 0.9999 else int(n / strength)), n
+    whole = n if strength > 0.9999 else int(n / strength)
+    if whole > 1000:
+        said = f"for a strength of {strength:g}, {n} steps are the last of {whole}, and 1000 is the most"
+        raise ValueError(f"{said}; take more strength or fewer steps")
+    return whole, n
 
 
 STEPS: dict[str, Callable[[int, float], tuple[int, int]]] = {
@@ -225,7 +248,10 @@ def names_here(manner: str, sampler: str, schedule: str | None) -> tuple[str, st
     """Returns our names for a program's sampler and schedule; other names remain as they are."""
     if schedule is not None:
         column = {"diffusers": 0, "a1111": 1, "comfyui": 2, "sdcpp": 3}[manner]
-        theirs = {row[column].lower(): name for name, row in SCHEDULES_ELSEWHERE.items() if row[column]}
+        theirs: dict[str, str] = {}
+        for name, row in SCHEDULES_ELSEWHERE.items():  # "Normal, Uniform", or "Beta (over σ there)"
+            for title in filter(None, row[column].partition(" (")[0].lower().split(", ")):
+                theirs.setdefault(title, name)
         schedule = theirs.get(schedule.lower(), schedule)
     if manner == "a1111" and sampler not in SAMPLERS:
         with warnings.catch_warnings():
@@ -237,7 +263,7 @@ def names_here(manner: str, sampler: str, schedule: str | None) -> tuple[str, st
 
 def _theirs(manner: str) -> dict[str, str]:
     """Returns our names by a program's, in small letters."""
-    found: dict[str, str] = {}
+    found = {"ddim": "euler"} if manner == "comfyui" else {}  # where it is Euler, by another name
     for name, row in ELSEWHERE.items():
         title = {"diffusers": row.diffusers, "comfyui": row.comfyui, "sdcpp": row.sdcpp}.get(manner, "")
         if manner == "diffusers":  # a class, with what it is given

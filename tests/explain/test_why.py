@@ -37,7 +37,7 @@ def test_every_setting_and_everything_that_programs_do_has_its_place():
     tried = {*why.ALONE, *why.SAMPLING, *why.SECOND_PASS, *why.VARIATION}
     assert tried | {*why.FILES} | {"manner", "rng", "emphasis"} == ABOUT.keys()
     # These take effect in a setting: the sampler's schedule, the size, and the steps of img2img.
-    elsewhere = {"title", "schedule", "automatic", "sides", "img2img", "whole"}
+    elsewhere = {"title", "schedule", "automatic", "sides", "img2img", "whole", "from_two"}
     assert {one.name for one in fields(Manner)} - elsewhere == why.MANNERS.keys()
 
 

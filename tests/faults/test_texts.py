@@ -20,6 +20,7 @@ from reifusion import a1111, album
 from reifusion.model.prompts import warn_of_syntax
 from reifusion.model.samplers import SAMPLERS
 from reifusion.settings import Settings
+from reifusion.steer import hires
 from tests.tiny import WORDS
 
 MANY = int(os.environ.get("REIFUSION_MANY", 1))  # times as many examples: a longer search, by hand
@@ -141,18 +142,66 @@ def test_loras_of_a_foreign_prompt_are_files(tags, loras):
     assert read.lora == loras and read.prompt == ("a cat" if loras else f"a cat {tags}")
 
 
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ("Hires upscale: 2, Hires steps: 10", "not repeated here: Hires steps"),
+        ("Refiner: xl, Refiner switch at: 0.8, Seed resize from: 512x512", "Refiner, Seed resize from"),
+        ('ControlNet 0: "Module: canny, Model: x"', "not repeated here: ControlNet 0"),
+        ("Emphasis: Ignore", "not repeated here: Emphasis"),
+    ],
+)
+def test_facts_that_are_not_repeated_are_told(facts, says):
+    with pytest.warns(UserWarning, match=says):
+        a1111.read(f"a cat\nSteps: 20, {facts}")
+
+
+def test_a_lora_with_a_weight_for_each_network_is_told():
+    with pytest.warns(UserWarning, match=r"of its LoRA 'z', 1 is not repeated"):
+        read, _ = a1111.read("a cat <lora:z:0.5:1>\nSteps: 20")
+    assert read.lora == (("z.safetensors", 0.5),)
+
+
+def test_emphasis_without_its_mean_is_read_and_written():
+    read, _ = a1111.read("a cat\nSteps: 20, Sampler: Euler, Emphasis: No norm")
+    assert read.emphasis == "plain"
+    drawn = replace(read, size=(64, 64), cfg=2.0, seed=1)
+    assert a1111.read(a1111.write(drawn, "m", "h"))[0].emphasis == "plain"
+
+
+@pytest.mark.parametrize("eta", ["0.000000", "inf"])
+def test_the_default_eta_of_stable_diffusion_cpp_is_the_sampler_s(eta):
+    line = (
+        "Skip layers: [7, 8, 9, ], Skip layer start: 0.01, , Eta: {}, Seed: 7, Size: 64x64, Sampler: euler_a"
+    )
+    with pytest.warns(UserWarning, match="not repeated here: Skip layers"):
+        read, _ = a1111.read(f"a cat\nSteps: 20, {line.format(eta)}, Version: stable-diffusion.cpp")
+    assert (read.eta, read.seed, read.size, read.sampler) == (None, 7, (64, 64), "euler_a")
+    read.request()
+
+
+@pytest.mark.parametrize("name", ["DPM++ SDE", "DPM2 a", "DPM++ 2M SDE", "DPM++ 2M", "Euler a"])
+def test_before_schedules_had_names_of_their_own_they_were_even(name):
+    read, _ = a1111.read(f"a cat\nSteps: 20, Sampler: {name}, Version: v1.6.0")
+    assert read.schedule == "normal"
+    assert a1111.read(f"a cat\nSteps: 20, Sampler: {name} Karras")[0].schedule in ("karras", None)
+
+
 def test_the_second_pass_of_a1111_is_read_and_written():
     facts = "Steps: 3, Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: {}"
     read, _ = a1111.read("a cat\n" + facts.format("Latent (nearest-exact)"))
-    assert (read.hires, read.hires_strength, read.hires_by, read.strength) == (1.5, 0.7, "latent", 0.8)
+    assert (read.hires, read.hires_strength, read.strength) == (1.5, 0.7, 0.8)
+    assert read.hires_by == "latent-nearest-exact"
     with pytest.warns(UserWarning, match="the upscaler 'R-ESRGAN 4x' is not built in; it is Lanczos here"):
         assert a1111.read("a cat\n" + facts.format("R-ESRGAN 4x"))[0].hires_by == "lanczos"
     drawn = replace(read, sampler="euler", size=(64, 64), cfg=2.0, seed=1)
-    assert "Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: Latent" in a1111.write(
-        drawn, "m", "h"
-    )
-    again, _ = a1111.read(a1111.write(drawn, "m", "h"))
-    assert (again.hires, again.hires_strength, again.hires_by) == (1.5, 0.7, "latent")
+    said = "Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: Latent (nearest-exact)"
+    assert said in a1111.write(drawn, "m", "h")
+    for by in hires.WAYS:
+        again, _ = a1111.read(a1111.write(replace(drawn, hires_by=by), "m", "h"))
+        assert (again.hires, again.hires_strength, again.hires_by) == (1.5, 0.7, by)
+    sized, _ = a1111.read("a cat\nSteps: 3, Size: 512x768, Denoising strength: 0.6, Hires resize: 1024x1536")
+    assert (sized.hires, sized.hires_strength, sized.hires_by) == (2.0, 0.6, "latent-bilinear")
     assert "Hires" not in a1111.write(replace(drawn, init_image="x.png"), "m", "h")
 
 

@@ -13,12 +13,13 @@ from PIL import Image
 
 from reifusion import a1111
 from reifusion.families import adapted
+from reifusion.model.config import SD15
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.settings import ABOUT, Settings, parsed
 from reifusion.steer import manners
-from reifusion.steer.manners import MANNERS, Manner
+from reifusion.steer.manners import MANNERS, Manner, left_out
 from reifusion.steer.noises import NOISES, Philox
-from tests import tiny_sd3
+from tests import tiny_sd3, tiny_sdxl
 from tests.tiny import SMALL, WORDS, networks
 
 USUAL: dict[str, Any] = {"steps": 3, "cfg": 2.0, "seed": 5, "size": (32, 24)}
@@ -157,6 +158,13 @@ def test_schedules_are_the_programs_own_where_none_is_asked_for():
         ("diffusers", "EulerAncestralDiscreteScheduler", None, ("euler_a", None)),
         ("diffusers", "DPMSolverMultistepScheduler", None, ("dpmpp_2m", None)),
         ("diffusers", "euler_a", "karras", ("euler_a", "karras")),  # ours
+        ("comfyui", "ddim", "normal", ("euler", "normal")),  # which is Euler there
+        ("a1111", "Euler", "Normal", ("euler", "normal")),
+        ("a1111", "Euler", "Uniform", ("euler", "normal")),
+        ("a1111", "Euler", "Beta", ("euler", "beta")),
+        ("a1111", "Euler", "KL Optimal", ("euler", "kl_optimal")),
+        ("a1111", "Euler", "Align Your Steps", ("euler", "align_your_steps")),
+        ("sdcpp", "euler", "ays", ("euler", "align_your_steps")),
         ("comfyui", "nonesuch", None, ("nonesuch", None)),
     ],
 )
@@ -313,3 +321,22 @@ def test_a_whole_picture_of_a1111_is_the_same_when_it_is_written_as_there(pipe, 
         pixels = ((pipe.models["decoder"](x)[0] + 1) / 2).clamp(0, 1)
     theirs = (255 * pixels.permute(1, 2, 0).numpy()).astype(np.uint8).astype(int)
     assert np.abs(picture - theirs).max() <= 1 and (picture == theirs).mean() > 0.97
+
+
+def test_layers_that_a_program_leaves_out_are_counted_as_there():
+    """Of SD 2 and SDXL, which leave one out anyway: A1111 has nothing to say in it, and others call it 2."""
+    said = {
+        name: [left_out(skip, config, manner) for config in (SD15, tiny_sdxl.TINY) for skip in (0, 1, 2)]
+        for name, manner in (MANNERS | {"": Manner()}).items()
+    }
+    assert said[""] == said["diffusers"] == [0, 1, 2, 0, 1, 2]
+    assert said["a1111"] == [0, 1, 2, 0, 0, 0] and said["comfyui"] == said["sdcpp"] == [0, 1, 2, 0, 0, 1]
+
+
+def test_steps_that_there_are_not_are_refused_before_a_model_is_loaded(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    asked = Settings("a", init_image=str(tmp_path / "a.png"), steps=30, strength=0.02, manner="comfyui")
+    with pytest.raises(
+        ValueError, match=r"for a strength of 0\.02, 30 steps are the last of 1500, and 1000 is"
+    ):
+        asked.request()
