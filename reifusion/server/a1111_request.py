@@ -39,13 +39,7 @@ WITHOUT: dict[str, tuple[Any, ...]] = {
     "hr_sampler_name": (None, "", "Use same sampler"), "hr_prompt": ("",), "hr_negative_prompt": ("",),
     "initial_noise_multiplier": (None, 1), "include_init_images": (False,),
 }  # fmt: skip
-UPSCALERS: dict[str | None, str] = {
-    **LATENT,
-    "Lanczos": "lanczos",
-    None: "lanczos",
-    "": "lanczos",
-    "None": "lanczos",
-}
+UPSCALERS: dict[Any, str] = {**LATENT, **dict.fromkeys(("Lanczos", None, "", "None"), "lanczos")}
 OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
 
 

@@ -40,8 +40,8 @@ class Philox:
 
     As in AUTOMATIC1111's `rng_philox.py` and stable-diffusion.cpp, element i of call k is a function of the
     seed, k and i. A device does so for as many numbers as it computes at once, its multiprocessors times the
-    threads of each: 36,864 on an RTX 4060, for 768×768 pixels, 196,608 on an RTX 4090, for 1,773×1,773. Beyond,
-    real devices differ among themselves, and from this.
+    threads of each: 36,864 on an RTX 4060, for 768×768 pixels, 196,608 on an RTX 4090, for 1,773×1,773. With
+    more, real devices differ among themselves, and from this.
     """
 
     def __init__(self, seed: int) -> None:

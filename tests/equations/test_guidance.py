@@ -8,7 +8,7 @@ import torch
 from reifusion.model.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import EulerSampler
-from tests.equations.check import ALPHA_BAR, SINGLE, Pair, checks, normal
+from tests.equations.check import ALPHA_BAR, Pair, checks, normal
 from tests.tiny import Bytes, networks
 
 TINY = ModelConfig(
@@ -20,13 +20,13 @@ TINY = ModelConfig(
 )
 
 
-@checks("guidance", SINGLE)  # the network is in float32
+@checks("guidance", 1e-5)  # the network is in float32, and a batch of two rounds otherwise than one
 def guided_noise() -> Pair:
     models = networks(TINY)
     for parameter in models["clip"].parameters():  # fresh embeddings are too similar to tell prompts apart
         parameter.data += 0.2 * torch.randn_like(parameter)
     pipe = StableDiffusion(TINY, Bytes(), models)
-    settings: dict[str, Any] = {"seed": 1, "sampler": "ddim", "steps": 1}
+    settings: dict[str, Any] = {"seed": 1, "sampler": "ddim", "steps": 3}
     ours = next(iter(pipe.denoise("a cat", "a dog", cfg=7.5, **settings))).eps
     cond, uncond = (  # from passes of one prompt each, where nothing can be swapped
         next(iter(pipe.denoise(text, cfg=1.0, **settings))).eps.double().numpy()

@@ -336,7 +336,5 @@ def test_layers_that_a_program_leaves_out_are_counted_as_there():
 def test_steps_that_there_are_not_are_refused_before_a_model_is_loaded(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     asked = Settings("a", init_image=str(tmp_path / "a.png"), steps=30, strength=0.02, manner="comfyui")
-    with pytest.raises(
-        ValueError, match=r"for a strength of 0\.02, 30 steps are the last of 1500, and 1000 is"
-    ):
+    with pytest.raises(ValueError, match=r"strength of 0\.02, 30 steps are the last of 1500, and 1000 is"):
         asked.request()
