@@ -97,7 +97,7 @@ def test_a_statement_of_several_lines_is_shown_whole():
 
 def test_its_error_is_that_of_its_test():
     away, within = error(find("guidance", equations()))
-    assert away <= within < 1e-5
+    assert 0 < away <= within <= 1e-5
 
 
 @pytest.mark.parametrize("what", ["nonsense", "model/ddpm.py", "model/config.py:3", "model/ddpm.py:1"])
