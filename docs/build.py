@@ -343,9 +343,12 @@ def build(names: list[str], out: Path) -> None:
         raise Wrong(f"contents.md has no page {', '.join(sorted(unknown))}")
     texts = {page.name: (DOCS / page.name).read_text(encoding="utf-8") for page in pages}
     wanted = [page for page in pages if not names or page.name in names]
-    if out.exists() and not (out / "assets" / "search.js").is_file() and any(out.iterdir()):
+    mark = out / "assets" / "book.css"  # of all that is written here, the first
+    if out.exists() and not mark.is_file() and (not out.is_dir() or any(out.iterdir())):
         raise Wrong(f"{out} is no book, so it was left as it is; take a new folder")
     shutil.rmtree(out, ignore_errors=True)
+    mark.parent.mkdir(parents=True)
+    shutil.copy(DOCS / "assets" / mark.name, mark)
     for path in DOCS.glob("assets/*"):
         if path.suffix in ASSETS:
             (out / "assets").mkdir(parents=True, exist_ok=True)

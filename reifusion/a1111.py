@@ -36,7 +36,7 @@ LATENT = {
     "Latent (bicubic)": "latent-bicubic", "Latent (bicubic antialiased)": "latent",
     "Latent (nearest)": "latent-nearest", "Latent (nearest-exact)": "latent-nearest-exact",
 }  # fmt: skip
-TITLES_OF_LATENT = {name: title for title, name in LATENT.items()}
+TITLES_OF_LATENT = {name: title for title, name in LATENT.items()} | {"latent-bilinear": "Latent (bilinear)"}
 # Facts that decide a picture, and that are not built in
 LOST = (
     "Refiner", "Seed resize from", "Hires sampler", "Hires prompt", "Tiling", "Face restoration", "Pad conds",
@@ -136,6 +136,7 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
         "Size": ("size", read_size),
         "Denoising strength": ("hires_strength" if twice else "strength", float),
         "Hires upscale": ("hires", float),
+        "Hires resize": ("resized", read_size),
         "Clip skip": ("clip_skip", lambda value: max(0, int(value) - 1)),
         "Eta": ("eta", float),
         "Eta DDIM": ("eta", float),
@@ -154,12 +155,19 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
                 raise ValueError(f"its {title} is {shown(facts[title])}") from None
     negative = "\n".join(lines[begin:last]).removeprefix(NEGATIVE.strip()).strip()
     prompt, values["lora"] = _loras("\n".join(lines[:begin]).strip())
-    if "Hires resize" in facts and "hires" not in values and "size" in values:
-        values["hires"] = read_size(facts["Hires resize"])[0] / values["size"][0]
+    resized, size = values.pop("resized", None), values.get("size")
+    if resized and "hires" not in values and size and all(size):
+        ratios = [to / side for to, side in zip(resized, size) if to]  # 0: the side that follows the other
+        if ratios and max(ratios) - min(ratios) < 0.02 and 1 <= ratios[0] <= 4:
+            values["hires"] = ratios[0]
+        elif ratios:
+            warnings.warn("not repeated here: Hires resize", stacklevel=2)
     if ".cpp" in facts.get("Version", "") and values.get("eta") in (0.0, math.inf):
         del values["eta"]  # its default, old or new: what the sampler has
     if "hires" in values:
         values["hires_by"] = _upscaler(facts.get("Hires upscaler", "Latent"))
+        if facts.get("Hires upscaler") == "Latent" and "reifusion" in facts.get("Version", ""):
+            values["hires_by"] = "latent"  # which is what we wrote for it before there were others
     sampler, schedule = (
         _cpp(facts) if ".cpp" in facts.get("Version", "") else sampler_of(facts, bool(values.get("churn")))
     )
@@ -208,6 +216,8 @@ def _tell(facts: Mapping[str, str], values: dict[str, Any]) -> None:
 
 
 def _upscaler(title: str) -> str:
+    if title == "Latent (bilinear)":  # ours
+        return "latent-bilinear"
     if title in LATENT:
         return LATENT[title]
     if title != "Lanczos":

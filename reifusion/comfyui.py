@@ -101,7 +101,8 @@ def read(text: str) -> tuple[Settings, dict[str, Any], str]:
     if name is not None:
         from . import sampling  # noqa: F401  # adds its samplers
 
-        name, schedule = names_here("comfyui", name, schedule)
+        # Its ddim is Euler's method by another name.
+        name, schedule = names_here("comfyui", "euler" if name == "ddim" else name, schedule)
     cfg, strength = (graph.said(sampler, int | float, one) for one in ("cfg", "denoise"))  # type: ignore[arg-type]
     latents = graph.link(graph.nodes[sampler]["inputs"].get("latent_image")) or sampler
     width, height = (graph.said(latents, int, side) for side in ("width", "height"))

@@ -188,7 +188,8 @@ class Settings:
     )  # fmt: skip
     hires_by: str = _setting(
         "Hires upscaler",
-        "What is enlarged: lanczos (the picture), latent, latent-bilinear, …",
+        "What is enlarged: lanczos (the picture), or latents: latent (bicubic, antialiased), latent-bicubic, "
+        "latent-bilinear, latent-bilinear-antialiased, latent-nearest, latent-nearest-exact.",
         "lanczos",
     )
 

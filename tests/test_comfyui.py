@@ -77,6 +77,13 @@ def test_each_side_keeps_to_itself_through_a_node_that_both_pass():
     assert comfyui.read(json.dumps(graph))[0] == SETTINGS
 
 
+def test_its_ddim_is_euler():
+    graph = json.loads(json.dumps(GRAPH))
+    graph["3"]["inputs"] |= {"sampler_name": "ddim", "scheduler": "normal"}
+    found, _, _ = comfyui.read(json.dumps(graph))
+    assert (found.sampler, found.schedule) == ("euler", "normal")
+
+
 def test_layers_that_are_left_out_and_a_picture_to_begin_with_are_seen():
     graph = json.loads(json.dumps(GRAPH))
     graph["31"] = {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["11", 1]}}

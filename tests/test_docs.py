@@ -112,3 +112,17 @@ def test_formulas_can_be_read_in_a_terminal():
     assert readable(r"\sqrt{\bar\alpha_t}\,x_0 + \frac{a}{b}\;\hat\epsilon") == "√(ᾱ_t) x_0 + (a) / (b) ε̂"
     texts = [readable(latex(equation)) for equation in equations() if equation.chapter]
     assert all(text and not set(text) & set("\\{}") for text in texts)
+
+
+def test_a_folder_that_is_no_book_is_left_alone_and_a_build_that_failed_is_repeated(tmp_path, monkeypatch):
+    from docs import build
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(build.Wrong, match="mine is no book, so it was left as it is"):
+        build.build(["contents.md"], tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    monkeypatch.setattr(build, "render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            build.build(["contents.md"], tmp_path / "site")

@@ -308,6 +308,27 @@ def test_both_sides_are_as_long_as_the_longer(pipe):
     pipe.generate(asked, progress=False)
 
 
+def test_sides_of_many_lengths_do_not_fill_the_memory(pipe):
+    def parts(*chunks: int) -> str:
+        return " AND ".join(" BREAK ".join(["cat"] * many) for many in chunks)
+
+    asked = emphasis.request(pipe, Request(parts(5, 7, 8, 9), "dog", **ASKED), "a1111")
+    assert isinstance(asked.prompt, Tensor) and asked.prompt.shape[2] == 9 * 16
+    odd = emphasis.request(pipe, Request(parts(9), parts(8), **ASKED), "a1111")
+    assert isinstance(odd.prompt, Tensor) and odd.prompt.shape[2] == 9 * 16  # and not 72 chunks
+    assert isinstance(odd.negative, Tensor)
+    assert torch.equal(odd.negative[0, :, -16:], pipe.encode_text([""]))
+
+
+def test_the_shorter_part_of_an_and_goes_on_with_its_last_vector(pipe):
+    """As A1111's `stack_conds` has it."""
+    asked = emphasis.request(pipe, Request("cat AND " + "dog " * 20, "", **ASKED), "a1111")
+    assert isinstance(asked.prompt, Tensor)
+    cat = pipe.encode_text(["cat"])
+    assert torch.equal(asked.prompt[0, :, :16], cat)
+    assert torch.equal(asked.prompt[0, :, 16:32], cat[:, -1:].expand(-1, 16, -1))
+
+
 def test_a_text_that_changes_is_the_first_and_then_the_second(pipe):
     asked = emphasis.request(pipe, Request("[cat:dog:1]", **ASKED), "plain")
     cat, dog = pipe.encode_text(["cat", "dog"])

@@ -97,11 +97,12 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _csv(path: Path, text: str) -> Iterator[Mapping[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[dict[str, Any]] = []
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = list(reader)
+        rows += reader
     except csv.Error as error:
-        raise ValueError(f"{path} is not a table in CSV: {error}") from None
+        raise ValueError(f"{path} is not a table in CSV, behind row {len(rows)}: {error}") from None
     _check_columns(path, reader.fieldnames or ())
     for values in rows:
         if None in values:

@@ -52,6 +52,9 @@ MANNERS: dict[str, tuple[str, Any]] = {
 }
 
 
+COUNTED = {"": "counts", "never": "counts for nothing", "from it": "counts from the usual layer"}
+
+
 @dataclass(frozen=True)
 class Difference:
     """One difference, and what it is worth."""
@@ -217,6 +220,11 @@ def _files(first: Entry, second: Entry) -> list[Difference]:
         ways = [replace(entry.settings, manner=entry.drawn_in()).there().img2img for entry in (first, second)]
         if ways[0] != ways[1]:
             found.append(Difference("steps of img2img", ways[0], ways[1]))
+    if any(entry.settings.clip_skip for entry in (first, second)):
+        theirs = (replace(entry.settings, manner=entry.drawn_in()).there() for entry in (first, second))
+        ways = [COUNTED[manner.from_two] for manner in theirs]
+        if ways[0] != ways[1]:
+            found.append(Difference("clip skip of SD 2 and XL", ways[0], ways[1]))
     return found
 
 

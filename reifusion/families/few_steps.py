@@ -20,7 +20,8 @@ SAMPLERS = {"turbo": "euler_a", "lightning": "euler", "hyper": "ddim"}
 # The kind stands beside the model's name, its version or the number of steps: "Hyper-SD15", "sd_xl_turbo",
 # "v21TurboDPMSDE", "photo2Lightning"; not in "hyperrealism" or "blue_lightning".
 NAMED = re.compile(
-    r"hyper[ _-]?sd|(?:sd|xl|large|medium|\d)[ _.-]*(?:turbo|lightning)"
+    r"hyper[ _-]?sd|(?:sd|xl|large|medium|1b|\d)[ _.-]*(?:turbo|lightning)"
+    r"|(?:xl|\d)[ _.-]*hyper(?![a-z])|\dhypervae|[ _.-]hyper(?:\.\w+)?$"
     r"|(?:turbo|lightning|hyper)[ _.-]*\d+[ _-]?step|\d+[ _-]?steps?[ _.-]*(?:turbo|lightning|hyper)",
     re.IGNORECASE,
 )

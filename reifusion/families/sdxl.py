@@ -8,7 +8,7 @@ are in `pooled_text.py`, the U-Net in `sdxl_unet.py`, and what the files are lik
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -162,6 +162,8 @@ class StableDiffusionXL(StableDiffusion):
             for index in range(first, len(timesteps)):
                 step = replace(steps.send(latents), index=index, total=len(timesteps))
                 latents = yield step
+            with suppress(StopIteration):
+                steps.send(latents)  # to its end, where the last steps are judged
 
     @property
     def _config(self) -> SDXLConfig:

@@ -123,7 +123,7 @@ def _as_image(picture: Picture) -> Image.Image:
     if 0 in picture.size:
         raise ValueError(f"a picture of {picture.width}×{picture.height} has no pixels")
     try:
-        picture = ImageOps.exif_transpose(picture)  # cameras write sideways and say so
+        picture = upright(picture)
         if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
             picture = _grey(picture, np.asarray(picture).clip(0, 65535) / 257)
         if picture.mode == "F":  # some programs write 0 to 1, others 0 to 255
@@ -134,6 +134,15 @@ def _as_image(picture: Picture) -> Image.Image:
         return picture
     except Exception as error:  # of Pillow: a picture that was opened but not read can still be broken
         raise ValueError(f"the picture cannot be read: {error}") from error
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF turns it, as cameras write sideways; as it lies, where that cannot be read."""
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow raises anything from SyntaxError to struct.error for EXIF that is broken
+        return picture
 
 
 def _grey(picture: Image.Image, levels: np.ndarray) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import tempfile
 from collections.abc import AsyncIterator
@@ -159,14 +160,15 @@ class Server(uvicorn.Server):
 
 def run(config: Config) -> None:
     """Serves until the process is told to stop. Raises ValueError for a model that cannot be loaded, and for
-    a port that cannot be had.
+    a host or port that cannot be had.
     """
     config.usual.config()
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
+        family, *_ = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         where, why = f"{config.host}:{config.port}", str(error.strerror).partition(" (")[0]
-        raise ValueError(f"cannot listen on {where}: {why}; try another --port") from None
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ValueError(f"cannot listen on {where}: {why}; try another {other}") from None
     write_to_stderr()
     Server(config).run(sockets=[listener])

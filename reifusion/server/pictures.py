@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .. import a1111, album
 from ..album import Entry
-from ..model.pictures import is_transparent
+from ..model.pictures import is_transparent, upright
 from .catalog import Catalog
 from .errors import Refusal
 
@@ -29,13 +29,13 @@ def of_bytes(data: bytes, param: str, most: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
-            upright = ImageOps.exif_transpose(picture) if width * height <= most else None
+            found = upright(picture) if width * height <= most else None
     except Exception:  # Pillow raises anything from OSError to SyntaxError for broken files
         wrong = f"{param} is no picture that can be read; PNG, JPEG and WebP can"
         raise Refusal(400, wrong, param, "invalid_image_file") from None
-    if upright is None:
+    if found is None:
         raise Refusal(400, f"{param} has {width}×{height} pixels; the most are {most:,}", param)
-    return upright
+    return found
 
 
 def of_text(text: Any, param: str, most: int) -> Image.Image:

@@ -172,13 +172,17 @@ def suits(pipe: StableDiffusion) -> bool:
     return type(pipe).vectors in [kind.vectors for kind in known]
 
 
+REPEATS = 6  # of the longer side: more would fill the memory
+
+
 def request(
     pipe: StableDiffusion, asked: Request, rule: str, before: int = 0, language: str = "a1111"
 ) -> Request:
     """A request for one picture, with vectors in the place of its texts.
 
     Both sides get the same length: the chunks of each are repeated, which attention does not notice, or, for
-    compel's rule and for joint attention, the shorter one is filled up with the chunk of an empty text.
+    compel's rule, for joint attention and where that would be long, the shorter one is filled up with the
+    chunk of an empty text.
     before: the turns of a first pass, see `schedule`. language: of the texts, one of LANGUAGES. Raises
     ValueError for a rule that does not exist, a weight that is no number, and models of other families.
     """
@@ -208,20 +212,24 @@ def request(
     if rule in ("a1111", "plain") and asked.negatives[0] == "" and getattr(pipe.config, "zeros", False):
         # SDXL's base learned without words by zeros; ComfyUI and compel read the empty text all the same
         sides[-1] = [torch.zeros_like(one) for one in sides[-1]]
-    lengths = {one.shape[1] for side in sides for one in side}
     blank = encode(pipe, "", rule, asked.clip_skip)
     chunk = pipe.config.clip.context_length
     behind = blank.shape[1] - chunk  # rows behind the words
-    common = math.lcm(*(length - behind for length in lengths))
+    if rule in ("a1111", "plain"):
+        sides[:-1] = [list(side) for side in zip(*(_stretched(turn, behind) for turn in zip(*sides[:-1])))]
 
-    def whole(side: list[Tensor]) -> Tensor:
-        """(turns, 1, S, C)"""
-        if rule == "compel" or isinstance(pipe, StableDiffusion3):
-            return torch.stack([_filled(one, blank, max(lengths), chunk) for one in side])
+    def whole(side: list[Tensor], *others: Tensor) -> Tensor:
+        """(turns, 1, S, C), of a length that the others can have too"""
+        lengths = {one.shape[1] - behind for one in (*side, *others)}
+        common = math.lcm(*lengths)
+        if rule == "compel" or isinstance(pipe, StableDiffusion3) or common > REPEATS * max(lengths):
+            return torch.stack([_filled(one, blank, max(lengths) + behind, chunk) for one in side])
         return torch.stack([_repeated(one, common, behind) for one in side])
 
-    first, *others = (whole(side) for side in sides[:-1])
-    negative = None if asked.cfg == 1 else whole(sides[-1])
+    against = [] if asked.cfg == 1 else sides[-1]
+    first = whole(sides[0], *against)
+    others = [whole(side) for side in sides[1:-1]]
+    negative = whole(against, *sides[0]) if against else None
     guide = asked.guide
     if others or parts[0][1] != 1:
         guide = _all_of(parts, [first, *others], asked)
@@ -233,6 +241,15 @@ def _filled(z: Tensor, blank: Tensor, length: int, chunk: int) -> Tensor:
     words = z.shape[1] - (blank.shape[1] - chunk)
     missing = (length - z.shape[1]) // chunk
     return torch.cat([z[:, :words], *[blank[:, :chunk]] * missing, z[:, words:]], dim=1)
+
+
+def _stretched(turn: Sequence[Tensor], behind: int) -> list[Tensor]:
+    """The parts of an AND in one turn, each (1, S, C), in one length: A1111 repeats the last vector."""
+    longest, found = max(z.shape[1] for z in turn), []
+    for z in turn:
+        words, rest = z.split([z.shape[1] - behind, behind], dim=1)
+        found.append(torch.cat([words, words[:, -1:].expand(-1, longest - z.shape[1], -1), rest], dim=1))
+    return found
 
 
 def _repeated(z: Tensor, length: int, behind: int) -> Tensor:

@@ -83,11 +83,8 @@ def check(manner: str | None, rng: str | None, sampler: str | None = None) -> No
         raise ValueError(f"there is no manner {shown(manner)}; there are {', '.join(MANNERS)}")
     if rng not in (None, *NOISES):
         raise ValueError(f"there is no rng {shown(rng)}; there are {', '.join(NOISES)}")
-    if manner is not None and sampler in SAMPLERS:
-        there, _ = names_here(manner, str(sampler), None)
-        if there != sampler:
-            same = {"dpmpp_sde": "dpmpp_2m_sde"}.get(str(sampler), there)
-            raise ValueError(f"{sampler} is another sampler in {MANNERS[manner].title}; take {same}")
+    if manner is not None and sampler in SAMPLERS and names_here(manner, str(sampler), None)[0] != sampler:
+        raise ValueError(f"{sampler} is another sampler in {MANNERS[manner].title}; take dpmpp_2m_sde")
 
 
 def left_out(clip_skip: int, config: ModelConfig, manner: Manner) -> int:
@@ -263,7 +260,7 @@ def names_here(manner: str, sampler: str, schedule: str | None) -> tuple[str, st
 
 def _theirs(manner: str) -> dict[str, str]:
     """Returns our names by a program's, in small letters."""
-    found = {"ddim": "euler"} if manner == "comfyui" else {}  # where it is Euler, by another name
+    found: dict[str, str] = {}
     for name, row in ELSEWHERE.items():
         title = {"diffusers": row.diffusers, "comfyui": row.comfyui, "sdcpp": row.sdcpp}.get(manner, "")
         if manner == "diffusers":  # a class, with what it is given

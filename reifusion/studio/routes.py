@@ -145,9 +145,9 @@ def build(studio: Studio) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def wrong(http: Http, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        said = (
-            f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {shown(first['input'])}"
-        )
+        kind, name, why = first["type"], first["loc"][-1], first["msg"][:1].lower() + first["msg"][1:]
+        said = f"{name}: {why}, not {shown(first['input'])}"
+        said = {"json_invalid": "the body is no valid JSON", "missing": f"{name} is missing"}.get(kind, said)
         return JSONResponse({"note": said, "failed": True, "done": True}, 400)
 
     @app.get("/")

@@ -60,11 +60,12 @@ class Trainings:
 
     def news(self, name: str) -> dict[str, Any]:
         """Returns a run's curves, as lists of (step, loss), its sheets, and the model if it is there."""
-        run, log = self.path(name), self.path(name) / "training.jsonl"
-        written = changed(log)
-        if self._read.get(name, (0.0, {}))[0] != written:  # a log of weeks takes a second to read
-            self._read = {name: (written, _curves(run))}
-        curves = self._read[name][1]
+        run = self.path(name)
+        written = changed(run / "training.jsonl")
+        at, curves = self._read.get(name, (None, {}))
+        if at != written:  # a log of weeks takes a second to read
+            curves = _curves(run)
+            self._read[name] = written, curves
         sheets = [int(sheet.stem.removeprefix("sheet-")) for sheet in sorted(run.glob("sheet-*.png"))]
         return curves | {
             "name": name,

@@ -29,6 +29,7 @@ def listed(folder: Path) -> dict[Path, tuple[str, ...]]:
     found: dict[Path, tuple[str, ...]] = {}
     for file in (folder / name for name in FILES):
         if file.is_file():
+            of_file: dict[Path, tuple[str, ...]] = {}  # some files have a row for each caption of a picture
             for row in _rows(file):
                 name, texts = _cell(row, FILE_COLUMNS), _cell(row, TEXT_COLUMNS)
                 if not isinstance(name, str) or texts is None:
@@ -38,7 +39,8 @@ def listed(folder: Path) -> dict[Path, tuple[str, ...]]:
                     )
                 path, texts = (folder / name).resolve(), texts if isinstance(texts, list) else [texts]
                 own = [" ".join(text.split()) for text in texts if isinstance(text, str)]
-                found[path] = found.get(path, ()) + tuple(filter(None, own))  # some have a row for each
+                of_file[path] = of_file.get(path, ()) + tuple(filter(None, own))
+            found |= of_file
     return found
 
 

@@ -42,9 +42,13 @@ def save_atomically(value: Any, path: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; removes what a killed one left. Raises TrainingError if one runs."""
+    """Keeps other runs out of a folder, where the system has locks; then removes what a killed one left.
+
+    Raises TrainingError if another one runs there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".running", "wb") as file:
+        locked = fcntl is not None
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,8 +57,8 @@ def alone(folder: Path) -> Iterator[None]:
                     f"another run is training in {folder}; wait for its end, or choose another folder"
                 ) from None
             except OSError:  # a file system without locks
-                pass
-        for half in folder.glob(".checkpoint.pt.*"):
+                locked = False
+        for half in folder.glob(".checkpoint.pt.*") if locked else ():
             half.unlink(missing_ok=True)
         yield
 

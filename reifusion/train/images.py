@@ -190,6 +190,7 @@ def open_pictures(
     caption_column: str | None = None,
     caption: str = "",
     cache: Path | None = None,
+    must_split: bool = True,
 ) -> Pictures:
     """Finds the pictures and captions of a source, which may be
 
@@ -204,9 +205,10 @@ def open_pictures(
 
     Columns are recognised by name and type unless they are given. caption: of pictures without one of their
     own; without that either, it is the prompt that a picture was drawn by here. cache: the folder in which
-    `datasets` keeps the data that it has read. One warning counts and names the pictures that cannot be
-    read, which are left out, those without a caption, and captions that are not UTF-8. Raises DataError if
-    there are no pictures, or if there are several candidates for a column.
+    `datasets` keeps the data that it has read. must_split: False where a source without splits is all taken.
+    One warning counts and names the pictures that cannot be read, which are left out, those without a
+    caption, and captions that are not UTF-8. Raises DataError if there are no pictures, or if there are
+    several candidates for a column.
     """
     if str(source) == "shapes":
         from .shapes import shapes
@@ -220,7 +222,7 @@ def open_pictures(
         ) from error
     if not str(source).strip():
         raise DataError("the name of the pictures is empty; give a folder, files, or owner/name")
-    rows, root, files = _load(str(source), split, cache)
+    rows, root, files = _load(str(source), split, cache, must_split)
     image = _image_column(rows, image_column, source)
     texts = _caption_column(rows, caption_column, source)
     keep = [image, *(name for name in (texts, "__key__") if name in rows.column_names)]
@@ -299,12 +301,14 @@ def _prompt(picture: Image.Image) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) and found.strip() else ()
 
 
-def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None, set[Path]]:
+def _load(
+    source: str, split: str, cache: Path | None, must_split: bool
+) -> tuple[Any, Path | None, set[Path]]:
     """Returns the rows of a source and, if each picture is a file, their folder and all pictures in it."""
     given = path = Path(source).expanduser().resolve()
     folder = path.is_dir()
     if folder and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _saved(path, split, source), None, set()
+        return _saved(path, split, source, must_split), None, set()
     if folder:
         path = _split_folder(path, split, source)
         inside = [file for file in path.rglob("*") if not _hidden(file.relative_to(path))]
@@ -347,8 +351,8 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
         except DataError as error:
             damaged = [file.name for file in sorted(ours) if not _whole(file)]
             raise DataError(f"{error} ({some(damaged)})" if damaged else str(error)) from error
-    if split != "train" and path == given:
-        raise DataError(f"{source} has no split {split!r}: it holds no folders of splits alone")
+    if must_split and split != "train" and path == given:
+        raise DataError(f"{source} has no split {split!r}, as it is one folder of pictures; leave split out")
     _check_metadata(files)
     # One pattern for all files: by names, `datasets` would take "a red train.png" for the split to train on.
     options["data_files"] = {split: ["**"] if folder else [glob.escape(str(file)) for file in files]}
@@ -357,7 +361,7 @@ def _load(source: str, split: str, cache: Path | None) -> tuple[Any, Path | None
     return _load_dataset(hint, cache, kind, **options), root, ours | unseen
 
 
-def _saved(folder: Path, split: str, source: str) -> Any:
+def _saved(folder: Path, split: str, source: str, must_split: bool) -> Any:
     """Reads what `save_to_disk` of `datasets` wrote."""
     import datasets
 
@@ -366,8 +370,8 @@ def _saved(folder: Path, split: str, source: str) -> Any:
     except Exception as error:
         raise DataError(f"{source} cannot be read: {_reason(error)}") from error
     if not isinstance(rows, datasets.DatasetDict):
-        if split != "train" and str(rows.split) != split:
-            raise DataError(f"{source} has no split {split!r}; it has {rows.split or 'none'}")
+        if must_split and split != "train" and str(rows.split) != split:
+            raise DataError(f"{source} has no split {split!r}, but {rows.split or 'none'}; leave split out")
         return rows
     if split not in rows:
         raise DataError(f"{source} has no split {split!r}; it has {', '.join(sorted(rows))}")

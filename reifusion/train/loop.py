@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from . import muon
-from .checkpoint import TrainingError, alone, load_checkpoint, save_checkpoint, unchanged
+from .checkpoint import TrainingError, load_checkpoint, save_checkpoint, unchanged
 from .faster import faster
 from .keys import check, key
 from .objective import BatchPart, Objective, rng, seed_layers
@@ -255,7 +255,7 @@ def train(
     main = accelerator.is_main_process
     total = config.steps if config.minutes is None else None
     seen = Progress(folder, start, total, config.log_every) if main else nullcontext()
-    with alone(folder) if main else nullcontext(), seen as progress, stop_asked() as stop:
+    with seen as progress, stop_asked() as stop:
         while (done := _agreed(clock.done(step), accelerator, config)) < 1:
             figures = work.gradients(step, done)
             unread.add(step, figures, {"lr": learning_rate(step, done, config)})

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from .mini.material import Bank
 
 
-def own_pictures(recipe: Recipe, caption: str | None = None) -> Pictures:
+def own_pictures(recipe: Recipe, caption: str | None = None, must_split: bool = True) -> Pictures:
     """Opens the pictures that a recipe names, with their captions as it wants them.
 
-    caption: of pictures without one of their own; None: the recipe's.
+    caption: of pictures without one of their own; None: the recipe's. must_split: see `open_pictures`.
     """
     fallback = getattr(recipe.training, "caption", "") if caption is None else caption
     pictures = open_pictures(
@@ -35,6 +35,7 @@ def own_pictures(recipe: Recipe, caption: str | None = None) -> Pictures:
         image_column=recipe.image_column or None,
         caption_column=recipe.caption_column or None,
         caption=fallback,
+        must_split=must_split,
     )
     if caption is None and fallback and all(item.captions != (fallback,) for item in pictures.items):
         warnings.warn(
@@ -49,12 +50,13 @@ def own_pictures(recipe: Recipe, caption: str | None = None) -> Pictures:
 
 def held_out_pictures(recipe: Recipe) -> Pictures:
     """Opens the `validation_data` of a recipe, with captions as those that are learned have them."""
-    return own_pictures(replace(recipe, data=recipe.validation_data), getattr(recipe.training, "caption", ""))
+    caption = getattr(recipe.training, "caption", "")
+    return own_pictures(replace(recipe, data=recipe.validation_data), caption, must_split=False)
 
 
 def regularising_pictures(recipe: Recipe) -> Pictures:
     """Opens the pictures of what must not change: the word before the captions is not theirs."""
-    return own_pictures(replace(recipe, data=recipe.regularisation, trigger=""), "")
+    return own_pictures(replace(recipe, data=recipe.regularisation, trigger=""), "", must_split=False)
 
 
 def random_pixels(recipe: Recipe, pictures: Pictures | None = None) -> PixelBatch:
@@ -95,7 +97,8 @@ def captioned_latents(
             tokenizer = tokenizer or vocabulary(source.captions, config, folder)
             device, clock = processes().device, recipe.training.loop.minutes
             counted, first = folder / "scenes.txt", processes().is_main_process
-            decided = counted.exists() and (not first or (folder / "checkpoint.pt").exists())
+            resumes = (folder / "checkpoint.pt").exists() and not recipe.training.loop.allow_changes
+            decided = counted.exists() and (not first or resumes)
             if decided:  # a run that resumes, or another process of it, has the scenes of before
                 source, clock = source.first(int(counted.read_text())), None
             means = material.encode(

@@ -81,11 +81,6 @@ def _unused(recipe: Recipe, config: ModelConfig) -> None:
         if reason and is_set(name):
             raise RecipeError(f"{name} is set but would not be used: {reason}")
     training = recipe.training
-    if getattr(training, "timestep_power", None) == 1 and is_set("even_from", training):
-        raise RecipeError(
-            "even_from is set but would not be used: with timestep_power=1, all timesteps are equally"
-            " frequent from the start"
-        )
     if flow and hasattr(training, "max_snr") and training.max_snr is not None and is_set("max_snr", training):
         raise RecipeError("max_snr is set but would not be used: rectified flow has no signal-to-noise ratio")
 

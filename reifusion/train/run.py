@@ -20,7 +20,7 @@ from ..model.pipeline import StableDiffusion
 from ..model.tokenizer import Tokenizer
 from ..weights import info, load, read_back, save
 from . import ready
-from .checkpoint import digest, unchanged
+from .checkpoint import alone, digest, unchanged
 from .control import train_control
 from .images import Pictures, some
 from .inversion import train_inversion, with_word
@@ -52,7 +52,7 @@ def run(recipe: Recipe) -> Path:
     """Follows a recipe to its end; returns the file of the trained model.
 
     Raises RecipeError or ModelError if the recipe cannot be followed, and DataError or TrainingError if
-    something fails on the way.
+    something fails on the way, or if another run is in its folder.
     """
     config = model_config(recipe)
     ready.check(recipe, config)
@@ -65,7 +65,7 @@ def run(recipe: Recipe) -> Path:
         "inversion": run_inversion,
         "control": run_control,
     }
-    with told_elsewhere(recipe):
+    with alone(Path(recipe.folder)) if processes().is_main_process else nullcontext(), told_elsewhere(recipe):
         return ways[recipe.train](recipe, config)
 
 

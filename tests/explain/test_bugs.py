@@ -62,7 +62,7 @@ CAUGHT = {
     "linear-betas": lambda pipe: samplers.test_schedule_is_stable_diffusions(),
     "noise-reused": lambda pipe: samplers.test_each_step_draws_noise_of_its_own("euler_a"),
     "wrong-prediction-type": _knows_the_picture,
-    "guidance-swapped": (pipelines.test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond),
+    "guidance-swapped": pipelines.test_guidance_goes_from_the_negative_prompt_to_the_prompt_and_beyond,
 }
 
 

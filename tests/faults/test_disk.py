@@ -179,6 +179,7 @@ def killed_while_it_writes(size: int, *arguments: str) -> int:
         try:
             torch.set_num_threads(1)  # a fork has none of the parent's other threads
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            sys.dont_write_bytecode = True  # only the model's file is to reach the limit
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

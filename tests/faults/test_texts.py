@@ -149,6 +149,8 @@ def test_loras_of_a_foreign_prompt_are_files(tags, loras):
         ("Refiner: xl, Refiner switch at: 0.8, Seed resize from: 512x512", "Refiner, Seed resize from"),
         ('ControlNet 0: "Module: canny, Model: x"', "not repeated here: ControlNet 0"),
         ("Emphasis: Ignore", "not repeated here: Emphasis"),
+        ("Size: 512x512, Hires resize: 1024x1536", "not repeated here: Hires resize"),
+        ("Size: 512x512, Hires resize: 384x384", "not repeated here: Hires resize"),
     ],
 )
 def test_facts_that_are_not_repeated_are_told(facts, says):
@@ -202,6 +204,12 @@ def test_the_second_pass_of_a1111_is_read_and_written():
         assert (again.hires, again.hires_strength, again.hires_by) == (1.5, 0.7, by)
     sized, _ = a1111.read("a cat\nSteps: 3, Size: 512x768, Denoising strength: 0.6, Hires resize: 1024x1536")
     assert (sized.hires, sized.hires_strength, sized.hires_by) == (2.0, 0.6, "latent-bilinear")
+    half, _ = a1111.read("a cat\nSteps: 3, Size: 512x768, Hires resize: 0x1152, Version: v1.9")
+    assert half.hires == 1.5  # one side was asked for
+    ours, _ = a1111.read("a\nSteps: 3, Hires upscale: 2, Hires upscaler: Latent, Version: reifusion 0.0")
+    assert ours.hires_by == "latent"  # there was no other
+    for odd in "Size: 0x0, Hires resize: 9x9", "Size: 64x64, Hires resize: 0x0":
+        assert a1111.read(f"a cat\nSteps: 3, {odd}")[0].hires == 1
     assert "Hires" not in a1111.write(replace(drawn, init_image="x.png"), "m", "h")
 
 

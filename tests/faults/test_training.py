@@ -13,7 +13,7 @@ from reifusion.families.sdxl_unet import SDXLUNetConfig
 from reifusion.model.config import MINI, CLIPConfig, UNetConfig, VAEConfig
 from reifusion.train import recipe, run, sizes, watch
 from reifusion.train.__main__ import main
-from reifusion.train.checkpoint import TrainingError
+from reifusion.train.checkpoint import TrainingError, alone
 from reifusion.train.keys import RecipeError
 from reifusion.train.loop import LoopConfig, train
 from reifusion.train.mini import material
@@ -257,6 +257,25 @@ def test_keys_explains_each_key(what, capsys):
 
 
 # Resuming
+
+
+def test_a_folder_has_one_run_at_a_time(here, tmp_path):
+    left = tmp_path / "run" / ".checkpoint.pt.123"  # of a run that was killed while it wrote
+    left.parent.mkdir()
+    left.touch()
+    with alone(tmp_path / "run"):
+        assert not left.exists()
+        with pytest.raises(TrainingError, match=r"another run is training in .*choose another folder"):
+            lora(here, tmp_path / "run")
+    lora(here, tmp_path / "run")
+
+
+def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("reifusion.train.checkpoint.fcntl", None)
+    half = tmp_path / ".checkpoint.pt.123"  # perhaps of a run that is writing it
+    half.touch()
+    with alone(tmp_path):
+        assert half.exists()
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,12 @@ def test_a_sideways_photo_is_turned_upright(orientation):
     assert np.array_equal(np.array(open_picture(sideways)), np.array(upright))
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(suffix, tmp_path):
+    Image.new("RGB", (8, 6), "red").save(tmp_path / f"a.{suffix}", exif=b"garbage")
+    assert open_picture(tmp_path / f"a.{suffix}").size == (8, 6)
+
+
 def test_pixels_are_rounded_to_the_nearest_level():
     levels = torch.tensor([-1.2, -1, -1 + 0.6 / 127.5, -1 + 0.4 / 127.5, 1 - 0.4 / 127.5, 1, 3.0])
     row = np.array(to_picture(levels.expand(3, 1, 7)))[0, :, 0]

@@ -241,12 +241,20 @@ def test_the_refiner_goes_on_where_the_base_has_stopped(base, refiner, schedule,
         drawn.append(noise_of(self, x))
         return drawn[-1]
 
+    ended = 0
+
+    def finish(self: Any) -> None:
+        nonlocal ended
+        ended += 1
+
+    monkeypatch.setattr("reifusion.model.finite.Watch.finish", finish)
     noise_of = EulerAncestralSampler._noise
     monkeypatch.setattr(EulerAncestralSampler, "_noise", kept)
     asked: dict[str, Any] = {"steps": 30, "schedule": schedule, "sampler": "euler_a", "seed": SEED}
     both = [(step.t, step.index, step.total) for step in pipe.denoise("a cat", **asked)]
     ours, drawn[:] = [*drawn], []
     assert both == [(step.t, step.index, step.total) for step in xl(base).denoise("a cat", **asked)]
+    assert ended == 2  # the refiner's last steps are judged, and so are those of the base drawn alone
     assert all(map(torch.equal, ours[:20], drawn))
     assert len({noise.sum().item() for noise in ours}) == len(ours)
 
@@ -711,13 +719,20 @@ def test_the_name_of_a_file_tells_of_few_steps(base, name, sampler, steps, cfg, 
         ("juggernautXL_v9Rdphoto2Lightning", "euler"),
         ("Hyper-SD15-4steps-lora", "ddim"),
         ("4step_lightning", "euler"),
+        ("realisticVisionV60B1_v51HyperVAE", "ddim"),
+        ("Juggernaut_X_RunDiffusion_Hyper", "ddim"),
+        ("juggernautXL_v10Hyper", "ddim"),
+        ("epicrealism_hyper.safetensors", "ddim"),
+        ("SSD-1B-turbo", "euler_a"),
+        ("v3_hyperdetailed", None),
+        ("xl_hyperrealism", None),
         ("turboDetail-lora", None),
         ("blue_lightning_effect_v2", None),
         ("HyperRealistic", None),
         ("hyperdetailed_xl", None),
     ],
 )
-def test_other_uses_of_these_words_are_none(name, sampler):
+def test_the_words_count_where_they_tell_of_the_model(name, sampler):
     found = few_steps.by_name(SD15, name)
     assert found.sampler == (sampler or SD15.sampler) and (found.steps < 10) == bool(sampler)
 

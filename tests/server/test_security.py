@@ -161,6 +161,13 @@ def test_a_port_that_is_taken_is_one_sentence(capsys, models):
     assert capsys.readouterr().err == said
 
 
+def test_a_host_that_is_not_here_is_one_sentence(capsys, models, monkeypatch):
+    monkeypatch.setenv("REIFUSION_TOKEN", "x" * 32)
+    assert cli.main(["serve", "--model", str(models / "tiny.safetensors"), "--host", "192.0.2.1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("reifusion: cannot listen on 192.0.2.1:") and said.endswith("try another --host\n")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

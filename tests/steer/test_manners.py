@@ -15,7 +15,7 @@ from reifusion import a1111
 from reifusion.families import adapted
 from reifusion.model.config import SD15
 from reifusion.model.pipeline import StableDiffusion
-from reifusion.settings import ABOUT, Settings, parsed
+from reifusion.settings import ABOUT, Settings, from_carried, parsed
 from reifusion.steer import manners
 from reifusion.steer.manners import MANNERS, Manner, left_out
 from reifusion.steer.noises import NOISES, Philox
@@ -158,7 +158,6 @@ def test_schedules_are_the_programs_own_where_none_is_asked_for():
         ("diffusers", "EulerAncestralDiscreteScheduler", None, ("euler_a", None)),
         ("diffusers", "DPMSolverMultistepScheduler", None, ("dpmpp_2m", None)),
         ("diffusers", "euler_a", "karras", ("euler_a", "karras")),  # ours
-        ("comfyui", "ddim", "normal", ("euler", "normal")),  # which is Euler there
         ("a1111", "Euler", "Normal", ("euler", "normal")),
         ("a1111", "Euler", "Uniform", ("euler", "normal")),
         ("a1111", "Euler", "Beta", ("euler", "beta")),
@@ -321,6 +320,13 @@ def test_a_whole_picture_of_a1111_is_the_same_when_it_is_written_as_there(pipe, 
         pixels = ((pipe.models["decoder"](x)[0] + 1) / 2).clamp(0, 1)
     theirs = (255 * pixels.permute(1, 2, 0).numpy()).astype(np.uint8).astype(int)
     assert np.abs(picture - theirs).max() <= 1 and (picture == theirs).mean() > 0.97
+
+
+def test_a_picture_that_was_drawn_by_our_name_is_drawn_by_it_again():
+    carried = {"manner": "comfyui", "sampler": "ddim", "prompt": "a cat"}
+    assert from_carried(carried).request().sampler == "ddim"
+    with pytest.raises(ValueError, match="dpmpp_sde is another sampler in ComfyUI; take dpmpp_2m_sde"):
+        from_carried(carried | {"sampler": "dpmpp_sde"}).request()
 
 
 def test_layers_that_a_program_leaves_out_are_counted_as_there():

@@ -120,6 +120,15 @@ def test_what_an_address_lacks_is_one_sentence(page):
         )
 
 
+def test_a_body_that_is_none_is_one_sentence(page):
+    def note(body: str) -> str:
+        kind = {"Content-Type": "application/json"}
+        return page.post("/api/notes", content=body, headers=kind).json()["note"]
+
+    said = [note(body) for body in ("{", '{"prompt": "a"}')]
+    assert said == ["the body is no valid JSON", "model is missing"]
+
+
 def test_notes_load_no_model(page, model, monkeypatch):
     monkeypatch.setattr("reifusion.in_memory.Models.pipe", lambda *_: pytest.fail("a model was loaded"))
     other = {"model": str(model) + "-other", "prompt": "a cat " * 90}

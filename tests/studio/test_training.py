@@ -74,6 +74,9 @@ def test_a_log_is_read_again_only_when_it_was_written(runs, monkeypatch):
     os.utime(log, (2e9, 2e9))
     assert client.get("/api/training/run", params={"name": name}).json()["steps"] == 10_000 > first["steps"]
     assert len(read) == 2
+    log.unlink()  # while somebody looks at it
+    answer = client.get("/api/training/run", params={"name": name})
+    assert answer.status_code == 400 and "there is no run" in answer.json()["note"]
 
 
 def test_a_run_that_has_only_begun_is_told(runs):

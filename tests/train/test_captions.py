@@ -70,12 +70,18 @@ def test_a_file_of_captions_that_is_not_understood_is_named(folder, name, text, 
 
 
 def test_rows_with_other_captions_of_a_picture_add_to_it(tmp_path):
-    (tmp_path / "captions.csv").write_text('file,caption\na.png,a ball\na.png,"a red\nball"\nb.png,\n')
+    (tmp_path / "captions.csv").write_text('file,caption\na.png,a ball\na.png,"a red\nball"\n')
     (tmp_path / "captions.jsonl").write_text('{"file": "b.png", "text": ["a\u2028cube", null]}\n', "utf-8")
     assert listed(tmp_path) == {
         (tmp_path / "a.png").resolve(): ("a ball", "a red ball"),
         (tmp_path / "b.png").resolve(): ("a cube",),
     }
+
+
+def test_of_two_files_of_captions_the_later_kind_counts(tmp_path):
+    (tmp_path / "captions.json").write_text('{"a.png": "as exported"}')
+    (tmp_path / "captions.csv").write_text("file,caption\na.png,as corrected\n")
+    assert listed(tmp_path) == {(tmp_path / "a.png").resolve(): ("as corrected",)}
 
 
 def test_captions_of_files_that_are_missing_are_named(folder):
@@ -132,6 +138,7 @@ def test_words_before_a_caption_stay_before_it():
 
 
 def test_several_parts_of_a_long_picture_are_learned(folder, tmp_path):
+    torch.manual_seed(0)
     encoder = cast(Encoder, networks(SMALL)["encoder"])
     steps = Image.new("RGB", (256, 64))
     for x in range(256):

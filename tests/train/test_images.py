@@ -127,6 +127,8 @@ def test_a_split_that_does_not_exist_is_no_other_one(tmp_path: Path) -> None:
     )
     saved.save_to_disk(str(tmp_path / "saved"))
     assert len(open_pictures(tmp_path / "saved")) == 1
+    for source in plain, tmp_path / "saved":  # beside the data that the split is of
+        assert len(open_pictures(source, split="test", must_split=False)) == 1
     with pytest.raises(DataError, match="has no split 'test'"):
         open_pictures(tmp_path / "saved", split="test")
 

@@ -222,22 +222,6 @@ def test_where_figures_are_rarely_read_a_stop_is_heard_at_once(tmp_path, monkeyp
     assert checkpoint(tmp_path)["step"] == 3
 
 
-def test_a_folder_has_one_run_at_a_time(tmp_path):
-    left = tmp_path / ".checkpoint.pt.123"  # of a run that was killed while it wrote
-    left.touch()
-
-    def second(step, _):
-        assert not left.exists()
-        with pytest.raises(TrainingError, match=r"another run is training in .*choose another folder"):
-            train(Net(), pictures_objective, LoopConfig(steps=20), tmp_path)
-
-    short = LoopConfig(steps=2)
-    train(Net(), pictures_objective, short, tmp_path, keep=second)
-    assert checkpoint(tmp_path)["step"] == 2
-    train(Net(), pictures_objective, LoopConfig(steps=3), tmp_path)  # and afterwards the next
-    assert checkpoint(tmp_path)["step"] == 3
-
-
 def test_the_first_checkpoint_comes_soon_and_the_others_in_their_time(tmp_path, monkeypatch):
     now = [0.0]
 

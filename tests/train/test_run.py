@@ -157,6 +157,11 @@ def test_a_run_that_resumes_has_the_scenes_of_before(tmp_path, monkeypatch):
     assert count() == 7
     (tmp_path / "checkpoint.pt").unlink()  # to train anew
     assert count() == 20
+    (tmp_path / "checkpoint.pt").touch()
+    given = ["vae=mini", "minutes=3", f"folder={tmp_path}", "allow_changes=true"]
+    recipe = recipes.read("text2image", None, given)
+    time_for.append(9)
+    assert count() == 9
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf"])

@@ -54,8 +54,9 @@ export function write(settings) {
     if (input.type === "checkbox") input.checked = value === true;
     else if (input.tagName === "TEXTAREA") input.value = (value ?? []).join("\n");
     else if (input.id === "strength") {  // a slider rounds to its steps
-      Object.assign(input, {min: 0, step: "any"});
-      input.value = value ?? 0.8;
+      const number = Number(value ?? 0.8), fits = Math.abs(20 * number - Math.round(20 * number)) < 1e-9;
+      Object.assign(input, {min: Math.min(0.05, number), step: fits ? 0.05 : "any"});
+      input.value = number;
     } else if (input.tagName === "SELECT") {  // of another model, perhaps, with other choices
       if (value && ![...input.options].some(one => one.value === value)) input.append(new Option(value, value));
       input.value = value ?? "";
