@@ -48,6 +48,7 @@ def generate(
     """Draws a picture and says where it is. If --init-image is a folder, one for each picture in it."""
     from .. import album
     from ..film import Film, animated
+    from ..model.tuning import warn_of_little_noise
     from ..settings import pictures_of
     from ..studio.known import never_read
 
@@ -79,6 +80,7 @@ def generate(
             warnings.warn(words[0].lower() + words.rstrip(".")[1:], stacklevel=2)
         for settings in every:
             request = settings.request(num).for_model(config)
+            warn_of_little_noise(pipe.sampler(request), request)
             entry = album.entry(settings, request, pipe)
             if before is not None:
                 album.warn_if_changed(before, entry, [name for name in album.FILES if name not in given])

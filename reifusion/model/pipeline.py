@@ -36,7 +36,7 @@ from .request import Request
 from .samplers import SAMPLERS
 from .step import Step as Step
 from .step import Turn as Turn
-from .tuning import options, warn_of_little_noise
+from .tuning import options
 from .turns import in_each_turn
 
 if TYPE_CHECKING:
@@ -178,8 +178,6 @@ class StableDiffusion:
             sampler.skip(request.start)
         elif request.init_image is not None:
             sampler.set_strength(request.strength)
-        else:
-            warn_of_little_noise(sampler)
         return sampler
 
     def encode_text(self, prompts: Sequence[str], clip_skip: int = 0, *, grad: bool = False) -> Tensor:

@@ -46,10 +46,10 @@ def options(request: Request) -> dict[str, Any]:
     return {name: getattr(request, name) for name in MOST if getattr(request, name) is not None}
 
 
-def warn_of_little_noise(sampler: Sampler) -> None:
+def warn_of_little_noise(sampler: Sampler, request: Request) -> None:
     """Warns if drawing would begin where pictures have little noise, as some samplers do in a single step."""
-    first = sampler.timesteps[0].item()
-    if first < sampler.num_training_steps / 2:
+    first, given = sampler.timesteps[0].item(), request.latents is not None or request.init_image is not None
+    if first < sampler.num_training_steps / 2 and not given:
         warnings.warn(
             f"with so few steps, {sampler.name} begins at timestep {first:g}, where there is little noise,"
             " and the noise it begins with remains; take more steps, or the schedule trailing",

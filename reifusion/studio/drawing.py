@@ -24,6 +24,7 @@ from ..model.ddpm import Sampler
 from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
 from ..model.tensors import ModelError
+from ..model.tuning import warn_of_little_noise
 from ..settings import ABOUT, Settings
 from ..weights import find
 from .heard import heard
@@ -193,6 +194,7 @@ def _draw(
     if large := fitting(request, pipe.config, settings.hires):
         drawing.warnings.append(large)
     drawing.sampler = pipe.sampler(request)
+    warn_of_little_noise(drawing.sampler, request)
     _, signal, noise = signal_and_noise(drawing.sampler)
     drawing.signal, drawing.noise = signal.tolist(), noise.tolist()
     begun, looked, last = time.monotonic(), 0.0, None

@@ -32,6 +32,7 @@ from reifusion.model.pictures import open_picture, to_picture, to_tensor
 from reifusion.model.pipeline import StableDiffusion, Step
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
+from reifusion.model.tuning import warn_of_little_noise
 from tests.tiny import TINY, Bytes, networks
 
 
@@ -424,12 +425,17 @@ def test_what_cannot_be_drawn_is_said_before_anything_is(asked, said):
 
 
 def test_a_single_step_without_noise_to_begin_with_is_told(pipe):
+    def begin(**settings):
+        request = Request("a cat", **{"sampler": "euler", "seed": 0, **settings}).for_model(pipe.config)
+        warn_of_little_noise(pipe.sampler(request), request)
+
     with pytest.warns(UserWarning, match="euler begins at timestep 1, where there is little noise"):
-        pipe.generate("a cat", sampler="euler", steps=1, progress=False)
+        begin(steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe.generate("a cat", sampler="euler", schedule="trailing", steps=1, progress=False)
-        pipe.generate("a cat", sampler="euler", steps=2, progress=False)
+        begin(steps=1, schedule="trailing")
+        begin(steps=2)
+        begin(steps=1, init_image=np.zeros((64, 64, 3), np.uint8))
 
 
 def test_latents_that_are_sent_back_take_the_place_of_the_steps_own(pipe):
