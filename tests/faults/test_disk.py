@@ -190,7 +190,7 @@ def killed_while_it_writes(size: int, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("to", ["native", "diffusers"])
-@pytest.mark.parametrize("size", [1, 2_000, 30_000])
+@pytest.mark.parametrize("size", [1, 30_000])
 def test_a_convert_that_is_killed_while_it_writes_leaves_nothing_of_that_name(model, tmp_path, to, size):
     target = tmp_path / ("new" if to == "diffusers" else "new.safetensors")
     assert killed_while_it_writes(size, "convert", f"--to={to}", model, str(target)) == -signal.SIGXFSZ

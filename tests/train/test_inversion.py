@@ -203,6 +203,7 @@ def test_only_the_word_is_learned(model, pictures, tmp_path):
     assert (run / "checkpoint.pt").stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_a_sheet_that_fails_changes_nothing(model, pictures, tmp_path, monkeypatch):
     line = ["train", "inversion", f"start={model}", f"data={pictures}", "word=zork", "batch=2", "steps=6"]
     line += ["ema=0.5", "checkpoint_minutes=0", "mixed_precision=no", "lr=0.1"]
