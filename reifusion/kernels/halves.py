@@ -18,9 +18,8 @@ class Row(SwitchSequential):
 
     def forward(self, x: Tensor, given: Given) -> Tensor:  # type: ignore[override]
         """x (B, C, H, W) -> (B, C', H', W')"""
-        alone = len(given.time) == 1  # one timestep for all
-        paired = drawing(x) and len(given.context) == len(x) and same_halves(x)
-        if not (paired and (alone or same_halves(given.time))):
+        paired = drawing(x) and same_halves(x) and (len(given.time) == 1 or same_halves(given.time))
+        if not (paired and len(given.context) == len(x)):
             return super().forward(x, given)
         x = x[: len(x) // 2]
         half = given._replace(time=given.time[: max(1, len(given.time) // 2)])

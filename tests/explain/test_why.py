@@ -98,6 +98,7 @@ def test_programs_differ_in_what_no_setting_says(model, tmp_path, capsys):
     assert found.keys() == {
         "where noise comes from",
         "how words are weighted",
+        "whose brackets a prompt has",
         "the first noise times",
         "the noise of SDE samplers",
         "model",
