@@ -121,6 +121,8 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
     upscaler, and leaves it open. Raises ValueError, in one sentence, for a
     text without a line of facts, and for a fact that must be a number and is none.
     """
+    from .steer.manners import K_DIFFUSION
+
     lines = text.strip().split("\n")
     last = max((k for k, line in enumerate(lines) if line.startswith("Steps: ")), default=None)
     if last is None:
@@ -174,9 +176,7 @@ def read(text: str) -> tuple[Settings, dict[str, str]]:
     for option in ("eta", "s_noise", "churn"):
         if getattr(SAMPLERS.get(sampler or ""), option, None) is None:
             values.pop(option, None)  # which other programs write for samplers that do not use it
-    from .steer.manners import K_DIFFUSION
-
-    old = "Schedule type" not in facts and not re.search("reifusion|.cpp", facts.get("Version", ""))
+    old = "Schedule type" not in facts and not re.search(r"reifusion|\.cpp", facts.get("Version", ""))
     if old and schedule is None and sampler in K_DIFFUSION:
         schedule = "normal"  # before version 1.9, what its name did not say
     _tell(facts, values)

@@ -128,14 +128,14 @@ class StableDiffusionXL(StableDiffusion):
         Raises ValueError for a share that leaves the base or the refiner no step.
         """
         request = ask(prompt, negative, **settings).for_model(self.config)
-        begun = request.generators()
-        if self.refiner is not None:  # both models draw from one generator, so that no noise comes twice
-            drawn = dict(zip(request.seeds, request.generators()))
-            request = replace(request, source=cast(Any, drawn.__getitem__))
-        steps = super().denoise(request, grad=grad)
         if self.refiner is None:
-            yield from steps
+            yield from super().denoise(request, grad=grad)
             return
+        begun = request.generators()
+        # Both models draw from one generator, so that no noise comes twice.
+        drawn = dict(zip(request.seeds, request.generators()))
+        request = replace(request, source=cast(Any, drawn.__getitem__))
+        steps = super().denoise(request, grad=grad)
         sampler = self.sampler(request)
         timesteps = sampler.timesteps
         if len(timesteps) != sampler.num_inference_steps - sampler.skipped:

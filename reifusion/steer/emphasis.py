@@ -182,9 +182,9 @@ def request(
 
     Both sides get the same length: the chunks of each are repeated, which attention does not notice, or, for
     compel's rule, for joint attention and where that would be long, the shorter one is filled up with the
-    chunk of an empty text.
-    before: the turns of a first pass, see `schedule`. language: of the texts, one of LANGUAGES. Raises
-    ValueError for a rule that does not exist, a weight that is no number, and models of other families.
+    chunk of an empty text. before: the turns of a first pass, see `schedule`. language: of the texts, one of
+    LANGUAGES. Raises ValueError for a rule that does not exist, a weight that is no number, and models of
+    other families.
     """
     speech = LANGUAGES[language]
     check(rule)
