@@ -187,6 +187,19 @@ def test_a_kill_at_any_moment_leaves_a_manifest_that_the_next_run_mends(model, t
     assert [row["row"] for row in rows] == [0, 1, 2] and rows[2]["seconds"] > 0
 
 
+def test_what_a_killed_process_began_is_removed_when_all_is_drawn(model, tmp_path):
+    table, out = written(tmp_path / "t.txt", "a cat\ndog\n"), tmp_path / "out"
+    line = ["batch", str(table), f"--model={model}", "--steps=1", f"--out={out}"]
+    assert main(line) == 0
+    names = {path.name for path in out.iterdir()}
+    drawn = min(name for name in names if name.endswith(".png"))
+    for name in (f".deadbeef.{drawn}", ".deadbeef.another.png"):
+        (out / name).write_bytes(b"half")
+    (out / drawn).unlink()
+    assert main(line) == 0
+    assert {path.name for path in out.iterdir()} == {*names, ".deadbeef.another.png"}
+
+
 def test_a_prompt_that_is_not_utf_8_does_not_end_the_others(model, tmp_path):
     table, out = (
         written(tmp_path / "t.jsonl", '{"prompt": "a \\ud800"}\n{"prompt": "dog"}\n'),

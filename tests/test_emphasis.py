@@ -229,7 +229,10 @@ def test_comfyuis_brackets_are_comfyuis(text, pieces):
     found = parse_as_comfyui(text)
     assert [words for words, _ in found] == [words for words, _ in pieces]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
-    assert parse_as_comfyui("(" * 9_000 + "x")  # no depth is too deep
+    assert parse_as_comfyui("(" * 9_000 + "x")  # these are letters: nothing closes them
+    assert parse_as_comfyui("(" * 100 + "x" + ")" * 100) == [("x", pytest.approx(1.1**100))]
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        parse_as_comfyui("(" * 9_000 + "x" + ")" * 9_000)
     with pytest.raises(ValueError, match="too large"):
         parse_as_comfyui("(x:inf)")
 

@@ -189,6 +189,14 @@ def _noted(rows: Sequence[Row], out: Path) -> dict[str, dict[str, Any]]:
     return latest
 
 
+def sweep(rows: Sequence[Row], out: Path) -> None:
+    """Removes the beginnings of pictures that a killed process left, when all rows are drawn."""
+    files = {row.file for row in rows}
+    for path in out.glob(".????????.*"):  # a name of `files.scratch`
+        if path.name[len(".????????.") :] in files:
+            path.unlink(missing_ok=True)
+
+
 def write_table(rows: Sequence[Row], out: Path) -> Path | None:
     """Writes the manifest of all rows that are drawn as `manifest.parquet`, if pyarrow is there."""
     try:

@@ -92,6 +92,7 @@ def batch(
                     print(f"reifusion: row {drawn.row.number + 1}: {drawn.error}", file=sys.stderr)
                 else:
                     print(folder / drawn.row.file, file=paths, flush=True)
+        work.sweep(rows, folder)
         work.write_table(rows, folder)
     if failed:
         raise RuntimeError(f"{failed} of {len(left)} pictures could not be drawn; manifest.jsonl says why")

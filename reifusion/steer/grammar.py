@@ -19,6 +19,7 @@ BREAK = "BREAK"
 ROUND, SQUARE = 1.1, 1 / 1.1
 BACK = 20  # tokens: a chunk ends at a comma that is not farther back than this
 LONGEST = 20_000  # letters
+DEEPEST = 100  # brackets in brackets, of which every level is read anew
 
 Piece = tuple[str, float]
 
@@ -89,16 +90,19 @@ def parse_as_comfyui(text: str) -> list[Piece]:
         raise ValueError(f"a prompt of {len(text):,} letters is too long; {LONGEST:,} is the most")
     marked = re.sub("[\0\1]", " ", text).replace("\\)", "\0").replace("\\(", "\1")
     found: list[Piece] = []
-    waiting = [(marked, 1.0, False)]  # a part, its weight, and if it is to be taken as it is
+    # A part, its weight, how deep in brackets it lies, and if it is to be taken as it is
+    waiting = [(marked, 1.0, 0, False)]
     while waiting:
-        part, weight, whole = waiting.pop()
+        part, weight, depth, whole = waiting.pop()
         if whole:
             words = part.replace("\0", ")").replace("\1", "(")
             found.append((words, _finite(weight, words)))
             continue
+        if depth > DEEPEST:
+            raise ValueError(f"brackets in the prompt are nested more than {DEEPEST} deep")
         for group in reversed(_groups(part)):
             if len(group) < 2 or group[0] != "(" or group[-1] != ")":
-                waiting.append((group, weight, True))
+                waiting.append((group, weight, depth, True))
                 continue
             words, _, number = group[1:-1].rpartition(":")
             try:
@@ -106,7 +110,7 @@ def parse_as_comfyui(text: str) -> list[Piece]:
             except ValueError:
                 told = None
             inside = (group[1:-1], weight * ROUND) if told is None else (words, told)
-            waiting.append((*inside, False))
+            waiting.append((*inside, depth + 1, False))
     return found or [("", 1.0)]
 
 
