@@ -177,8 +177,12 @@ def capture(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     graph = torch.cuda.CUDAGraph()
     pool = next((other.pool() for other in _GRAPHS), None)
     stream = _stream(torch.cuda.current_device())
+    # The outer one gives this thread its stream back even if recording fails, which PyTorch's own does not.
     # Other threads may go on: "thread_local".
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+    ):
         outputs = work()
     _GRAPHS.add(graph)
     return outputs, graph.replay

@@ -28,6 +28,7 @@ MINI = {
 WHOLE = {"mini": MINI, "tiny": {"gpu": TINY, "cpu": TINY}}
 # Of the minutes that they are given; what is left is for writing the model and drawing the last sheet.
 SHARES = {"vae": 0.25, "text2image": 0.7}
+ALONE = 0.95  # the share of the second, if the model that it starts from has a VAE already
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,13 +119,17 @@ def _follow(given: argparse.Namespace) -> Any:
         )
     if given.minutes is not None and not 0 < given.minutes < float("inf"):
         raise recipes.RecipeError(f"--minutes must be above 0, not {given.minutes:g}")
+    start = _value("start", given.overrides) if whole else ""
     for what, name in stages:
         if given.keys:
             yield recipes.described(what)
             continue
+        if start and what == "vae":
+            yield f"the VAE is that of {start}"
+            continue
         overrides = given.overrides
         if given.minutes is not None:
-            share = SHARES[what] if whole else 1.0
+            share = (ALONE if start else SHARES[what]) if whole else 1.0
             overrides = [*overrides, f"minutes={share * given.minutes!r}"]
         if whole:
             known = {each: recipes.keys(each) for each, _ in stages}
@@ -135,6 +140,12 @@ def _follow(given: argparse.Namespace) -> Any:
             continue
         with _ahead(given, stages) if what == "vae" else nullcontext():
             yield from _stage(recipe, given)
+
+
+def _value(key: str, overrides: list[str]) -> str:
+    """Returns the last value of a key among overrides; "" if there is none."""
+    pairs = [override.partition("=") for override in overrides]
+    return next((value.strip() for name, _, value in reversed(pairs) if name.strip() == key), "")
 
 
 def _stages(model: str) -> tuple[tuple[str, str], ...]:
@@ -156,8 +167,8 @@ def _of_stage(
     each recipe has a folder of its own in `folder`. known: the keys of each recipe.
     """
     last = what == "text2image"
-    top = next((o.partition("=")[2] for o in overrides if o.startswith("folder=")), "")
-    mine = []
+    top, start = _value("folder", overrides), _value("start", overrides)
+    mine = ["vae="] if last and start else []  # that of the model
     for override in overrides:
         key = override.partition("=")[0].strip()
         unknown = not any(key in keys for keys in known.values())
@@ -172,7 +183,7 @@ def _of_stage(
         "vae": [f"out={vae}"],
         "text2image": [f"vae={vae}", f"out={top}/{names['text2image']}/{kind}.safetensors"],
     }
-    mine = [override for override in mine if not override.startswith("folder=")]
+    mine = [override for override in mine if override.partition("=")[0].strip() != "folder"]
     return [*files[what], *mine, f"folder={top}/{names[what]}"]
 
 

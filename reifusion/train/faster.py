@@ -145,7 +145,9 @@ class RecordedStep:
             except RuntimeError as error:
                 self.failed, self.play_update = True, None
                 self.recordings.clear()
-                _warn(f"steps cannot be recorded here, so they are slower: {_line(error)}")
+                first = error.__context__  # a recording that is broken off ends with an error of its own
+                why = _line(first if isinstance(first, Exception) else error)
+                _warn(f"steps cannot be recorded here, so they are slower: {why}")
                 return None
         recording = self.recordings[kind]
         for its, given in zip(recording.batch, batch, strict=True):

@@ -220,7 +220,7 @@ def train(
         ema,
         draws_on,
     )
-    work = faster(plain, start, clock.done(start)) if config.compile else plain
+    work = faster(plain, start, clock.done(start)) if config.compile and clock.done(start) < 1 else plain
     look_every = config.log_every if waits(accelerator.device) else 1
     health, unread = _Health(config.explode), _Unread()
     saved_at = time.monotonic() - 48 * config.checkpoint_minutes  # so that something is to be seen soon
@@ -427,8 +427,8 @@ class _Unread:
         self.rows: list[Tensor] = []
 
     def add(self, step: int, figures: Mapping[str, Tensor], known: Mapping[str, float]) -> None:
-        self.names = list(figures)
-        self.rows.append(torch.stack([x.float() for x in figures.values()]))
+        self.names = sorted(figures)  # a step that is played back has them in another order
+        self.rows.append(torch.stack([figures[name].float() for name in self.names]))
         self.steps.append((step, dict(known)))
 
     def read(self) -> list[tuple[int, dict[str, float]]]:

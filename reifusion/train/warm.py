@@ -9,13 +9,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from . import recipe as recipes
 from .checks import subject
 from .loop import accumulate_gradients, in_mixed_precision, processes
+
+PATIENCE = 120.0  # seconds
 
 
 def warm(overrides: Sequence[str], name: str) -> None:
@@ -34,13 +36,15 @@ def warm(overrides: Sequence[str], name: str) -> None:
 def warming(overrides: Sequence[str], name: str) -> Iterator[None]:
     """Compiles the step of a recipe in another process while the `with` lasts; then waits until it is done.
 
-    What goes wrong there is of no consequence: the run compiles for itself, or goes on without.
+    But no longer than PATIENCE. What goes wrong there is of no consequence: the run compiles for itself, or
+    goes on without.
     """
     command = [sys.executable, "-m", "reifusion.train.warm", name, *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
     finally:
         process.kill()
         process.wait()

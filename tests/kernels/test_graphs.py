@@ -403,6 +403,48 @@ def test_only_plain_drawing_in_the_usual_stream_of_a_gpu_is_played(monkeypatch):
     assert not graphs.suits(x) and graphs.on_gpu(x)
 
 
+def test_a_recording_that_fails_gives_the_stream_back(monkeypatch):
+    """PyTorch leaves its own `with` by an error, and the stream stays that of the recording."""
+    streams = {"current": "usual"}
+
+    class Stream:
+        def __init__(self, stream: str):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, streams["current"] = streams["current"], self.stream
+
+        def __exit__(self, *_: object) -> None:
+            streams["current"] = self.before
+
+    class Graph:
+        def __init__(self, graph: Any, pool: Any, stream: str, capture_error_mode: str):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            streams["current"] = self.stream
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("an earlier error")
+
+    def fails() -> None:
+        assert streams["current"] == "recorded"
+        raise RuntimeError("a number was read")
+
+    for name, fake in (
+        ("CUDAGraph", object),
+        ("current_device", lambda: 0),
+        ("current_stream", lambda: streams["current"]),
+        ("stream", Stream),
+        ("graph", Graph),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(graphs, "_stream", lambda device: "recorded")
+    with pytest.raises(RuntimeError):
+        graphs.capture(fails)
+    assert streams["current"] == "usual"
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_is_the_network_to_the_bit():
     network = unet().to("cuda", torch.float16, memory_format=torch.channels_last)

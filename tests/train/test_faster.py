@@ -90,6 +90,22 @@ def test_steps_played_back_are_the_steps_as_they_are_written(card, tmp_path, muo
         )
 
 
+def test_figures_of_steps_of_both_kinds_that_are_read_together_keep_their_names(card, tmp_path):
+    config = replace(CONFIG, log_every=4)
+    train(Net(), drawn(), config, tmp_path / "fast")
+    train(Net(), drawn(), replace(config, compile=False), tmp_path / "plain")
+    for one, other in zip(log(tmp_path / "fast"), log(tmp_path / "plain"), strict=True):
+        for figure in ("loss", "mean", "grad_norm", "smoothed"):
+            assert one[figure] == pytest.approx(other[figure], abs=1e-5)
+
+
+def test_for_a_run_that_is_over_nothing_is_compiled(card, tmp_path, monkeypatch):
+    train(Net(), drawn(), CONFIG, tmp_path)
+    monkeypatch.delattr(torch, "compile")
+    with pytest.warns(UserWarning, match="nothing is left to train"):
+        train(Net(), drawn(), CONFIG, tmp_path)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 5])
@@ -206,6 +222,20 @@ def test_steps_that_cannot_be_recorded_are_done_as_they_are_written(card, tmp_pa
     stale.calls = 9  # type: ignore[attr-defined]
     plain = train(Net(), drawn(loss=loss), replace(config, compile=False), tmp_path / "plain")
     compare(slow, plain, 1e-3 if muon else 1e-6)
+
+
+def test_the_warning_has_the_error_that_came_first(card, tmp_path, monkeypatch):
+    """PyTorch ends a recording that was broken off with an error of its own."""
+
+    def broken(work):
+        try:
+            raise RuntimeError("a number was read")
+        finally:
+            raise RuntimeError("an earlier error")
+
+    monkeypatch.setattr(faster, "RecordedStep", partial(faster.RecordedStep.func, record=broken))
+    with pytest.warns(UserWarning, match="so they are slower: a number was read"):
+        train(Net(), drawn(), CONFIG, tmp_path)
 
 
 def test_an_update_that_goes_elsewhere_is_not_used(card, tmp_path, monkeypatch):

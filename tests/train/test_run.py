@@ -131,6 +131,12 @@ def test_train_mini_from_the_drawings_in_the_minutes_that_it_is_given(tmp_path, 
     said = capsys.readouterr()
     assert f"the VAE is already in {tmp_path}/runs/mini-laptop-vae/vae.safetensors" in said.out
     assert "nothing is left to train" in said.err and "minutes are over" in said.err
+    # Trained further from its file, it keeps its VAE.
+    more = [*command, f"start={tmp_path}/my.safetensors", f"out={tmp_path}/more.safetensors"]
+    assert main([*more, f"folder={tmp_path}/more", "steps=2"]) == 0
+    assert f"the VAE is that of {tmp_path}/my.safetensors" in capsys.readouterr().out
+    one, other = load_file(tmp_path / "my.safetensors"), load_file(tmp_path / "more.safetensors")
+    assert halves_that_differ(one, other) == {"clip", "diffusion"}
 
 
 def test_a_run_that_resumes_has_the_scenes_of_before(tmp_path, monkeypatch):

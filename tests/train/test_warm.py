@@ -47,7 +47,7 @@ def test_it_runs_beside_and_is_waited_for(monkeypatch):
         def __init__(self, command, **_):
             events.append(command)
 
-        def wait(self):
+        def wait(self, timeout=None):
             events.append("waited")
 
         def kill(self):
@@ -65,6 +65,20 @@ def test_it_runs_beside_and_is_waited_for(monkeypatch):
     with pytest.raises(KeyboardInterrupt), warm.warming([], "mini"):
         raise KeyboardInterrupt
     assert events[1:] == ["killed", "waited"]  # who stops the training does not wait for a compiler
+
+
+def test_a_compiler_that_hangs_is_not_waited_for_for_ever(monkeypatch):
+    class Process(subprocess.Popen):
+        def __init__(self, command, **more):
+            super().__init__([sys.executable, "-c", "import time; time.sleep(100)"], **more)
+            started.append(self)
+
+    started: list[Process] = []
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(warm, "PATIENCE", 0.1)
+    with warm.warming([], "mini"):
+        pass
+    assert started[0].poll() not in (None, 0)  # it was killed
 
 
 def test_a_process_that_fails_does_no_harm(capfd):
