@@ -64,7 +64,7 @@ class Entry:
 def entry(settings: Settings, request: Request, pipe: StableDiffusion) -> Entry:
     """Returns the entry for a request's first picture. settings: the model, files and shortcuts behind it."""
     dtype = str(pipe.dtype).removeprefix("torch.")
-    settings = replace(settings.filled(request.for_model(pipe.config)), dtype=dtype)
+    settings = replace(settings.filled(settings.completed(request, pipe.config)), dtype=dtype)
     return Entry(settings, _hashes(settings), pipe.config.name)
 
 

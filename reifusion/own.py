@@ -31,7 +31,7 @@ def run_file(path: str | os.PathLike) -> list[str]:
         runpy.run_path(path, run_name="own")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
     taken = [
         (kind, name) for kind, was in before.items() for name in was if tables[kind][name] is not was[name]
@@ -50,7 +50,7 @@ def run_file(path: str | os.PathLike) -> list[str]:
     return found
 
 
-def _place(path: str, error: Exception) -> str:
+def _place(path: str, error: BaseException) -> str:
     """Returns where in the file an error arose."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:

@@ -457,7 +457,7 @@ class Settings:
         from .model.pictures import fit, read_picture
         from .steer import masks
 
-        request = self.request().for_model(config)
+        request = self.completed(self.request(), config)
         mask = cast("Image", request.mask)
         box = masks.region(mask, self.only_masked, cast(Any, request.size))
         return masks.cut(fit(read_picture(hint), *mask.size), box)
@@ -477,7 +477,8 @@ class Settings:
         """
         from .steer import emphasis, hires, manners, masks, outpaint
 
-        manner, request = manner or self.there(), request.for_model(pipe.config)
+        manner = manner or self.there()
+        request = self.completed(request, pipe.config, manner)
         whole, box = request, None
         if manner != manners.Manner() or self.variation or self.ensd:
             request = manners.asked(request, manner, self.variation, self.variation_seed, self.ensd)
@@ -506,6 +507,21 @@ class Settings:
         if self.outpaint is not None:
             picture = outpaint.cut(picture, str(self.init_image), self.outpaint)
         return picture
+
+    def completed(self, request: Request, config: ModelConfig, manner: Manner | None = None) -> Request:
+        """Returns the request with the model's own for what is left open, as the program has that.
+
+        So a picture, which carries it all, is the same when it is drawn again.
+        """
+        from .steer import manners
+
+        manner, request = manner or self.there(), request.for_model(config)
+        size, sampler, schedule = cast(Any, request.size), str(request.sampler), request.schedule
+        if self.size is None:
+            size = manners.rounded(size, manner)
+        if self.sampler is None:
+            sampler, schedule = manners.sampled(sampler, schedule, manner)
+        return replace(request, size=size, sampler=sampler, schedule=schedule)
 
     def config(self) -> ModelConfig:
         """Finds the model's config, with what these settings change in it, long before it is loaded."""

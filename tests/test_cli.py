@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -121,6 +122,19 @@ def test_a_prompt_that_is_not_utf_8_is_drawn(draw, run):
     (path,) = draw("caf\udce9", "--seed", 0)
     assert path.name == "caf-0.png"
     assert run("generate", "--like", path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("encoding", "place"), [("ascii", b"caf?"), ("cp1252", b"caf?"), ("utf-8", b"caf\xe9")]
+)
+def test_what_an_encoding_lacks_is_printed_all_the_same(model, monkeypatch, encoding, place):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["samplers"]) == 0  # which has Greek letters
+    asked = ["--model", model, "--steps", "1", "--seed", "0", "--out", "caf\udce9"]
+    assert cli.main(["generate", "a cat", *asked]) == 0
+    out.flush()
+    assert out.buffer.getvalue().splitlines()[-1] == place + b"/a-cat-0.png"
 
 
 def test_size_sampler_and_the_rest_reach_the_picture(draw):

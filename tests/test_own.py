@@ -113,6 +113,7 @@ def test_a_picture_says_that_its_code_has_changed(file, model, capsys):
         (LATE.replace('"late"', '"ddim"'), "defines a sampler ddim, a name that is taken"),
         ("x = 1\n1 / 0", "late.py, line 2: ZeroDivisionError: division by zero"),
         ("x = (\n", "late.py, line 1: SyntaxError"),
+        ("import sys\nsys.exit(0)", "late.py, line 2: SystemExit: 0"),
         ("import nothing_of_that_name", "line 1: ModuleNotFoundError"),
         (None, "late.py cannot be read: No such file or directory"),
     ],

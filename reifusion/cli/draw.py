@@ -74,7 +74,8 @@ def generate(
     file = album.png_path(out)
     if len(every) > 1 and file is not None:
         raise ValueError(f"--init-image is a folder, so --out must be one too, and not {out}")
-    with writable(file.parent if file else Path(out)):
+    beside = writable(reel.parent) if reel else contextlib.nullcontext()
+    with writable(file.parent if file else Path(out)), beside:
         pipe = settings.pipe(device, compile, idle_device)
         if words := never_read(pipe.config.name, settings.prompt or ""):
             warnings.warn(words[0].lower() + words.rstrip(".")[1:], stacklevel=2)

@@ -38,7 +38,9 @@ def resize(lora: Annotated[str, typer.Argument(metavar="LORA")], out: Out, rank:
     from ..weights import lora_tools
 
     with _new(out):
-        ((found, *_),) = _read([lora])
+        ((found, weight, *blocks),) = _read([lora])
+        if weight != 1 or blocks:
+            raise ValueError("resize takes a LoRA as it is, without a weight; merge writes one with a weight")
         lora_tools.write(lora_tools.resize(found, rank), out)
     print(out)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import os
 import sys
 import traceback
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     wait_briefly()
     _keep_blocks()
+    _print_anything()
     gc.set_threshold(20_000, 50)  # what a start makes, stays: looking for garbage there takes 0.1 s
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("REIFUSION_DEBUG") == "1"
@@ -128,6 +130,13 @@ def _fail(message: str, code: int, debug: bool) -> int:
 def _line(message: object) -> str:
     first, *_ = str(message).strip().splitlines() or ["failed"]
     return cut(first)
+
+
+def _print_anything() -> None:
+    """Lets stdout take letters that its encoding lacks, and names of files that are no UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        utf8 = sys.stdout.encoding.lower() == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "replace")
 
 
 def _keep_blocks() -> None:

@@ -45,7 +45,7 @@ def check(number: int, file: Path) -> tuple[bool, str]:
         raise ExerciseError(f"there is no file {file}; write {exercise.signature} into one")
     try:
         written = runpy.run_path(str(file)).get(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return False, f"{file} does not run: {type(error).__name__}: {error}"
     if not callable(written):
         raise ExerciseError(f"{file} has no function {name}; exercise {number} asks for {exercise.signature}")

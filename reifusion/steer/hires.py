@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..model.ask import ask
 from ..model.asked import Prompt
 from ..model.ddpm import randn
+from ..model.pictures import fit
 from ..model.pipeline import StableDiffusion, Step
 from ..model.request import Request
 
@@ -72,7 +73,8 @@ def generate(
             first = _one(pipe.generate(words(one, 0), progress=progress, callback=callback))
             again = with_picture(pipe, one, first, hires, hires_strength, left)
         turns = 0 if hires == 1 else len(pipe.sampler(one).timesteps)
-        pictures.append(_one(pipe.generate(words(again, turns), progress=progress, callback=callback)))
+        made = _one(pipe.generate(words(again, turns), progress=progress, callback=callback))
+        pictures.append(made if hires == 1 else _with_what_is_kept(one, made))
     return pictures
 
 
@@ -155,6 +157,16 @@ def with_latents(
 
 def _one(pictures: Image.Image | list[Image.Image]) -> Image.Image:
     return pictures[0] if isinstance(pictures, list) else pictures
+
+
+def _with_what_is_kept(request: Request, drawn: Image.Image) -> Image.Image:
+    """The picture with what a mask keeps put back, enlarged, as the second pass knows no mask."""
+    if not (isinstance(request.init_image, Image.Image) and isinstance(request.mask, Image.Image)):
+        return drawn
+    known, redraw = (fit(part, *drawn.size) for part in (request.init_image, request.mask))
+    made = Image.composite(drawn, known, redraw)
+    made.info.update(drawn.info)
+    return made
 
 
 def _plain(request: Request) -> Request:

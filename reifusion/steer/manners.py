@@ -182,7 +182,7 @@ def begun(pipe: StableDiffusion, request: Request, manner: Manner) -> Request:
     if sampler.prediction_type == "flow":
         return request
     if manner.path and sampler.name in brownian.SAMPLERS:
-        all_steps = replace(request, init_image=None, mask=None, latents=None)
+        all_steps = replace(request, init_image=None, mask=None, latents=None, start=0)
         whole = pipe.sampler(all_steps) if manner.whole else sampler
         draw = NOISES["cpu" if manner.path == "cpu" else manner.rng]
         make = brownian.on_a_path(make, sampler, whole, draw)
@@ -206,7 +206,8 @@ def stepped(pipe: StableDiffusion, manner: Manner) -> StableDiffusion:
         request = request.for_model(pipe.config)
         if request.sampler not in manner.drops or request.schedule is None:
             return plain(request, generators)
-        more = replace(request, steps=(request.steps or 1) + 1, init_image=None, mask=None, latents=None)
+        steps = (request.steps or 1) + 1
+        more = replace(request, steps=steps, init_image=None, mask=None, latents=None, start=0)
         found = plain(more, generators)
         found._every = found._every[:-1]
         found.num_inference_steps = len(found._every)

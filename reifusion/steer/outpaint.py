@@ -64,9 +64,14 @@ def larger(picture: Image.Image, sides: Sides, blur: float = 0.0) -> tuple[Image
 
 
 def cut(drawn: Image.Image, picture: Picture, sides: Sides) -> Image.Image:
-    """The drawn picture without what only made its sides multiples. picture: what it continues."""
+    """The drawn picture without what only made its sides multiples. picture: what it continues.
+
+    A second pass may have drawn it several times as large.
+    """
     width, height = open_picture(picture).size
     left, top, right, bottom = sides
-    made = drawn.crop((0, 0, left + width + right, top + height + bottom))
+    asked = left + width + right, top + height + bottom
+    across, down = (round(side * whole / (side + -side % MULTIPLE)) for side, whole in zip(asked, drawn.size))
+    made = drawn.crop((0, 0, across, down))
     made.info.update(drawn.info)
     return made

@@ -73,6 +73,7 @@ def test_a_function_that_fails_or_changes_its_arguments_is_told_so(tmp_path):
     file = write(tmp_path, "def add_noise(x0, alpha_bar, noise): return x0.mul_(alpha_bar**0.5)")
     assert "changes the tensors" in check(1, file)[1]
     assert "does not run: SyntaxError" in check(1, write(tmp_path, "def add_noise(:"))[1]
+    assert "does not run: SystemExit" in check(1, write(tmp_path, "raise SystemExit"))[1]
 
 
 def test_a_file_that_cannot_be_checked_gets_one_sentence(tmp_path):

@@ -114,6 +114,13 @@ def test_a_film_shows_what_the_network_sees(usual, tmp_path):
     assert main([*usual, "--film", "a.mp4", "--out", str(tmp_path)]) == 2
 
 
+def test_a_film_that_cannot_be_written_is_said_before_anything_is_drawn(usual, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    asked = ["--film", str(tmp_path / "file" / "a.gif"), "--out", str(tmp_path / "out")]
+    assert main([*usual, *asked]) == 2
+    assert "cannot write to" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_moving_averages_are_taken_where_they_are_asked_for(tmp_path, capsys):
     models, others = networks(SMALL, noise=0.02), networks(SMALL, noise=0.03)
     plain, averages, both = (tmp_path / f"{name}.safetensors" for name in ("plain", "averages", "both"))

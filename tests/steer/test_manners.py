@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reifusion import a1111
+from reifusion import a1111, album
 from reifusion.families import adapted
 from reifusion.model.config import SD15
 from reifusion.model.pipeline import StableDiffusion
@@ -254,6 +254,25 @@ def test_networks_of_another_family_are_drawn_in_any_manner(manner):
     # Brackets are text for a model with several text encoders, and all is noise where rectified flow begins.
     settings = Settings("a (cat:1.2)", steps=2, cfg=2.0, seed=5, size=(64, 64), manner=manner, variation=0.3)
     assert drawn(pipe, settings).size == (64, 64)
+
+
+@pytest.mark.parametrize("manner", [*MANNERS])
+def test_what_the_model_has_for_what_is_left_open_is_drawn_alike_when_it_is_said(pipe, tmp_path, manner):
+    Image.effect_noise((50, 40), 50).convert("RGB").save(tmp_path / "photo.png")
+    asked = Settings("a cat", seed=5, steps=3, manner=manner, init_image=str(tmp_path / "photo.png"))
+    said = asked.filled(asked.completed(asked.request(), pipe.config))  # as a picture carries it
+    assert said.sampler is not None and said.size is not None
+    one, again = drawn(pipe, asked), drawn(pipe, said)
+    assert one.size == again.size == said.size and one.tobytes() == again.tobytes()
+    entry = album.entry(replace(asked, model="mini"), asked.request(), pipe)
+    assert entry.settings.schedule == said.schedule and entry.settings.size == said.size
+
+
+@pytest.mark.parametrize("sampler", ["dpm2", "dpm2_a", "dpmpp_2m_sde", "dpmpp_2s_sde", "dpmpp_3m_sde"])
+@pytest.mark.parametrize("manner", ["a1111", "comfyui"])
+def test_enlarged_latents_are_drawn_again_by_any_sampler(pipe, manner, sampler):
+    asked = Settings("a cat", sampler=sampler, manner=manner, hires=2.0, hires_by="latent", **USUAL)
+    assert drawn(pipe, asked).size == (64, 48)
 
 
 @pytest.mark.parametrize("by", ["lanczos", "latent"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
@@ -118,6 +120,25 @@ def test_a_picture_is_continued_beyond_its_border_and_stays_inside(pipe, tmp_pat
     assert drawn.crop((0, 12, 50, 52)).tobytes() == Image.open(photo).tobytes()
     above = np.asarray(drawn)[:12].astype(int)
     assert above.std() > 5  # something is there
+
+
+@pytest.mark.parametrize("by", ["lanczos", "latent"])
+def test_a_second_pass_keeps_what_a_mask_keeps(pipe, tmp_path, by):
+    photo, mask = pictures(tmp_path, (48, 48))
+    mask_of((48, 48), (16, 16, 32, 32)).save(mask)
+    usual = Settings("a cat", steps=2, cfg=1.0, seed=3, init_image=photo, hires=2, hires_by=by)
+    settings = replace(usual, size=(48, 48), mask=mask)
+    drawn = settings.draw(pipe, settings.request().for_model(pipe.config))
+    large = Image.open(photo).resize((96, 96), Image.Resampling.LANCZOS)
+    apart = np.abs(np.asarray(drawn).astype(int) - np.asarray(large)).mean(2)
+    assert drawn.size == (96, 96) and drawn.info["seed"] == 3
+    assert apart[:26].max() == 0 and apart[:, 70:].max() == 0 and apart[36:60, 36:60].mean() > 5
+    # The picture is continued to twice the sides that were asked for.
+    settings = replace(usual, outpaint=(0, 12, 30, 0), strength=1)
+    drawn = settings.draw(pipe, settings.request().for_model(pipe.config))
+    assert drawn.size == (156, 120) and drawn.info["seed"] == 3
+    apart = np.abs(np.asarray(drawn.crop((0, 24, 96, 120))).astype(int) - np.asarray(large)).mean(2)
+    assert apart[8:88, :88].max() <= 1  # but near what is new
 
 
 def test_the_mask_of_a_soft_edge_reaches_into_the_picture_on_grown_sides_alone():
