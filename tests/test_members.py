@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import reifusion
 from reifusion import cli
+from reifusion.families import family_of
 from reifusion.families.sd3 import Tokenizers
 from reifusion.families.sdxl import SDXLConfig
 from reifusion.families.sdxl_unet import SDXLUNetConfig
@@ -95,7 +96,7 @@ OFTEN = {"sd1", "sdxl", "sd3.5 medium"}  # one of each family; the rest belong t
     "member", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in MEMBERS]
 )
 def test_a_member_is_told_drawn_with_converted_and_changed(member, run, tmp_path):
-    config, one = MEMBERS[member], tmp_path / "one.safetensors"
+    config, one = family_of(MEMBERS[member]).suited(MEMBERS[member]), tmp_path / "one.safetensors"
     is_3 = member.startswith("sd3")
     save(config, random_networks(config), one, "compvis", WORDS_3 if is_3 else WORDS)
     assert f"{config.size}x{config.size}" in run("info", one) and "memory" in run("info", one)

@@ -16,6 +16,7 @@ from ..model.guidance import Denoiser, Guidance, rescaled
 from ..model.inpaint import beside
 from ..model.pipeline import StableDiffusion
 from ..model.request import Request
+from .sdxl import StableDiffusionXL
 
 
 @dataclass
@@ -64,3 +65,7 @@ class InstructPix2Pix(StableDiffusion):
         return ImageGuidance(
             denoiser, positive, negative, *request.guidance, picture=extra, image_scale=request.image_guidance
         )
+
+
+class InstructPix2PixXL(StableDiffusionXL, InstructPix2Pix):
+    """The same for Stable Diffusion XL."""

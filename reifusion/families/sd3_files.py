@@ -20,7 +20,7 @@ from ..model.family import Family, FromShapes, Shapes, size_of
 from ..model.model_converter import Block, Layout
 from ..model.prediction import Prediction
 from ..model.tensors import ModelError, Stored, TensorFile, short
-from ..model.tokenizer import Tokenizer
+from ..model.tokenizer import END, Tokenizer
 from ..model.tokenizer_folder import write_tokenizer
 from .mmdit import MMDiTConfig
 from .pooled_text import padding_with
@@ -255,7 +255,7 @@ VAE_FIELDS = (
     ("shift", "shift_factor", None),
     ("quant", "use_quant_conv", True),
 )
-VAE_FIXED = {"act_fn": "silu", "mid_block_add_attention": True}
+VAE_FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "mid_block_add_attention": True}
 FLOW_FIELDS = (*diffusers_folder.FIELDS["flow scheduler"], ("shift", "shift", 1.0))
 FLOW_FIXED = {key: x for key, x in diffusers_folder.FIXED["flow scheduler"].items() if key != "shift"}
 
@@ -286,7 +286,7 @@ def from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str) -> SD3Conf
     scheduler = jsons["scheduler"]
     if scheduler.get("_class_name") != diffusers_folder.FLOW_SCHEDULER:
         raise ModelError(f"its scheduler is {short(scheduler.get('_class_name'))}, which is not built in")
-    pad = jsons.get("tokenizer_config", {}).get("pad_token", MEDIUM.pad_2)
+    pad = jsons.get("tokenizer_config", {}).get("pad_token", END)
     config = SD3Config(
         name=name,
         clip=clips[0],

@@ -87,6 +87,9 @@ PRESETS = (BASE, REFINER, SSD_1B, VEGA)
 def build(config: SDXLConfig) -> dict[str, nn.Module]:
     """The networks of a config on PyTorch's "meta" device: shapes without memory."""
 
+    if config.unet.guidance_width is not None:
+        raise ValueError("an SDXL that is told its guidance scale, as LCMs are, is not built in")
+
     def make() -> dict[str, nn.Module]:
         networks: dict[str, nn.Module] = {"clip": TextEncoder(config.clip)}
         if config.clip_2 is None:

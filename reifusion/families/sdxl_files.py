@@ -18,6 +18,7 @@ from ..model.tensors import ModelError, short
 from ..model.tokenizer import END, Tokenizer
 from ..model.tokenizer_folder import read_tokenizer, write_tokenizer
 from . import taesd
+from .pix2pix import InstructPix2PixXL
 from .pooled_text import BIG_G, padding_with
 from .sdxl import BASE, PRESETS, REFINER, SSD_1B, VEGA, SDXLConfig, StableDiffusionXL, build
 from .sdxl_unet import SDXLUNetConfig
@@ -138,6 +139,7 @@ def from_shapes(shapes: Shapes, told: Prediction | None = None) -> FromShapes:
 TOLD = "projection_class_embeddings_input"
 DEPTHS = "transformer_layers_per_block"
 BARE = "UNetMidBlock2D"  # the middle that is one residual block
+EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"  # the latter is SDXL-Turbo's
 
 
 def from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str) -> SDXLConfig:
@@ -161,10 +163,12 @@ def from_diffusers(jsons: Mapping[str, Mapping[str, Any]], name: str) -> SDXLCon
     if not whole or waves < 1 or told not in (pooled + 5 * waves, pooled + 6 * waves):
         raise ModelError(f"its unet has {TOLD}_dim = {short(told)}, which does not fit its text encoder")
     fields["unet"] = _unet(fields["unet"], up, bare)
+    ancestral = jsons["scheduler"].get("_class_name") == ANCESTRAL and fields["schedule"].timestep_spacing
     index, pad = jsons.get("model_index", {}), jsons.get("tokenizer_config", {}).get("pad_token", END)
     return SDXLConfig(
         name=name,
         **fields,
+        sampler="euler_a" if ancestral else BASE.sampler,
         clip_2=CLIPConfig(**second) if "text_encoder" in jsons else None,
         pooled=pooled,
         numbers=(told - pooled) // waves,
@@ -223,20 +227,16 @@ def to_diffusers(config: SDXLConfig) -> dict[str, dict[str, Any]]:
         f"{TOLD}_dim": config.pooled + config.numbers * config.waves,
     }
     jsons["vae"]["force_upcast"] = config.upcast
-    if jsons["scheduler"]["_class_name"] == "PNDMScheduler":
-        trailing = config.schedule.timestep_spacing
-        jsons["scheduler"] |= {
-            "_class_name": f"Euler{'Ancestral' if trailing else ''}DiscreteScheduler",
-            "timestep_spacing": trailing or "leading",
-        }
-        for key in ("set_alpha_to_one", "skip_prk_steps", "clip_sample"):
-            del jsons["scheduler"][key]
+    if jsons["scheduler"]["_class_name"] in ("PNDMScheduler", EULER):
+        diffusers_folder.euler(jsons["scheduler"], ANCESTRAL if config.sampler == "euler_a" else EULER)
+        jsons["scheduler"]["timestep_spacing"] = config.schedule.timestep_spacing or "leading"
     return jsons
 
 
 def index(config: SDXLConfig) -> dict[str, Any]:
     """Returns what model_index.json says beside the parts of the model."""
     kind = "Inpaint" if config.inpaints else "Img2Img" if config.clip_2 is None else ""
+    kind = "InstructPix2Pix" if config.edits else kind
     said: dict[str, Any] = {
         "_class_name": f"StableDiffusionXL{kind}Pipeline",
         "feature_extractor": [None, None],
@@ -280,7 +280,7 @@ def with_vae(config: SDXLConfig, path: Path) -> SDXLConfig:
 def suited(config: SDXLConfig) -> SDXLConfig:
     """Returns a config with the settings that its pictures need."""
     if config.schedule.timestep_spacing == "trailing" and config.schedule.prediction_type == "epsilon":
-        return replace(config, sampler="euler_a", steps=4, cfg=1.0)  # SDXL-Turbo, and others distilled
+        return replace(config, steps=4, cfg=1.0)  # SDXL-Turbo, and others distilled
     small = next((one for one in (SSD_1B, VEGA) if one.unet == config.unet), config)
     return replace(config, cfg=small.cfg)
 
@@ -300,5 +300,5 @@ SDXL = Family(
     write_tokenizer=write_tokenizers,
     suited=suited,
     with_vae=with_vae,
-    pipeline=lambda config: StableDiffusionXL,
+    pipeline=lambda config: InstructPix2PixXL if config.edits else StableDiffusionXL,
 )

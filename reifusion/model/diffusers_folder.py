@@ -66,6 +66,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "text_encoder": {"layer_norm_eps": 1e-05},
     "vae": {
         "act_fn": "silu",
+        "latents_mean": None,
+        "latents_std": None,
         "mid_block_add_attention": True,
         "shift_factor": None,
         "use_post_quant_conv": True,
@@ -111,7 +113,7 @@ def open_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Store
     """
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a folder of diffusers: it has no model_index.json")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     tensors = {}
     for part in (part for part in parts if index.get(part) != [None, None]):
         stored = open_weights(folder / part)
@@ -163,15 +165,15 @@ def read_configs(folder: Path, parts: Collection[str] = PARTS) -> dict[str, dict
 
     Also "model_index" and, for models with two, "tokenizer_config": that of the second tokenizer.
     """
-    jsons = {part: _read_json(folder / part / "config.json") for part in parts}
-    jsons["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
+    jsons = {part: read_json(folder / part / "config.json") for part in parts}
+    jsons["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     for file in (folder / name for name in ("model_index.json", "tokenizer_2/tokenizer_config.json")):
         if file.is_file():
-            jsons[file.stem] = _read_json(file)
+            jsons[file.stem] = read_json(file)
     return jsons
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -312,7 +314,16 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         }
         if config.schedule.zero_terminal_snr or config.schedule.timestep_spacing:
             jsons["scheduler"]["timestep_spacing"] = "trailing"
+        if jsons["scheduler"]["_class_name"] == "PNDMScheduler" and config.schedule.timestep_spacing:
+            euler(jsons["scheduler"])  # SD-Turbo's
     return jsons
+
+
+def euler(scheduler: dict[str, Any], kind: str = "EulerDiscreteScheduler") -> None:
+    """Names Euler's sampler in the config of a scheduler, and takes out what is not for it."""
+    for key in ("set_alpha_to_one", "skip_prk_steps", "clip_sample"):
+        scheduler.pop(key, None)
+    scheduler["_class_name"] = kind
 
 
 def clip_to_diffusers(config: CLIPConfig) -> dict[str, Any]:

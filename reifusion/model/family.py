@@ -146,7 +146,7 @@ def like(preset: ModelConfig, shapes: Shapes, kind: ModelConfig | None = None) -
         "middle": kind.unet.middle,
         "layers": kind.unet.layers,
         "context_width": size(words, 1),
-        "guidance_width": None if kind.unet.guidance_width is None else size(_GUIDANCE, 1),
+        "guidance_width": None if kind.unet.guidance_width is None else size(GUIDANCE_WEIGHT, 1),
     }
     return replace(
         preset,
@@ -163,7 +163,7 @@ def clip_like(preset: CLIPConfig, shapes: Shapes, name: str, layers: int) -> CLI
     return replace(preset, vocab_size=vocabulary, context_length=length, width=width, layers=layers)
 
 
-_GUIDANCE = "diffusion.time_embedding.guidance.weight"
+GUIDANCE_WEIGHT = "diffusion.time_embedding.guidance.weight"
 
 
 def size_of(shapes: Shapes, name: str, axis: int) -> int:

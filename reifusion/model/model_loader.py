@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .diffusers_folder import open_folder, read_configs
-from .family import STABLE_DIFFUSION, Family
+from .family import GUIDANCE_WEIGHT, STABLE_DIFFUSION, Family, size_of
 from .family import build as build
 from .model_converter import NETWORKS, Rule, match, passed_over
 from .part import open_part
-from .prediction import Prediction, prediction_of, read_prediction
+from .prediction import Prediction, prediction_of, read_prediction, trained_for
 from .tensors import ModelError, Stored, TensorFile
 from .tokenizer import Tokenizer
 
@@ -42,12 +42,20 @@ RELATIVES = (
     (r"control_model\.|controlnet_", "a ControlNet, which guides a model but is not a model itself"),
     (r"(adapter\.)?body\.\d+\.", "a T2I-Adapter, which guides a model but is not a model itself"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which prompts a model but is not a model itself"),
+    (
+        r"edm_(mean|std)$|edm_vpred\.",
+        "trained with EDM's noise, as Playground 2.5 was, which is not built in",
+    ),
 )
 # The same for a model that would otherwise count as Stable Diffusion 1.x or 2.x.
 STRANGERS = (
     (r"conditioner\.|text_encoder_2/|clip_2\.", "Stable Diffusion XL, which only reifusion.load opens"),
     (r".*(joint_blocks|double_blocks|single_transformer_blocks)\.", "a diffusion transformer, not a U-Net"),
     (r"embedder\.|noise_augmentor\.|image_encoder/", "unCLIP, told a picture, which is not built in"),
+    (
+        r"(model\.diffusion_model\.label_emb\.0\.0|unet\.add_embedding\.linear_1)\.",
+        "a U-Net of Stable Diffusion XL alone; name a whole model, and this one with --unet",
+    ),
     (r".*\.(label_emb|class_embedding|add_embedding)\.", "told more than words, which is not built in"),
 )
 
@@ -216,9 +224,10 @@ def _open(
     try:
         if config is None and path.is_dir():
             jsons = read_configs(path, {name.split(".")[0] for name in tensors})
-            config, known_from = family.from_diffusers(jsons, path.resolve().name), "its scheduler's config"
+            config, known_from = family.from_diffusers(jsons, path.resolve().name), _FOLDER
         elif config is None and "config" in header:
             config, known_from = _config_from_header(header, family.config), "the config in its header"
+        settled = config is not None and known_from != _FOLDER  # with settings of its own
         format, rules, unknown = match(tensors, config, family.layout)
         told = None
         if changes.prediction_type is not None:
@@ -234,7 +243,8 @@ def _open(
                 tensors = tensors | {f"{part}: {name}": tensor for name, tensor in theirs.items()}
                 unknown = unknown + more
                 if part == "unet" and changes.prediction_type is None:
-                    told = prediction_of(find(chosen), its_header, theirs) or told
+                    signs = prediction_of(find(chosen), its_header, theirs)
+                    told = signs or trained_for(find(chosen), its_header) or told
         networks = {rule.ours.split(".")[0] for rule in rules}
         for network in NETWORKS:
             if network not in networks:
@@ -242,15 +252,18 @@ def _open(
         if config is None:
             shapes = {rule.ours: _shape(rule, [tensors[name] for name in rule.theirs]) for rule in rules}
             config, known_from = family.from_shapes(shapes, told)
-        first = next((rule for rule in rules if rule.ours == _FIRST), None)
-        if changes.unet is not None and first and len(shape := tensors[first.theirs[0]].shape) == 4:
-            channels = shape[1] // config.unet.patch**2
-            config = replace(config, unet=replace(config.unet, in_channels=channels))
+        sizes = {rule.ours: tensors[rule.theirs[0]].shape for rule in rules}
+        if changes.unet is not None and _FIRST in sizes:
+            channels = size_of(sizes, _FIRST, 1) // config.unet.patch**2
+            guidance = size_of(sizes, GUIDANCE_WEIGHT, 1) if GUIDANCE_WEIGHT in sizes else None
+            unet = replace(config.unet, in_channels=channels, guidance_width=guidance)
+            config = replace(config, unet=unet)
         if told is not None:
             zero = told.zero_terminal_snr and told.type == "v_prediction"
             schedule = replace(config.schedule, prediction_type=told.type, zero_terminal_snr=zero)
             config, known_from = replace(config, schedule=schedule), told.known_from
-        config = family.suited(config)
+        if not settled or changes.unet is not None:
+            config = family.suited(config)
     except ModelError as error:
         raise ModelError(f"{path} is not a model that can be loaded: {error}") from None
     return _Checkpoint(path, family, format, config, rules, unknown, tensors, header, known_from)
@@ -264,6 +277,7 @@ def _shape(rule: Rule, parts: list[Stored]) -> torch.Size:
         return torch.Size()
 
 
+_FOLDER = "its scheduler's config"
 _FIRST = "diffusion.down.0.0.weight"
 _HINTS = {
     **dict.fromkeys(("encoder", "decoder"), "; a file with a VAE is given with --vae"),

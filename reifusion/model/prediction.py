@@ -6,11 +6,13 @@ file written here in its header. Other files have one of three signs, and none o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from .diffusers_folder import FLOW_SCHEDULER, read_json
 from .tensors import ModelError
 
 # The spellings in the wild, without signs and in lower case.
@@ -41,13 +43,13 @@ def prediction_of(path: Path, header: Mapping[str, str], names: Collection[str])
     """Returns what the signs of a single file say; None if it has no sign.
 
     The signs are an empty tensor `v_pred`, beside which `ztsnr` means a zero terminal SNR; the key
-    `modelspec.prediction_type` in the header; and a `.yaml` of the same name, as CompVis's programs read it.
-    Raises ModelError for a sign that is not understood.
+    `modelspec.prediction_type`, or ComfyUI's `modelspec.predict_key`, in the header; and a `.yaml` of the
+    same name, as CompVis's programs read it. Raises ModelError for a sign that is not understood.
     """
     ends = {name.rpartition(".")[2] for name in names}
     if "v_pred" in ends:
         return Prediction("v_prediction", "a tensor v_pred in the file", "ztsnr" in ends)
-    if said := header.get("modelspec.prediction_type"):
+    if said := header.get("modelspec.prediction_type") or header.get("modelspec.predict_key"):
         return Prediction(_read(said, path), "the file's header", "ztsnr" in ends)
     yaml = path.with_suffix(".yaml")
     if path.is_file() and yaml.is_file():
@@ -58,6 +60,26 @@ def prediction_of(path: Path, header: Mapping[str, str], names: Collection[str])
             )
             return Prediction(_read(told[1], yaml), yaml.name, zero is not None)
     return None
+
+
+def trained_for(path: Path, header: Mapping[str, str]) -> Prediction | None:
+    """Returns what a U-Net's own config says; None if it has none.
+
+    That is in the header of a file that was written here, or in the folder of the whole model.
+    """
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        theirs = read_json(scheduler)
+        flow = theirs.get("_class_name") == FLOW_SCHEDULER
+        said = "flow" if flow else str(theirs.get("prediction_type", "epsilon"))
+        zero = bool(theirs.get("rescale_betas_zero_snr"))
+        return Prediction(_read(said, scheduler), "the scheduler's config beside the U-Net", zero)
+    try:
+        schedule = json.loads(header["config"])["schedule"]
+        said, zero = schedule["prediction_type"], bool(schedule["zero_terminal_snr"])
+        return Prediction(_read(said, path), "the config in the U-Net's header", zero)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _read(text: str, path: Path) -> str:

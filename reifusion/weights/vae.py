@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families import sdxl_files
+from ..families.sdxl import BASE as SDXL
 from ..files import whole
 from ..model.config import MINI, SD15, ModelConfig, VAEConfig
 from ..model.decoder import Decoder
@@ -131,7 +133,7 @@ def _config(
         }
     except KeyError as error:
         raise ModelError(f"the VAE of {path} lacks {error.args[0]}") from None
-    for preset in PRESETS:
+    for preset in (SDXL.vae,) if sdxl_files.recognises(tensors) else PRESETS:
         if replace(preset, **seen) == preset:
             return preset
     known = "it says nothing of its groups, and has the shapes of no VAE that is known here"

@@ -130,6 +130,7 @@ def test_names_that_wrappers_have_lengthened_are_known(tmp_path, single, models,
         ({}, [], "", "epsilon", "nothing in the file says otherwise"),
         ({"modelspec.prediction_type": "v"}, [], "", "v_prediction", "the file's header"),
         ({"modelspec.prediction_type": "epsilon"}, [], "", "epsilon", "the file's header"),
+        ({"modelspec.predict_key": "v"}, [], "", "v_prediction", "the file's header"),
         ({}, ["v_pred"], "", "v_prediction", "a tensor v_pred in the file"),
         ({}, ["v_pred", "ztsnr"], "", "v_prediction", "a tensor v_pred in the file"),
         ({}, [], 'model:\n  params:\n    parameterization: "v"\n', "v_prediction", "x.yaml"),
@@ -491,6 +492,16 @@ def test_a_part_is_taken_from_another_file(tmp_path, kind, part, models, request
         loaded = load(request.getfixturevalue(kind), changes=Changes(**{part: path}))[1]
         expected = {name: other[name] if name in networks else models[name] for name in models}
         assert_same_networks(loaded, expected)
+
+
+@pytest.mark.parametrize("to", ["native", "compvis", "diffusers"])
+def test_another_u_net_predicts_what_its_own_config_says(tmp_path, single, models, to):
+    schedule = replace(SMALL.schedule, prediction_type="v_prediction", zero_terminal_snr=True)
+    path = tmp_path / ("v" if to == "diffusers" else "v.safetensors")
+    save(replace(SMALL, schedule=schedule), models, path, to, WORDS)
+    assert info(single, Changes(unet=path)).config.schedule == schedule
+    back = info(path, Changes(unet=single)).config.schedule
+    assert (back.prediction_type, back.zero_terminal_snr) == ("epsilon", False)
 
 
 def build_like(network: nn.Module) -> nn.Module:

@@ -494,7 +494,8 @@ def test_unusual_shapes_need_a_config(tmp_path, native, models):
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "is a LoRA"),
         ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "is a LoRA"),
         ("control_model.input_hint_block.0.weight", "is a ControlNet"),
-        ("model.diffusion_model.label_emb.0.0.weight", "is told more than words"),
+        ("model.diffusion_model.label_emb.weight", "is told more than words"),
+        ("model.diffusion_model.label_emb.0.0.weight", "is a U-Net of Stable Diffusion XL alone"),
         ("embedder.model.visual.class_embedding", "is unCLIP"),
     ],
 )

@@ -42,6 +42,7 @@ from tests.tiny import assert_same_networks, native_state, random_networks
 from tests.tiny_sd3 import PIECES, TINY, networks, tokenizers
 
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 PROMPTS, NEGATIVES = ["a cat", "dog dog cat"], ["cog", ""]
 
@@ -387,6 +388,7 @@ def test_a_file_without_text_encoders_gets_one_sentence(single):
         ("transformer", "pooled_projection_dim", 1, "pooled_projection_dim = 1, which does not fit"),
         ("text_encoder_3", "feed_forward_proj", "relu", "feed_forward_proj = 'relu', which is not built in"),
         ("vae", "use_post_quant_conv", True, "at one of its two ends alone"),
+        ("vae", "latents_std", [2.0], r"latents_std = \[2.0\], which is not built in"),
     ],
 )
 def test_what_is_not_built_in_is_refused_in_one_sentence(folder, tmp_path, part, key, value, says):
@@ -396,6 +398,17 @@ def test_what_is_not_built_in_is_refused_in_one_sentence(folder, tmp_path, part,
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ModelError, match=says):
         weights.load(tmp_path / "copy")
+
+
+def test_the_second_tokenizer_pads_as_in_transformers_where_nothing_says_how(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    config = tmp_path / "copy" / "tokenizer_2" / "tokenizer_config.json"
+    said = json.loads(config.read_text())
+    assert weights.find_config(tmp_path / "copy").pad_2 == said.pop("pad_token") == "!"
+    config.write_text(json.dumps(said))
+    (config.parent / "special_tokens_map.json").unlink()
+    theirs = transformers.CLIPTokenizer.from_pretrained(config.parent)
+    assert weights.find_config(tmp_path / "copy").pad_2 == theirs.pad_token == "<|endoftext|>"
 
 
 # Drawing from a picture

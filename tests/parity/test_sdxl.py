@@ -353,6 +353,23 @@ def test_inpainting_is_that_of_diffusers(channels, tmp_path):
     assert close(last.latents, expected, 1e-4)
 
 
+@pytest.mark.parametrize(("negative", "cfg", "image_guidance"), [(None, 5.0, 1.5), ("a dog", 3.0, 1.0)])
+def test_a_picture_is_edited_as_in_diffusers(negative, cfg, image_guidance, tmp_path):
+    folder = write(replace(TINY, unet=replace(TINY.unet, in_channels=8)), tmp_path / "model")
+    ours, theirs = load_pipe(folder, "cpu", "fp32"), diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert type(theirs) is diffusers.StableDiffusionXLInstructPix2PixPipeline
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 72, 3), "uint8"))
+    size: dict[str, Any] = {"width": 72, "height": 40}
+    more = {"cfg": cfg, "image_guidance": image_guidance, "negative": negative}
+    *_, last = ours.denoise(PROMPTS, seed=SEED, init_image=picture, steps=4, **more, **size)
+    told = {"guidance_scale": cfg, "image_guidance_scale": image_guidance, "latents": noise(72, 40)}
+    told["negative_prompt"] = None if negative is None else [negative] * 2
+    expected = theirs(
+        PROMPTS, image=picture, num_inference_steps=4, output_type="latent", **told, **size
+    ).images
+    assert close(last.latents, expected, 1e-4)
+
+
 def use_the_mean(pipe: Any) -> None:
     """Makes an inpainting pipeline of diffusers use the VAE's mean, and no noise on it."""
     pipe._encode_vae_image = lambda image, generator: (
@@ -670,20 +687,57 @@ def test_whether_the_vae_needs_float32_its_folder_says_or_its_name(base, tmp_pat
     assert not upcasts(base, Changes(vae=folder / "vae"))
 
 
+@pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max"])
+def test_a_model_for_the_noise_of_edm_is_refused(base, key, tmp_path):
+    path = write(TINY, tmp_path / "x.safetensors", "compvis")
+    save_file({**load_file(path), key: torch.ones(1)}, path)
+    with pytest.raises(ModelError, match="is trained with EDM's noise"):
+        load(path)
+
+
+def test_a_vae_with_means_of_its_latents_is_refused(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "x")
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latents_mean": [0.1, 0.2, 0.3, 0.4]}))
+    with pytest.raises(ModelError, match=r"its vae has latents_mean = \[0.1, 0.2, 0.3, 0.4\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize("way", ["folder", "unet"])
+def test_an_sdxl_that_is_told_the_guidance_scale_is_refused(base, way, tmp_path):
+    theirs = diffusers.UNet2DConditionModel.load_config(base / "unet") | {"time_cond_proj_dim": 16}
+    folder = shutil.copytree(base, tmp_path / "lcm")
+    diffusers.UNet2DConditionModel.from_config(theirs).save_pretrained(folder / "unet")
+    with pytest.raises(ModelError, match="told its guidance scale, as LCMs are, is not built in"):
+        load(folder) if way == "folder" else load(base, changes=Changes(unet=folder / "unet"))
+
+
+def test_a_u_net_alone_is_told_what_it_needs(base, tmp_path):
+    for to, start in ("compvis", "model.diffusion_model."), ("diffusers", "unet."):
+        tensors = convert(state_dict(load(base)[1]), to, TINY, SDXL.layout)
+        own = {name: x.contiguous() for name, x in tensors.items() if name.startswith(start)}
+        save_file(own, tmp_path / "x.safetensors")
+        with pytest.raises(ModelError, match="a U-Net of Stable Diffusion XL alone; name a whole model"):
+            load(tmp_path / "x.safetensors")
+
+
 # Few steps
 
 
-@pytest.fixture(scope="module")
-def turbo(tmp_path_factory) -> Path:
-    config = replace(TINY, schedule=replace(TINY.schedule, timestep_spacing="trailing"))
-    return write(config, tmp_path_factory.mktemp("model") / "one")
+@pytest.fixture(scope="module", params=["euler_a", "euler"])
+def turbo(request, tmp_path_factory) -> tuple[Path, str]:
+    schedule = replace(TINY.schedule, timestep_spacing="trailing")
+    config = replace(TINY, schedule=schedule, sampler=request.param)
+    return write(config, tmp_path_factory.mktemp("model") / "one"), request.param
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_turbo_model_draws_as_in_diffusers(turbo, steps):
-    ours, theirs = load_pipe(turbo, "cpu", "fp32"), read(turbo)
-    assert (ours.config.sampler, ours.config.steps, ours.config.cfg) == ("euler_a", 4, 1.0)
-    assert type(theirs.scheduler) is diffusers.EulerAncestralDiscreteScheduler
+def test_a_model_of_few_steps_draws_as_in_diffusers(turbo, steps):
+    folder, sampler = turbo
+    ours, theirs = load_pipe(folder, "cpu", "fp32"), read(folder)
+    assert (ours.config.sampler, ours.config.steps, ours.config.cfg) == (sampler, 4, 1.0)
+    ancestral = type(theirs.scheduler) is diffusers.EulerAncestralDiscreteScheduler
+    assert ancestral == (sampler == "euler_a")
     generators = [torch.Generator().manual_seed(SEED + k) for k in range(2)]
     told = {"num_inference_steps": steps, "guidance_scale": 0.0, "generator": generators}
     assert_same(draw(ours, steps=steps), draw_theirs(theirs, width=64, height=64, **told))
@@ -707,6 +761,15 @@ def test_the_name_of_a_file_tells_of_few_steps(base, name, sampler, steps, cfg, 
     few = steps < 30
     drawn = next(pipe.denoise("a cat", steps=steps))
     assert (drawn.t == 999) == few
+
+
+def test_what_a_name_has_told_is_kept_under_another_name(base, tmp_path):
+    lightning = tmp_path / "sdxl_lightning_8step.safetensors"
+    save(*load(base)[:2], lightning, "native", WORDS)
+    save(*load(lightning)[:2], tmp_path / "mine.safetensors", "native", WORDS)
+    config = find_config(tmp_path / "mine.safetensors")
+    assert config == find_config(lightning)
+    assert (config.sampler, config.steps, config.cfg) == ("euler", 8, 1.0)
 
 
 @pytest.mark.parametrize(

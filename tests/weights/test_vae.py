@@ -18,6 +18,7 @@ from reifusion.api import load
 from reifusion.cli.main import main
 from reifusion.model.config import SD15
 from reifusion.model.decoder import Decoder
+from reifusion.model.model_converter import convert
 from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.tensors import ModelError
 from reifusion.train.vae import VAE
@@ -110,6 +111,16 @@ def test_the_sizes_of_a_known_vae_are_enough_and_others_are_refused(tmp_path):
     assert load_vae(tmp_path / "known.safetensors").config.vae == SD15.vae
     with pytest.raises(ModelError, match="the shapes of no VAE that is known here"):
         load_vae(tmp_path / "other.safetensors")
+
+
+def test_the_vae_of_a_whole_sdxl_has_its_scale(tmp_path):
+    with torch.device("meta"):
+        state = VAE(SD15.vae).state_dict()
+    shapes = {name: x.shape for name, x in convert(state, "compvis").items()}
+    tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+    name = "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"
+    save_file({**tensors, name: torch.zeros(2)}, tmp_path / "x.safetensors")
+    assert load_vae(tmp_path / "x.safetensors").config.vae.scale_factor == 0.13025
 
 
 def test_the_commands_show_and_convert(pipe, tmp_path, capsys):
