@@ -215,10 +215,11 @@ class StableDiffusionXL(StableDiffusion):
         config, dtype = self._config, self.dtype
         size = cast("tuple[int, int]", request.size)
         sizes = [side for pair in (self.original or size, self.corner, size) for side in reversed(pair)]
+        known = torch.tensor(sizes, device=self.device)  # once: each copy to a GPU is a wait
 
         def denoise(x: Tensor, context: Tensor, t: Tensor) -> Tensor:
             words, more = context[:, : -config.rows], context[:, -config.rows :]
-            numbers = torch.tensor(sizes, dtype=t.dtype, device=x.device).expand(len(x), -1)
+            numbers = known.to(x.device, t.dtype).expand(len(x), -1)
             if config.rows == 2:  # a score in place of the target's size
                 numbers = torch.cat([numbers[:, :4], more[:, 1, :1].to(t.dtype)], dim=1)
             told = tell(more[:, 0, : config.pooled], numbers, config.waves)

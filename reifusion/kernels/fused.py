@@ -66,7 +66,7 @@ def _statistics(
     per = tl.cdiv(tl.cdiv(pixels, PARTS), P) * P  # pixels of a part
     count, mean, spread = 0.0, tl.zeros([G], tl.float32), tl.zeros([G], tl.float32)
     for start in range(part * per, tl.minimum(part * per + per, pixels), P):
-        at = start + tl.arange(0, P)[:, None, None]
+        at = (start + tl.arange(0, P)[:, None, None]).to(tl.int64)
         y = tl.load(x + at * groups * width, mask=there & (at < pixels), other=0.0).to(tl.float32)
         its_count = (tl.minimum(pixels - start, P) * width).to(tl.float32)
         its_mean = tl.sum(tl.sum(y, 2), 0) / its_count
@@ -138,8 +138,13 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def suits(x: Tensor) -> bool:
-    """True if x (B, C, H, W) is used to draw on a GPU, and has its channels last in memory."""
-    return on_gpu(x) and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    """True if x (B, C, H, W) is for these kernels, and has its channels last in memory."""
+    return is_here(x) and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def is_here(x: Tensor) -> bool:
+    """True if x is used to draw on the GPU on which Triton launches, and float32 is not too coarse for it."""
+    return on_gpu(x) and x.device.index == torch.cuda.current_device() and x.dtype != torch.float64
 
 
 def _normalized(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
@@ -187,7 +192,7 @@ class GEGLU(FastGEGLU):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) -> (B, L, width)"""
-        if not on_gpu(x):
+        if not is_here(x):
             return super().forward(x)
         h = self.linear_1(x).contiguous()  # (B, L, 2F)
         y = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)

@@ -41,6 +41,7 @@ class _Recording:
     outputs: Any = None  # a tensor, or a tuple of them
     play: Callable[[], None] | None = None  # None: it was not recorded yet
     failed: bool = False
+    thread: int = field(default_factory=threading.get_ident)  # in which it was run
 
 
 @dataclass
@@ -107,6 +108,8 @@ class Recorder:
         named = dict(zip(more, its[len(inputs) :]))
         try:
             with self.eager():  # recordings inside of this one
+                if recording.thread != threading.get_ident():
+                    work(*inputs, **more)  # cuDNN takes memory for each new thread, which no recording may
                 outputs, play = self.record(lambda: work(*its[: len(inputs)], **named))
         except RuntimeError as error:
             recording.failed = True
@@ -177,18 +180,25 @@ def capture(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     graph = torch.cuda.CUDAGraph()
     pool = next((other.pool() for other in _GRAPHS), None)
     stream = _stream(torch.cuda.current_device())
-    # The outer one gives this thread its stream back even if recording fails, which PyTorch's own does not.
-    # Other threads may go on: "thread_local".
-    with (
-        torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
-    ):
-        outputs = work()
+    try:
+        # The outer one gives this thread its stream back even if recording fails, which PyTorch's own does
+        # not. Other threads may go on: "thread_local".
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+        ):
+            outputs = work()
+    except RuntimeError:
+        # PyTorch holds that recording into this memory goes on, and asks this graph: both are left alone.
+        _FAILED.append(graph)
+        _GRAPHS.clear()
+        raise
     _GRAPHS.add(graph)
     return outputs, graph.replay
 
 
-_GRAPHS: WeakSet[Any] = WeakSet()
+_GRAPHS: WeakSet[Any] = WeakSet()  # whose memory the next one may share
+_FAILED: list[Any] = []
 
 
 @functools.cache

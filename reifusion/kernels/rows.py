@@ -54,11 +54,15 @@ class Map:
 
 
 def suits(network: decoder.Decoder, latents: Tensor) -> bool:
-    """True if the largest map, what the last upsampling makes, is large, and no hook watches the layers."""
+    """True if the largest map, what the last upsampling makes, is large, and no hook watches the layers.
+
+    Not in float64, for which the statistics are too coarse.
+    """
     layers = (module for module in network.modules() if module is not network)
     return (
         largest(network.config, latents) * latents.element_size() > LARGE
         and on_gpu(latents)
+        and latents.dtype != torch.float64
         and not any(map(watched, layers))
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import gpu
 from bench.gpu import Bench, Part, main, report
@@ -33,7 +34,7 @@ def test_the_whole_script_runs_in_a_small_way(without_diffusers, tmp_path):
     assert facts["played"]["U-Net"] is facts["played"]["DeepCache"] is facts["played"]["LCM"] is True
     assert facts["mini"]["failed to draw"] == {} and facts["mini"]["drew"] > 4
     assert facts["training"]["exit code"] == 0 and facts["training"]["last lines"]
-    assert facts["compiled_theirs"]["left out"] == "diffusers is not installed"
+    assert "not installed" in facts["compiled_theirs"]["left out"] == facts["eager_theirs"]["left out"]
     text = (tmp_path / "GPU.md").read_text()
     assert "Only a trial of the script" in text and text == report(facts)
     assert "| a U-Net's step, of compiled diffusers's | 0.8 |  | not measured |" in text
@@ -59,14 +60,49 @@ def test_a_part_that_fails_or_has_no_time_does_not_stop_the_next(tmp_path, capsy
         raise AssertionError("there was no time for it")
 
     bench = Bench(tmp_path, "cpu", minutes=1, quick=False)
-    bench.run([Part(fails, 10), Part(late, 61), Part(works, 10)])
+    bench.run([Part(fails, 10), Part(works, 10), Part(late, 61)])
     facts = json.loads((tmp_path / "gpu.json").read_text())
     assert facts["fails"]["so far"] == 1 and facts["fails"]["failed"] == "RuntimeError: no room"
     assert "were left" in facts["late"]["left out"] and facts["works"]["figure"] == 2
 
 
+def test_where_diffusers_cannot_be_loaded_our_own_figures_are_not_lost(tmp_path, monkeypatch):
+    def versions(bench: Bench, dtype: Any) -> Any:
+        raise ImportError("cannot import name")
+
+    monkeypatch.setattr(Bench, "_load_theirs", versions)
+    assert (
+        main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--only", "parity", "eager_theirs"]) == 1
+    )
+    facts = json.loads((tmp_path / "gpu.json").read_text())
+    assert facts["parity"]["reifusion float32"]["U-Net"] < 1e-4
+    assert "could not be loaded" in facts["eager_theirs"]["left out"]
+    assert facts["diffusers"]["failed"] == "ImportError: cannot import name"
+
+
+def test_a_step_of_diffusers_is_called_as_its_pipeline_does_it(tmp_path, monkeypatch):
+    """Any other call is compiled anew, for a minute."""
+    bench, seen = Bench(tmp_path, "cpu", 1, quick=True), []
+    their = bench.load_theirs(bench.half)
+    forward = type(their.unet).forward
+
+    def kind(x: Any) -> Any:
+        return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x
+
+    def called(self: Any, *inputs: Any, **more: Any) -> Any:
+        seen.append(({name: kind(x) for name, x in more.items()}, [kind(x) for x in inputs]))
+        return forward(self, *inputs, **more)
+
+    monkeypatch.setattr(type(their.unet), "forward", called)
+    width = their.unet.config.cross_attention_dim
+    with torch.inference_mode():
+        gpu.step_of(bench, their.unet, bench.latents(2), bench.words(2, width))()
+        gpu.their_picture(bench, their)()
+    assert len(seen) == 3 and seen[0] == seen[1] == seen[2]
+
+
 def test_of_a_training_its_course_is_told(tmp_path, monkeypatch):
-    def trained(bench: Bench, found: dict[str, Any], module: list[str], folder: Path) -> None:
+    def trained(bench: Bench, found: Any, module: list[str], folder: Path, most: float) -> None:
         (folder / "runs" / "mini").mkdir(parents=True)
         rows = [
             {"step": k, "loss": 1.0, "smoothed": 1 / (k + 1), "samples_per_second": 6e3} for k in range(9)
@@ -86,7 +122,7 @@ def test_what_a_program_says_of_its_own_is_kept_though_it_is_stopped(tmp_path):
         "print(*range(40), sep='\\n', flush=True)\ntime.sleep(60)"
     )
     found: dict[str, Any] = {}
-    gpu.tell(Bench(tmp_path, "cpu", minutes=0.1, quick=True), found, ["says"], tmp_path)
+    gpu.tell(Bench(tmp_path, "cpu", minutes=1, quick=True), found, ["says"], tmp_path, most=5)
     assert found["exit code"] == "stopped after 5 s"
     assert found["last lines"][0] == "reifusion: slower" and "39" in found["last lines"]
 

@@ -1,12 +1,13 @@
 """The kernels in Triton, run by its interpreter on a CPU, and compiled for GPUs that are not here.
 
-They run where Triton can be imported, which PyTorch for CPUs does not bring.
+These run where Triton can be imported, which PyTorch for CPUs does not bring.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.model.test_fast import error, normal, randomized
-
-pytest.importorskip("triton", reason="Triton is not installed")
 
 CHECK = '''
 import torch
@@ -26,7 +25,7 @@ from reifusion.model import diffusion, encoder
 from reifusion.swap import swap
 from tests.model.test_fast import error, normal, randomized
 
-fused.on_gpu = lambda x: asked.append(1) or True  # a CPU, through the interpreter
+fused.is_here = lambda x: asked.append(1) or True  # a CPU, through the interpreter
 asked = []
 torch.set_grad_enabled(False)
 last = dict(memory_format=torch.channels_last)
@@ -110,8 +109,23 @@ for half in ("fp16", "bf16"):
 """
 
 
+def test_they_are_for_the_gpu_on_which_triton_launches_and_not_for_float64(monkeypatch):
+    """Triton launches on the current GPU, wherever its inputs are."""
+    from reifusion.kernels import fused
+
+    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def is_here(index: int, dtype: torch.dtype) -> bool:
+        return fused.is_here(SimpleNamespace(device=torch.device("cuda", index), dtype=dtype))  # type: ignore[arg-type]
+
+    assert is_here(0, torch.float16) and is_here(0, torch.float32)
+    assert not is_here(1, torch.float16) and not is_here(0, torch.float64)
+
+
 @pytest.mark.parametrize("work, interpreted", [(CHECK, "1"), (COMPILE, "0")], ids=["interpreted", "compiled"])
 def test_kernels(work, interpreted, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,9 +6,11 @@ import copy
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -336,6 +338,46 @@ def test_threads_take_turns(card):
     assert wrong == [] and count(card) == (1, 59)
 
 
+def test_a_thread_that_has_not_done_the_work_does_it_before_it_records_it(card, monkeypatch):
+    """cuDNN's handle of a thread is made in its first convolution, and takes memory: no recording may."""
+    known: set[int] = set()
+    recorded: list[Any] = []
+    recording: list[bool] = []
+
+    class Handled(UNet):
+        def forward(self, latents: Tensor, context: Tensor, t: Tensor) -> Tensor:
+            me = threading.get_ident()
+            if me not in known and recording:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            known.add(me)
+            return super().forward(latents, context, t)
+
+    def record(work: Callable[[], Any]) -> Any:
+        recording.append(True)
+        try:
+            recorded.append(card.record(work))
+        finally:
+            recording.pop()
+        return recorded[-1]
+
+    monkeypatch.setattr(graphs.recorder, "record", record)
+    network = randomized(Handled(UNET))
+    swap(network, type("Playing", (Handled, graphs.Recorded), {
+        "forward": lambda self, *inputs: graphs.played(self, Handled.forward.__get__(self), *inputs)
+    }))  # fmt: skip
+    network(*given(1))
+    outputs: list[Tensor] = []
+
+    def draw() -> None:
+        with torch.inference_mode():
+            outputs.append(network(*given(2)))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+    assert len(recorded) == 1 and torch.equal(outputs[0], run(network, *given(2)))
+
+
 def test_recordings_go_with_their_network_and_are_not_copied(card):
     network = unet()
     for _ in range(3):
@@ -443,6 +485,49 @@ def test_a_recording_that_fails_gives_the_stream_back(monkeypatch):
     with pytest.raises(RuntimeError):
         graphs.capture(fails)
     assert streams["current"] == "usual"
+
+
+def test_after_a_recording_that_failed_the_next_one_has_memory_of_its_own(monkeypatch):
+    """PyTorch goes on "recording" into the memory of one that failed, and lets no other begin there."""
+    pools: list[Any] = []
+
+    class Graph:
+        its: Any
+
+        def pool(self) -> Any:
+            return self.its
+
+        def replay(self) -> None:
+            pass
+
+    @contextmanager
+    def recording(graph: Any, pool: Any, stream: str, capture_error_mode: str) -> Iterator[None]:
+        graph.its = object() if pool is None else pool
+        pools.append(graph.its)
+        yield
+
+    def fails() -> None:
+        raise RuntimeError("a number was read")
+
+    for name, fake in (
+        ("CUDAGraph", Graph),
+        ("current_device", lambda: 0),
+        ("current_stream", lambda: "usual"),
+        ("stream", lambda stream: nullcontext()),
+        ("graph", recording),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(graphs, "_stream", lambda device: "recorded")
+    monkeypatch.setattr(graphs, "_GRAPHS", WeakSet())
+    monkeypatch.setattr(graphs, "_FAILED", [])
+    kept = [graphs.capture(lambda: None) for _ in range(2)]
+    with pytest.raises(RuntimeError):
+        graphs.capture(fails)
+    kept += [graphs.capture(lambda: None) for _ in range(2)]
+    assert pools[0] is pools[1] is pools[2] and pools[3] is pools[4] is not pools[0]
+    assert [graph.its for graph in graphs._FAILED] == [
+        pools[0]
+    ]  # which the memory asks about each new tensor
 
 
 @pytest.mark.gpu

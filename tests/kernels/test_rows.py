@@ -156,6 +156,7 @@ def test_rows_are_for_large_maps_on_a_gpu_and_not_for_observers(monkeypatch):
     assert not rows.suits(decoder, large)  # on a CPU
     monkeypatch.setattr(rows, "on_gpu", lambda x: True)
     assert rows.suits(decoder, large) and not rows.suits(decoder, small)
+    assert not rows.suits(decoder, large.double())  # for which statistics in float32 are too coarse
     assert not rows.suits(Decoder(replace(SD15.vae, channels=(32, 32, 32, 32))).to("meta"), large)
     handle = decoder.conv_out.register_forward_hook(lambda *_: None)
     assert not rows.suits(decoder, large)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reifusion import families
+from reifusion.families.sdxl import StableDiffusionXL
 from reifusion.model import ddpm, finite, noise
 from reifusion.model.config import ModelConfig, ScheduleConfig
 from reifusion.model.diffusion import UNet
@@ -27,7 +28,8 @@ from reifusion.model.pipeline import StableDiffusion
 from reifusion.model.samplers import SAMPLERS
 from reifusion.shortcuts.deepcache import deepcached
 from tests.marks import SOME
-from tests.tiny import TINY, Bytes, networks
+from tests.tiny import TINY, WORDS, Bytes, networks
+from tests.tiny_sdxl import TINY as XL
 
 STEPS = 5
 # Those that draw noise in every step but the last; restart only does from 20 steps on
@@ -188,6 +190,16 @@ def test_relatives_do_not_wait(unet, brought):
     next(drawn)
     with traffic:
         assert len(list(drawn)) > 0
+    assert traffic.copies == []
+
+
+def test_sdxl_does_not_wait(brought, monkeypatch):
+    monkeypatch.setattr("reifusion.families.pooled_text.finite", lambda x, *_: x)  # before the loop
+    pipe = StableDiffusionXL(XL, WORDS, families.build(XL), "meta")
+    drawn, traffic = steps(pipe, sampler="ddim"), Traffic()
+    next(drawn)
+    with traffic:
+        assert len(list(drawn)) == STEPS - 1
     assert traffic.copies == []
 
 
