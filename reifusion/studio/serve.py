@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 import time
@@ -75,8 +76,9 @@ def _listener(port: int | None) -> socket.socket:
 
 
 def run(source: str, port: int | None, browser: bool, folder: str, preview: str | None = None) -> None:
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C or SIGTERM, which ends its training in the same way."""
     running = serve(source, port, browser, folder, preview)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"The studio is at {running.address}  (Ctrl-C ends it)", flush=True)
     try:
         while running.thread.is_alive():

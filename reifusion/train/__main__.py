@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Container, Mapping
 from contextlib import nullcontext
@@ -41,15 +42,16 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--config", metavar="RECIPE", help="a .toml file, or the name of a built-in recipe")
-    parser.add_argument("--keys", action="store_true", help="explain all keys of a recipe")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()  # of training
+    instead.add_argument("--keys", action="store_true", help="explain all keys of a recipe")
+    instead.add_argument(
         "--dry-run", action="store_true", help="show parameters, memory and time; no training"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--overfit-one", action="store_true", help="check that the model can learn a single batch"
     )
-    parser.add_argument("--check-gradients", action="store_true", help="compare with finite differences")
-    parser.add_argument("--plot", action="store_true", help="draw the loss so far over the expected band")
+    instead.add_argument("--check-gradients", action="store_true", help="compare with finite differences")
+    instead.add_argument("--plot", action="store_true", help="draw the loss so far over the expected band")
     parser.add_argument("--minutes", type=float, metavar="N", help="train for this time, all in all")
     parser.add_argument("--threads", type=int, help="number of CPU threads")
     return parser
@@ -73,7 +75,8 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("reifusion: stopped; the same command resumes from here", file=sys.stderr)
+        resumes = "" if _only_looks(given) else "; the same command resumes from here"
+        print(f"reifusion: stopped{resumes}", file=sys.stderr)
         return 130
 
 
@@ -89,6 +92,7 @@ def _train(given: argparse.Namespace) -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     warnings.showwarning = lambda message, *_: print(f"reifusion: {message}", file=sys.stderr)
+    threading.excepthook = _of_thread
     try:
         for text in _follow(given):
             print(text, flush=True)
@@ -104,6 +108,12 @@ def _train(given: argparse.Namespace) -> int:
             raise
         print(f"reifusion: {sentence(error, 'batch or size')}", file=sys.stderr)
         return 1
+
+
+def _of_thread(it: threading.ExceptHookArgs) -> None:
+    """Shows the error of a thread; but TensorBoard's hands those of a full disk over to the loop."""
+    if not issubclass(it.exc_type, OSError) or os.environ.get("REIFUSION_DEBUG") == "1":
+        threading.__excepthook__(it)
 
 
 def _follow(given: argparse.Namespace) -> Any:
@@ -190,8 +200,12 @@ def _of_stage(
 def _ahead(given: argparse.Namespace, stages: tuple[tuple[str, str], ...]) -> Any:
     """Returns what to do beside the training of the mini's VAE: on a GPU, to compile the U-Net's steps."""
     name = dict(stages).get("text2image")
-    checking = given.dry_run or given.overfit_one or given.check_gradients or given.plot
-    if name is None or checking or "compile=false" in given.overrides or stages in (MINI["cpu"], TINY):
+    if (
+        name is None
+        or _only_looks(given)
+        or "compile=false" in given.overrides
+        or stages in (MINI["cpu"], TINY)
+    ):
         return nullcontext()
     from . import recipe as recipes
     from .warm import warming
@@ -200,6 +214,11 @@ def _ahead(given: argparse.Namespace, stages: tuple[tuple[str, str], ...]) -> An
     here = ("folder", "out", "data")  # nothing is read or written
     overrides = [o for o in given.overrides if (k := o.partition("=")[0].strip()) in known and k not in here]
     return warming([*overrides, "vae="], name)
+
+
+def _only_looks(given: argparse.Namespace) -> bool:
+    """True for what is asked for instead of training."""
+    return bool(given.dry_run or given.overfit_one or given.check_gradients or given.plot)
 
 
 def _stage(recipe: Any, given: argparse.Namespace) -> Any:

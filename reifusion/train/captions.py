@@ -32,10 +32,16 @@ def listed(folder: Path) -> dict[Path, tuple[str, ...]]:
             of_file: dict[Path, tuple[str, ...]] = {}  # some files have a row for each caption of a picture
             for row in _rows(file):
                 name, texts = _cell(row, FILE_COLUMNS), _cell(row, TEXT_COLUMNS)
+                if None in row:  # otherwise all after a comma would be lost
+                    raise CaptionError(
+                        f"{file} has more cells in the row of {name} than columns: a caption with a comma in"
+                        " it needs quotation marks around it"
+                    )
+                if texts is None and any(row.get(column, "") is None for column in TEXT_COLUMNS):
+                    texts = []  # a row that ends before its caption, or null
                 if not isinstance(name, str) or texts is None:
                     raise CaptionError(
-                        f"{file} needs a file_name and a text in each row, and has"
-                        f" {', '.join(map(str, row)) or 'none'}"
+                        f"{file} needs a file_name and a text in each row, and has {row!r:.100}"
                     )
                 path, texts = (folder / name).resolve(), texts if isinstance(texts, list) else [texts]
                 own = [" ".join(text.split()) for text in texts if isinstance(text, str)]

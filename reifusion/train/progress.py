@@ -6,7 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ..bar import Bar
 from ..files import whole
+from .checkpoint import TrainingError
 from .plot import losses, verdict
 
 
@@ -49,8 +51,20 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        self.log.close()
-        self.board.close()
+        with self._room():
+            self.log.close()
+            self.board.close()
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Raises TrainingError where the curves cannot be written, as on a full disk."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"the curves in {self.folder} could not be written ({error.strerror}); the last checkpoint is"
+                " whole"
+            ) from error
 
     def step(self, step: int, samples: float, figures: dict[str, float]) -> None:
         """Shows one more step, done on `samples` samples; figures: its loss, and others worth a curve."""
@@ -68,10 +82,11 @@ class Progress:
             self.samples, self.since = 0.0, now
             row = {name: value for name, value in row.items() if math.isfinite(value)}  # fp16 may overflow
             shown = {"step": step, "time": time.time(), **row}
-            print(json.dumps({name: round(value, 6) for name, value in shown.items()}), file=self.log)
-            self.log.flush()
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
+            with self._room():
+                print(json.dumps({name: round(value, 6) for name, value in shown.items()}), file=self.log)
+                self.log.flush()
+                for name, value in row.items():
+                    self.board.add_scalar(name, value, step)
             self.bar.set_postfix_str(
                 f"loss {self.smoothed:.4f}, {row['samples_per_second']:.1f} samples/s", refresh=False
             )

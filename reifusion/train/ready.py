@@ -94,6 +94,13 @@ def _outputs(recipe: Recipe) -> None:
     for source in (recipe.start, recipe.vae):
         if source and Path(source).exists() and out.exists() and out.samefile(source):
             raise RecipeError(f"the training begins with {out} and would overwrite it; choose another out")
+    for source in (recipe.data, recipe.regularisation, recipe.validation_data):
+        pictures = Path(source).expanduser()
+        if source not in ("", "emoji", "shapes") and folder.resolve().is_relative_to(pictures.resolve()):
+            raise RecipeError(
+                f"the run's folder, {folder}, lies in {source}, and its sheets would become pictures to learn"
+                " from; choose another folder"
+            )
     for place in (folder, out.parent):
         if place.exists() and not place.is_dir():
             raise RecipeError(f"{place} is a file where a folder is needed; choose another folder or out")

@@ -172,6 +172,8 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
         weights = model.state_dict()
     vae = load_vae(recipe.vae or recipe.start, config)
     folder, out, source = Path(recipe.folder), Path(recipe.out), captioned_pictures(recipe)
+    with processes().main_process_first():
+        others = regularising_pictures(recipe) if recipe.regularisation else None
     made_of = {
         "start": digest(weights or {}),
         "VAE": digest(vae.encoder.state_dict()),
@@ -179,16 +181,15 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
         "zero_terminal_snr": f"{config.schedule.zero_terminal_snr}",
         "data": source.digest(),
         "validation": f"{recipe.validation:g}",
-        "regularisation": recipe.regularisation,
+        "regularisation": "" if others is None else others.digest(),
     }
     unchanged(folder / "checkpoint.pt", made_of, recipe.training.loop.allow_changes)
     data, tokenizer = captioned_latents(recipe, source, config, vae, tokenizer)
     training, tokens = recipe.training, tokenizer
     own = data.captions if isinstance(data, LatentData) else None  # of those held out as well
     data, held_out = validation(recipe, data, config, vae, tokenizer)
-    if recipe.regularisation and isinstance(data, LatentData):
-        pictures = regularising_pictures(recipe)
-        data = Mixed(data, cast(LatentData, captioned_latents(recipe, pictures, config, vae, tokenizer)[0]))
+    if others is not None and isinstance(data, LatentData):
+        data = Mixed(data, cast(LatentData, captioned_latents(recipe, others, config, vae, tokenizer)[0]))
 
     def pipeline(model: TextToImage) -> StableDiffusion:
         networks = {"encoder": vae.encoder, "decoder": vae.decoder}

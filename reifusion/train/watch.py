@@ -45,11 +45,13 @@ def _lines(given: str) -> list[str]:
     if not given.endswith(".txt"):
         return [given]
     try:
-        lines = Path(given).read_text("utf-8-sig").splitlines()
+        lines = [line.strip() for line in Path(given).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise RecipeError(f"the prompts in {given} cannot be read: {why}") from None
-    return [line.strip() for line in lines if line.strip()]
+    if not any(lines):
+        raise RecipeError(f"there are no prompts in {given}")
+    return [line for line in lines if line]
 
 
 @torch.no_grad()

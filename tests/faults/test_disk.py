@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ from reifusion import album, cli, weights
 from reifusion.api import load
 from reifusion.files import put, write_text
 from reifusion.model.tensors import ModelError
+from reifusion.train import __main__ as train
+from reifusion.train.checkpoint import TrainingError
+from reifusion.train.progress import Progress
 from reifusion.weights import save
 from reifusion.weights.vae import save_vae
 from tests.tiny import SMALL, WORDS, networks
@@ -121,6 +125,24 @@ def test_a_full_disk_keeps_what_was_there(model, small_disk):
     assert told[0] in (1, 2) and told[2].startswith("reifusion: ") and told[2].count("\n") == 1
     (small_disk / "full").unlink()
     assert {path: path.read_bytes() for path in small_disk.iterdir()} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_curves_that_do_not_fit_end_a_training_in_one_sentence(tmp_path):
+    said = rf"curves in {tmp_path} could not be written \(No space left"
+    with pytest.raises(TrainingError, match=said), Progress(tmp_path, 0, 2, 1) as progress:
+        progress.log.close()
+        progress.log = open("/dev/full", "w")  # noqa: SIM115 (closed by Progress)
+        progress.step(0, 1, {"loss": 1.0})
+
+
+def test_a_thread_that_finds_the_disk_full_leaves_it_to_the_loop_to_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    assert train.main(["lora", "--keys"]) == 0
+    capsys.readouterr()
+    for error, lines in ((OSError(28, "No space left on device"), 0), (ZeroDivisionError(), 2)):
+        threading.excepthook(threading.ExceptHookArgs((type(error), error, None, None)))
+        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 # Processes that are killed, and processes that meet

@@ -248,6 +248,24 @@ def test_a_lora_learns_for_the_prediction_type_that_is_asked_for(here, tmp_path)
     assert not all(torch.equal(x, epsilon[name]) for name, x in plain.items())
 
 
+def test_only_a_training_that_is_stopped_resumes(tmp_path, monkeypatch, capsys):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "read", stop)
+    assert main(["lora", "--overfit-one"]) == main(["lora"]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "reifusion: stopped",
+        "reifusion: stopped; the same command resumes from here",
+    ]
+
+
+def test_one_thing_is_done_instead_of_training(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["lora", "--plot", "--dry-run", f"folder={tmp_path}"])
+    assert "--dry-run: not allowed with argument --plot" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", recipe.TRAININGS)
 def test_keys_explains_each_key(what, capsys):
     assert main([what, "--keys"]) == 0
@@ -311,6 +329,18 @@ def test_so_does_a_whole_model(here, tmp_path, change, says):
     follow("text2image", *keys, "steps=1")
     with pytest.raises(TrainingError, match=says):
         follow("text2image", *keys, "steps=2", change.format(here))
+
+
+@pytest.mark.parametrize("what", ["lora", "text2image"])
+def test_pictures_of_what_must_not_change_are_told_by_what_they_are(here, tmp_path, what):
+    others = pictures(tmp_path / "others")
+    keys = [f"start={here}/model.safetensors", f"data={here}/data", f"folder={tmp_path}/run"]
+    follow(what, *keys, "steps=1", f"regularisation={others}")
+    moved = others.rename(tmp_path / "moved")
+    follow(what, *keys, "steps=2", f"regularisation={moved}")
+    Image.new("RGB", (32, 32)).save(moved / "new.png")
+    with pytest.raises(TrainingError, match="these have changed: regularisation;"):
+        follow(what, *keys, "steps=3", f"regularisation={moved}")
 
 
 def test_what_is_done_is_not_undone_by_fewer_steps(tmp_path):
@@ -441,6 +471,12 @@ def test_pictures_smaller_than_a_crop_are_named(here, tmp_path):
         (["out={0}/model"], "out must be the name of a .safetensors file"),
         (["out={0}/file.txt/x.safetensors"], "is a file where a folder is needed"),
         (["folder={0}/file.txt"], "is a file where a folder is needed"),
+        (
+            ["data={0}", "folder={0}/runs/one"],
+            "lies in .*, and its sheets would become pictures to learn from",
+        ),
+        (["regularisation={0}"], "and its sheets would become pictures to learn from"),
+        (['prompts=["{0}/file.txt"]'], "there are no prompts in"),
     ],
 )
 def test_what_cannot_be_done_is_found_at_once(here, tmp_path, keys, says):

@@ -62,6 +62,28 @@ print(len(build(Studio("mini", Path("pictures"))).routes))
 """
 
 
+TERMINATED = """
+import os, signal, threading, time
+from reifusion.studio import serve
+class Page:
+    address, thread = "here", threading.Thread(target=time.sleep, args=(60,), daemon=True)
+    def close(self):
+        print("closed")
+Page.thread.start()
+serve.serve = lambda *_: Page()
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+serve.run("mini", None, False, "pictures")
+"""
+
+
+def test_sigterm_ends_it_and_its_training_as_ctrl_c_does(tmp_path):
+    pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.endswith("closed\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_it_needs_nothing_of_the_server_s_extra(tmp_path):
     pytest.importorskip("fastapi", reason="the studio needs: pip install reifusion[studio]")

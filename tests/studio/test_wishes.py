@@ -17,6 +17,8 @@ from reifusion.settings import ABOUT, Settings
 from reifusion.studio import wishes
 from tests.explain.conftest import TINY
 
+# The head of a QOI without its pixels, for which Pillow raises an IndexError.
+CUT_OFF = "data:image/qoi;base64," + base64.b64encode(b"qoif\0\0\0\2\0\0\0\2\3\0").decode()
 TEXTS: dict[str, Any] = {"prompt": "a cat", "sampler": "ddim", "steps": "3", "cfg": "2.5", "seed": "5"}
 
 
@@ -108,6 +110,7 @@ def test_what_is_painted_is_redrawn_softly_and_without_paint_all_is(tmp_path):
         ("data:image/png;base64,AAAA", None, "cannot be read as a picture"),
         ("file:///etc/passwd", None, "cannot be read as a picture"),
         (noise(), "data:image/png;base64,!", "cannot be read as a picture"),
+        (CUT_OFF, None, "cannot be read as a picture"),
     ],
 )
 def test_a_wrong_picture_is_one_sentence(picture, mask, says, tmp_path):

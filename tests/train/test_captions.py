@@ -54,8 +54,14 @@ def test_captions_of_many_pictures_in_one_file(folder, name, text):
         (
             "captions.jsonl",
             '{"file_name": "a.png"}',
-            "needs a file_name and a text in each row, and has file_name",
+            "needs a file_name and a text in each row, and has {'file_name': 'a.png'}",
         ),
+        (
+            "captions.json",
+            '{"a.png": {"caption": "a ball"}}',
+            "needs a file_name and a text .*'text': {'caption'",
+        ),
+        ("captions.csv", "file,text\na.png,a red, round ball\n", "row of a.png than columns: a caption with"),
         ("captions.jsonl", "{broken", "cannot be read"),
         ("captions.json", '["a.png"]', "must have names for its columns"),
         ("captions.csv", "a.png,red\nb.png,blue\n", "needs a file_name and a text in each row"),
@@ -76,6 +82,12 @@ def test_rows_with_other_captions_of_a_picture_add_to_it(tmp_path):
         (tmp_path / "a.png").resolve(): ("a ball", "a red ball"),
         (tmp_path / "b.png").resolve(): ("a cube",),
     }
+
+
+def test_a_row_without_a_caption_is_a_picture_without_one(tmp_path):
+    (tmp_path / "captions.csv").write_text("file,caption\na.png\nb.png,\n")
+    (tmp_path / "captions.jsonl").write_text('{"file": "c.png", "text": null}\n')
+    assert listed(tmp_path) == {(tmp_path / name).resolve(): () for name in ("a.png", "b.png", "c.png")}
 
 
 def test_of_two_files_of_captions_the_later_kind_counts(tmp_path):

@@ -93,9 +93,8 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
     assert main(["mini", "--config", "mini"]) == 2
     assert main(["text2image", "--config", "mini", "vae="]) == 2
     assert main(["vae", "--config", "mini-vae", "--threads", "0"]) == 2
-    assert (
-        main(["vae", "--config", "mini-vae", f"data={tmp_path}", f"folder={tmp_path}/run"]) == 1
-    )  # no pictures
+    (empty := tmp_path / "empty").mkdir()
+    assert main(["vae", "--config", "mini-vae", f"data={empty}", f"folder={tmp_path}/run"]) == 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 5 and all(line.startswith("reifusion: ") for line in errors)
 

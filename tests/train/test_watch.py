@@ -70,6 +70,9 @@ def test_prompts_that_are_given_are_all_drawn_from_files_too(tmp_path):
     assert prompts_of_sheet(given, ["a ball"], 512, 0) == ["a cat", "a zork", "two zorks"]
     with pytest.raises(RecipeError, match=r"the prompts in none\.txt cannot be read: No such file"):
         prompts_of_sheet(("none.txt",), None, 64, 0)
+    (tmp_path / "mine.txt").write_text("\n \n")
+    with pytest.raises(RecipeError, match=r"there are no prompts in .*mine\.txt"):
+        prompts_of_sheet(given, None, 64, 0)
 
 
 def test_words_below_small_pictures_fit(model):
