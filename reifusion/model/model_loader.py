@@ -42,6 +42,7 @@ RELATIVES = (
     (r"control_model\.|controlnet_", "a ControlNet, which guides a model but is not a model itself"),
     (r"(adapter\.)?body\.\d+\.", "a T2I-Adapter, which guides a model but is not a model itself"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which prompts a model but is not a model itself"),
+    (r"(string_to_param\..*|emb_params|clip_[lg])$", "a learned word, which --embedding takes"),
     (
         r"edm_(mean|std)$|edm_vpred\.",
         "trained with EDM's noise, as Playground 2.5 was, which is not built in",

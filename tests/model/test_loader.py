@@ -497,6 +497,8 @@ def test_unusual_shapes_need_a_config(tmp_path, native, models):
         ("model.diffusion_model.label_emb.weight", "is told more than words"),
         ("model.diffusion_model.label_emb.0.0.weight", "is a U-Net of Stable Diffusion XL alone"),
         ("embedder.model.visual.class_embedding", "is unCLIP"),
+        ("emb_params", "is a learned word, which --embedding takes"),
+        ("clip_g", "is a learned word"),
     ],
 )
 def test_relatives_are_recognised(tmp_path, name, match):
