@@ -106,7 +106,8 @@ def dye_by_numpy(sprite: np.ndarray, colour: str) -> np.ndarray:
         change, strength, turn = ramp(lightness, 0.15, 0.35), np.ones_like(chroma), np.zeros_like(hue)
     else:
         bins = np.bincount(((hue / np.pi + 1) * 18).astype(int) % 36, chroma * coloured * alpha, minlength=36)
-        main = (np.argmax(sum(np.roll(bins, k) for k in range(-6, 7))) + 0.5) / 18 * np.pi - np.pi
+        within = np.sum([np.roll(bins, k) for k in range(-6, 7)], axis=0)
+        main = (np.flatnonzero(within >= 0.9999 * within.max())[0] + 0.5) / 18 * np.pi - np.pi
         turn = (hue - main + np.pi) % (2 * np.pi) - np.pi
         near = coloured * ramp(-np.abs(turn), -1.9, -1.2)
         change = near if (near * alpha).sum() > 0.5 * (coloured * alpha).sum() else coloured

@@ -73,11 +73,12 @@ def dye(sprites: Tensor, colours: Tensor) -> Tensor:
         return total(x * (weights + 1e-6)) / total(weights + 1e-6)
 
     coloured = ramp(chroma, 0.03, 0.07)
-    # The main hue is the one with the most chroma within 60°.
+    # The main hue is the one with the most chroma within 60°; of those alike but for rounding, the first.
     bins = torch.zeros(len(sprites), 36, device=sprites.device)
     which = ((hue / math.pi + 1) * 18).long() % 36
     bins.scatter_add_(1, which.flatten(1), (chroma * coloured * alpha).flatten(1))
-    main = torch.stack([bins.roll(k, 1) for k in range(-6, 7)]).sum(0).argmax(1)
+    within = torch.stack([bins.roll(k, 1) for k in range(-6, 7)]).sum(0)  # (N, 36)
+    main = (within >= 0.9999 * within.amax(1, keepdim=True)).byte().argmax(1)
     turn = hue - ((main + 0.5) / 18 * math.pi - math.pi)[:, None, None]
     turn = torch.remainder(turn + math.pi, 2 * math.pi) - math.pi
     near = coloured * ramp(-turn.abs(), -1.9, -1.2)
