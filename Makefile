@@ -65,10 +65,12 @@ bench: .venv/ready-dev
 	.venv/bin/python -m bench.speed $(BENCH)
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "reifusion needs Python 3.10 or newer: make run PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 
 .venv/ready: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing what reifusion needs into .venv (once, a minute or so)"
+	@.venv/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv .venv  # where making it was cut short
 	@$(PIP) -e .
 	@touch $@
 

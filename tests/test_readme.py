@@ -6,10 +6,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from typer.main import get_command
 
 from reifusion.cli.main import app
@@ -41,6 +44,50 @@ def test_make_targets_of_the_readme_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"make (\w+)", README))
     assert named and named <= targets
+
+
+def test_the_source_package_has_what_the_readme_and_the_tests_name():
+    (line,) = re.findall(r"(?<=sdist]\n)include = .*", (ROOT / "pyproject.toml").read_text("utf-8"))
+    links = {link.partition("/")[0] for link in re.findall(r"\]\((?!https?://)([^)#]+)", README)}
+    needed = {*links, "Dockerfile", ".dockerignore", "compose.yaml"}
+    assert needed <= set(re.findall(r'"([^"]+)"', line))
+
+
+def test_every_pin_is_for_the_versions_of_python_that_the_readme_names():
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        if line[:1] in "#":
+            continue
+        pin = Requirement(line)
+        try:
+            installed = distribution(pin.name)
+        except PackageNotFoundError:  # for another machine
+            continue
+        if not pin.specifier.contains(installed.version):
+            continue
+        wanted = SpecifierSet(",".join(installed.metadata.get_all("Requires-Python") or []))
+        for python in "3.10.0", "3.11.2", "3.12.0", "3.13.0":  # 3.11.2: Debian 12's
+            here = {"python_full_version": python, "python_version": python.rpartition(".")[0]}
+            if pin.marker is None or pin.marker.evaluate(here):
+                assert wanted.contains(python), f"{line} is not for Python {python}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_venv_that_was_cut_short_is_made_again(tmp_path):
+    for name in "Makefile", "pyproject.toml", "constraints.txt", "README.md":
+        shutil.copy(ROOT / name, tmp_path)
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    env = {**alone, "PIP_NO_INDEX": "1"}
+    python = tmp_path / "snake"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    make = ["make", ".venv/ready", f"PYTHON={python}"]
+    assert subprocess.run(make, cwd=tmp_path, env=env, capture_output=True).returncode
+    assert not (tmp_path / ".venv").exists()  # a Python that is too old leaves nothing behind
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    make[-1] = f"PYTHON={sys.executable}"
+    subprocess.run(make, cwd=tmp_path, env=env, capture_output=True)  # fails later: there is no index
+    assert list((tmp_path / ".venv" / "bin").glob("pip*"))
 
 
 def test_flags_of_the_readme_exist():

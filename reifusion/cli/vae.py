@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ def show(
     out: Annotated[str, typer.Option(help="The folder to write to.")] = "explain",
 ) -> None:
     """Draws a picture, or a test card, through a VAE: what comes back, the error, and the latents."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('showing a VAE needs matplotlib: pip install "reifusion[explain]"')
     from ..model.pictures import read_picture
 
     given = read_picture(picture) if picture else None

@@ -142,6 +142,12 @@ def test_the_commands_show_and_convert(pipe, tmp_path, capsys):
     assert main(line) == 2 and "is there already" in capsys.readouterr().err
 
 
+def test_without_matplotlib_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["vae", "show", "mini"]) == 2
+    assert 'pip install "reifusion[explain]"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
