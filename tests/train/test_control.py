@@ -82,7 +82,7 @@ class Wrong:
 @pytest.mark.slow
 def test_the_right_hint_explains_a_noisy_picture_better_and_the_model_stays(pipe, tmp_path):
     before = {name: x.clone() for name, x in state_dict(pipe.models).items()}
-    asked = training(150, edge_low=20.0, edge_high=40.0, caption_dropout=0.0)
+    asked = training(300, edge_low=20.0, edge_high=40.0, caption_dropout=0.0)
     out = train_control(pipe, latents(), {}, asked, tmp_path, tmp_path / "net.safetensors", {})
     after = state_dict(pipe.models)
     assert all(torch.equal(x, after[name]) for name, x in before.items())
@@ -96,7 +96,7 @@ def test_the_right_hint_explains_a_noisy_picture_better_and_the_model_stays(pipe
     net: Any = load_control(out, pipe, fast=False)
     assert loss(net, data) < 0.85 * loss(net, Wrong(data))
     assert loss(net, data) < 0.7 * loss(fresh(pipe.models["diffusion"], SMALL), data)
-    assert (tmp_path / "sheet-000150.png").exists()
+    assert (tmp_path / "sheet-000300.png").exists()
 
 
 def test_it_draws_with_its_file_and_begins_as_the_model(pipe, tmp_path):
