@@ -404,11 +404,13 @@ def test_the_second_tokenizer_pads_as_in_transformers_where_nothing_says_how(fol
     shutil.copytree(folder, tmp_path / "copy")
     config = tmp_path / "copy" / "tokenizer_2" / "tokenizer_config.json"
     said = json.loads(config.read_text())
-    assert weights.find_config(tmp_path / "copy").pad_2 == said.pop("pad_token") == "!"
+    found: Any = weights.find_config(tmp_path / "copy")
+    assert found.pad_2 == said.pop("pad_token") == "!"
     config.write_text(json.dumps(said))
     (config.parent / "special_tokens_map.json").unlink()
     theirs = transformers.CLIPTokenizer.from_pretrained(config.parent)
-    assert weights.find_config(tmp_path / "copy").pad_2 == theirs.pad_token == "<|endoftext|>"
+    found = weights.find_config(tmp_path / "copy")
+    assert found.pad_2 == theirs.pad_token == "<|endoftext|>"
 
 
 # Drawing from a picture

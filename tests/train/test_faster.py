@@ -233,7 +233,8 @@ def test_the_warning_has_the_error_that_came_first(card, tmp_path, monkeypatch):
         finally:
             raise RuntimeError("an earlier error")
 
-    monkeypatch.setattr(faster, "RecordedStep", partial(faster.RecordedStep.func, record=broken))
+    plain: Any = faster.RecordedStep  # with the card's recording, by the fixture
+    monkeypatch.setattr(faster, "RecordedStep", partial(plain.func, record=broken))
     with pytest.warns(UserWarning, match="so they are slower: a number was read"):
         train(Net(), drawn(), CONFIG, tmp_path)
 

@@ -179,8 +179,8 @@ def test_the_commands_do_it_with_files(tmp_path, capsys):
     assert code == 2 and said == f"reifusion: {file['ab']} is there already, and nothing is overwritten\n"
     code, said = run("merge", file["model"], "--out", tmp_path / "x.safetensors", capsys=capsys)
     assert code == 2 and "is not a LoRA" in said and said.count("\n") == 1
-    for given in (f"{file['a']}:0.5", f"{file['a']}:1:lbw=ALL"):
-        code, said = run("resize", given, "--out", tmp_path / "x.safetensors", capsys=capsys)
+    for weighted in (f"{file['a']}:0.5", f"{file['a']}:1:lbw=ALL"):
+        code, said = run("resize", weighted, "--out", tmp_path / "x.safetensors", capsys=capsys)
         assert code == 2 and "resize takes a LoRA as it is, without a weight" in said
     code, said = run("resize", file["a"], "--out", tmp_path / "x.txt", capsys=capsys)
     assert code == 2 and "is written to a .safetensors file" in said
