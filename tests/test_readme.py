@@ -79,7 +79,7 @@ def test_a_venv_that_was_cut_short_is_made_again(tmp_path):
     alone = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     env = {**alone, "PIP_NO_INDEX": "1"}
     python = tmp_path / "snake"
-    python.write_text("#!/bin/sh\nexit 1\n")
+    python.write_text('#!/bin/sh\n[ "$1" = -m ] && mkdir -p .venv/bin && touch .venv/bin/python\n')  # too old
     python.chmod(0o755)
     make = ["make", ".venv/ready", f"PYTHON={python}"]
     assert subprocess.run(make, cwd=tmp_path, env=env, capture_output=True).returncode
