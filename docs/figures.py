@@ -38,7 +38,7 @@ def sketch() -> Image.Image:
     for x in (176, 336):
         pen.ellipse((x - 32, 150, x + 32, 240), fill="#402a20")
     pen.arc((140, 200, 372, 400), 20, 160, fill="#402a20", width=22)
-    return page.resize((128, 128), Image.Resampling.LANCZOS)
+    return page.resize((256, 256), Image.Resampling.LANCZOS)
 
 
 class Figure(str):

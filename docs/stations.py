@@ -31,7 +31,7 @@ ROWS = {
     "once, before": (
         Station("Tokenizer", "the prompt becomes 32 numbers", "words", Tokenizer.encode),
         Station("Text encoder", "they become 32 vectors of 192 numbers", "words", CLIP.forward),
-        Station("Noise", "the seed becomes latents, 4×16×16", "forward", randn),
+        Station("Noise", "the seed becomes latents, 4×32×32", "forward", randn),
         Station("VAE encoder", "or a picture becomes them", "vae", Encoder.forward),
     ),
     "in each of 20 steps": (
@@ -40,7 +40,7 @@ ROWS = {
         Station("Guidance", "enlarges what the words change", "guidance", Guidance.__call__),
         Station("Sampler", "takes some noise away", "samplers", Sampler.step),
     ),
-    "once, at the end": (Station("VAE decoder", "latents become 128×128 pixels", "vae", Decoder.forward),),
+    "once, at the end": (Station("VAE decoder", "latents become 256×256 pixels", "vae", Decoder.forward),),
 }
 
 

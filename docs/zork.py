@@ -27,6 +27,7 @@ LORA = ROOT / "docs" / "assets" / "zork.safetensors"
 SEEN = ROOT / "docs" / "assets" / "zork-training.json"
 SHEETS = ROOT / "docs" / "assets" / "zork-training.png"
 
+SIDE = 256  # pixels, of a picture
 BACKGROUNDS = {
     "white": "#ffffff",
     "yellow": "#ffe27a",
@@ -36,7 +37,7 @@ BACKGROUNDS = {
 }
 
 
-def draw_zork(seed: int, size: int = 128) -> tuple[Image.Image, str]:
+def draw_zork(seed: int, size: int = SIDE) -> tuple[Image.Image, str]:
     """Draws a zork, purple, with one eye, and its caption. No emoji looks like a zork."""
     draw = random.Random(seed)
     background = draw.choice(list(BACKGROUNDS))
@@ -85,9 +86,10 @@ def keep_seen(run: Path, rows: int = 4) -> None:
     sheets = sorted(run.glob("sheet-*.png"))
     chosen = [sheets[round(k * (len(sheets) - 1) / (rows - 1))] for k in range(rows)]
     pictures = [Image.open(sheet).convert("RGB") for sheet in chosen]
-    page = Image.new("RGB", (pictures[0].width, 128 * rows), "white")
+    page = Image.new("RGB", (pictures[0].width, SIDE * rows), "white")
     for k, picture in enumerate(pictures):
-        page.paste(picture.crop((0, 0, picture.width, 128)), (0, 128 * k))  # without its captions
+        page.paste(picture.crop((0, 0, picture.width, SIDE)), (0, SIDE * k))  # without its captions
+    page = page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS)
     with whole(SHEETS) as temporary:
         page.quantize(256).save(temporary, "PNG")
     losses = {step: round(loss, 4) for step, loss in read_losses(run).items()}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import reifusion
 from docs import build, execute, live
@@ -22,7 +23,9 @@ from reifusion.explain.words import watch
 from reifusion.model.config import ScheduleConfig
 from reifusion.model.request import Request
 from reifusion.model.samplers import SAMPLERS
+from reifusion.model.tensors import TensorFile
 from reifusion.model.tokenizer import Tokenizer
+from reifusion.weights.writing import eight_bits
 
 NODE = shutil.which("node")
 SAMPLED = ("ddim", "euler", "euler_a", "dpmpp_2m_karras")
@@ -177,6 +180,26 @@ def draw(page: Any, bug: str = "", **fields: object) -> np.ndarray:
 def pixels(page: Any) -> np.ndarray:
     data = page.evaluate("document.querySelector('.picture').toDataURL()").partition(",")[2]
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+
+
+def test_the_weights_are_read_as_python_reads_them(tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    matrix, kernel, vector = (
+        torch.randn(size, generator=generator) for size in ((6, 4), (3, 2, 3, 3), (5,))
+    )
+    tensors = eight_bits({"clip.a": matrix, "diffusion.b": kernel}) | {
+        "c": vector,
+        "encoder.d": vector.bfloat16(),
+    }
+    assert tensors["diffusion.b"].dtype == torch.int8
+    path = tmp_path / "small.safetensors"
+    save_file(tensors, path)
+    names = ["diffusion.b", "c", "clip.a", "encoder.d"]
+    code = """const { readFile } = await import("node:fs/promises"), bytes = new Uint8Array(await readFile(given.path));
+      return new Float32Array(L.readWeights(bytes.buffer, given.names).buffer)"""
+    ours = torch.tensor(run(code, {"path": str(path), "names": names}))
+    stored = TensorFile(path).tensors()
+    assert torch.equal(ours, torch.cat([stored[name].read(dtype=torch.float32).flatten() for name in names]))
 
 
 @pytest.mark.slow

@@ -204,7 +204,8 @@ export async function* denoise(networks, mini, { prompt, seed, steps, scale, nam
 export function readWeights(file, names) {
   const size = Number(new DataView(file).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, size)));
-  const parts = names.map((name) => numbers(file, 8 + size, header[name]));
+  const read = (name) => numbers(file, 8 + size, header[name]);
+  const parts = names.map((name) => (header[name].dtype === "I8" ? wide(read(name), read(`${name}.scale`)) : read(name)));
   const whole = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
   parts.reduce((at, part) => { whole.set(part, at); return at + part.length; }, 0);
   return new Uint8Array(whole.buffer);
@@ -213,10 +214,16 @@ export function readWeights(file, names) {
 function numbers(file, base, { dtype, data_offsets: [from, to] }) {
   const bytes = file.slice(base + from, base + to);
   if (dtype === "F32") return new Float32Array(bytes);
+  if (dtype === "I8") return new Int8Array(bytes);
   if (dtype !== "BF16") throw new Error(`a tensor of ${dtype} is not read here`);
   const halves = new Uint16Array(bytes), wide = new Uint32Array(halves.length);
   for (let i = 0; i < halves.length; i++) wide[i] = halves[i] << 16;  // bfloat16 is the upper half of a float32
   return new Float32Array(wide.buffer);
+}
+
+function wide(whole, scales) {  // W_ij = s_i n_ij: each row's whole numbers of 8 bits times its scale
+  const row = whole.length / scales.length;
+  return Float32Array.from(whole, (number, i) => scales[Math.floor(i / row)] * number);
 }
 
 // The three networks in onnxruntime-web. get: a function of a name in live/, or of the mini's, that returns its bytes.

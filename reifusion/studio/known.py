@@ -1,8 +1,6 @@
 """What the mini knows: the words of the captions that it learned from, as the page offers them.
 
-`python -m reifusion.studio.known` writes known.json anew, from the mini's drawings and their names. The mini
-that ships learned from emoji alone, in four looks, and not yet in the places and styles of today's recipes
-(see `data/MODEL_CARD.md`): when another ships, what is said of that here goes.
+`python -m reifusion.studio.known` writes known.json anew, from the mini's drawings and their names.
 """
 
 from __future__ import annotations
@@ -19,45 +17,44 @@ from ..model.sentences import cut
 FILE = Path(__file__).with_name("known.json")
 EXAMPLES = (
     "a red apple", "a purple cat", "a cat next to a dog", "a small bird on the left", "a sad face",
-    "a flat drawing of a mushroom", "a pink octopus", "a green car on a yellow background",
-    "a cartoon drawing of a fish", "a 3d rocket",
+    "a pixel art of a mushroom", "a pink octopus", "a green car on a yellow background",
+    "a cartoon drawing of a fish", "a silhouette of a horse", "a 3d rocket",
 )  # fmt: skip
-LOOKS = {
-    "3d": ("picture", "render", "icon"), "glossy": ("picture", "icon"),
-    "flat": ("picture", "drawing", "icon"), "cartoon": ("picture", "drawing"),
-}  # fmt: skip
-# Words of its captions that no picture showed, so that they do no harm
+# It has read of these, and of places, and does not draw them yet: see its model card.
+NOT_YET = ("sticker", "pencil drawing")
+# Words of the first captions that no picture showed, so that they do no harm
 NOT_SHOWN = (
     "sitting standing sleeping stretching running waiting resting looking around playing floating shining"
     " dreaming smiling dancing lying alone hiding travelling on the floor on a table in a garden in the sun"
-    " in the rain at home at night in a forest by the sea on the street in a room under the sky in the snow"
+    " in the rain on the street under the sky"
     " highly detailed ultra sharp beautiful cinematic 4k 8k 100mm lens masterpiece best quality soft light"
     " sharp focus trending professional artistic cute"
 )
 
 
 def collect() -> dict[str, Any]:
-    """Returns the subjects with their other names, and the words for colours, styles, sizes and places."""
-    from ..train.mini.captions import PAIRINGS, POSITIONS, SIZES
+    """Returns the subjects with their other names, and the words for colours, styles, sizes and positions."""
+    from ..train.mini.captions import MEDIA, PAIRINGS, POSITIONS, SIZES, STYLED
     from ..train.mini.colours import NAMES
     from ..train.mini.library import read_library
+    from ..train.mini.places import PLACES
     from ..train.mini.subjects import COLOUR_WORDS
 
     subjects: dict[str, set[str]] = {}
     words = {"pair", *COLOUR_WORDS}
     for sprite in read_library(pixels=False).sprites:
-        if sprite.category != "clip art":
-            subjects.setdefault(sprite.subject, set()).update(sprite.synonyms)
-            words.update(*map(split, (sprite.caption, sprite.subject, *sprite.synonyms)))
+        subjects.setdefault(sprite.subject, set()).update(sprite.synonyms)
+        words.update(*map(split, (sprite.caption, sprite.subject, *sprite.synonyms)))
     phrases = {
         "colours": list(NAMES),
         "sizes": [name for names in SIZES.values() for name in names],
-        "styles": list(LOOKS),
+        "styles": [name for name in (*MEDIA, *STYLED) if name not in NOT_YET],
         "positions": [names[0] for _, names in POSITIONS.values()],
     }
-    said = [NOT_SHOWN, *PAIRINGS, *(name for names in LOOKS.values() for name in names)]
+    said = [NOT_SHOWN, *PAIRINGS, *(name for names in (*MEDIA.values(), *STYLED.values()) for name in names)]
     said += [name for _, names in POSITIONS.values() for name in names]
-    said += [name for names in phrases.values() for name in names]
+    said += [name for _, names, _ in PLACES.values() for name in names]
+    said += [*NOT_YET, *(name for names in phrases.values() for name in names)]
     said += ["a picture of", "an image of", "an icon of", "a background", "style"]
     words.update(*map(split, said))
     return {

@@ -5,21 +5,23 @@ from __future__ import annotations
 import pytest
 
 from reifusion.cli.main import main
-from reifusion.studio.known import EXAMPLES, LOOKS, collect, known, unknown_words
-from reifusion.train.mini.captions import POSITIONS, SIZES
+from reifusion.studio.known import EXAMPLES, collect, known, unknown_words
+from reifusion.train.mini.captions import MEDIA, POSITIONS, SIZES, STYLED
 from reifusion.train.mini.colours import NAMES
 from reifusion.train.mini.library import default_cache, library_path
+from reifusion.train.mini.places import PLACES
 
 
 def test_the_subjects_are_those_of_the_mini_that_ships():
     subjects = known()["subjects"]
-    assert len(subjects) == 752  # as its model card says
+    assert len(subjects) == 934  # as its model card says
     assert {"cat", "apple", "guitar", "octopus"} <= subjects.keys()
 
 
 def test_every_word_of_a_caption_is_known():
-    said = [*NAMES, *LOOKS, *(name for names in SIZES.values() for name in names), *EXAMPLES]
+    said = [*NAMES, *MEDIA, *STYLED, *(name for names in SIZES.values() for name in names), *EXAMPLES]
     said += [name for _, names in POSITIONS.values() for name in names]
+    said += [name for _, names, _ in PLACES.values() for name in names]
     assert [text for text in said if unknown_words(text)] == []
 
 

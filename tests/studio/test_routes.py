@@ -178,7 +178,7 @@ def test_another_model_brings_its_own_settings_and_what_it_knows(page, model):
     assert told["note"] == "Loaded tiny, for pictures of 64x64." and told["known"] is None
     assert (told["usual"]["cfg"], told["usual"]["steps"]) == (7.5, 25) and "ddim" in told["samplers"]
     assert last("nowhere.safetensors")["failed"] and "nowhere" in last("nowhere.safetensors")["note"]
-    assert len(last("mini")["known"]["subjects"]) == 752
+    assert len(last("mini")["known"]["subjects"]) == 934
     said = page.post("/api/notes", json={"model": "mini", "prompt": "un chat"}).json()
     assert said == ["The mini has never read these words: un, chat."]
 
