@@ -184,9 +184,7 @@ def pixels(page: Any) -> np.ndarray:
 
 def test_the_weights_are_read_as_python_reads_them(tmp_path):
     generator = torch.Generator().manual_seed(5)
-    matrix, kernel, vector = (
-        torch.randn(size, generator=generator) for size in ((6, 4), (3, 2, 3, 3), (5,))
-    )
+    matrix, kernel, vector = (torch.randn(size, generator=generator) for size in ((6, 4), (3, 2, 3, 3), (5,)))
     tensors = eight_bits({"clip.a": matrix, "diffusion.b": kernel}) | {
         "c": vector,
         "encoder.d": vector.bfloat16(),
@@ -195,7 +193,8 @@ def test_the_weights_are_read_as_python_reads_them(tmp_path):
     path = tmp_path / "small.safetensors"
     save_file(tensors, path)
     names = ["diffusion.b", "c", "clip.a", "encoder.d"]
-    code = """const { readFile } = await import("node:fs/promises"), bytes = new Uint8Array(await readFile(given.path));
+    code = """const { readFile } = await import("node:fs/promises");
+      const bytes = new Uint8Array(await readFile(given.path));
       return new Float32Array(L.readWeights(bytes.buffer, given.names).buffer)"""
     ours = torch.tensor(run(code, {"path": str(path), "names": names}))
     stored = TensorFile(path).tensors()

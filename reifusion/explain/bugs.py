@@ -187,7 +187,7 @@ def blotches(picture: Image.Image) -> float:
 
 
 def chroma(picture: Image.Image) -> float:
-    """Returns how colourful a picture is, in levels: the mean distance of a pixel's largest channel from its least."""
+    """Returns how colourful a picture is, in levels: the mean of a pixel's largest channel less its least."""
     x = np.asarray(picture, dtype=float)
     return float((x.max(-1) - x.min(-1)).mean())
 
