@@ -205,7 +205,7 @@ export function readWeights(file, names) {
   const size = Number(new DataView(file).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, size)));
   const read = (name) => numbers(file, 8 + size, header[name]);
-  const parts = names.map((name) => (header[name].dtype === "I8" ? wide(read(name), read(`${name}.scale`)) : read(name)));
+  const parts = names.map((name) => (header[name].dtype === "I8" ? widened(read(name), read(`${name}.scale`)) : read(name)));
   const whole = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
   parts.reduce((at, part) => { whole.set(part, at); return at + part.length; }, 0);
   return new Uint8Array(whole.buffer);
@@ -221,7 +221,7 @@ function numbers(file, base, { dtype, data_offsets: [from, to] }) {
   return new Float32Array(wide.buffer);
 }
 
-function wide(whole, scales) {  // W_ij = s_i n_ij: each row's whole numbers of 8 bits times its scale
+function widened(whole, scales) {  // W_ij = s_i n_ij: each row's whole numbers of 8 bits times its scale
   const row = whole.length / scales.length;
   return Float32Array.from(whole, (number, i) => scales[Math.floor(i / row)] * number);
 }
