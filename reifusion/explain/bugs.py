@@ -73,15 +73,27 @@ class Bug:
             yield
 
     def draw(
-        self, pipe: StableDiffusion, prompt: str | None = None, seed: int = 0, **settings: Any
+        self,
+        pipe: StableDiffusion,
+        prompt: str | None = None,
+        seed: int = 0,
+        known: dict[str, Image.Image] | None = None,
+        **settings: Any,
     ) -> tuple[Image.Image, Image.Image]:
-        """The picture without the bug, and with it. prompt: None for that with which the bug shows best."""
+        """The picture without the bug, and with it. prompt: None for that with which the bug shows best.
+
+        known: the right pictures of other bugs. One that this bug shares is taken from there, and a new one
+        is added.
+        """
         prompt = self.prompt if prompt is None else prompt
         settings = {"sampler": self.sampler, "steps": self.steps, "cfg": 4.0, **settings}
+        known, asked = {} if known is None else known, repr((prompt, seed, sorted(settings.items())))
+        if asked not in known:
+            known[asked] = pipe.generate(prompt, seed=seed, progress=False, **settings)
+        right = known[asked]
         if self.from_picture:
-            start = pipe.generate(prompt, seed=seed, progress=False, **settings)
-            settings |= {"init_image": start, "strength": 0.3}
-        right = pipe.generate(prompt, seed=seed, progress=False, **settings)
+            settings |= {"init_image": right, "strength": 0.3}
+            right = pipe.generate(prompt, seed=seed, progress=False, **settings)
         with self.switched_on(pipe):
             wrong = pipe.generate(prompt, seed=seed, progress=False, **settings)
         return right, wrong
@@ -143,10 +155,11 @@ def gallery(
             raise ValueError(f"there is no bug {name!r}; there are {', '.join(bugs)}")
     request = request.for_model(pipe.config)
     drawn, captions, numbers, found = [], [], {}, {}
+    known: dict[str, Image.Image] = {}
     for name in Bar(names, unit="bug", leave=False):
         bug = bugs[name]
         prompt, seed = request.prompts[0], request.seeds[0]
-        pair = bug.draw(pipe, prompt, seed, cfg=request.cfg, steps=request.steps)
+        pair = bug.draw(pipe, prompt, seed, known, cfg=request.cfg, steps=request.steps)
         drawn.append((*pair, difference(*pair)))
         right = bug.measure(pipe)
         with bug.switched_on(pipe):

@@ -37,6 +37,9 @@ static const uint16_t *row(View x, int64_t b, int64_t h, int64_t i) {
     return x.data + b * x.batch + h * x.head + i * x.row;
 }
 
+// Rows of a tile that are computed: those that are there, up to the next 64.
+static int rounded(int64_t left) { return left < KEYS ? ((int)left + 63) / 64 * 64 : KEYS; }
+
 // The instruction multiplies pairs of bfloat16: sum + a₀b₀ + a₁b₁ in each of 16 lanes.
 static inline __m512 multiply_add(__m512 sum, uint32_t pair, const uint32_t *pairs) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)_mm512_loadu_si512(pairs));
@@ -88,6 +91,17 @@ static inline __attribute__((always_inline)) void multiply_values(
         for (int j = 0; j < columns; j++) _mm512_store_ps(out + r * width + LANES * j, sum[r][j]);
 }
 
+static void add_values(const uint32_t *p, const uint32_t *v, const float *shrink, float *out, int width, int keys) {
+    for (int c = 0; c < width; c += 5 * LANES)
+        switch (width - c < 5 * LANES ? (width - c) / LANES : 5) {
+            case 1: multiply_values(p, v + c, shrink, out + c, width, keys, 1); break;
+            case 2: multiply_values(p, v + c, shrink, out + c, width, keys, 2); break;
+            case 3: multiply_values(p, v + c, shrink, out + c, width, keys, 3); break;
+            case 4: multiply_values(p, v + c, shrink, out + c, width, keys, 4); break;
+            default: multiply_values(p, v + c, shrink, out + c, width, keys, 5);
+        }
+}
+
 typedef struct { float top[ROWS], total[ROWS]; } State;  // of a block of queries: the maximum and sum so far
 
 // One block of queries against one tile of keys, all packed in pairs. out (ROWS, width) is not yet divided by total.
@@ -96,7 +110,7 @@ static void attend(const uint32_t *q, const uint32_t *k, const uint32_t *v, int 
     float scores[ROWS * KEYS] __attribute__((aligned(64)));
     uint16_t weights[ROWS * KEYS] __attribute__((aligned(64)));
     float shrink[ROWS];
-    const int keys = (left + 63) / 64 * 64;
+    const int keys = rounded(left);
     multiply_keys(q, k, pairs, keys, scores);
     for (int r = 0; r < ROWS; r++) {
         float *x = scores + r * KEYS;
@@ -117,23 +131,37 @@ static void attend(const uint32_t *q, const uint32_t *k, const uint32_t *v, int 
         }
         state->total[r] = state->total[r] * shrink[r] + _mm512_reduce_add_ps(sum);
     }
-    const uint32_t *p = (const uint32_t *)weights;
-    for (int c = 0; c < width; c += 5 * LANES)
-        switch (width - c < 5 * LANES ? (width - c) / LANES : 5) {
-            case 1: multiply_values(p, v + c, shrink, out + c, width, keys, 1); break;
-            case 2: multiply_values(p, v + c, shrink, out + c, width, keys, 2); break;
-            case 3: multiply_values(p, v + c, shrink, out + c, width, keys, 3); break;
-            case 4: multiply_values(p, v + c, shrink, out + c, width, keys, 4); break;
-            default: multiply_values(p, v + c, shrink, out + c, width, keys, 5);
-        }
+    add_values((const uint32_t *)weights, v, shrink, out, width, keys);
 }
 
 static uint32_t pair(uint16_t first, uint16_t second) { return first | (uint32_t)second << 16; }
 
+// A tile of x from the first row on, (KEYS, d) -> (KEYS/64, d/2, 64), pairs along d. From the end on, zeros.
+static void pack_across(View x, int64_t b, int64_t h, int64_t first, int64_t end, int pairs, uint32_t *to) {
+    const int rows = rounded(end - first);
+    for (int64_t i = 0; i < rows; i++) {
+        const uint16_t *from = first + i < end ? row(x, b, h, first + i) : NULL;
+        for (int j = 0; j < pairs; j++)
+            to[(i / 64 * pairs + j) * 64 + i % 64] = from ? pair(from[2 * j], from[2 * j + 1]) : 0;
+    }
+}
+
+// The same rows, (KEYS, d) -> (KEYS/2, width), pairs along the rows.
+static void pack_along(View x, int64_t b, int64_t h, int64_t first, int64_t end, int64_t d, int width,
+                       uint32_t *to) {
+    const int rows = rounded(end - first);
+    memset(to, 0, sizeof(uint32_t) * rows / 2 * width);
+    for (int64_t i = 0; i < rows / 2 && first + 2 * i < end; i++) {
+        const uint16_t *one = row(x, b, h, first + 2 * i);
+        const uint16_t *two = first + 2 * i + 1 < end ? row(x, b, h, first + 2 * i + 1) : NULL;
+        for (int j = 0; j < d; j++) to[i * width + j] = pair(one[j], two ? two[j] : 0);
+    }
+}
+
 // q (B, heads, L, d), k and v (B, heads, S, d) -> out (B, L, heads, d), contiguous. d is even, 512 at most.
-// Returns 0, or 1 where there was no memory.
-int attention(View q, View k, View v, uint16_t *out, int64_t B, int64_t heads, int64_t L, int64_t S, int64_t d,
-              int threads) {
+// sums (B, heads, L), or NULL: takes log₂ Σ e^score of each query. Returns 0, or 1 where there was no memory.
+int attention(View q, View k, View v, uint16_t *out, float *log_sums, int64_t B, int64_t heads, int64_t L,
+              int64_t S, int64_t d, int threads) {
     const float scale = (float)(M_LOG2E / sqrt((double)d));  // e^x = 2^(x log₂ e)
     const int pairs = (int)d / 2, width = (int)(d + LANES - 1) / LANES * LANES;
     const int64_t tiles = (S + KEYS - 1) / KEYS, groups = (L + BLOCKS * ROWS - 1) / (BLOCKS * ROWS);
@@ -144,22 +172,9 @@ int attention(View q, View k, View v, uint16_t *out, int64_t B, int64_t heads, i
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int64_t head = 0; head < B * heads; head++)
         for (int64_t tile = 0; tile < tiles; tile++) {
-            uint32_t *to_k = packed + head * (k_size + v_size) + tile * KEYS * pairs;
-            uint32_t *to_v = packed + head * (k_size + v_size) + k_size + tile * KEYS / 2 * width;
-            memset(to_v, 0, sizeof(uint32_t) * KEYS / 2 * width);
-            for (int64_t i = 0; i < KEYS; i++) {  // (S, d) -> (S/64, d/2, 64), pairs along d
-                const int64_t s = tile * KEYS + i;
-                const uint16_t *from = s < S ? row(k, head / heads, head % heads, s) : NULL;
-                for (int j = 0; j < pairs; j++)
-                    to_k[(i / 64 * pairs + j) * 64 + i % 64] = from ? pair(from[2 * j], from[2 * j + 1]) : 0;
-            }
-            for (int64_t i = 0; i < KEYS / 2; i++) {  // (S, d) -> (S/2, d), pairs along S
-                const int64_t s = tile * KEYS + 2 * i;
-                if (s >= S) break;
-                const uint16_t *first = row(v, head / heads, head % heads, s);
-                const uint16_t *second = s + 1 < S ? row(v, head / heads, head % heads, s + 1) : NULL;
-                for (int j = 0; j < d; j++) to_v[i * width + j] = pair(first[j], second ? second[j] : 0);
-            }
+            uint32_t *keys = packed + head * (k_size + v_size), *values = keys + k_size;
+            pack_across(k, head / heads, head % heads, tile * KEYS, S, pairs, keys + tile * KEYS * pairs);
+            pack_along(v, head / heads, head % heads, tile * KEYS, S, d, width, values + tile * KEYS / 2 * width);
         }
 
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
@@ -182,6 +197,10 @@ int attention(View q, View k, View v, uint16_t *out, int64_t B, int64_t heads, i
                 for (int i = 0; i < blocks; i++)
                     attend(query + i * ROWS * pairs, keys, values, (int)(S - s < KEYS ? S - s : KEYS), pairs, width,
                            scale, states + i, sums + i * ROWS * width);
+            for (int r = 0; r < rows && log_sums != NULL; r++) {
+                const State *state = states + r / ROWS;
+                log_sums[head * L + first + r] = state->top[r % ROWS] * scale + log2f(state->total[r % ROWS]);
+            }
             for (int r = 0; r < rows; r++)
                 for (int c = 0; c < d; c += LANES) {
                     const __m512 total = _mm512_set1_ps(states[r / ROWS].total[r % ROWS]);
@@ -193,4 +212,151 @@ int attention(View q, View k, View v, uint16_t *out, int64_t B, int64_t heads, i
         }
     free(packed);
     return 0;
+}
+
+// ---- The gradients, for training ----------------------------------------------------------------------------
+//
+// What they are, for one head, if `grad` is the gradient of `out` and `sums` is log₂ Σ e^score of each query:
+//
+//     weights = torch.exp2(q @ k.T * log2(e) / q.shape[1] ** 0.5 - sums[:, None])
+//     slopes = weights * (grad @ v.T - (grad * out).sum(1, keepdim=True))
+//     to_q, to_k, to_v = slopes @ k / q.shape[1] ** 0.5, slopes.T @ q / q.shape[1] ** 0.5, weights.T @ grad
+//
+// As in Algorithm 4 of Dao et al. 2022 no L × S matrix is stored. Here the weights are computed twice, by
+// queries for `to_q` and by keys for the other two: both walks are then products that are already above.
+
+// The sum of the products of two rows
+static float dot(const uint16_t *x, const uint16_t *y, int64_t d) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t c = 0; c < d; c += 2 * LANES) {
+        const __mmask32 inside = d - c < 2 * LANES ? (1u << (d - c)) - 1 : 0xffffffff;
+        const __m512i a = _mm512_maskz_loadu_epi16(inside, x + c), b = _mm512_maskz_loadu_epi16(inside, y + c);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+// The weights and slopes (ROWS, KEYS) of some rows and a tile. of_rows: rows are queries and the tile is of keys,
+// else the other way round; sums and dots belong to the queries. a, c: the rows of q and grad, or of k and v.
+static inline __attribute__((always_inline)) void find_slopes(
+    const uint32_t *a, const uint32_t *c, const uint32_t *tile_a, const uint32_t *tile_c, int left, int pairs,
+    float scale, const float *sums, const float *dots, const int of_rows, uint16_t *weights, uint16_t *slopes) {
+    float scores[ROWS * KEYS] __attribute__((aligned(64))), changes[ROWS * KEYS] __attribute__((aligned(64)));
+    const int keys = rounded(left);
+    multiply_keys(a, tile_a, pairs, keys, scores);
+    multiply_keys(c, tile_c, pairs, keys, changes);
+    for (int r = 0; r < ROWS; r++) {
+        for (int i = left; i < keys; i++) scores[r * KEYS + i] = -1e30f;  // nothing is there
+        for (int i = 0; i < keys; i += 2 * LANES) {
+            __m512 p[2], s[2];
+            for (int j = 0; j < 2; j++) {
+                const int at = i + j * LANES;
+                const __m512 sum = of_rows ? _mm512_set1_ps(sums[r]) : _mm512_loadu_ps(sums + at);
+                const __m512 dot = of_rows ? _mm512_set1_ps(dots[r]) : _mm512_loadu_ps(dots + at);
+                const __m512 x = _mm512_load_ps(scores + r * KEYS + at);
+                // A weight is 1 at most, also where scores are so large that their difference is rounding.
+                p[j] = exp2_(_mm512_min_ps(_mm512_setzero_ps(), _mm512_fmsub_ps(x, _mm512_set1_ps(scale), sum)));
+                s[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(_mm512_load_ps(changes + r * KEYS + at), dot));
+            }
+            _mm512_store_si512(weights + r * KEYS + i, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
+            _mm512_store_si512(slopes + r * KEYS + i, (__m512i)_mm512_cvtne2ps_pbh(s[1], s[0]));
+        }
+    }
+}
+
+// sums (rows, width) · by -> to, contiguous (B, length, heads, d), from a row on
+static void write_rows(const float *sums, int rows, int width, float by, int64_t d, int64_t heads, uint16_t *to) {
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < d; c += LANES) {
+            const __mmask16 inside = (__mmask16)(d - c < LANES ? (1 << (d - c)) - 1 : 0xffff);
+            const __m512 x = _mm512_mul_ps(_mm512_load_ps(sums + r * width + c), _mm512_set1_ps(by));
+            _mm256_mask_storeu_epi16(to + r * heads * d + c, inside, (__m256i)_mm512_cvtneps_pbh(x));
+        }
+}
+
+// What the walks need of q, k, v or grad, for one head.
+typedef struct {
+    uint32_t *rows;    // (length, d/2), as they are
+    uint32_t *across;  // in tiles, to multiply rows with
+    uint32_t *along;   // in tiles, to be added up
+} Packed;
+
+static int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+static int64_t size_of(int64_t length, int pairs, int width) {
+    return up(length, ROWS) * pairs + up(length, KEYS) * pairs + up(length, KEYS) / 2 * width;
+}
+
+static Packed pack(View x, int64_t b, int64_t h, int64_t length, int64_t d, int width, uint32_t *memory) {
+    const int pairs = (int)d / 2;
+    uint32_t *across = memory + up(length, ROWS) * pairs, *along = across + up(length, KEYS) * pairs;
+    memset(memory, 0, sizeof(uint32_t) * up(length, ROWS) * pairs);
+    for (int64_t i = 0; i < length; i++) memcpy(memory + i * pairs, row(x, b, h, i), sizeof(uint16_t) * d);
+    for (int64_t i = 0; i < length; i += KEYS) {
+        pack_across(x, b, h, i, length, pairs, across + i * pairs);
+        pack_along(x, b, h, i, length, d, width, along + i / 2 * width);
+    }
+    return (Packed){memory, across, along};
+}
+
+// As `attention`, whose result and sums are given; grad (B, heads, L, d) is the gradient of that result.
+// -> to_q (B, L, heads, d), to_k and to_v (B, S, heads, d). Threads share the heads.
+int attention_gradients(View q_, View k_, View v_, View out, View grad_, const float *log_sums, uint16_t *to_q,
+                        uint16_t *to_k, uint16_t *to_v, int64_t B, int64_t heads, int64_t L, int64_t S, int64_t d,
+                        int threads) {
+    const float scale = (float)(M_LOG2E / sqrt((double)d)), by = (float)(1 / sqrt((double)d));
+    const float ones[ROWS] = {1, 1, 1, 1, 1, 1};
+    const int pairs = (int)d / 2, width = (int)up(d, LANES);
+    const int64_t of_L = size_of(L, pairs, width), of_S = size_of(S, pairs, width), room = up(L, KEYS) + ROWS;
+    int failed = 0;
+
+#pragma omp parallel num_threads(threads)
+    {
+        uint16_t weights[ROWS * KEYS] __attribute__((aligned(64))), slopes[ROWS * KEYS] __attribute__((aligned(64)));
+        float one[ROWS * MOST] __attribute__((aligned(64))), two[ROWS * MOST] __attribute__((aligned(64)));
+        uint32_t *memory = calloc(2 * (of_L + of_S + room), sizeof(uint32_t));
+        float *sums = (float *)(memory + 2 * (of_L + of_S)), *dots = sums + room;
+        if (memory == NULL) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t head = 0; head < B * heads; head++) {
+            if (memory == NULL) continue;
+            const int64_t b = head / heads, h = head % heads;
+            const Packed q = pack(q_, b, h, L, d, width, memory), grad = pack(grad_, b, h, L, d, width, memory + of_L);
+            const Packed k = pack(k_, b, h, S, d, width, memory + 2 * of_L);
+            const Packed v = pack(v_, b, h, S, d, width, memory + 2 * of_L + of_S);
+            for (int64_t i = 0; i < L; i++) {
+                sums[i] = log_sums[head * L + i];
+                dots[i] = dot(row(grad_, b, h, i), row(out, b, h, i), d);
+            }
+            for (int64_t i = 0; i < L; i += ROWS) {  // by queries
+                memset(one, 0, sizeof(float) * ROWS * width);
+                for (int64_t s = 0; s < S; s += KEYS) {
+                    const int left = (int)(S - s < KEYS ? S - s : KEYS);
+                    find_slopes(q.rows + i * pairs, grad.rows + i * pairs, k.across + s * pairs, v.across + s * pairs,
+                                left, pairs, scale, sums + i, dots + i, 1, weights, slopes);
+                    add_values((uint32_t *)slopes, k.along + s / 2 * width, ones, one, width, rounded(left));
+                }
+                const int rows = (int)(L - i < ROWS ? L - i : ROWS);
+                write_rows(one, rows, width, by, d, heads, to_q + ((b * L + i) * heads + h) * d);
+            }
+            for (int64_t i = 0; i < S; i += ROWS) {  // by keys
+                memset(one, 0, sizeof(float) * ROWS * width), memset(two, 0, sizeof(float) * ROWS * width);
+                for (int64_t s = 0; s < L; s += KEYS) {
+                    const int left = (int)(L - s < KEYS ? L - s : KEYS);
+                    find_slopes(k.rows + i * pairs, v.rows + i * pairs, q.across + s * pairs, grad.across + s * pairs,
+                                left, pairs, scale, sums + s, dots + s, 0, weights, slopes);
+                    add_values((uint32_t *)slopes, q.along + s / 2 * width, ones, one, width, rounded(left));
+                    add_values((uint32_t *)weights, grad.along + s / 2 * width, ones, two, width, rounded(left));
+                }
+                const int rows = (int)(S - i < ROWS ? S - i : ROWS);
+                write_rows(one, rows, width, by, d, heads, to_k + ((b * S + i) * heads + h) * d);
+                write_rows(two, rows, width, 1, d, heads, to_v + ((b * S + i) * heads + h) * d);
+            }
+        }
+        free(memory);
+    }
+    return failed;
 }

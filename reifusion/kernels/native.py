@@ -46,23 +46,57 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return textbook.attention(q, k, v, causal)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d); None where `attention.c` does not apply."""
-    tensors = (q, k, v)
-    if not all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors):
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor | None = None) -> Tensor | None:
+    """q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d); None where `attention.c` does not apply.
+
+    log_sums (B, h, L), float32: takes log₂ Σ e^score of each query, which `gradients` needs.
+    """
+    if not applies(q, k, v):
         return None
-    fits = k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
-    if not fits or q.shape[-1] % 2 or q.shape[-1] > 512 or 0 in (*q.shape, *k.shape):
-        return None
-    if (library := _library()) is None:
-        return None
-    batch, heads, length, width = q.shape
-    out = q.new_empty(batch, length, heads, width)
-    views = [_View(x.data_ptr(), *x.stride()[:3]) for x in tensors]
-    sizes = (batch, heads, length, k.shape[2], width)
-    if library.attention(*views, out.data_ptr(), *sizes, torch.get_num_threads()):
+    library, out = _library(), _rows_like(q)
+    assert library is not None
+    to = (out.data_ptr(), None if log_sums is None else log_sums.data_ptr())
+    sizes = (*q.shape[:3], *k.shape[2:], torch.get_num_threads())
+    if library.attention(*map(_view, (q, k, v)), *to, *sizes):
         raise MemoryError("could not allocate memory for attention")
     return out.transpose(1, 2)
+
+
+def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True if `attention.c` is made for these tensors, and for this CPU."""
+    fits = k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
+    if not fits or q.shape[-1] % 2 or q.shape[-1] > 512 or 0 in (*q.shape, *k.shape):
+        return False
+    return all(_flat(x) for x in (q, k, v)) and _library() is not None
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for q, k and v, if `grad` is that for the `out` of `flash_attention`; shapes as there."""
+    library = _library()
+    assert library is not None  # it has made `out`
+    given = [_view(x if _flat(x) else x.bfloat16().contiguous()) for x in (q, k, v, out, grad)]
+    found = [_rows_like(x) for x in (q, k, v)]
+    sizes = (*q.shape[:3], *k.shape[2:], torch.get_num_threads())
+    if library.attention_gradients(*given, log_sums.data_ptr(), *(x.data_ptr() for x in found), *sizes):
+        raise MemoryError("could not allocate memory for the gradients of attention")
+    to_q, to_k, to_v = (x.transpose(1, 2) for x in found)
+    return to_q, to_k, to_v
+
+
+def _flat(x: Tensor) -> bool:
+    """True if the numbers of a row lie side by side, as bfloat16 and on the CPU."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1
+
+
+def _rows_like(x: Tensor) -> Tensor:
+    """(B, h, L, d) -> room for (B, L, h, d), in which the next layer reads it"""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
+
+
+def _view(x: Tensor) -> _View:
+    return _View(x.data_ptr(), *x.stride()[:3])
 
 
 @functools.cache
@@ -87,7 +121,9 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
-    library.attention.argtypes = [_View] * 3 + [ctypes.c_void_p] + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    sizes: list[type] = [ctypes.c_int64] * 5 + [ctypes.c_int]
+    library.attention.argtypes = [_View] * 3 + [ctypes.c_void_p] * 2 + sizes
+    library.attention_gradients.argtypes = [_View] * 5 + [ctypes.c_void_p] * 4 + sizes
     return library
 
 

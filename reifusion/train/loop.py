@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.training import in_training
 from . import muon
 from .checkpoint import TrainingError, load_checkpoint, save_checkpoint, unchanged
 from .faster import faster
@@ -255,7 +256,7 @@ def train(
     main = accelerator.is_main_process
     total = config.steps if config.minutes is None else None
     seen = Progress(folder, start, total, config.log_every) if main else nullcontext()
-    with seen as progress, stop_asked() as stop:
+    with seen as progress, stop_asked() as stop, in_training(model):
         while (done := _agreed(clock.done(step), accelerator, config)) < 1:
             figures = work.gradients(step, done)
             unread.add(step, figures, {"lr": learning_rate(step, done, config)})

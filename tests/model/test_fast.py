@@ -16,15 +16,17 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reifusion import kernels
-from reifusion.kernels import bands, native
+from reifusion.kernels import bands, native, training
 from reifusion.kernels.fast import Conv2d, Linear
 from reifusion.kernels.native import attention
-from reifusion.model.attention import softmax_attention
+from reifusion.model.attention import SelfAttention, softmax_attention
+from reifusion.model.attention import attention as plain_attention
 from reifusion.model.config import UNetConfig, VAEConfig
 from reifusion.model.decoder import Decoder
 from reifusion.model.decoder import Upsample as VAEUpsample
 from reifusion.model.diffusion import GEGLU, Given, UNet, Upsample
 from reifusion.model.encoder import ResidualBlock
+from reifusion.train.loop import LoopConfig, train
 
 UNET = UNetConfig(channels=(32, 64), attention=(1, 0), layers=1, heads=(4, 4), context_width=24, groups=8)
 VAE = VAEConfig(channels=(16, 32, 64), layers=1, groups=8)
@@ -160,6 +162,126 @@ def test_the_comment_in_attention_c_says_what_it_does():
     exact = softmax_attention(q.double(), keys.double(), values.double())[0]
     assert error(variables["out"], exact[0, 0]) < 1e-6
     assert error(flash(q, keys, values)[0, 0], variables["out"]) < 0.005
+
+
+# Its gradients
+
+
+def with_gradients(kernel: Any, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the kernel gives for q, k and v, and their gradients if that of its result is the last tensor."""
+    *inputs, grad = given
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    out = kernel(q, k, v)
+    return out, *torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return softmax_attention(q, k, v)[0]
+
+
+@compiled
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 600),
+    keys=st.integers(1, 600),
+    width=st.integers(1, 90).map(lambda half: 2 * half),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    fused=st.booleans(),
+)
+def test_compiled_gradients_are_as_exact_as_pytorchs(batch, heads, length, keys, width, scale, fused):
+    q, grad = scale * normal(batch, length, heads, width), normal(batch, heads, length, width, seed=2)
+    kv = normal(batch, keys, 2, heads, width, seed=1).bfloat16()
+    k, v = (part if fused else part.contiguous() for part in kv.unbind(2))
+    given_ = (*(x.transpose(1, 2) for x in (q.bfloat16(), k, v)), grad.bfloat16())
+    exact = with_gradients(written_out, *(x.double() for x in given_))
+    pytorchs = with_gradients(F.scaled_dot_product_attention, *given_)
+    for ours, theirs, right in zip(
+        with_gradients(training.Fused.apply, *given_), pytorchs, exact, strict=True
+    ):
+        # With a single key the gradients of q and k are zero, and what is left is rounding.
+        assert as_exact_as(ours, theirs, right) if right.norm() > 1e-9 else ours.norm() < 0.1
+
+
+@compiled
+def test_compiled_gradients_survive_scores_of_any_size():
+    q, k, v, grad = (normal(1, 2, 70, 16, seed=i).bfloat16() for i in range(4))
+    for scale in 1e-20, 1e3, 1e15:
+        for x in with_gradients(training.Fused.apply, scale * q, k, v, grad):
+            assert x.isfinite().all()
+    grad[0, 0, 3] = torch.inf
+    assert not all(x.isfinite().all() for x in with_gradients(training.Fused.apply, q, k, v, grad))
+
+
+@compiled
+def test_compiled_gradients_do_not_depend_on_the_number_of_threads():
+    given_ = [normal(2, 3, 300, 40, seed=i).bfloat16() for i in range(4)]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in 1, 2, 5:
+            torch.set_num_threads(number)
+            results.append(torch.stack(with_gradients(training.Fused.apply, *given_)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@compiled
+def test_the_comment_in_attention_c_says_what_the_gradients_are():
+    lines = [line.removeprefix("//     ") for line in native.SOURCE.read_text().splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("weights = torch.exp2"))
+    given_ = [normal(1, 1, length, 40, seed=length) for length in (70, 600, 600, 70)]
+    out, *exact = with_gradients(written_out, *(x.double() for x in given_))
+    q, k, v, grad = (x[0, 0].double() for x in given_)
+    variables: dict[str, Any] = {"torch": torch, "log2": math.log2, "e": math.e, "q": q, "k": k, "v": v}
+    variables |= {"grad": grad, "out": out[0, 0].detach()}
+    variables["sums"] = (q @ k.T / 40**0.5).logsumexp(1) / math.log(2)
+    exec("\n".join(lines[start : start + 3]), variables)
+    for name, right in zip(("to_q", "to_k", "to_v"), exact, strict=True):
+        assert error(variables[name], right[0, 0]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bf16)])
+@pytest.mark.parametrize(("length", "keys"), [(300, 300), (300, 7), (20, 20), (8, 9000)])
+def test_in_training_attention_has_the_gradients_of_the_written_out_form(dtype, length, keys):
+    sizes = (length, keys, keys, length)
+    given_ = [normal(2, 2, n, 16, seed=i).to(dtype) for i, n in enumerate(sizes)]
+    exact = with_gradients(written_out, *(x.double() for x in given_))
+    for x, right in zip(with_gradients(training.attention, *given_), exact, strict=True):
+        assert x.dtype == dtype and error(x, right) < (1e-5 if dtype == torch.float32 else 0.01)
+
+
+def test_in_training_layers_have_that_kernel_and_afterwards_their_own_again():
+    unet = randomized(UNet(UNET))
+    layers = [x for x in unet.modules() if isinstance(x, kernels.ATTENTION)]
+    own = layers[0].kernel = lambda q, k, v, causal: q  # somebody's experiment stays
+    with pytest.raises(RuntimeError, match="stop"), training.in_training(unet):
+        assert layers[0].kernel is own
+        assert len(layers) > 1 and all(layer.kernel is training.attention for layer in layers[1:])
+        raise RuntimeError("stop")
+    assert layers[0].kernel is own and all(layer.kernel is plain_attention for layer in layers[1:])
+
+
+def test_a_run_trains_with_that_kernel(tmp_path, monkeypatch):
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = SelfAttention(2, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(self.layer.kernel)
+            return self.layer(x)
+
+    def objective(network: Any, done: float, generator: torch.Generator, part: Any) -> Any:
+        return network(normal(2, 4, 8)).square().mean(), {"samples": 2.0}
+
+    model = Model()
+    train(model, objective, LoopConfig(steps=2, warmup=1, mixed_precision="no"), tmp_path)
+    assert seen == [training.attention] * 2 and model.layer.kernel is plain_attention
 
 
 # Where it is not to be, or cannot be: as if this process had not asked for it yet.
