@@ -92,10 +92,13 @@ def chosen(pipe: StableDiffusion, request: Request, words: Sequence[str] | None)
         with watch(pipe, request) as attention:
             list(pipe.denoise(request))
         return _apart(attention)
-    missing = [word for word in words if word not in known]
-    if missing or len(words) != 2:
-        what = f"has no word {missing[0]!r}" if missing else f"takes two words, not {len(words)}"
-        raise ValueError(f"the prompt {what}; its words are {', '.join(reversed(known))}")
+    missing, there = [word for word in words if word not in known], ", ".join(reversed(known))
+    if missing:
+        raise ValueError(f"the prompt has no word {missing[0]!r}; its words are {there}")
+    if len(words) != 2 or words[0] == words[1]:
+        raise ValueError(
+            f"the keys of two different words are swapped, not of {', '.join(words)!r}; there are {there}"
+        )
     return [known[word] for word in words]
 
 

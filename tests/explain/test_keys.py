@@ -57,7 +57,8 @@ def test_the_model_is_as_before_afterwards(pipe):
 def test_words_are_named_or_chosen_and_missing_ones_get_a_sentence(pipe):
     assert [word.text for word in chosen(pipe, ask(), ["rocket", "cat"])] == ["rocket", "cat"]
     assert len({word.text for word in chosen(pipe, ask(), None)}) == 2
-    for words, sentence in ((["cat", "fish"], "no word 'fish'"), (["cat"], "two words, not 1")):
+    two = "two different words are swapped"
+    for words, sentence in ((["cat", "fish"], "no word 'fish'"), (["cat"], two), (["cat", "cat"], two)):
         with pytest.raises(ValueError, match=sentence):
             chosen(pipe, ask(), words)
     with pytest.raises(ValueError, match="two words"):
