@@ -36,8 +36,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """The same, without ever storing the weights. q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d)."""
     inputs = (q, k, v)
-    # On a CPU the fused kernel has no second derivative, and for few tokens its first is slow. Nowhere has it a
-    # derivative in forward mode.
+    # On a CPU the fused kernel has no second derivative, and for few tokens its first is slow. Nowhere has it
+    # a derivative in forward mode.
     slow = q.device.type == "cpu" and any(x.requires_grad for x in inputs)
     if slow or any(unpack_dual(x).tangent is not None for x in inputs):
         return softmax_attention(q, k, v, causal)[0]
