@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..families.mini_mm import MiniMMDiT
+from ..kernels.training import in_training
 from ..model.config import ModelConfig, ScheduleConfig, UNetConfig
 from ..model.diffusion import UNet
 from ..weights import load
@@ -126,7 +127,7 @@ def cost(
         samples = figures["samples"].item()  # which waits for a GPU
         return (time.perf_counter() - start) / steps, samples
 
-    with nullcontext() if unet is None else recomputed(unet):
+    with in_training(model), nullcontext() if unet is None else recomputed(unet):
         found = [(done, share, *measured(done)) for done, share in moments]
     # The shares are of the steps, or against the clock of the time.
     if config.minutes is None:
@@ -149,12 +150,14 @@ def cost(
         one = kept(model, lambda: objective(alone, done, rng(config.seed, 0), part)[0], rows)
         return round(one * share / some)
 
+    with in_training(model):
+        most = max(activations(done, count) for done, _, _, count in found)
     memory = {
         "weights": in_bytes(model.parameters()),
         "gradients": in_bytes(trained),
         "optimizer": in_bytes(state),
         "average": in_bytes(trained),
-        "activations": max(activations(done, count) for done, _, _, count in found),
+        "activations": most,
     }
     return Cost(
         sum(p.numel() for p in model.parameters()),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from reifusion.model.attention import SelfAttention
 from reifusion.model.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from reifusion.model.tensors import ModelError
 from reifusion.train import checks, price, recipe, vae
@@ -181,6 +182,16 @@ def test_cost_is_counted_and_measured_and_changes_nothing():
         assert "16,576, of which 16,448 are trained" in str(found) and "1,000 steps" in str(found)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_attention_costs_what_it_costs_in_training_without_a_weight_for_each_pair_of_tokens():
+    model, length = SelfAttention(2, 8), 600
+
+    def objective(network, done, generator, part):
+        return network(part.of(torch.ones(1, length, 8))).square().mean(), {"samples": 1.0}
+
+    found = checks.cost(model, objective, LoopConfig(steps=10, mixed_precision="no"))
+    assert found.memory["activations"] < 4 * length * length  # a single head's weights
 
 
 def test_cost_of_a_run_against_the_clock_is_what_it_can_do_in_that_time():
