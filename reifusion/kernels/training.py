@@ -55,14 +55,15 @@ class Fused(torch.autograd.Function):
 
 @contextmanager
 def in_training(network: nn.Module) -> Iterator[None]:
-    """Gives the attention layers that have the textbook's kernel this one while the `with` lasts."""
+    """Gives attention layers this kernel while the `with` lasts; those that were given another keep it."""
     from . import ATTENTION
 
-    layers = [x for x in network.modules() if isinstance(x, ATTENTION) and x.kernel is textbook.attention]
-    for layer in layers:
+    ours = (textbook.attention, native.attention)
+    before = [(x, x.kernel) for x in network.modules() if isinstance(x, ATTENTION) and x.kernel in ours]
+    for layer, _ in before:
         layer.kernel = attention
     try:
         yield
     finally:
-        for layer in layers:
-            layer.kernel = textbook.attention
+        for layer, kernel in before:
+            layer.kernel = kernel

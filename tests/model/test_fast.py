@@ -254,14 +254,17 @@ def test_in_training_attention_has_the_gradients_of_the_written_out_form(dtype, 
 
 
 def test_in_training_layers_have_that_kernel_and_afterwards_their_own_again():
-    unet = randomized(UNet(UNET))
-    layers = [x for x in unet.modules() if isinstance(x, kernels.ATTENTION)]
-    own = layers[0].kernel = lambda q, k, v, causal: q  # somebody's experiment stays
-    with pytest.raises(RuntimeError, match="stop"), training.in_training(unet):
-        assert layers[0].kernel is own
-        assert len(layers) > 1 and all(layer.kernel is training.attention for layer in layers[1:])
-        raise RuntimeError("stop")
-    assert layers[0].kernel is own and all(layer.kernel is plain_attention for layer in layers[1:])
+    for unet, before in (
+        (randomized(UNet(UNET)), plain_attention),
+        (installed(randomized(UNet(UNET))), attention),
+    ):
+        layers = [x for x in unet.modules() if isinstance(x, kernels.ATTENTION)]
+        own = layers[0].kernel = lambda q, k, v, causal: q  # somebody's experiment stays
+        with pytest.raises(RuntimeError, match="stop"), training.in_training(unet):
+            assert layers[0].kernel is own
+            assert len(layers) > 1 and all(layer.kernel is training.attention for layer in layers[1:])
+            raise RuntimeError("stop")
+        assert layers[0].kernel is own and all(layer.kernel is before for layer in layers[1:])
 
 
 def test_a_run_trains_with_that_kernel(tmp_path, monkeypatch):
