@@ -76,10 +76,11 @@ def gradients(
     """The gradients for q, k and v, if `grad` is that for the `out` of `flash_attention`; shapes as there."""
     library = _library()
     assert library is not None  # it has made `out`
-    given = [_view(x if _flat(x) else x.bfloat16().contiguous()) for x in (q, k, v, out, grad)]
+    given = [x if _flat(x) else x.bfloat16().contiguous() for x in (q, k, v, out, grad)]
     found = [_rows_like(x) for x in (q, k, v)]
+    to = (log_sums.data_ptr(), *(x.data_ptr() for x in found))
     sizes = (*q.shape[:3], *k.shape[2:], torch.get_num_threads())
-    if library.attention_gradients(*given, log_sums.data_ptr(), *(x.data_ptr() for x in found), *sizes):
+    if library.attention_gradients(*map(_view, given), *to, *sizes):
         raise MemoryError("could not allocate memory for the gradients of attention")
     to_q, to_k, to_v = (x.transpose(1, 2) for x in found)
     return to_q, to_k, to_v

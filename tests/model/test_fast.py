@@ -215,6 +215,17 @@ def test_compiled_gradients_survive_scores_of_any_size():
 
 
 @compiled
+def test_compiled_gradients_take_a_gradient_that_lies_in_memory_in_any_way():
+    q, k, v = (normal(2, 3, 130, 40, seed=i).bfloat16() for i in range(3))
+    full = normal(2, 3, 130, 40, seed=3).bfloat16()
+    turned = full.transpose(2, 3).contiguous().transpose(2, 3)
+    expanded = torch.full((1,), 0.5).bfloat16().expand(2, 3, 130, 40)
+    for grad, plain_grad in ((turned, full), (expanded, expanded.contiguous())):
+        one, two = (with_gradients(training.Fused.apply, q, k, v, x) for x in (grad, plain_grad))
+        assert grad.stride() != plain_grad.stride() and all(map(torch.equal, one, two))
+
+
+@compiled
 def test_compiled_gradients_do_not_depend_on_the_number_of_threads():
     given_ = [normal(2, 3, 300, 40, seed=i).bfloat16() for i in range(4)]
     threads = torch.get_num_threads()
