@@ -80,7 +80,10 @@ def cells(usual: Settings, x: Axis, y: Axis) -> list[list[Settings]]:
         for right in x.values:
             changed = {axis.name: value for axis, value in ((x, right), (y, down)) if axis.name}
             try:
-                settings = replace(usual, **named_here(changed, usual.manner))
+                # The name of a sampler is that of the program in whose manner is drawn.
+                names = {"sampler": usual.sampler, "schedule": usual.schedule} if "manner" in changed else {}
+                named = named_here({**names, **changed}, usual.manner)
+                settings = replace(usual, **named)
                 settings.request().for_model(settings.config())
             except ValueError as error:
                 said = ", ".join(f"{name}={shown(value)}" for name, value in changed.items())

@@ -68,6 +68,14 @@ def test_an_axis_has_the_names_of_the_manner(model):
     assert row[0].schedule == "exponential"
 
 
+def test_where_the_manner_is_an_axis_the_sampler_has_the_name_of_that_program(model):
+    usual = Settings("a cat", model=str(model), sampler="DPM++ 2M", steps=2)
+    ((one,),) = cells(usual, Axis.read("manner=a1111"), NOTHING)
+    assert (one.manner, one.sampler) == ("a1111", "dpmpp_2m_karras")  # its automatic schedule
+    with pytest.raises(ValueError, match=r"with manner=diffusers: .*'DPM\+\+ 2M'"):
+        cells(usual, Axis.read("manner=a1111,diffusers"), NOTHING)
+
+
 def test_pictures_of_several_sizes_and_long_values_have_room():
     x, y = Axis.read("prompt=a cat|" + "word " * 30), Axis.read("size=32x64,64x32")
     pictures = [[Image.new("RGB", size, "red") for _ in x.values] for size in y.values]
