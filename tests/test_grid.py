@@ -72,7 +72,7 @@ def test_where_the_manner_is_an_axis_the_sampler_has_the_name_of_that_program(mo
     usual = Settings("a cat", model=str(model), sampler="DPM++ 2M", steps=2)
     ((one,),) = cells(usual, Axis.read("manner=a1111"), NOTHING)
     assert (one.manner, one.sampler) == ("a1111", "dpmpp_2m_karras")  # its automatic schedule
-    with pytest.raises(ValueError, match=r"with manner=diffusers: .*'DPM\+\+ 2M'"):
+    with pytest.raises(ValueError, match=r"with manner='diffusers': .*'DPM\+\+ 2M'"):
         cells(usual, Axis.read("manner=a1111,diffusers"), NOTHING)
 
 
