@@ -73,6 +73,7 @@ LATER = {
     "kernels/fast.py": "faster forms of the layers, installed after loading",
     "kernels/halves.py": "the part of the U that both halves of guidance share",
     "kernels/native.py": "our own attention kernel, in C",
+    "kernels/training.py": "attention in training, on a CPU",
     "kernels/bands.py": "the decoder in bands, for little memory",
     "swap.py": "the one way in which a module is replaced, and put back",
     "weights/lora.py": "what a LoRA adds, and takes away again",
