@@ -67,6 +67,12 @@ def studio() -> None:
                 page.click("#draw")
                 done = "/^Done/.test(document.querySelector('#status').innerText)"
                 page.wait_for_function(done, timeout=600_000)
+                page.focus("#place")
+                for _ in range(8):  # steps back, where the dog and the tree are not yet clear
+                    page.keyboard.press("ArrowLeft")
+                    page.wait_for_timeout(400)
+                page.get_by_text("Sampler", exact=True).first.click()
+                page.wait_for_timeout(1000)
                 page.locator("#words .word", has_text="tree").first.hover()
                 page.wait_for_timeout(1500)
                 page.evaluate("window.scrollTo(0, 0)")
