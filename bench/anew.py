@@ -1,6 +1,6 @@
 """Makes anew everything that the mini drew or that was measured on it, after its weights have changed.
 
-    python -m bench.anew                # all of it, in an hour of two idle cores
+    python -m bench.anew                # all of it: half an hour of two idle cores, and one more to train a judge
     python -m bench.anew hero studio    # some of it
 
 What is then left to do is to look at the pictures, to read the texts beside them, and to run all tests. Not

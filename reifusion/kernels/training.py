@@ -24,7 +24,8 @@ LONG = 256 * 256  # queries × keys from which on PyTorch's fused kernel is
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """`model.attention.attention` by the fastest of three ways, for the slot of an attention layer."""
-    if q.device.type != "cpu" or causal or not q.requires_grad or torch.compiler.is_compiling():
+    learning = any(x.requires_grad for x in (q, k, v))
+    if q.device.type != "cpu" or causal or not learning or torch.compiler.is_compiling():
         return textbook.attention(q, k, v, causal)
     if k.shape[-2] >= MANY and native.applies(q, k, v):
         return Fused.apply(q, k, v)
@@ -39,7 +40,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, h, L, d), k and v (B, h, S, d) -> (B, h, L, d), bfloat16"""
-        log_sums = torch.empty(q.shape[:3])
+        log_sums = q.new_empty(q.shape[:3], dtype=torch.float32)
         out = native.flash_attention(q, k, v, log_sums)
         assert out is not None  # `native.applies` has said so
         ctx.save_for_backward(q, k, v, out, log_sums)

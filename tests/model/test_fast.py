@@ -82,6 +82,14 @@ def as_exact_as(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) ->
 
 # attention.c
 
+SIZES: dict[str, Any] = {
+    "batch": st.integers(1, 3),
+    "heads": st.integers(1, 3),
+    "keys": st.integers(1, 600),
+    "width": st.integers(1, 90).map(lambda half: 2 * half),
+    "fused": st.booleans(),  # keys and values in one tensor
+}
+
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     out = native.flash_attention(q, k, v)
@@ -91,15 +99,7 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 @compiled
 @settings(max_examples=60, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    length=st.integers(1, 200),
-    keys=st.integers(1, 600),
-    width=st.integers(1, 90).map(lambda half: 2 * half),
-    scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
-    fused=st.booleans(),
-)
+@given(**SIZES, length=st.integers(1, 200), scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]))
 def test_compiled_attention_is_as_exact_as_pytorchs(batch, heads, length, keys, width, scale, fused):
     q = scale * normal(batch, length, heads, width)
     kv = normal(batch, keys, 2, heads, width, seed=1)
@@ -181,15 +181,7 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 @compiled
 @settings(max_examples=60, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    length=st.integers(1, 600),
-    keys=st.integers(1, 600),
-    width=st.integers(1, 90).map(lambda half: 2 * half),
-    scale=st.sampled_from([0.1, 1.0, 5.0]),
-    fused=st.booleans(),
-)
+@given(**SIZES, length=st.integers(1, 600), scale=st.sampled_from([0.1, 1.0, 5.0]))
 def test_compiled_gradients_are_as_exact_as_pytorchs(batch, heads, length, keys, width, scale, fused):
     q, grad = scale * normal(batch, length, heads, width), normal(batch, heads, length, width, seed=2)
     kv = normal(batch, keys, 2, heads, width, seed=1).bfloat16()
@@ -262,6 +254,26 @@ def test_in_training_attention_has_the_gradients_of_the_written_out_form(dtype, 
     exact = with_gradients(written_out, *(x.double() for x in given_))
     for x, right in zip(with_gradients(training.attention, *given_), exact, strict=True):
         assert x.dtype == dtype and error(x, right) < (1e-5 if dtype == torch.float32 else 0.01)
+
+
+@compiled
+def test_in_training_it_is_enough_that_one_of_the_three_is_learned(monkeypatch):
+    """As with a LoRA of the values alone, and whatever PyTorch's usual dtype is."""
+    q, k, v, grad = (normal(1, 2, 130, 16, seed=i).bfloat16() for i in range(4))
+    expected = with_gradients(training.Fused.apply, q, k, v, grad)[3]
+    used, real = [], native.gradients
+
+    def gradients(*given_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        used.append(1)
+        return real(*given_)
+
+    monkeypatch.setattr(native, "gradients", gradients)
+    try:
+        torch.set_default_dtype(torch.float64)
+        out = training.attention(q, k, v.requires_grad_())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.autograd.grad(out, v, grad)[0], expected) and used == [1]
 
 
 def test_in_training_layers_have_that_kernel_and_afterwards_their_own_again():
