@@ -675,7 +675,7 @@ def noise_at_the_end(pipe: StableDiffusion) -> Patches:
 
 @mistake(
     "An Euler sampler starts from noise of variance 1",
-    "Its latents are x₀ + σε with σ near 14; noise of size 1 looks like an almost finished, empty "
+    "Its latents are x₀ + σε with σ of 14 or more; noise of size 1 looks like an almost finished, empty "
     "picture. The network, which is told the time, repairs most of that, and draws other, coarser shapes.",
     "size of the first latents, in σ",
     _first_scale,

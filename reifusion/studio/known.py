@@ -18,10 +18,9 @@ FILE = Path(__file__).with_name("known.json")
 EXAMPLES = (
     "a red apple", "a purple cat", "a cat next to a dog", "a small bird on the left", "a sad face",
     "a pixel art of a mushroom", "a pink octopus", "a green car on a yellow background",
-    "a cartoon drawing of a fish", "a silhouette of a horse", "a 3d rocket",
+    "a cartoon drawing of a fish", "a silhouette of a horse", "a 3d rocket", "a sticker of a panda",
+    "a pencil drawing of a car", "a snowman in the snow",
 )  # fmt: skip
-# It has read of these, and of places, and does not draw them yet: see its model card.
-NOT_YET = ("sticker", "pencil drawing")
 # Words of the first captions that no picture showed, so that they do no harm
 NOT_SHOWN = (
     "sitting standing sleeping stretching running waiting resting looking around playing floating shining"
@@ -33,7 +32,7 @@ NOT_SHOWN = (
 
 
 def collect() -> dict[str, Any]:
-    """Returns the subjects with their other names, and the words for colours, styles, sizes and positions."""
+    """Returns the subjects with their other names, and the words for colours, styles, sizes and where."""
     from ..train.mini.captions import MEDIA, PAIRINGS, POSITIONS, SIZES, STYLED
     from ..train.mini.colours import NAMES
     from ..train.mini.library import read_library
@@ -48,13 +47,14 @@ def collect() -> dict[str, Any]:
     phrases = {
         "colours": list(NAMES),
         "sizes": [name for names in SIZES.values() for name in names],
-        "styles": [name for name in (*MEDIA, *STYLED) if name not in NOT_YET],
+        "styles": [*MEDIA, *STYLED],
         "positions": [names[0] for _, names in POSITIONS.values()],
+        "places": [names[0] for _, names, _ in PLACES.values()],
     }
     said = [NOT_SHOWN, *PAIRINGS, *(name for names in (*MEDIA.values(), *STYLED.values()) for name in names)]
     said += [name for _, names in POSITIONS.values() for name in names]
     said += [name for _, names, _ in PLACES.values() for name in names]
-    said += [*NOT_YET, *(name for names in phrases.values() for name in names)]
+    said += [name for names in phrases.values() for name in names]
     said += ["a picture of", "an image of", "an icon of", "a background", "style"]
     words.update(*map(split, said))
     return {

@@ -179,6 +179,7 @@ def run_text2image(recipe: Recipe, config: ModelConfig) -> Path:
         "VAE": digest(vae.encoder.state_dict()),
         "prediction_type": config.schedule.prediction_type,
         "zero_terminal_snr": f"{config.schedule.zero_terminal_snr}",
+        "beta_end": f"{config.schedule.beta_end:g}",
         "data": source.digest(),
         "validation": f"{recipe.validation:g}",
         "regularisation": "" if others is None else others.digest(),

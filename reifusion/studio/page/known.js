@@ -15,7 +15,7 @@ export function fit(what) {
 
 // The subjects whose name, or other name, has the text in it; without a text, some of each kind of word.
 function search() {
-  const text = $("#search").value.trim().toLowerCase(), more = [...known.colours, ...known.sizes, ...known.styles, ...known.positions];
+  const text = $("#search").value.trim().toLowerCase(), more = [...known.colours, ...known.sizes, ...known.styles, ...known.positions, ...known.places];
   const subjects = Object.entries(known.subjects);
   const hits = text ? subjects.filter(([name, others]) => [name, ...others].some(one => one.includes(text))).map(([name]) => name)
     .sort((a, b) => b.startsWith(text) - a.startsWith(text)).concat(more.filter(word => word.includes(text))) : more;
